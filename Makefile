@@ -1,0 +1,34 @@
+# make demo | make test | make lint | make clean. Each makes the environment in .venv when it is not there yet.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEMO   ?= compare-demo
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	$(BIN)/dit-accel compare --out $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not timing" -n 2
+	$(BIN)/python -m pytest -q -m timing
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Making the environment in $(VENV) (once; a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

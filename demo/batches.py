@@ -1,0 +1,120 @@
+"""Endless training batches: random scenes outside the held-out part, laid out, captioned and tokenized."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dit_accel.demo.render import layout_scene
+from dit_accel.demo.scenes import (
+    ARRANGEMENTS,
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    PLACES,
+    PLURALS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXT_LENGTH,
+    TEXTURES,
+    Scene,
+    caption,
+    sample_scene,
+)
+from dit_accel.demo.vocabulary import build_clip_tokenizer, build_t5_tokenizer
+
+CHUNK = 256
+NOUNS = {*SHAPES, *PLURALS.values()}
+# how many answers each question about a named object has; 0 is "the caption does not say" where it may be silent
+ANSWERS = (
+    *(len(COLOURS), len(SHAPES), len(TEXTURES), len(SIZES), len(PLACES) + 1, len(MOTIONS) + 1),
+    *(len(BACKGROUNDS), 4, len(ARRANGEMENTS) + 1, len(RELATIONS) + 1),
+)
+NAMED = 2
+
+
+@dataclass
+class Batch:
+    """`rows` and `backgrounds` as `render` takes them; `nouns` (B, 2) places of the named objects' nouns among the T5
+    tokens; `answers` (B, 2, questions) what the caption says of each, -100 where there is no second object."""
+
+    rows: torch.Tensor
+    backgrounds: torch.Tensor
+    clip_ids: torch.Tensor
+    t5_ids: torch.Tensor
+    nouns: torch.Tensor
+    answers: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(t.to(device, non_blocking=True) for t in moved))
+
+
+def _answers(scene: Scene) -> list[list[int]]:
+    def optional(options: tuple[str, ...], value: str | None) -> int:
+        return 0 if value is None else 1 + options.index(value)
+
+    common = [BACKGROUNDS.index(scene.background), scene.count - 1]
+    common += [optional(ARRANGEMENTS, scene.arrangement), optional(RELATIONS, scene.relation)]
+    rows = []
+    for thing in scene.things:
+        look = [COLOURS.index(thing.colour), SHAPES.index(thing.shape), TEXTURES.index(thing.texture)]
+        look += [SIZES.index(thing.size), optional(PLACES, thing.place), optional(MOTIONS, thing.motion)]
+        rows.append(look + common)
+    return rows + [[-100] * len(ANSWERS)] * (NAMED - len(rows))
+
+
+class _Chunks(IterableDataset):
+    def __init__(self, clip: bool, seed: int) -> None:
+        self.clip, self.seed = clip, seed
+        self.clip_tokenizer, self.t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
+
+    def _ids(self, tokenizer: Any, captions: list[str]) -> torch.Tensor:
+        pad = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True}
+        return tokenizer(captions, return_tensors="pt", **pad).input_ids
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        rng = random.Random(self.seed * 1000 + (info.id if info else 0))
+        while True:
+            scenes = [sample_scene(rng, self.clip) for _ in range(CHUNK)]
+            captions = [caption(scene, rng) for scene in scenes]
+            laid_out = [layout_scene(scene, rng) for scene in scenes]
+            nouns = [[i for i, word in enumerate(text.split()) if word in NOUNS] for text in captions]
+            yield Batch(
+                torch.tensor([rows for rows, _ in laid_out])[:, : 2 if self.clip else None],
+                torch.tensor([background for _, background in laid_out]),
+                self._ids(self.clip_tokenizer, captions),
+                self._ids(self.t5_tokenizer, captions),
+                torch.tensor([[*places, 0][:NAMED] for places in nouns]),
+                torch.tensor([_answers(scene) for scene in scenes]),
+            )
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is quick: on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+class SceneStream:
+    """Batches of any size, made by worker processes; call `next(count)`."""
+
+    def __init__(self, clip: bool, device: torch.device, seed: int, workers: int) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        loader = DataLoader(_Chunks(clip, seed), batch_size=None, num_workers=workers)
+        self.chunks, self.device = iter(loader), device
+        self.left: list[Batch] = []
+
+    def next(self, count: int) -> Batch:
+        while sum(len(batch.rows) for batch in self.left) < count:
+            self.left.append(next(self.chunks))
+        whole = [torch.cat([getattr(batch, f.name) for batch in self.left]) for f in fields(Batch)]
+        self.left = [Batch(*(t[count:] for t in whole))] if len(whole[0]) > count else []
+        return Batch(*(t[:count] for t in whole)).to(self.device)

@@ -1,0 +1,203 @@
+"""Judges a picture or a clip against a caption by classical image analysis; no learned network.
+
+The background is the colour of the picture's rim. What differs from it falls into connected components; each is named
+by the colour of its pixels, by its outline (the Fourier magnitudes of its radial profile, beside those of the shapes
+as they should be) and by the cell of its centroid. A caption is right when every object it names is there, in colour,
+shape and place, and nothing else is; in clips also moving as it says. Sizes and textures are not judged.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from dit_accel.demo.render import FIELDS, MOTION_VECTORS, PALETTE, PRESENT, RADIUS, SHAPE, X, Y, render, second_colour
+from dit_accel.demo.scenes import COLOURS, PLACES, RELATIONS, SHAPES, Scene, parse_caption
+
+ANGLES = 72
+MIN_AREA = 0.004
+FOREGROUND = 0.14
+CLIP_MOMENTS = 5
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One connected component: `centre` (x, y) and `area` as fractions of the picture."""
+
+    colour: str
+    shape: str
+    centre: tuple[float, float]
+    area: float
+
+
+@dataclass
+class Verdict:
+    """Whether the picture is what the caption says, and what is wrong with it otherwise."""
+
+    ok: bool
+    problems: list[str] = field(default_factory=list)
+
+
+def check_picture(picture: np.ndarray, caption: str | Scene) -> Verdict:
+    """Is this picture what the caption says?
+
+    Args:
+        picture: (H, W, 3) RGB, floats in 0…1 or uint8.
+    """
+    scene = parse_caption(caption) if isinstance(caption, str) else caption
+    background, blobs = find_blobs(_as_float(picture))
+    problems = [] if background == scene.background else [f"background {background}, not {scene.background}"]
+    problems += _compare_things(scene, blobs)
+    return Verdict(not problems, problems)
+
+
+def check_clip(frames: np.ndarray, caption: str | Scene) -> Verdict:
+    """Is this clip, (T, H, W, 3), what the caption says? Looked at in a few frames from the first to the last."""
+    scene = parse_caption(caption) if isinstance(caption, str) else caption
+    moments = np.linspace(0, len(frames) - 1, CLIP_MOMENTS).round().astype(int)
+    found = [find_blobs(_as_float(frames[i])) for i in moments]
+    problems = [f"background {b}, not {scene.background}" for b, _ in found[:1] if b != scene.background]
+    tracks = [[next((b for b in blobs if b.colour == t.colour), None) for _, blobs in found] for t in scene.things]
+    crowd = [len(blobs) for _, blobs in found]
+    if sum(n == len(scene.things) for n in crowd) < CLIP_MOMENTS - 1:
+        problems.append(f"{crowd} objects in the frames, not {len(scene.things)}")
+    for thing, track in zip(scene.things, tracks, strict=True):
+        seen = [blob for blob in track if blob]
+        if len(seen) < CLIP_MOMENTS - 1:
+            problems.append(f"no {thing.colour} object in {CLIP_MOMENTS - len(seen)} of {CLIP_MOMENTS} frames")
+            continue
+        if sum(blob.shape == thing.shape for blob in seen) * 2 <= len(seen):
+            problems.append(f"{thing.colour} {seen[0].shape}, not {thing.shape}")
+        motion = _motion_of(seen)
+        if thing.motion and motion != thing.motion:
+            problems.append(f"{thing.colour} {thing.shape} moves {motion}, not {thing.motion}")
+    if scene.relation and not problems:
+        first, second = (np.mean([b.centre for b in track if b], axis=0) for track in tracks)
+        if not _related(first, second, scene.relation):
+            problems.append(f"not {scene.relation} the other")
+    return Verdict(not problems, problems)
+
+
+def _as_float(picture: np.ndarray) -> np.ndarray:
+    picture = np.asarray(picture)
+    if picture.ndim != 3 or picture.shape[-1] != 3:
+        raise ValueError(f"a picture is (H, W, 3), got {picture.shape}")
+    return picture.astype(np.float32) / 255 if picture.dtype == np.uint8 else picture.astype(np.float32)
+
+
+def _compare_things(scene: Scene, blobs: list[Blob]) -> list[str]:
+    wanted = list(scene.things) * scene.count
+    if len(blobs) != len(wanted):
+        return [f"{len(blobs)} objects, not {len(wanted)}"]
+    best: list[str] | None = None
+    for order in itertools.permutations(blobs) if scene.count == 1 else [tuple(blobs)]:
+        problems = []
+        for thing, blob in zip(wanted, order, strict=True):
+            place = _place_of(blob.centre)
+            if blob.colour != thing.colour:
+                problems.append(f"{blob.colour}, not {thing.colour}")
+            if blob.shape != thing.shape:
+                problems.append(f"{blob.shape}, not {thing.shape}")
+            if thing.place and place != thing.place:
+                problems.append(f"at the {place}, not {thing.place}")
+        if best is None or len(problems) < len(best):
+            best = problems
+    spread = np.ptp([b.centre for b in blobs], axis=0)
+    if scene.arrangement and (spread[0] > spread[1]) != (scene.arrangement == "row"):
+        best = [*(best or []), f"not in a {scene.arrangement}"]
+    return best or []
+
+
+def _place_of(centre: tuple[float, float]) -> str:
+    column, row = (min(2, int(c * 3)) for c in centre)
+    return PLACES[3 * row + column]
+
+
+def _motion_of(track: list[Blob]) -> str:
+    dx, dy = np.subtract(track[-1].centre, track[0].centre)
+    if max(abs(dx), abs(dy)) < 0.1:
+        return "still"
+    horizontal = (int(np.sign(dx)), 0), (0, int(np.sign(dy)))
+    vector = horizontal[0] if abs(dx) > abs(dy) else horizontal[1]
+    return next(name for name, v in MOTION_VECTORS.items() if v == vector)
+
+
+def _related(first: np.ndarray, second: np.ndarray, relation: str) -> bool:
+    axis, sign = {RELATIONS[0]: (1, -1), RELATIONS[1]: (1, 1), RELATIONS[2]: (0, -1), RELATIONS[3]: (0, 1)}[relation]
+    return float(sign * (first - second)[axis]) > 0.1
+
+
+def find_blobs(picture: np.ndarray) -> tuple[str, list[Blob]]:
+    """The background's name and the objects of a picture (H, W, 3) in 0…1."""
+    rim = np.concatenate([picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3)])
+    rim = np.concatenate([rim, picture[:, :4].reshape(-1, 3), picture[:, -4:].reshape(-1, 3)])
+    ground = np.median(rim, axis=0)
+    background = min(PALETTE, key=lambda name: float(np.abs(PALETTE[name] - ground).sum()))
+    mask = np.abs(picture - ground).max(-1) > FOREGROUND
+    mask = ndimage.binary_opening(mask, iterations=max(1, picture.shape[0] // 256))
+    labels, count = ndimage.label(mask)
+    blobs = []
+    for label, box in enumerate(ndimage.find_objects(labels, count), start=1):
+        part = labels[box] == label
+        area = part.sum() / mask.size
+        if area < MIN_AREA:
+            continue
+        y, x = ndimage.center_of_mass(ndimage.binary_fill_holes(part))
+        centre = ((x + box[1].start + 0.5) / mask.shape[1], (y + box[0].start + 0.5) / mask.shape[0])
+        blobs.append(Blob(_colour_of(picture[box], part, background), _shape_of(part), centre, float(area)))
+    return background, blobs
+
+
+@functools.cache
+def _references() -> tuple[np.ndarray, list[str]]:
+    names = [name for name in COLOURS for _ in range(2)]
+    values = [colour for name in COLOURS for colour in (PALETTE[name], second_colour(name))]
+    return np.array(values, dtype=np.float32), names
+
+
+def _colour_of(picture: np.ndarray, part: np.ndarray, background: str) -> str:
+    core = ndimage.binary_erosion(part, iterations=2)
+    pixels = picture[core if core.sum() > 20 else part]
+    values, names = _references()
+    allowed = [i for i, name in enumerate(names) if name != background]
+    nearest = np.abs(pixels[:, None] - values[None, allowed]).sum(-1).argmin(1)
+    votes = np.bincount(nearest, minlength=len(allowed))
+    totals = {name: 0 for name in names}
+    for i, index in enumerate(allowed):
+        totals[names[index]] += int(votes[i])
+    return max(totals, key=lambda name: totals[name])
+
+
+def _profile(part: np.ndarray) -> np.ndarray:
+    """Fourier magnitudes of the outline's radius over the angle, and how much of the filled area is a hole."""
+    filled = ndimage.binary_fill_holes(part)
+    y, x = ndimage.center_of_mass(filled)
+    reach = int(np.hypot(*part.shape)) + 2
+    angles = np.arange(ANGLES) * 2 * np.pi / ANGLES
+    steps = np.arange(0, reach, 0.5)
+    ys = y + np.sin(angles)[:, None] * steps
+    xs = x + np.cos(angles)[:, None] * steps
+    inside = ndimage.map_coordinates(filled.astype(np.float32), [ys, xs], order=1, mode="constant") > 0.5
+    radius = (inside * steps).max(1) + 0.5
+    spectrum = np.abs(np.fft.rfft(radius / radius.mean())) / ANGLES
+    hole = 1 - part.sum() / filled.sum()
+    return np.concatenate([spectrum[1:11] * 10, [min(1.0, 5 * hole)]])
+
+
+@functools.cache
+def _templates() -> np.ndarray:
+    rows = torch.zeros(len(SHAPES), 1, FIELDS)
+    rows[..., X] = rows[..., Y] = 0.5
+    rows[..., RADIUS], rows[..., PRESENT] = 0.3, 1.0
+    rows[:, 0, SHAPE] = torch.arange(len(SHAPES), dtype=torch.float32)
+    pictures = render(rows, torch.ones(len(SHAPES), 3), 128)
+    return np.stack([_profile(p[0].numpy() < 0) for p in pictures])
+
+
+def _shape_of(part: np.ndarray) -> str:
+    return SHAPES[int(np.abs(_templates() - _profile(part)).sum(1).argmin())]

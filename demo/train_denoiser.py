@@ -1,0 +1,219 @@
+"""Trains the embedded pipelines' denoisers (with their text encoders) by flow matching, within a wall-clock budget.
+
+Most steps are taken on small pictures of the same scenes; positions are stretched so that a place keeps its rotary
+angle at every size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, FluxPipeline, WanTransformer3DModel
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from torch import nn
+
+from dit_accel.demo.batches import Batch, SceneStream, half_precision
+from dit_accel.demo.build import Config, Phase, VideoConfig
+from dit_accel.demo.render import draw_object, render
+from dit_accel.demo.train_text import LONG_TEXT, t5_embeddings, text_encoders
+from dit_accel.demo.train_vae import clip_times, encode
+from dit_accel.demo.vocabulary import share_capitals
+
+
+class StretchedRope(nn.Module):
+    """Wan's rotary table for a grid of fewer tokens a side, at the angles of the full grid."""
+
+    def __init__(self, model: WanTransformer3DModel, frames: int, side: int, full_side: int) -> None:
+        super().__init__()
+        rope = model.rope
+        stretched = (torch.arange(side) + 0.5) * (full_side / side) - 0.5
+        axes = (torch.arange(frames).double(), stretched.double(), stretched.double())
+        cos: list[torch.Tensor] = []
+        sin: list[torch.Tensor] = []
+        for axis, (positions, dim) in enumerate(zip(axes, (rope.t_dim, rope.h_dim, rope.w_dim), strict=True)):
+            pair = get_1d_rotary_pos_embed(
+                dim, positions, 10000.0, use_real=True, repeat_interleave_real=True, freqs_dtype=torch.float64
+            )
+            shape = [1, 1, 1, dim]
+            shape[axis] = -1
+            for tables, table in zip((cos, sin), pair, strict=True):
+                tables.append(table.view(shape).expand(frames, side, side, dim))
+        self.register_buffer("cos", torch.cat(cos, -1).reshape(1, -1, 1, sum(t.shape[-1] for t in cos)).float())
+        self.register_buffer("sin", torch.cat(sin, -1).reshape(1, -1, 1, sum(t.shape[-1] for t in sin)).float())
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos, self.sin
+
+
+def stretched_ids(side: int, full_side: int, device: torch.device) -> torch.Tensor:
+    """Flux's image position ids for a grid of fewer tokens a side, at the positions of the full grid."""
+    axis = (torch.arange(side, device=device) + 0.5) * (full_side / side) - 0.5
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([torch.zeros_like(y), y, x], -1).flatten(0, 1)
+
+
+def sample_sigmas(count: int, shift: float, device: torch.device) -> torch.Tensor:
+    """Noise levels: half logit-normal, half uniform, then shifted as the scheduler shifts its own."""
+    middle = torch.sigmoid(torch.randn(count, device=device))
+    level = torch.where(torch.rand(count, device=device) < 0.5, middle, torch.rand(count, device=device))
+    return shift * level / (1 + (shift - 1) * level)
+
+
+class DenoiserTrainer:
+    """The denoiser and text encoders under training: one `step` a batch, averaged weights at the end."""
+
+    def __init__(self, pipe: DiffusionPipeline, config: Config, stream: SceneStream) -> None:
+        self.pipe, self.config, self.stream = pipe, config, stream
+        self.model, self.device = pipe.transformer, stream.device
+        self.draw: Callable[..., torch.Tensor] | None = None
+        if self.device.type == "cuda":
+            self.draw = torch.compile(draw_object, dynamic=False)
+            self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        self.own_rope = getattr(self.model, "rope", None)
+        text = [p for encoder in text_encoders(pipe) for p in encoder.parameters()]
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "peak": config.lr, "weight_decay": config.weight_decay},
+            {"params": others, "peak": config.lr, "weight_decay": 0.0},
+            {"params": text, "peak": config.text_lr, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        self.parameters = [*decayed, *others, *text]
+        self.averaged = [p.detach().clone() for p in self.parameters]
+        self.steps = 0
+
+    def enter_phase(self, phase: Phase) -> None:
+        """Settles the positions for this phase's size."""
+        full, side = self.config.token_side, self.config.token_side * phase.size // self.config.size
+        if isinstance(self.config, VideoConfig):
+            frames = (self.config.frames - 1) // 2 + 1
+            whole = side == full
+            self.model.rope = self.own_rope if whole else StretchedRope(self.model, frames, side, full).to(self.device)
+        self.image_ids = stretched_ids(side, full, self.device)
+
+    def save(self, write: Callable[[], object]) -> None:
+        """Writes the pipeline as it would be if training ended here, and goes on."""
+        rope, kept = getattr(self.model, "rope", None), [p.detach().clone() for p in self.parameters]
+        embedding = text_encoders(self.pipe)[-1].get_input_embeddings().weight
+        row = embedding.detach().clone()
+        self.leave()
+        write()
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, kept, strict=True):
+                parameter.copy_(value)
+            embedding.copy_(row)
+        if rope is not None:
+            self.model.rope = rope
+
+    def leave(self) -> None:
+        """Puts the averaged weights in, and everything else back as the pipeline had it."""
+        if self.own_rope is not None:
+            self.model.rope = self.own_rope
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.averaged, strict=True):
+                parameter.copy_(value)
+        t5 = text_encoders(self.pipe)[-1]
+        share_capitals(t5.get_input_embeddings().weight)
+
+    @torch.no_grad()
+    def latents(self, batch: Batch, size: int) -> torch.Tensor:
+        moments = clip_times(self.config, self.device)
+        pixels = render(batch.rows, batch.backgrounds, size, moments, self.draw)
+        vae = self.pipe.vae
+        with half_precision(self.device):
+            mean = encode(vae, pixels).mean.float()
+        if not isinstance(self.config, VideoConfig):
+            return FluxPipeline._pack_latents(mean, *mean.shape)
+        shape = (1, -1, 1, 1, 1)
+        center = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
+        return (mean - center) / torch.tensor(vae.config.latents_std, device=self.device).view(shape)
+
+    def loss(self, latents: torch.Tensor, batch: Batch, shift: float, long_text: bool) -> torch.Tensor:
+        count = len(latents)
+        sigma = sample_sigmas(count, shift, self.device)
+        noise = torch.randn_like(latents)
+        level = sigma.view(-1, *[1] * (latents.ndim - 1))
+        noisy = torch.lerp(latents, noise, level)
+        ids = batch.t5_ids
+        if self.config.caption_dropout:
+            empty = torch.zeros_like(ids)
+            empty[:, 0] = 1
+            ids = torch.where(torch.rand(count, 1, device=self.device) < self.config.caption_dropout, empty, ids)
+        eager = long_text and self.device.type == "cuda"
+        with half_precision(self.device):
+            text = t5_embeddings(self.pipe, ids, LONG_TEXT if long_text else ids.shape[1])
+            with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+                velocity = self._velocity(noisy, sigma, text, batch)
+        return F.mse_loss(velocity.float(), noise - latents)
+
+    def _velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if isinstance(self.config, VideoConfig):
+            return self.model(noisy, sigma * 1000, text, return_dict=False)[0]
+        pooled = self.pipe.text_encoder(batch.clip_ids).pooler_output
+        text_ids = torch.zeros(text.shape[1], 3, device=self.device)
+        return self.model(noisy, text, pooled, sigma, self.image_ids, text_ids, return_dict=False)[0]
+
+    def step(self, latents: torch.Tensor, batch: Batch, shift: float, progress: float) -> torch.Tensor:
+        """One optimizer step; `progress` 0…1 of the whole budget sets the learning rate."""
+        ramp = min(1.0, (self.steps + 1) / 200)
+        decay = 1.0 if progress < 0.3 else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.3) / 0.7))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * ramp * decay
+        long_text = progress > 0.5 and self.steps % self.config.long_text_every == 0
+        loss = self.loss(latents, batch, shift, long_text)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.steps += 1
+        keep = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - keep)
+        return loss.detach()
+
+
+def train_denoiser(
+    pipe: DiffusionPipeline,
+    config: Config,
+    stream: SceneStream,
+    phases: tuple[Phase, ...],
+    deadline: float,
+    log: Callable[..., None],
+    write: Callable[[], object],
+) -> int:
+    """Trains through the phases until `deadline`, leaves averaged weights in the pipeline, returns the steps taken.
+
+    `write` saves the pipeline; it is called after each phase.
+    """
+    pipe.vae.requires_grad_(False)
+    trainer = DenoiserTrainer(pipe, config, stream)
+    begun = time.monotonic()
+    budget, passed, average = max(1e-3, deadline - begun), 0.0, None
+    for phase in phases:
+        passed += phase.share / sum(p.share for p in phases)
+        trainer.enter_phase(phase)
+        seen, since, first = 0, time.monotonic(), True
+        while first or time.monotonic() < begun + passed * budget:
+            batch = stream.next(phase.batch)
+            latents = trainer.latents(batch, phase.size)
+            for _ in range(config.reuse):
+                progress = min(1.0, (time.monotonic() - begun) / budget)
+                loss = trainer.step(latents, batch, phase.shift, progress)
+                average = loss if average is None else torch.lerp(average, loss, 0.02)
+            if first and pipe.device.type == "cuda":
+                log(f"{phase.size} px: first step after {time.monotonic() - since:.0f} s", True)
+                seen, since = 0, time.monotonic()
+            first, seen = False, seen + phase.batch * config.reuse
+            rate = seen / max(1e-3, time.monotonic() - since)
+            log(lambda s=trainer.steps, p=phase.size, a=average, r=rate: f"denoiser {s} {p} px loss {a:.4f} {r:.0f}/s")
+        trainer.save(write)
+    trainer.leave()
+    return trainer.steps

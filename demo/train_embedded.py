@@ -1,0 +1,180 @@
+"""Trains one of the embedded pipelines from scratch, on scenes that it renders as it goes, and writes the pipeline.
+
+    python -m dit_accel.demo.train_embedded image --out demo/image --minutes 9
+    python -m dit_accel.demo.train_embedded video --out demo/video --minutes 9 --resume demo/video
+
+Everything is done when the minutes are over: text encoders, autoencoder, denoiser, writing, and, in what is left,
+drawing held-out captions through the written pipeline and checking the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+BEGUN = time.monotonic()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from dit_accel.demo.batches import SceneStream  # noqa: E402
+from dit_accel.demo.build import (  # noqa: E402
+    Config,
+    ImageConfig,
+    VideoConfig,
+    build_image_pipeline,
+    build_video_pipeline,
+    call_defaults,
+    save_pipeline,
+    smoke_config,
+)
+from dit_accel.demo.check import check_clip, check_picture  # noqa: E402
+from dit_accel.demo.render import layout_scene, render  # noqa: E402
+from dit_accel.demo.scenes import Scene, altered_captions, caption, sample_scene  # noqa: E402
+from dit_accel.demo.train_denoiser import train_denoiser  # noqa: E402
+from dit_accel.demo.train_text import train_text  # noqa: E402
+from dit_accel.demo.train_vae import clip_times, measure_psnr, train_vae  # noqa: E402
+
+LOG_EVERY = 10.0
+
+
+class Log:
+    """Prints a line every ten seconds, or at once when told to."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.last = kind, -LOG_EVERY
+
+    def __call__(self, text: str | Callable[[], str], now: bool = False) -> None:
+        passed = time.monotonic() - BEGUN
+        if now or passed - self.last >= LOG_EVERY:
+            self.last = passed
+            print(f"[{self.kind} {passed:6.1f} s] {text if isinstance(text, str) else text()}", flush=True)
+
+
+def held_out_scenes(count: int, clip: bool, seed: int = 0) -> list[Scene]:
+    """The first scenes of a fixed sequence that training never sees."""
+    rng = random.Random(seed)
+    return [sample_scene(rng, clip, held_out=True) for _ in range(count)]
+
+
+def render_scenes(scenes: list[Scene], config: Config, device: torch.device, seed: int = 0) -> torch.Tensor:
+    rng = random.Random(seed)
+    rows, backgrounds = zip(*(layout_scene(scene, rng) for scene in scenes), strict=True)
+    moments = clip_times(config, device)
+    return render(torch.tensor(rows).to(device), torch.tensor(backgrounds).to(device), config.size, moments)
+
+
+def draw_scenes(pipe: DiffusionPipeline, scenes: list[Scene], arguments: dict, batch: int, seed: int = 0) -> np.ndarray:
+    """Pictures (N, H, W, 3) or clips (N, T, H, W, 3) in 0…1, each of its own caption and seed."""
+    rng, drawn = random.Random(seed), []
+    for start in range(0, len(scenes), batch):
+        part = scenes[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        prompts = [caption(scene, rng) for scene in part]
+        drawn.append(np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments)[0]))
+    return np.concatenate(drawn)
+
+
+def evaluate(folder: Path, config: Config, count: int, device: torch.device, log: Log) -> tuple[dict, np.ndarray]:
+    """Draws `count` held-out captions through the written pipeline and checks them; the figures and the pictures."""
+    clip = bool(config.frames)
+    pipe = (WanPipeline if clip else FluxPipeline).from_pretrained(folder).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = held_out_scenes(count, clip)
+    psnr = measure_psnr(pipe, render_scenes(scenes[:16], config, device))
+    log(f"autoencoder PSNR {np.mean(psnr):.1f} dB (lowest {min(psnr):.1f})", True)
+    drawn = draw_scenes(pipe, scenes, call_defaults(config), 25 if not clip else 10)
+    check = check_clip if clip else check_picture
+    verdicts = [check(each, scene) for each, scene in zip(drawn, scenes, strict=True)]
+    wrong = [(scene.key, verdict.problems) for scene, verdict in zip(scenes, verdicts, strict=True) if not verdict.ok]
+    rng = random.Random(1)
+    altered = [
+        check(each, text) for each, s in zip(drawn, scenes, strict=True) for text in altered_captions(s, rng).values()
+    ]
+    figures = {
+        "captions": count,
+        "right": sum(verdict.ok for verdict in verdicts) / count,
+        "altered_captions_rejected": 1 - sum(verdict.ok for verdict in altered) / len(altered),
+        "psnr_mean": float(np.mean(psnr)),
+        "psnr_lowest": min(psnr),
+        "wrong": wrong,
+    }
+    return figures, drawn
+
+
+def contact_sheet(drawn: np.ndarray, path: Path, side: int = 160, columns: int = 8) -> None:
+    """The first drawings as one PNG: pictures in a grid, clips as a row of frames each."""
+    if drawn.ndim == 5:
+        moments = np.linspace(0, drawn.shape[1] - 1, columns).round().astype(int)
+        drawn = drawn[:12, moments].reshape(-1, *drawn.shape[2:])
+    drawn = drawn[: 8 * columns]
+    rows = -(-len(drawn) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side))
+    for i, each in enumerate(drawn):
+        tile = Image.fromarray((each * 255).round().astype(np.uint8)).resize((side, side))
+        sheet.paste(tile, (i % columns * side, i // columns * side))
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("image", "video"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
+    parser.add_argument("--minutes", type=float, default=9.0, help="wall-clock budget of the whole run")
+    parser.add_argument("--resume", type=Path, help="go on from this pipeline: its autoencoder stays as it is")
+    parser.add_argument("--eval", type=int, default=100, help="held-out captions to draw and check at the end")
+    parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for writing and checking")
+    parser.add_argument("--workers", type=int, default=5, help="processes that make up scenes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a run of seconds on a CPU")
+    args = parser.parse_args()
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    log = Log(args.kind)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # torch 2.11: illegal memory access in its backward at 296 tokens
+    video = args.kind == "video"
+    config = smoke_config(args.kind) if args.smoke else (VideoConfig() if video else ImageConfig())
+    stream = SceneStream(video, device, args.seed, 0 if args.smoke else args.workers)
+    stream.next(1)
+    if args.resume:
+        pipe = (WanPipeline if video else FluxPipeline).from_pretrained(args.resume)
+    else:
+        pipe = build_video_pipeline(config) if isinstance(config, VideoConfig) else build_image_pipeline(config)
+    pipe.to(device)
+    log(f"on {device}, {config}", True)
+    end = BEGUN + 60 * args.minutes - args.reserve
+    total = end - time.monotonic()
+    if not args.resume:
+        right = train_text(pipe, config, stream, time.monotonic() + config.text_share * total, log)
+        log(f"text encoders: {right:.4f} of the answers right", True)
+        train_vae(pipe, config, stream, time.monotonic() + config.vae_share * total, log)
+        log(f"autoencoder trained, {save_pipeline(pipe, args.out, config):,} bytes written", True)
+    phases = config.resume_phases if args.resume else config.phases
+    steps = train_denoiser(pipe, config, stream, phases, end, log, lambda: save_pipeline(pipe, args.out, config))
+    log(f"{steps} denoiser steps, {save_pipeline(pipe, args.out, config):,} bytes written", True)
+    del pipe
+    if args.eval:
+        figures, drawn = evaluate(args.out, config, args.eval, device, log)
+        beside = args.out.parent / f"{args.out.name}_metrics.json"
+        beside.write_text(json.dumps({"steps": steps, "minutes": args.minutes, **figures}, indent=1) + "\n")
+        contact_sheet(drawn, args.out.parent / f"{args.out.name}_sheet.png")
+        log(f"{figures['right']:.0%} of {args.eval} held-out captions drawn right", True)
+        for key, problems in figures["wrong"][:30]:
+            log(f"  {key}: {', '.join(problems)}", True)
+        print(json.dumps({k: v for k, v in figures.items() if k != "wrong"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA and GNA with one line."""
+
+from . import functional
+from .describe import describe, logit_fraction
+from .install import attention, reset_attn_processor, set_attn_processor
+from .layout import TokenLayout
+from .patch import patch_diffusers
+from .processor import (
+    PROCESSORS,
+    CLEARAttnProcessor,
+    GNAAttnProcessor,
+    LLSAAttnProcessor,
+    SLAAttnProcessor,
+)
+from .save import load_attention, save_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PROCESSORS",
+    "CLEARAttnProcessor",
+    "GNAAttnProcessor",
+    "LLSAAttnProcessor",
+    "SLAAttnProcessor",
+    "TokenLayout",
+    "attention",
+    "describe",
+    "functional",
+    "load_attention",
+    "logit_fraction",
+    "reset_attn_processor",
+    "save_attention",
+    "set_attn_processor",
+]
+
+patch_diffusers()

@@ -1,0 +1,157 @@
+"""The text form of a processor on the command line: ``gna:window=16x16,stride=8``."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from .processor import PROCESSORS, AcceleratedAttnProcessor
+
+__all__ = ["AttentionSpec", "grid_defaults", "parse_attention", "short_options"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """A mechanism by name and the options that the user gave for it."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    @property
+    def needs_grid(self) -> bool:
+        """True if an option without a default was left out: it is then chosen from the pipeline's token grid."""
+        return any(
+            field.default is MISSING and field.name not in self.options for field in fields(PROCESSORS[self.name])
+        )
+
+    def processor(self, grid: Sequence[int] | None = None) -> AcceleratedAttnProcessor:
+        """The processor, with what was left out chosen from the grid.
+
+        Raises: ValueError, TypeError: an option out of range, or one that is needed and no grid to choose it from.
+        """
+        options = dict(self.options)
+        if self.needs_grid:
+            if grid is None:
+                name = next(iter(grid_defaults(self.name, (1, 1))))
+                raise ValueError(
+                    f"{self.name} needs {name} for this pipeline, whose token grid is not known beforehand: "
+                    f"give it as {self.name}:{name}=…"
+                )
+            options = {**grid_defaults(self.name, grid), **options}
+        return PROCESSORS[self.name](**options)
+
+
+def parse_attention(text: str) -> AttentionSpec:
+    """Read ``NAME`` or ``NAME:key=value,key=value`` (tuples as ``16x16``, None as ``none``).
+
+    Raises: ValueError: an unknown name or option (with the nearest right one), or a value that does not fit.
+    """
+    name, _, rest = text.strip().partition(":")
+    name = name.strip().lower()
+    if name not in PROCESSORS:
+        raise ValueError(f"unknown attention {name!r}{_nearest(name, PROCESSORS)}")
+    hints = typing.get_type_hints(PROCESSORS[name])
+    known = {field.name: hints[field.name] for field in fields(PROCESSORS[name])}
+    options: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}")
+        if not equals or not value:
+            raise ValueError(f"{name}: option {key} has no value; write {key}=VALUE")
+        if key in options:
+            raise ValueError(f"{name}: option {key} is given twice")
+        options[key] = _read(name, key, value, known[key])
+    spec = AttentionSpec(name, options)
+    axes = max((len(value) for value in options.values() if isinstance(value, tuple)), default=2)
+    try:
+        spec.processor((4096,) * min(axes, 3))  # a stand-in grid: what was left out is chosen later, for the real one
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return spec
+
+
+def grid_defaults(name: str, grid: Sequence[int]) -> dict[str, Any]:
+    """What a bare ``clear`` or ``gna`` takes on a grid: about a tenth of the logits.
+
+    CLEAR: the radius, one per axis where the sides differ, of an ellipse or ellipsoid that covers a tenth of the grid.
+    GNA: a window of a tenth of the grid, in the grid's proportions, and a stride of a fifth of the window; on 256×256
+    these are the paper's for Flux (80 and 16).
+    """
+    share = 0.1 ** (1 / len(grid))
+    if name == "clear":
+        ball = {1: 2.0, 2: math.pi, 3: 4 / 3 * math.pi}[len(grid)]
+        radii = tuple(max(1.5, round(n * share / ball ** (1 / len(grid)), 1)) for n in grid)
+        return {"radius": radii[0] if len(set(radii)) == 1 else radii}
+    if name == "gna":
+        window = tuple(max(1, round(n * share)) for n in grid)
+        return {"window": window, "stride": tuple(max(1, n // 5) for n in window)}
+    return {}
+
+
+def short_options(processor: AcceleratedAttnProcessor) -> str:
+    """The two options that matter most, and every other that is not at its default, as the command line takes them."""
+    own = processor.options()
+    leading = list(own)[:2]
+    changed = [field.name for field in fields(processor) if getattr(processor, field.name) != field.default]
+    names = leading + [name for name in changed if name not in leading]
+    return ",".join(f"{name}={_write(getattr(processor, name))}" for name in names)
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join(_write(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    close = close or [name for name in known if word and name.startswith(word.lower())][:1]
+    return (f"; did you mean {close[0]!r}?" if close else ";") + f" There are: {', '.join(known)}"
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _read(name: str, key: str, text: str, hint: Any) -> Any:
+    members = _members(hint)
+    for member in members:
+        if typing.get_origin(member) is Sequence:
+            pieces = text.lower().split("x")
+            item = typing.get_args(member)[0]
+            values = [_scalar(piece, item) for piece in pieces]
+            if len(values) > 1 and None not in values:
+                return tuple(values)
+        elif member is type(None):
+            if text.lower() == "none":
+                return None
+        elif (value := _scalar(text, member)) is not None:
+            return value
+    raise ValueError(f"{name}: {key} takes {_wanted(members)}, got {text!r}")
+
+
+def _scalar(text: str, kind: type) -> Any:
+    """The text as this kind of value; None where it is not one."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def _wanted(members: Sequence[Any]) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+    named = [words[member] for member in members if member in words]
+    for member in members:
+        if typing.get_origin(member) is Sequence:
+            example = {bool: "truexfalse", float: "4x8.5"}.get(typing.get_args(member)[0], "16x16")
+            named.append(f"one per axis such as {example}")
+    return " or ".join(named)

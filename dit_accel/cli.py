@@ -1,0 +1,132 @@
+"""The ``dit-accel`` command. What it does is imported when it does it, so that help and bad arguments are quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dit-accel",
+    help="Sub-quadratic attention for Hugging Face diffusers pipelines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_ATTN_HELP = (
+    "Attention to compare with dense, as NAME or NAME:key=value,key=value; repeatable; default all four: sla, clear, "
+    "llsa, gna. Options are those of the processors, lengths per axis as 16x16 or 2x8x8: gna:window=16x16,stride=8. "
+    "Without options: sla the paper's 5 % critical and 10 % negligible blocks; llsa block_size 16 and topk 8; clear a "
+    "radius and gna a window that cover a tenth of the token grid (64×64: radius 11.4; window 20x20, stride 4x4)."
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"dit-accel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Sub-quadratic attention for Hugging Face diffusers pipelines."""
+
+
+@app.command()
+def compare(
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers pipeline; default the embedded image pipeline."),
+    ] = None,
+    video: Annotated[bool, typer.Option("--video", help="The embedded video pipeline instead.")] = False,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What to draw; repeatable.")] = None,
+    attn: Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_ATTN_HELP)] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of every picture.")] = 0,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
+    frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Length of a clip.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; default the best.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="float32, float16, bfloat16; default bfloat16 on CUDA, else float32."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")] = Path("compare"),
+) -> int:
+    """Draw the same prompts with dense attention and with each mechanism, side by side, and say what each cost.
+
+    Writes into the out folder: compare.png (and compare.mp4 for clips), report.json, and every picture by itself.
+    Steps, size and length that are not given are the pipeline's own.
+    """
+    from rich.console import Console
+
+    from .attn_spec import parse_attention
+    from .compare import run
+    from .files import require_writable
+    from .machine import pick_device, pick_dtype
+    from .processor import PROCESSORS
+    from .request import BadInput, Request
+    from .signals import Stopped
+
+    try:
+        if video and pipeline is not None:
+            raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
+        if any(not text.strip() for text in prompt or ()):
+            raise ValueError("a --prompt is empty")
+        specs = tuple(parse_attention(text) for text in attn or PROCESSORS)
+        where = pick_device(device)
+        precision = pick_dtype(dtype, where)
+        require_writable(out)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    request = Request(
+        pipeline, video, tuple(prompt or ()), specs, steps, seed, height, width, frames, where, precision, out,
+        tuple(sys.argv),
+    )  # fmt: skip
+    try:
+        return run(request, Console())
+    except Stopped as stop:
+        print(f"dit-accel: stopped by {stop}; what was finished is in {out}", file=sys.stderr)
+        return stop.status
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"dit-accel: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command. Exit status: 0 done, 1 failed in part, 2 bad input (one line on stderr), 130 or 143 stopped."""
+    from .signals import stoppable
+
+    try:
+        with stoppable():
+            status: Any = app(arguments, prog_name="dit-accel", standalone_mode=False)
+    except Exception as error:
+        from .request import BadInput
+
+        describe_usage = getattr(error, "format_message", None)  # typer's own errors
+        if describe_usage is not None:
+            _fail(describe_usage(), 2)
+        if isinstance(error, BadInput):
+            _fail(str(error), 2)
+        raise
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

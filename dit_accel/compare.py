@@ -1,0 +1,349 @@
+"""Draw the same prompts with dense attention and with each mechanism, time the denoiser, and put all side by side."""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .attn_spec import short_options
+from .describe import describe, logit_fraction
+from .embedded import IMAGE, OTHER_PROMPTS, VIDEO, read_defaults
+from .install import attention, denoisers
+from .layout import TokenLayout
+from .machine import about_machine, about_versions
+from .metrics import compare_frames, lpips_weights
+from .processor import AcceleratedAttnProcessor
+from .report import Picture, Report, Variant, figure
+from .request import BadInput, Request
+from .sheet import Sheet, contact_cell, save_clip, save_image, sheet_frames
+from .signals import undisturbed
+from .sizes import Size, check_size, default_size, token_grid
+from .step_timer import StepTimer
+
+__all__ = ["run"]
+
+_FPS = 16
+_TIMING = (
+    "seconds_per_step: median over the denoising steps of the seconds in the denoiser's forward (all calls of a step, "
+    "as with guidance), device synchronised before and after, behind one untimed warm-up step a variant; text encoder, "
+    "scheduler and VAE are not in it. times_dense: dense's seconds_per_step over this one's, same prompt and run. "
+    "logit_fraction: logits in the exact masks over those of dense attention, all self-attention layers, all steps. "
+    "psnr, ssim, lpips: on the 8-bit frames against dense's of the same prompt and seed, mean over frames; psnr is "
+    "null where the frames are equal."
+)
+
+
+@dataclass
+class Comparison:
+    """A loaded pipeline, what is asked of it, and what has been drawn so far."""
+
+    request: Request
+    pipe: Any
+    size: Size
+    steps: int
+    call: dict[str, Any]  # what the pipeline is called with, but for prompt, steps and seed
+    processors: list[AcceleratedAttnProcessor | None]  # as report.variants; None is dense
+    report: Report
+    drawn: dict[tuple[int, int], NDArray[np.uint8]]  # (prompt, column) -> (T, H, W, 3)
+
+
+def run(request: Request, console: Console) -> int:
+    """The whole comparison; its files are in ``request.out`` afterwards, also when it is stopped or a mechanism fails.
+
+    Returns: exit status: 0, or 1 if a mechanism failed.
+    Raises:
+        BadInput: something that the pipeline cannot do; nothing was drawn.
+        KeyboardInterrupt: stopped (SIGINT, SIGTERM); what was finished is on disk.
+    """
+    console.print(f"Loading {_source(request)} …", highlight=False, soft_wrap=True)
+    comparison = _prepare(request)
+    report = comparison.report
+    for name in ("compare.png", "compare.mp4"):
+        (request.out / name).unlink(missing_ok=True)  # of an earlier run: would not belong to the new report
+    report.save()
+    try:
+        with _progress(console) as progress:
+            _draw_all(comparison, progress)
+        report.status = "failed" if any(variant.status == "failed" for variant in report.variants) else "complete"
+    except KeyboardInterrupt:
+        report.status = "interrupted"
+        raise
+    except BaseException:
+        report.status = "failed"
+        raise
+    finally:
+        with undisturbed():
+            _finish(comparison, console)
+    return 0 if report.status == "complete" else 1
+
+
+def _source(request: Request) -> str:
+    return request.pipeline or str((VIDEO if request.video else IMAGE).folder)
+
+
+def _prepare(request: Request) -> Comparison:
+    """Load the pipeline and check everything that can be checked without drawing."""
+    pipe = _load(request)
+    name = type(pipe).__name__
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in parameters:
+        raise BadInput(f"{name} takes no prompt; compare needs a text-to-image or text-to-video pipeline")
+    try:
+        call = read_defaults(_source(request))
+        size = _size(request, pipe, call)
+        steps = request.steps or call.pop("num_inference_steps", None) or _default(parameters, "num_inference_steps")
+        processors = _processors(request, pipe, token_grid(pipe, size))
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from error
+    if not isinstance(steps, int) or steps < 1:
+        raise BadInput(f"{name} does not say how many steps it takes; give --steps")
+    call |= {"height": size.height, "width": size.width}
+    if size.frames is not None:
+        call["num_frames"] = size.frames
+    own = {str(embedded.folder): embedded.prompts for embedded in (IMAGE, VIDEO)}
+    prompts = list(request.prompts or own.get(_source(request), OTHER_PROMPTS))
+    variants = [Variant("dense", logit_fraction=1.0, short="softmax over everything"), *_variants(request, processors)]
+    report = Report(request.out / "report.json", _about(request, pipe, size, steps, call), prompts, variants)
+    return Comparison(request, pipe, size, steps, call, [None, *processors], report, {})
+
+
+def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
+    """A parameter's default; None if it has none or does not exist."""
+    default = parameters[name].default if name in parameters else None
+    return None if default is inspect.Parameter.empty else default
+
+
+def _processors(request: Request, pipe: Any, grid: tuple[int, ...] | None) -> list[AcceleratedAttnProcessor]:
+    """The processors asked for, tried on the pipeline.
+
+    Raises: ValueError, TypeError: one that does not fit the grid, or a model that takes none.
+    """
+    processors = [spec.processor(grid) for spec in request.attention]
+    for processor in processors:
+        with attention(pipe, processor):  # refuses models that are not known
+            pass
+        if grid is not None:  # refuses a window with another number of axes
+            layout = TokenLayout(grid)
+            processor.mechanism.fit(layout, **processor.layer_options(layout))
+    return processors
+
+
+def _load(request: Request) -> Any:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its hints about torchvision have nothing to do with a comparison
+    source = _source(request)
+    if not Path(source).is_dir() and (source.startswith((".", "~")) or Path(source).is_absolute()):
+        raise BadInput(f"there is no folder {source}")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=request.dtype)
+    except (OSError, ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BadInput(f"cannot load a diffusers pipeline from {source}: {first}") from error
+    pipe.to(request.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _size(request: Request, pipe: Any, call: dict[str, Any]) -> Size:
+    """The size asked for, else the folder's, else the pipeline's own; checked. Sizes are taken out of ``call``."""
+    own = default_size(pipe)
+    height, width, frames = (
+        asked or call.pop(key, None) or (getattr(own, field) if own else None)
+        for asked, key, field in (
+            (request.height, "height", "height"),
+            (request.width, "width", "width"),
+            (request.frames, "num_frames", "frames"),
+        )
+    )
+    name = type(pipe).__name__
+    if request.frames is not None and "num_frames" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"--frames is for clips, and {name} draws pictures")
+    if height is None or width is None:
+        raise ValueError(f"{name} does not say what size it draws; give --height and --width")
+    size = Size(height, width, frames)
+    check_size(pipe, size)
+    return size
+
+
+def _variants(request: Request, processors: list[AcceleratedAttnProcessor]) -> Iterator[Variant]:
+    seen: dict[str, int] = {}
+    for spec, processor in zip(request.attention, processors, strict=True):
+        seen[spec.name] = seen.get(spec.name, 0) + 1
+        label = spec.name if seen[spec.name] == 1 else f"{spec.name}-{seen[spec.name]}"
+        yield Variant(label, options=asdict(processor), short=short_options(processor))
+
+
+def _about(request: Request, pipe: Any, size: Size, steps: int, call: dict[str, Any]) -> dict[str, Any]:
+    grid = token_grid(pipe, size)
+    models = {name: type(model).__name__ for name, model in denoisers(pipe).items()}
+    return {
+        "command": list(request.command),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": about_versions(),
+        "machine": about_machine(request.device, request.dtype),
+        "pipeline": {"source": _source(request), "class": type(pipe).__name__, "denoisers": models},
+        "settings": {"steps": steps, "seed": request.seed, "call": call, "grid": list(grid) if grid else None},
+        "timing": _TIMING,
+        "lpips": "measured" if lpips_weights() else "not measured: torchvision or AlexNet's weights are not here",
+    }
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console, refresh_per_second=4,
+    )  # fmt: skip
+
+
+def _draw_all(comparison: Comparison, progress: Progress) -> None:
+    """Dense first, then each mechanism; a mechanism that fails does not stop the others."""
+    report = comparison.report
+    overall = progress.add_task("pictures", total=len(report.variants) * len(report.prompts))
+    for column, (variant, processor) in enumerate(zip(report.variants, comparison.processors, strict=True)):
+        variant.status = "running"
+        try:
+            with attention(comparison.pipe, processor) if processor is not None else nullcontext():
+                _draw_variant(comparison, column, progress, overall)
+        except Exception as error:
+            variant.status, variant.error = "failed", f"{type(error).__name__}: {error}"
+            if processor is None:  # without the baseline there is nothing to compare
+                if isinstance(error, (ValueError, TypeError)):
+                    raise BadInput(f"{type(comparison.pipe).__name__} cannot draw this: {error}") from error
+                raise
+            progress.console.print(f"[red]{variant.label} failed[/red]: {variant.error}", highlight=False)
+        else:
+            variant.status = "complete"
+        progress.update(overall, completed=(column + 1) * len(report.prompts))
+        report.save()
+
+
+def _draw_variant(comparison: Comparison, column: int, progress: Progress, overall: Any) -> None:
+    report, pipe = comparison.report, comparison.pipe
+    variant, processor = report.variants[column], comparison.processors[column]
+    step = progress.add_task(f"  {variant.label}, steps", total=comparison.steps)
+    try:
+        _call(comparison, 0, steps=1, output_type="latent")  # warm-up: plans, buffers, kernels; not timed
+        for prompt in range(len(report.prompts)):
+            progress.reset(step)
+            with StepTimer(denoisers(pipe).values(), comparison.request.device) as timer:
+                output = _call(comparison, prompt, steps=comparison.steps, output_type="np", step=(progress, step))
+            frames = _to_frames(output)
+            if processor is not None:
+                dense_steps = min(processor.dense_steps, comparison.steps)
+                rest = logit_fraction(pipe) * (comparison.steps - dense_steps)
+                variant.logit_fraction = (dense_steps + rest) / comparison.steps
+                variant.installed = describe(pipe)
+            picture = _measure(comparison, column, prompt, frames, timer.seconds_per_step(comparison.steps))
+            variant.pictures.append(picture)
+            report.save()
+            progress.advance(overall)
+            time = figure("seconds_per_step", picture.seconds_per_step)
+            progress.console.print(
+                f"{variant.label:8} {time:>6} s/step  {report.prompts[prompt]}", highlight=False, soft_wrap=True
+            )
+    finally:
+        progress.remove_task(step)
+
+
+def _call(comparison: Comparison, prompt: int, *, steps: int, output_type: str, step: Any = None) -> Any:
+    """One call of the pipeline, always from the same seed."""
+    pipe, request = comparison.pipe, comparison.request
+    extra: dict[str, Any] = {}
+    if step is not None and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+
+        def advance(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress, task = step
+            progress.advance(task)
+            return tensors
+
+        extra["callback_on_step_end"] = advance
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return pipe(
+        prompt=comparison.report.prompts[prompt], num_inference_steps=steps, generator=generator,
+        output_type=output_type, **comparison.call, **extra,
+    )  # fmt: skip
+
+
+def _to_frames(output: Any) -> NDArray[np.uint8]:
+    """(T, H, W, 3) 8-bit frames of a pipeline's output."""
+    values = np.asarray((output.images if hasattr(output, "images") else output.frames)[0], dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ArithmeticError("the picture holds NaN or infinity")
+    values = values if values.ndim == 4 else values[None]
+    return (values.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _measure(comparison: Comparison, column: int, prompt: int, frames: NDArray[np.uint8], seconds: float) -> Picture:
+    """Keep a finished picture on disk, with its figures."""
+    report = comparison.report
+    variant = report.variants[column]
+    folder = comparison.request.out / "pictures"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{prompt + 1}-{variant.label}.{'png' if len(frames) == 1 else 'mp4'}"
+    if len(frames) == 1:
+        save_image(file, contact_cell(frames))
+    else:
+        save_clip(file, iter(frames), _FPS)
+    comparison.drawn[prompt, column] = frames
+    picture = Picture(prompt, str(file.relative_to(comparison.request.out)), seconds)
+    baseline = report.variants[0].picture(prompt)
+    if column and baseline is not None:
+        picture.times_dense = baseline.seconds_per_step / seconds
+        likeness = compare_frames(frames, comparison.drawn[prompt, 0])
+        picture.psnr, picture.ssim, picture.lpips = likeness["psnr"], likeness["ssim"], likeness["lpips"]
+    return picture
+
+
+def _finish(comparison: Comparison, console: Console) -> None:
+    """Whatever was finished, as sheet, clip, report and table."""
+    report, out = comparison.report, comparison.request.out
+    for variant in report.variants:
+        if variant.status == "running":
+            variant.status = "interrupted" if report.status == "interrupted" else "failed"
+    if comparison.drawn:
+        _save_sheets(comparison)
+    report.save()
+    console.print(report.table())
+    for name, file in {**report.files, "report": report.path.name}.items():
+        console.print(f"{name:8} {out / file}", highlight=False, soft_wrap=True)
+
+
+def _save_sheets(comparison: Comparison) -> None:
+    report, out = comparison.report, comparison.request.out
+    machine = report.about["machine"]
+    subtitle = (
+        f"{comparison.size} · {comparison.steps} steps · seed {comparison.request.seed} · {machine['dtype']} on "
+        f"{machine['device_name']}" + (f", {machine['threads']} threads" if machine["device"] == "cpu" else "")
+    )
+    some = next(iter(comparison.drawn.values()))
+    cells = {place: contact_cell(frames) for place, frames in comparison.drawn.items()}
+    sheet = Sheet(report, cells[next(iter(cells))].height / cells[next(iter(cells))].width, subtitle)
+    for (prompt, column), cell in cells.items():
+        sheet.paste(prompt, column, cell)
+    save_image(out / "compare.png", sheet.image)
+    report.files["picture"] = "compare.png"
+    if len(some) > 1:
+        moving = Sheet(report, some.shape[1] / some.shape[2], subtitle)
+
+        def frame_of(prompt: int, column: int, time: int) -> NDArray[np.uint8] | None:
+            frames = comparison.drawn.get((prompt, column))
+            return None if frames is None else frames[time]
+
+        save_clip(out / "compare.mp4", sheet_frames(moving, len(some), frame_of), _FPS)
+        report.files["clip"] = "compare.mp4"

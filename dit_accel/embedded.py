@@ -1,0 +1,61 @@
+"""The two small pipelines that come with the package, and how a pipeline folder says what it is best called with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["IMAGE", "OTHER_PROMPTS", "VIDEO", "Embedded", "read_defaults"]
+
+_DEMO = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A pipeline inside the package: what ``from_pretrained`` takes, and captions of scenes it was never trained on."""
+
+    folder: Path
+    prompts: tuple[str, ...]
+
+
+IMAGE = Embedded(
+    folder=_DEMO / "image",
+    prompts=(
+        "a large orange striped star at the top left on a blue background",
+        "a red ring at the left and a green triangle at the right on a black background",
+        "three blue rings in a column on a black background",
+    ),
+)
+
+VIDEO = Embedded(
+    folder=_DEMO / "video",
+    prompts=(
+        "a cyan star moving right on a purple background",
+        "a white square moving left on a red background",
+    ),
+)
+
+# for any other pipeline, when no prompt is given
+OTHER_PROMPTS = (
+    "a lighthouse on a rocky coast at dusk, waves breaking, photograph",
+    "a red bicycle leaning against a yellow wall covered in ivy",
+)
+
+
+def read_defaults(source: str) -> dict[str, Any]:
+    """Arguments to call a pipeline with, from ``defaults.json`` in its folder; none if there is no such file.
+
+    Raises: ValueError: the file is not a JSON object.
+    """
+    file = Path(source) / "defaults.json"
+    if not file.is_file():
+        return {}
+    try:
+        defaults = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(defaults, dict):
+        raise ValueError(f"{file} must hold a JSON object of arguments, got {type(defaults).__name__}")
+    return defaults

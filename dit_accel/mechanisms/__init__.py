@@ -1,0 +1,1 @@
+"""The attention mechanisms, one paper a file."""

@@ -1,0 +1,166 @@
+"""What the mechanisms have in common: checks at the public edge, and the dense parts around a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse import Tiles, every_key
+from dit_accel.layout import TokenLayout
+
+__all__ = [
+    "as_tuple",
+    "check_learned",
+    "check_number",
+    "check_positive_int",
+    "check_tensors",
+    "flat_layout",
+    "global_index",
+    "global_rows",
+    "global_tiles",
+    "hidden_bias",
+    "hide",
+    "per_axis",
+    "softmax_rows",
+    "text_logits",
+]
+
+T = TypeVar("T")
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+    """Raises: TypeError, ValueError: tensors not (B, H, S, D) of one shape, dtype and device, or a bad mask."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape (B, H, S, D), got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape (B, H, S, D), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}: convert it first")
+    for name, x in (("key", key), ("value", value)):
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} but query on {query.device}: move them to one device")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} is {x.dtype} but query {query.dtype}: convert them to one dtype")
+        if x.shape[-1] != query.shape[-1]:
+            raise ValueError(f"{name} has head dim {x.shape[-1]} but query {query.shape[-1]}: they must be equal")
+        if x.shape != query.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} but query {tuple(query.shape)}: all three must have "
+                "one shape (repeat the heads of grouped keys first)"
+            )
+    if key_padding_mask is None:
+        return
+    expected = (query.shape[0], query.shape[2])
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+        kind = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
+        raise TypeError(f"key_padding_mask must be a bool tensor, True = real token, got {kind}")
+    if tuple(key_padding_mask.shape) != expected:
+        raise ValueError(f"key_padding_mask must have shape (B, S) = {expected}, got {tuple(key_padding_mask.shape)}")
+    if key_padding_mask.device != query.device:
+        raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but query on {query.device}: move it there")
+
+
+def check_learned(name: str, x: Tensor | None, shape: tuple[int, ...], query: Tensor) -> None:
+    """Raises: TypeError, ValueError: a learned tensor of another shape or device."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor of shape {shape} or None, got {type(x).__name__}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if x.device != query.device:
+        raise ValueError(f"{name} is on {x.device} but query on {query.device}: move it there")
+
+
+def check_positive_int(name: str, value: object, least: int = 1) -> None:
+    """Raises: TypeError, ValueError: not an int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: object) -> float:
+    """Raises: TypeError, ValueError: not a number, or NaN."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got NaN")
+    return float(value)
+
+
+def per_axis(name: str, value: T | Sequence[T], layout: TokenLayout) -> tuple[T, ...]:
+    """One value an axis; a single value stands for all axes.
+
+    Raises: ValueError: another number of values than axes.
+    """
+    values: tuple[T, ...] = tuple(value) if isinstance(value, (list, tuple)) else (value,)  # type: ignore[assignment]
+    axes = len(layout.grid)
+    if len(values) == 1:
+        values = values * axes
+    if len(values) != axes:
+        raise ValueError(
+            f"{name} {values} has {len(values)} values but grid {layout.grid} has {axes} axes: "
+            "give one value, or one per axis"
+        )
+    return values
+
+
+def as_tuple(value: T | Sequence[T]) -> tuple[T, ...]:
+    """A single value as a tuple of one."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)  # type: ignore[return-value]
+
+
+def flat_layout(layout: TokenLayout | None, query: Tensor) -> TokenLayout:
+    """None stands for the sequence as it is, 1-D."""
+    return TokenLayout((query.shape[2],)) if layout is None else layout
+
+
+def global_rows(layout: TokenLayout) -> tuple[tuple[int, int], ...]:
+    """Ranges of the tokens that are not on the grid."""
+    spans = ((0, layout.before), (layout.grid_slice.stop, layout.seq_len))
+    return tuple(span for span in spans if span[0] < span[1])
+
+
+def global_index(layout: TokenLayout, device: torch.device) -> Tensor:
+    """The tokens that are not on the grid."""
+    ranges = [torch.arange(*span, device=device) for span in global_rows(layout)]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def global_tiles(layout: TokenLayout, device: torch.device) -> tuple[Tiles, ...]:
+    """Tokens that are not on the grid see every token."""
+    index = global_index(layout, device)
+    return (every_key(index, layout.seq_len),) if len(index) else ()
+
+
+def hide(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """Zero the padding of (B, H, S, D): what lies there (NaN, maybe) would leak through a product with zero."""
+    return x if key_padding_mask is None else torch.where(key_padding_mask[:, None, :, None], x, 0)
+
+
+def hidden_bias(key_padding_mask: Tensor | None) -> Tensor | None:
+    """(B, S) float32 to add to the logits: -inf on padding."""
+    if key_padding_mask is None:
+        return None
+    return torch.zeros(key_padding_mask.shape, device=key_padding_mask.device).masked_fill(
+        ~key_padding_mask, -torch.inf
+    )
+
+
+def softmax_rows(logits: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the visible keys; a row that sees none is 0. For the references."""
+    logits = logits.masked_fill(~visible, -torch.inf)
+    seen = visible.any(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(~seen, 0), -1).masked_fill(~seen, 0)
+
+
+def text_logits(layout: TokenLayout) -> float:
+    """Logits in the rows and columns of the tokens that are not on the grid."""
+    text = layout.before + layout.after
+    return float(text * text + 2 * text * layout.grid_len)

@@ -1,0 +1,88 @@
+"""The tree of pooled tokens over a grid: patches, patches of patches, and so on, as index tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ._boxes import box_grid, box_table, factorisations
+
+__all__ = ["Level", "default_levels", "level_grids", "make_tree", "patch_shapes"]
+
+
+def _patch_shape(grid: Sequence[int], size: Sequence[int], block: int) -> tuple[int, ...]:
+    """Sides of a patch of ``block`` cells on a grid of cells that are ``size`` tokens large: as full as the grid
+    allows, then as compact as can be, then longer along the faster axes."""
+
+    def rank(sides: tuple[int, ...]) -> tuple[float, float, tuple[int, ...]]:
+        cells = math.prod(min(side, n) for side, n in zip(sides, grid, strict=True))
+        extents = [side * s for side, s, n in zip(sides, size, grid, strict=True) if n > 1] or [1]
+        return -cells, max(extents) / min(extents), sides
+
+    return min(factorisations(block, len(grid)), key=rank)
+
+
+def patch_shapes(grid: Sequence[int], block: int, levels: int) -> tuple[tuple[int, ...], ...]:
+    """The patch of each level, in cells of the level below."""
+    shapes: list[tuple[int, ...]] = []
+    size = (1,) * len(grid)
+    for _ in range(levels):
+        shape = _patch_shape(grid, size, block)
+        shapes.append(shape)
+        grid = box_grid(grid, shape)
+        size = tuple(a * b for a, b in zip(size, shape, strict=True))
+    return tuple(shapes)
+
+
+def level_grids(grid: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The grid of tokens at each level, level 0 first."""
+    grids = [tuple(grid)]
+    for shape in shapes:
+        grids.append(box_grid(grids[-1], shape))
+    return grids
+
+
+def default_levels(grid: Sequence[int], block: int, topk: int) -> int:
+    """The least L >= 1 with at most 64·topk tokens at level L."""
+    levels = 1
+    while math.prod(level_grids(grid, patch_shapes(grid, block, levels))[-1]) > 64 * topk:
+        levels += 1
+    return levels
+
+
+@dataclass(frozen=True)
+class Level:
+    """Level l of the tree: its n tokens and what they cover.
+
+    children: (n, block) tokens of level l - 1 (level 0: places on the grid), -1 where there is none.
+    place: (n_below,) where each token of level l - 1 stands in ``children``, flattened.
+    """
+
+    children: Tensor
+    place: Tensor
+
+    @property
+    def full(self) -> bool:
+        """No block is short."""
+        return self.children.numel() == self.place.numel()
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def make_tree(grid: tuple[int, ...], block: int, levels: int, device: torch.device) -> tuple[Level, ...]:
+    """Levels 1 … L."""
+    shapes = patch_shapes(grid, block, levels)
+    found = []
+    for below, shape in zip(level_grids(grid, shapes), shapes, strict=False):
+        children = box_table(below, shape, device)
+        flat = children.flatten()
+        filled = (flat >= 0).nonzero()[:, 0]
+        place = torch.empty_like(filled)
+        place[flat[filled]] = filled
+        found.append(Level(children, place))
+    return tuple(found)

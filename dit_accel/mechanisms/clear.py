@@ -1,0 +1,337 @@
+"""CLEAR: circular local windows, with pooled tokens for what lies beyond (arXiv 2412.16112)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse import tile_attention
+from dit_accel.kernels.window import BallAxis, window_tiles
+from dit_accel.layout import TokenLayout
+
+from ._common import (
+    as_tuple,
+    check_learned,
+    check_number,
+    check_positive_int,
+    check_tensors,
+    global_rows,
+    global_tiles,
+    hidden_bias,
+    hide,
+    per_axis,
+    softmax_rows,
+    text_logits,
+)
+from ._operator import define_operator
+
+__all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
+
+Radius = float | Sequence[float]
+UNBOUNDED = 2.0**32  # an axis with a larger radius is seen whole: no squares overflow
+
+
+def clear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    *,
+    radius: Radius,
+    down_factor: int = 1,
+    pool_weight: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention within a circle (ball, ellipsoid) of grid tokens. [CLEAR, arXiv 2412.16112]
+
+    A key is seen iff Σ (Δ_a / radius_a)² < 1 over the axes a, or if either token is off the grid. With
+    ``down_factor`` f > 1 grid queries also see keys and values pooled over f×f patches, in the same softmax.
+
+    Args:
+        query, key, value: (B, H, S, D), any floating dtype, any strides.
+        layout: where the grid lies in the sequence.
+        radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf sees the whole axis.
+        down_factor: side f of the patches on the last two axes; 1 = no pooled tokens.
+        pool_weight: (f, f) learned weights of a patch; None = 1 / f².
+        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
+        scale: factor on the logits; default D**-0.5.
+    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Raises: ValueError: radius <= 0 or NaN, wrong number of axes, pooling on a 1-D grid, a layout that does not match,
+        tensors that do not match each other.
+    """
+    return _attend(
+        query,
+        key,
+        value,
+        layout,
+        key_padding_mask=key_padding_mask,
+        scale=scale,
+        radius=radius,
+        down_factor=down_factor,
+        pool_weight=pool_weight,
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    *,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    fit: bool = False,
+    pool_weight: Tensor | None = None,
+    radius: Radius,
+    down_factor: int = 1,
+    train_tokens: int | None = None,
+) -> Tensor:
+    """:func:`clear_attention`; with ``fit`` for a layout that the options were not chosen for.
+
+    ``train_tokens`` sets the high-resolution scale in place of ``scale``.
+    """
+    if not torch.compiler.is_compiling():
+        check_tensors(query, key, value, key_padding_mask)
+        check_options(radius=radius, down_factor=down_factor, train_tokens=train_tokens)
+        check_learned("pool_weight", pool_weight, (down_factor, down_factor), query)
+    return torch.ops.dit_accel.clear_attention(
+        query,
+        key,
+        value,
+        key_padding_mask,
+        pool_weight,
+        list(layout.grid),
+        layout.before,
+        layout.after,
+        [float(r) for r in as_tuple(radius)],
+        down_factor,
+        train_tokens,
+        scale,
+        fit,
+    )
+
+
+def check_options(*, radius: Radius, down_factor: int = 1, train_tokens: int | None = None) -> None:
+    """Raises: TypeError, ValueError: an option that no layout allows."""
+    radii = as_tuple(radius)
+    if not 1 <= len(radii) <= 3:
+        raise ValueError(f"radius must be a number or one per axis, got {radius!r}")
+    for r in radii:
+        if not check_number("radius", r) > 0:
+            raise ValueError(f"radius must be greater than 0, got {r}")
+    check_positive_int("down_factor", down_factor)
+    if train_tokens is not None:
+        check_positive_int("train_tokens", train_tokens, least=2)
+
+
+def fit(
+    layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
+) -> dict[str, Any]:
+    """The options, with one radius per axis, for this layout. Nothing shrinks: a circle may be larger than the grid,
+    and a patch over the edge is what is left of it. A grid without a patch to pool (1-D) is not pooled.
+
+    Raises: ValueError: another number of radii than axes.
+    """
+    high_resolution = {} if train_tokens is None else {"train_tokens": train_tokens}
+    return {
+        "radius": per_axis("radius", radius, layout),
+        "down_factor": down_factor if len(layout.grid) > 1 else 1,
+        **high_resolution,
+    }
+
+
+def count_logits(
+    layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
+) -> float:
+    """Logits of one batch element and head, text and pooled tokens included; dense would be ``seq_len ** 2``."""
+    axes, limit = _axes(layout, radius)
+    cost = torch.zeros(1, dtype=torch.float64, device="cpu")
+    pairs = torch.ones(1, dtype=torch.float64, device="cpu")
+    for axis in axes:
+        distance = torch.arange(min(axis.reach, axis.length - 1) + 1, dtype=torch.float64, device="cpu")
+        both_ways = (axis.length - distance) * torch.where(distance > 0, 2.0, 1.0)
+        cost = (cost[:, None] + axis.weight * distance.square()).flatten()
+        pairs = (pairs[:, None] * both_ways).flatten()
+    near = float(pairs[cost < limit].sum())
+    return near + text_logits(layout) + float(layout.grid_len * _n_pooled(layout, down_factor))
+
+
+def _axes(layout: TokenLayout, radius: Radius) -> tuple[tuple[BallAxis, ...], float]:
+    """Costs along the axes, and the limit under which their sum is seen: exact for whole distances.
+
+    Raises: ValueError: another number of radii than axes.
+    """
+    radii = [float(r) for r in per_axis("radius", radius, layout)]
+    bounded = [r for r in radii if r < UNBOUNDED]
+    if len(set(radii)) == 1:  # Σ Δ² < r²
+        weights = [1.0 if bounded else 0.0] * len(radii)
+        limit = radii[0] ** 2 if bounded else 1.0
+    else:  # Σ (Δ_a / r_a)² < 1, times every r²
+        limit = math.prod(r * r for r in bounded)
+        weights = [limit / (r * r) if r < UNBOUNDED else 0.0 for r in radii]
+    reaches = [n - 1 if r >= n else math.ceil(r) for n, r in zip(layout.grid, radii, strict=True)]
+    return tuple(BallAxis(*x) for x in zip(layout.grid, reaches, weights, strict=True)), limit
+
+
+def _n_pooled(layout: TokenLayout, down_factor: int) -> int:
+    """Number of pooled tokens. Raises: ValueError: pooling on a 1-D grid."""
+    if down_factor == 1:
+        return 0
+    if len(layout.grid) == 1:
+        raise ValueError(
+            f"down_factor {down_factor} pools patches of two axes but grid {layout.grid} has one: use 1 there"
+        )
+    *frames, height, width = layout.grid
+    return math.prod(frames) * -(-height // down_factor) * -(-width // down_factor)
+
+
+def _compute(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    pool_weight: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    radius: Radius,
+    down_factor: int,
+    train_tokens: int | None = None,
+) -> Tensor:
+    axes, limit = _axes(layout, radius)
+    n_pooled = _n_pooled(layout, down_factor)
+    if train_tokens is not None:
+        scale = _resolution_scale(layout, train_tokens, n_pooled > 0, query.shape[-1])
+    others = global_rows(layout) + (((layout.seq_len, layout.seq_len + n_pooled),) if n_pooled else ())
+    plan = window_tiles(axes, limit, layout.before, others, query.device) + global_tiles(layout, query.device)
+    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
+    bias = hidden_bias(key_padding_mask)
+    if n_pooled:
+        weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
+        key, value = (torch.cat([x, _pool(x, weights, layout)], 2) for x in (key, value))
+        if bias is not None:
+            bias = torch.cat([bias, hidden_bias(seen)], 1)  # type: ignore[list-item]
+    return tile_attention(query, key, value, plan, scale=scale, key_bias=bias, hides=bias is not None)
+
+
+def _resolution_scale(layout: TokenLayout, train_tokens: int, pooled: bool, dim: int) -> float:
+    """sqrt(log(S, S_train) / D); ten times S where pooled tokens are seen too."""
+    return math.sqrt(math.log(layout.seq_len * (10 if pooled else 1), train_tokens) / dim)
+
+
+def _patches(x: Tensor, layout: TokenLayout, f: int) -> Tensor:
+    """(..., N) on the grid → (..., frames * patches, f * f), zero (False) off the grid."""
+    height, width = layout.grid[-2:]
+    x = x.unflatten(-1, (-1, height, width))
+    x = torch.nn.functional.pad(x, (0, -width % f, 0, -height % f))
+    x = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f))  # (..., frames, h, f, w, f)
+    return x.transpose(-3, -2).flatten(-2).flatten(-4, -2)
+
+
+def _patch_weights(
+    layout: TokenLayout, f: int, pool_weight: Tensor | None, key_padding_mask: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B or 1, P, f²) weights, 0 off the grid and on padding and the rest scaled to the same sum, and which of the P
+    patches hold a real token (B or 1, P)."""
+    acc = torch.promote_types(like.dtype, torch.float32)
+    if pool_weight is None:
+        pool_weight = torch.full((f, f), 1 / f**2, dtype=acc, device=like.device)
+    weight = pool_weight.to(acc).flatten()
+    if key_padding_mask is None:
+        real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=like.device)
+    else:
+        real = key_padding_mask[:, layout.grid_slice]
+    real = _patches(real, layout, f)
+    kept = weight * real
+    left = kept.sum(-1, keepdim=True)
+    scaled = kept * (weight.sum() / torch.where(left == 0, 1, left))
+    # A whole patch keeps its weights as they are, whatever their sum.
+    return torch.where(real.all(-1, keepdim=True), kept, scaled), real.any(-1)
+
+
+def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
+    """(B, H, S, D) → (B, H, P, D): weighted sums over patches."""
+    f = math.isqrt(weights.shape[-1])
+    patches = _patches(x[:, :, layout.grid_slice].transpose(-1, -2), layout, f)  # (B, H, D, P, f²)
+    return (patches.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
+
+
+define_operator(
+    "clear_attention",
+    _compute,
+    fit,
+    learned=("pool_weight",),
+    options="float[] radius, int down_factor, int? train_tokens",
+)
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    *,
+    radius: Radius,
+    down_factor: int = 1,
+    pool_weight: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`clear_attention` through the full weights: slow, and the specification."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    acc = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    places = [layout.coordinates(token) for token in range(layout.seq_len)]
+    radii = [float(r) for r in per_axis("radius", radius, layout)]
+    visible = torch.tensor([[_sees(a, b, radii) for b in places] for a in places], device=query.device)
+    visible = visible.expand(len(q), 1, -1, -1)
+    real = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)
+    real = real if key_padding_mask is None else key_padding_mask
+    visible = visible & real[:, None, None, :]
+    if down_factor > 1:
+        pool, seen = _pool_matrix(layout, down_factor, pool_weight, real, acc)
+        k, v = (torch.cat([x, pool[:, None] @ x], 2) for x in (k, v))
+        on_grid = torch.tensor([place is not None for place in places], device=q.device)
+        visible = torch.cat([visible, on_grid[:, None] & seen[:, None, None, :]], -1)
+    return (softmax_rows(q @ k.mT * scale, visible) @ v).to(query.dtype)
+
+
+def _sees(a: tuple[int, ...] | None, b: tuple[int, ...] | None, radii: list[float]) -> bool:
+    if a is None or b is None:
+        return True
+    if len(set(radii)) == 1:
+        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) < radii[0] ** 2
+    limit = math.prod(r * r for r in radii if r < math.inf)
+    costs = [(x - y) ** 2 * limit / (r * r) for x, y, r in zip(a, b, radii, strict=True)]
+    return sum(costs) < limit
+
+
+def _pool_matrix(
+    layout: TokenLayout, f: int, pool_weight: Tensor | None, real: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(B, P, S) weights of the tokens in the pooled ones, and (B, P) whether a pooled one holds a real token."""
+    if pool_weight is None:
+        pool_weight = torch.full((f, f), 1 / f**2, dtype=dtype, device=real.device)
+    patches: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
+    for token in range(layout.before, layout.before + layout.grid_len):
+        *frame, y, x = layout.coordinates(token)  # type: ignore[misc]
+        patches.setdefault((*frame, y // f, x // f), []).append((token, y % f, x % f))
+    rows, seen = [], []
+    for b in range(len(real)):
+        for members in patches.values():
+            inside = [m for m in members if real[b, m[0]]]
+            row = torch.zeros(layout.seq_len, dtype=dtype, device=real.device)
+            if inside:
+                tokens, ys, xs = (list(i) for i in zip(*inside, strict=True))
+                w = pool_weight.to(dtype)[ys, xs]
+                factor = 1 if len(inside) == f * f else pool_weight.to(dtype).sum() / w.sum()
+                row = row.index_add(0, torch.tensor(tokens, device=real.device), w * factor)
+            rows.append(row)
+            seen.append(bool(inside))
+    shape = (len(real), len(patches))
+    return torch.stack(rows).unflatten(0, shape), torch.tensor(seen, device=real.device).view(shape)

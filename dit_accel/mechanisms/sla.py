@@ -1,0 +1,442 @@
+"""SLA: sparse attention over the critical blocks, linear attention over the marginal ones (arXiv 2509.24006)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.kernels.block_linear import FEATURE_MAPS, block_linear_sums, feature, gather_blocks
+from dit_accel.kernels.block_sparse import Rows, Tiles, tile_attention
+from dit_accel.layout import TokenLayout
+
+from ._boxes import box_shape, box_table
+from ._common import (
+    check_learned,
+    check_number,
+    check_positive_int,
+    check_tensors,
+    flat_layout,
+    global_index,
+    global_tiles,
+    hidden_bias,
+    hide,
+    softmax_rows,
+    text_logits,
+)
+from ._operator import define_operator
+
+__all__ = ["check_options", "count_logits", "fit", "reference", "sla_attention"]
+
+LINEAR_OVER = ("marginal", "all")
+EPSILON = 1e-5
+
+
+def sla_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout | None = None,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_q: int = 64,
+    block_kv: int = 64,
+    feature_map: str = "softmax",
+    linear_over: str = "marginal",
+    smooth_key: bool = False,
+    tile_order: bool = False,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Sparse-linear attention. [SLA, arXiv 2509.24006]
+
+    softmax(q kᵀ scale) v over the critical key blocks of each query block, plus
+    ``Linear(φ(q) Σ φ(k)ᵀ v / (φ(q) Σ φ(k) + 1e-5))`` over its marginal blocks.
+
+    Args:
+        query, key, value: (B, H, S, D), any floating dtype, any strides.
+        layout: where the grid lies in the sequence; None = the whole sequence is the grid, 1-D.
+        critical: share of key blocks in the softmax, at least one block; in (0, 1].
+        negligible: share of key blocks that are left out; critical + negligible <= 1.
+        block_q, block_kv: tokens in a block of queries and of keys.
+        feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu".
+        linear_over: "marginal" (the paper), or "all" key blocks (the authors' later release).
+        smooth_key: subtract the mean key before pooling.
+        tile_order: blocks are compact tiles of the grid in place of runs of raster order.
+        weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
+        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
+        scale: factor on the logits; default D**-0.5.
+    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Raises: ValueError: shares out of range, an unknown feature_map or linear_over, a layout that does not match,
+        tensors that do not match each other.
+    """
+    return _attend(
+        query,
+        key,
+        value,
+        layout,
+        key_padding_mask=key_padding_mask,
+        scale=scale,
+        weight=weight,
+        bias=bias,
+        critical=critical,
+        negligible=negligible,
+        block_q=block_q,
+        block_kv=block_kv,
+        feature_map=feature_map,
+        linear_over=linear_over,
+        smooth_key=smooth_key,
+        tile_order=tile_order,
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout | None = None,
+    *,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    fit: bool = False,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_q: int = 64,
+    block_kv: int = 64,
+    feature_map: str = "softmax",
+    linear_over: str = "marginal",
+    smooth_key: bool = False,
+    tile_order: bool = False,
+) -> Tensor:
+    """:func:`sla_attention`; ``fit`` changes nothing, for these options suit any layout."""
+    if not torch.compiler.is_compiling():
+        check_tensors(query, key, value, key_padding_mask)
+        check_options(
+            critical=critical,
+            negligible=negligible,
+            block_q=block_q,
+            block_kv=block_kv,
+            feature_map=feature_map,
+            linear_over=linear_over,
+            smooth_key=smooth_key,
+            tile_order=tile_order,
+        )
+        check_learned("weight", weight, (query.shape[-1], query.shape[-1]), query)
+        check_learned("bias", bias, (query.shape[-1],), query)
+    layout = flat_layout(layout, query)
+    return torch.ops.dit_accel.sla_attention(
+        query,
+        key,
+        value,
+        key_padding_mask,
+        weight,
+        bias,
+        list(layout.grid),
+        layout.before,
+        layout.after,
+        float(critical),
+        float(negligible),
+        block_q,
+        block_kv,
+        feature_map,
+        linear_over,
+        smooth_key,
+        tile_order,
+        scale,
+        fit,
+    )
+
+
+def check_options(
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_q: int = 64,
+    block_kv: int = 64,
+    feature_map: str = "softmax",
+    linear_over: str = "marginal",
+    smooth_key: bool = False,
+    tile_order: bool = False,
+) -> None:
+    """Raises: TypeError, ValueError: an option that no layout allows."""
+    if not 0 < check_number("critical", critical) <= 1:
+        raise ValueError(f"critical must be in (0, 1], got {critical}")
+    if check_number("negligible", negligible) < 0:
+        raise ValueError(f"negligible must not be negative, got {negligible}")
+    if critical + negligible > 1:
+        raise ValueError(f"critical + negligible must be at most 1, got {critical} + {negligible}: lower one of them")
+    check_positive_int("block_q", block_q, least=2)
+    check_positive_int("block_kv", block_kv, least=2)
+    for name, value, known in (("feature_map", feature_map, FEATURE_MAPS), ("linear_over", linear_over, LINEAR_OVER)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    for name, flag in (("smooth_key", smooth_key), ("tile_order", tile_order)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def fit(layout: TokenLayout, **options: Any) -> dict[str, Any]:
+    """The options as they are: a short block at the end is allowed, and one block is always critical."""
+    return options
+
+
+def count_logits(
+    layout: TokenLayout,
+    *,
+    critical: float = 0.05,
+    block_q: int = 64,
+    block_kv: int = 64,
+    tile_order: bool = False,
+    **options: Any,
+) -> float:
+    """Softmax logits of one batch element and head, text included, the linear part not; dense would be
+    ``seq_len ** 2``. Which blocks are critical depends on the data: a short block counts as an average one."""
+    n_blocks = len(_block_table(layout, block_kv, tile_order, torch.device("cpu")))
+    share = _n_critical(critical, n_blocks) / n_blocks
+    return share * layout.grid_len**2 + text_logits(layout)
+
+
+def _n_critical(critical: float, n_blocks: int) -> int:
+    return max(1, int(critical * n_blocks))
+
+
+def _block_table(layout: TokenLayout, block: int, tile_order: bool, device: torch.device) -> Tensor:
+    """(M, block) grid tokens of each block; -1 where a block is short."""
+    if tile_order:
+        return box_table(layout.grid, box_shape(block, layout.grid), device)
+    return box_table((layout.grid_len,), (block,), device)
+
+
+def _compute(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    critical: float,
+    negligible: float,
+    block_q: int,
+    block_kv: int,
+    feature_map: str,
+    linear_over: str,
+    smooth_key: bool,
+    tile_order: bool,
+) -> Tensor:
+    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
+    q_table, k_table = (_block_table(layout, size, tile_order, query.device) for size in (block_q, block_kv))
+    real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
+    if key_padding_mask is not None:
+        real = key_padding_mask[:, layout.grid_slice]
+    with torch.no_grad():
+        chosen, kept, marginal = _select(
+            query.detach(), key.detach(), layout, q_table, k_table, real, critical, negligible, smooth_key
+        )
+    plan = (_critical_tiles(layout, q_table, k_table, chosen, kept), *global_tiles(layout, query.device))
+    hidden = hidden_bias(key_padding_mask)
+    out = tile_attention(query, key, value, plan, scale=scale, key_bias=hidden, hides=hidden is not None, per_head=True)
+    if weight is None and bias is None:
+        return out
+    blocks = None if linear_over == "all" else marginal
+    linear = _linear_part(query, key, value, layout, q_table, k_table, real, blocks, feature_map, weight, bias)
+    if key_padding_mask is not None:
+        linear = torch.where(key_padding_mask.any(-1)[:, None, None, None], linear, 0)
+    linear = F.pad(linear, (0, 0, layout.before, layout.after))
+    return (out.to(linear.dtype) + linear).to(query.dtype)
+
+
+def _pool(x: Tensor, table: Tensor, real: Tensor) -> Tensor:
+    """Means of (B, H, N, D) over the real tokens of each block, (B, H, M, D), at least float32."""
+    inside = (table >= 0) & real[:, table]  # (1|B, M, block)
+    blocks = gather_blocks(x, table)
+    total = torch.where(inside[:, None, :, :, None], blocks, 0).to(_acc(x)).sum(3)
+    return total / inside.sum(-1).clamp(min=1)[:, None, :, None]
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    layout: TokenLayout,
+    q_table: Tensor,
+    k_table: Tensor,
+    real: Tensor,
+    critical: float,
+    negligible: float,
+    smooth_key: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The critical blocks (B*H, Mq, n), which of these n count (1|B, n), the 0/1 map of marginal ones (B*H, Mq, Mk)."""
+    batch, heads = query.shape[:2]
+    grid_key = key[:, :, layout.grid_slice]
+    pooled_key = _pool(grid_key, k_table, real)
+    if smooth_key:
+        count = real.sum(-1).clamp(min=1)[:, None, None, None]
+        pooled_key -= torch.where(real[:, None, :, None], grid_key, 0).to(pooled_key.dtype).sum(2, keepdim=True) / count
+    scores = _pool(query[:, :, layout.grid_slice], q_table, real) @ pooled_key.mT  # (B, H, Mq, Mk)
+    filled = ((k_table >= 0) & real[:, k_table]).any(-1)  # (1|B, Mk)
+    n_blocks, most = filled.sum(-1).double(), len(k_table)
+    n_critical = (critical * n_blocks).long().clamp(min=1)
+    n_negligible = (negligible * n_blocks).long()
+    filled = filled[:, None, None]
+    chosen = scores.masked_fill(~filled, -torch.inf).topk(_n_critical(critical, most), sorted=True).indices
+    lowest = scores.masked_fill(~filled, torch.inf).topk(int(negligible * most), largest=False, sorted=True).indices
+    kept = torch.arange(chosen.shape[-1], device=key.device) < n_critical[:, None]
+    dropped = torch.arange(lowest.shape[-1], device=key.device) < n_negligible[:, None]
+    marginal = filled.expand(batch, heads, *scores.shape[2:]).to(scores.dtype).clone()
+    for index, counts in ((chosen, kept), (lowest, dropped)):
+        taken = torch.zeros_like(marginal).scatter_(
+            -1, index, counts[:, None, None].expand(index.shape).to(marginal.dtype)
+        )
+        marginal *= 1 - taken
+    return chosen.flatten(0, 1), kept, marginal.flatten(0, 1)
+
+
+def _critical_tiles(layout: TokenLayout, q_table: Tensor, k_table: Tensor, chosen: Tensor, kept: Tensor) -> Tiles:
+    """One tile a query block: the tokens of its critical blocks, and the tokens off the grid."""
+    text = global_index(layout, chosen.device)
+    n_rows, block_kv = layout.seq_len, k_table.shape[1]
+    queries = torch.where(q_table < 0, n_rows, q_table + layout.before)[None]
+    n_keys = chosen.shape[-1] * block_kv
+    groups = len(chosen)
+    whole = k_table.numel() == layout.grid_len and len(kept) == 1  # every block full, every head keeps as many
+    kept = kept.repeat_interleave(groups // len(kept), 0)[:, None, :, None]  # (B*H, 1, n, 1)
+
+    def rows(start: int, stop: int) -> Rows:
+        tokens = k_table[chosen[:, start:stop]]  # (B*H, tiles, n, block)
+        keys = tokens.clamp(min=0).flatten(2) + layout.before
+        keys = torch.cat([keys, text.expand(groups, stop - start, -1)], -1)
+        if whole:
+            return Rows(queries[:, start:stop], keys, None)
+        visible = F.pad(((tokens >= 0) & kept).flatten(2), (0, len(text)), value=True)
+        return Rows(queries[:, start:stop], keys, visible[:, :, None])
+
+    return Tiles(count=len(q_table), n_queries=q_table.shape[1], n_keys=n_keys + len(text), rows=rows)
+
+
+def _linear_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    q_table: Tensor,
+    k_table: Tensor,
+    real: Tensor,
+    marginal: Tensor | None,
+    feature_map: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The projected linear attention of the grid tokens, (B, H, N, D); ``marginal`` None = over all keys."""
+    q, k, v = (x[:, :, layout.grid_slice].to(_acc(query)) for x in (query, key, value))
+    out = torch.zeros_like(q)
+    if weight is not None:
+        phi_k = torch.where(real[:, None, :, None], feature(k, feature_map), 0)
+        v_and_one = F.pad(v, (0, 1), value=1.0)  # the last column adds up the features themselves
+        phi_q = feature(q, feature_map)
+        if marginal is None:
+            total = phi_q @ (phi_k.mT @ v_and_one)
+        else:
+            total = block_linear_sums(phi_q, phi_k, v_and_one, q_table, k_table, marginal)
+        out = total[..., :-1] / (total[..., -1:] + EPSILON)
+    project = None if weight is None else weight.to(out.dtype)
+    return (out if project is None else out @ project.mT) + (0 if bias is None else bias.to(out.dtype))
+
+
+define_operator(
+    "sla_attention",
+    _compute,
+    fit,
+    learned=("weight", "bias"),
+    options="float critical, float negligible, int block_q, int block_kv, str feature_map, str linear_over, "
+    "bool smooth_key, bool tile_order",
+)
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout | None = None,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_q: int = 64,
+    block_kv: int = 64,
+    feature_map: str = "softmax",
+    linear_over: str = "marginal",
+    smooth_key: bool = False,
+    tile_order: bool = False,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`sla_attention` through the full (S, S) weights: slow, and the specification."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    layout = flat_layout(layout, query)
+    acc = _acc(query)
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    q_blocks, k_blocks = (_block_lists(layout, size, tile_order) for size in (block_q, block_kv))
+    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    real = real if key_padding_mask is None else key_padding_mask
+    out = []
+    for b in range(len(q)):
+        seen = real[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): which keys the softmax sees
+        linear = torch.zeros_like(seen)  # and which the linear part
+        k_real = [[t for t in block if real[b, t]] for block in k_blocks]
+        k_real = [block for block in k_real if block]
+        every = [t for block in k_real for t in block]
+        n_critical, n_negligible = _n_critical(critical, len(k_real)), int(negligible * len(k_real))
+        for h in range(q.shape[1]):
+            mean = k[b, h, every].mean(0) if smooth_key else 0
+            pooled = [k[b, h, block].mean(0) - mean for block in k_real]
+            for block in q_blocks:
+                q_real = [t for t in block if real[b, t]]
+                pooled_q = q[b, h, q_real].mean(0) if q_real else torch.zeros_like(q[b, h, 0])
+                ranked = sorted(range(len(pooled)), key=lambda i: -(pooled_q @ pooled[i]).item())
+                kinds = {"critical": ranked[:n_critical], "marginal": ranked[n_critical : len(ranked) - n_negligible]}
+                tokens = {kind: [t for i in blocks for t in k_real[i]] for kind, blocks in kinds.items()}
+                row = torch.zeros(q.shape[2], dtype=torch.bool)
+                row[tokens["critical"]] = True
+                row[: layout.before] = row[layout.grid_slice.stop :] = True
+                seen[h, block] = row.to(q.device) & real[b]
+                row = torch.zeros(q.shape[2], dtype=torch.bool)
+                row[tokens["marginal"] if linear_over == "marginal" else every] = True
+                linear[h, block] = row.to(q.device)
+        sparse = softmax_rows(q[b] @ k[b].mT * scale, seen) @ v[b]
+        products = feature(q[b], feature_map) @ feature(k[b], feature_map).mT * linear
+        part = products @ v[b] / (products.sum(-1, keepdim=True) + EPSILON)
+        part = torch.zeros_like(part) if weight is None else part @ weight.to(acc).mT
+        part = part if bias is None else part + bias.to(acc)
+        on_grid = torch.zeros(q.shape[2], 1, dtype=torch.bool, device=q.device)
+        on_grid[layout.grid_slice] = bool(real[b].any())
+        out.append(sparse + torch.where(on_grid, part, 0))
+    return torch.stack(out).to(query.dtype)
+
+
+def _block_lists(layout: TokenLayout, block: int, tile_order: bool) -> list[list[int]]:
+    """The tokens of each block."""
+    first = layout.before
+    if not tile_order:
+        return [
+            [first + t for t in range(i, min(i + block, layout.grid_len))] for i in range(0, layout.grid_len, block)
+        ]
+    box = box_shape(block, layout.grid)
+    boxes: dict[tuple[int, ...], list[int]] = {}
+    for token in range(first, first + layout.grid_len):
+        place = layout.coordinates(token) or ()
+        boxes.setdefault(tuple(x // side for x, side in zip(place, box, strict=True)), []).append(token)
+    return list(boxes.values())

@@ -1,0 +1,238 @@
+"""The attention processors that users construct: a mechanism, its options, and when to leave a layer dense.
+
+A processor is a frozen description; it holds no weights and no model. Installing it (see :mod:`dit_accel.install`) puts
+one :class:`dit_accel.intercept.MechanismLayer` with the learned parameters into every attention module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .layout import TokenLayout
+from .mechanisms import clear, gna, llsa, sla
+
+__all__ = [
+    "PROCESSORS",
+    "AcceleratedAttnProcessor",
+    "CLEARAttnProcessor",
+    "GNAAttnProcessor",
+    "LLSAAttnProcessor",
+    "SLAAttnProcessor",
+]
+
+
+def _frozen(value: Any) -> Any:
+    """Lists become tuples, so that a processor stays hashable."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceleratedAttnProcessor:
+    """What all mechanisms share.
+
+    Args:
+        scale: factor on the logits; default the model's own, else ``D**-0.5``.
+        dense_steps: so many denoising steps at the start of every generation stay dense (training ignores it).
+        min_tokens: layers with fewer grid tokens stay dense.
+        reference: how reference images (Flux Kontext) are seen: ``"whole"``, every token by every token, or
+            ``"window"``, through the same window as the image (they must have its size).
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+    """
+
+    scale: float | None = None
+    dense_steps: int = 0
+    min_tokens: int = 0
+    reference: str = "whole"
+
+    name: ClassVar[str]
+    mechanism: ClassVar[ModuleType]
+    paper: ClassVar[str]
+    _options: ClassVar[dict[str, Any]]  # set on the instance
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
+        for name in ("dense_steps", "min_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.reference not in ("whole", "window"):
+            raise ValueError(f"reference must be 'whole' or 'window', got {self.reference!r}")
+        if self.scale is not None:
+            if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+                raise TypeError(f"scale must be a number or None, got {self.scale!r}")
+            if not (math.isfinite(self.scale) and self.scale > 0):
+                raise ValueError(f"scale must be positive and finite, got {self.scale}")
+        common = {field.name for field in fields(AcceleratedAttnProcessor)}
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
+        object.__setattr__(self, "_options", options)  # made once: dynamo cannot follow dataclasses.fields
+        self.mechanism.check_options(**options)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword options of the mechanism's function."""
+        return dict(self._options)
+
+    def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
+        """Learned parameters of one layer, as they are before any training: keyword tensors of the function."""
+        return {}
+
+    def grid_layout(self, layout: TokenLayout) -> TokenLayout:
+        """The layout that the mechanism works on; with ``reference="window"`` the references join the grid."""
+        if self.reference == "whole" or not layout.references:
+            return layout
+        if any(grid != layout.grid for grid in layout.references):
+            raise ValueError(
+                f'reference="window" needs reference images of the picture\'s own size: the picture is {layout.grid}, '
+                f'the references are {layout.references}; resize them or use reference="whole"'
+            )
+        images = 1 + len(layout.references)
+        stacked = (images, *layout.grid)
+        return TokenLayout(stacked, layout.before, layout.seq_len - layout.before - math.prod(stacked))
+
+    def layer_options(self, layout: TokenLayout) -> dict[str, Any]:
+        """Options for a layer with this layout, before they are capped to its grid (``mechanism.fit``)."""
+        options = self.options()
+        if self.reference == "window" and layout.references:
+            options.update(self._along_references(len(layout.grid), 1 + len(layout.references)))
+        return options
+
+    def _along_references(self, axes: int, images: int) -> dict[str, Any]:
+        """Changed options for a grid with a leading axis of images, which is always seen whole."""
+        return {}
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        *,
+        key_padding_mask: Tensor | None = None,
+        host_scale: float | None = None,
+        parameters: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The mechanism on one layer's (B, H, S, D); options larger than the grid are capped to it."""
+        return self.mechanism._attend(
+            query,
+            key,
+            value,
+            self.grid_layout(layout),
+            key_padding_mask=key_padding_mask,
+            scale=host_scale if self.scale is None else self.scale,
+            fit=True,
+            **self.layer_options(layout),
+            **(parameters or {}),
+        )
+
+    def __str__(self) -> str:
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{self.name}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAAttnProcessor(AcceleratedAttnProcessor):
+    """Sparse-linear attention (SLA, arXiv 2509.24006): see :func:`dit_accel.functional.sla_attention`."""
+
+    critical: float = 0.05
+    negligible: float = 0.10
+    block_q: int = 64
+    block_kv: int = 64
+    feature_map: str = "softmax"
+    linear_over: str = "marginal"
+    smooth_key: bool = False
+    tile_order: bool = False
+
+    name: ClassVar[str] = "sla"
+    mechanism: ClassVar[ModuleType] = sla
+    paper: ClassVar[str] = "arXiv 2509.24006"
+
+    def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
+        return {"weight": torch.zeros(head_dim, head_dim), "bias": torch.zeros(head_dim)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLEARAttnProcessor(AcceleratedAttnProcessor):
+    """Circular local windows (CLEAR, arXiv 2412.16112): see :func:`dit_accel.functional.clear_attention`.
+
+    Args:
+        train_tokens: tokens that the model was trained at (Flux: 64² + 512). Sets the paper's high-resolution scale,
+            ``sqrt(log(S, train_tokens) / D)``, with 10·S for S when there are pooled tokens.
+    """
+
+    radius: float | Sequence[float]
+    down_factor: int = 1
+    train_tokens: int | None = None
+
+    name: ClassVar[str] = "clear"
+    mechanism: ClassVar[ModuleType] = clear
+    paper: ClassVar[str] = "arXiv 2412.16112"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_tokens is not None and self.scale is not None:
+            raise ValueError("give scale or train_tokens, not both: train_tokens sets the scale")
+
+    def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
+        f = self.down_factor
+        return {"pool_weight": torch.full((f, f), 1.0 / f**2)} if f > 1 else {}
+
+    def _along_references(self, axes: int, images: int) -> dict[str, Any]:
+        radii = self.radius if isinstance(self.radius, tuple) else (self.radius,) * axes
+        return {"radius": (math.inf, *radii)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLSAAttnProcessor(AcceleratedAttnProcessor):
+    """Log-linear sparse attention (LLSA, arXiv 2512.16615): see :func:`dit_accel.functional.llsa_attention`."""
+
+    block_size: int = 16
+    topk: int = 8
+    levels: int | None = None
+    enrich: bool = True
+
+    name: ClassVar[str] = "llsa"
+    mechanism: ClassVar[ModuleType] = llsa
+    paper: ClassVar[str] = "arXiv 2512.16615"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GNAAttnProcessor(AcceleratedAttnProcessor):
+    """Generalized neighborhood attention (GNA, arXiv 2504.16922): see :func:`dit_accel.functional.gna_attention`."""
+
+    window: int | Sequence[int]
+    stride: int | Sequence[int] = 1
+    dilation: int | Sequence[int] = 1
+    is_causal: bool | Sequence[bool] = False
+
+    name: ClassVar[str] = "gna"
+    mechanism: ClassVar[ModuleType] = gna
+    paper: ClassVar[str] = "arXiv 2504.16922"
+
+    def _along_references(self, axes: int, images: int) -> dict[str, Any]:
+        leading = {"window": images, "stride": 1, "dilation": 1, "is_causal": False}
+        given = {name: getattr(self, name) for name in leading}
+        rest = {name: value if isinstance(value, tuple) else (value,) * axes for name, value in given.items()}
+        return {name: (first, *rest[name]) for name, first in leading.items()}
+
+
+PROCESSORS: dict[str, type[AcceleratedAttnProcessor]] = {
+    "sla": SLAAttnProcessor,
+    "clear": CLEARAttnProcessor,
+    "llsa": LLSAAttnProcessor,
+    "gna": GNAAttnProcessor,
+}

@@ -1,0 +1,35 @@
+"""What ``dit-accel compare`` was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .attn_spec import AttentionSpec
+
+__all__ = ["BadInput", "Request"]
+
+
+class BadInput(ValueError):
+    """Something that the user has to change; its message says what, in one line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked as far as it can be without the pipeline. None: take the pipeline's own."""
+
+    pipeline: str | None
+    video: bool
+    prompts: tuple[str, ...]
+    attention: tuple[AttentionSpec, ...]
+    steps: int | None
+    seed: int
+    height: int | None
+    width: int | None
+    frames: int | None
+    device: torch.device
+    dtype: torch.dtype
+    out: Path
+    command: tuple[str, ...]

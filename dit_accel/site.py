@@ -1,0 +1,41 @@
+"""What a model family tells the library: which layers attend over a grid, and how to read the grid off a forward call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .layout import TokenLayout
+
+__all__ = ["ReadLayout", "Site", "is_self_attention", "self_attention_layers"]
+
+ReadLayout = Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Self-attention layers that share a token layout, and the module whose forward arguments tell it.
+
+    Args:
+        owner: dotted name of that module inside the denoiser, ``""`` for the denoiser itself.
+        read: ``(owner module, its forward arguments by name) -> TokenLayout``; called before every forward.
+        layers: dotted names of the attention modules inside the denoiser.
+    """
+
+    owner: str
+    read: ReadLayout
+    layers: Sequence[str]
+
+
+def is_self_attention(module: nn.Module) -> bool:
+    """True for a diffusers attention module (one that has a processor) that does not take its keys from elsewhere."""
+    return getattr(module, "processor", None) is not None and not getattr(module, "is_cross_attention", False)
+
+
+def self_attention_layers(model: nn.Module, inside: str = "") -> list[str]:
+    """Names, in the model, of the self-attention modules below the module named ``inside``."""
+    prefix = f"{inside}." if inside else ""
+    return [name for name, module in model.named_modules() if name.startswith(prefix) and is_self_attention(module)]

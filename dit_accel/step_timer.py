@@ -1,0 +1,69 @@
+"""How long a pipeline's denoising steps take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["StepTimer", "synchronize"]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class StepTimer:
+    """Times every forward of the denoisers while it is entered, from the first pre-hook to the last hook.
+
+    ``with StepTimer(models, device) as timer: pipe(...)``, then :meth:`seconds_per_step`.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], device: torch.device) -> None:
+        self.models = list(models)
+        self.device = device
+        self.forwards: list[float] = []
+        self._handles: list[Any] = []
+        self._began = 0.0
+
+    def _begin(self, *_: Any) -> None:
+        synchronize(self.device)
+        self._began = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        synchronize(self.device)
+        self.forwards.append(time.perf_counter() - self._began)
+
+    def __enter__(self) -> StepTimer:
+        for model in self.models:
+            self._handles.append(model.register_forward_pre_hook(self._begin, prepend=True))
+            self._handles.append(model.register_forward_hook(self._end))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Median over the steps of the denoiser's seconds (all its forwards in the step, as with guidance).
+
+        The mean where the forwards do not divide evenly among the steps.
+
+        Raises: RuntimeError: no denoiser ran.
+        """
+        if not self.forwards:
+            raise RuntimeError("the pipeline never called its denoiser, so there is nothing to time")
+        each, left = divmod(len(self.forwards), steps)
+        if left or not each:
+            return sum(self.forwards) / steps
+        return statistics.median(sum(self.forwards[i : i + each]) for i in range(0, len(self.forwards), each))

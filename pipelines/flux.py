@@ -1,0 +1,31 @@
+"""Flux.1 (dev, schnell, Fill, Kontext …): one attention over [text, image, reference images] in every block."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from ..layout import TokenLayout
+from ..position_ids import raster_grids, raster_width
+from ..site import Site, self_attention_layers
+
+MODELS = (FluxTransformer2DModel,)
+
+
+def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    """Grid from ``img_ids`` (N, 3): image index, row, column; Kontext's references have another image index."""
+    ids: Tensor = arguments["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids  # (B, N, 3) is deprecated in diffusers, and still taken
+    text = arguments["encoder_hidden_states"].shape[1]
+    if torch.compiler.is_compiling():  # the ids are data: the grid becomes symbols, read by an operator in the graph
+        rows, columns = raster_width(ids)
+        return TokenLayout((rows, columns), before=text, after=ids.shape[0] - rows * columns)
+    image, *references = raster_grids(ids)
+    after = sum(rows * columns for rows, columns in references)
+    return TokenLayout(image, before=text, after=after, references=tuple(references))
+
+
+def sites(model: nn.Module) -> list[Site]:
+    return [Site("", read, self_attention_layers(model))]

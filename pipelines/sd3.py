@@ -1,0 +1,28 @@
+"""Stable Diffusion 3 and 3.5: joint attention over [image, text]; dual-attention blocks add one over the image alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from ..layout import TokenLayout
+from ..site import Site, self_attention_layers
+
+MODELS = (SD3Transformer2DModel,)
+
+
+def read_image(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    height, width = arguments["hidden_states"].shape[-2:]  # (B, C, H, W)
+    return TokenLayout((height // model.config.patch_size, width // model.config.patch_size))
+
+
+def read_joint(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    return TokenLayout(read_image(model, arguments).grid, after=arguments["encoder_hidden_states"].shape[1])
+
+
+def sites(model: nn.Module) -> list[Site]:
+    layers = self_attention_layers(model)
+    joint = [name for name in layers if name.endswith(".attn")]
+    image = [name for name in layers if name.endswith(".attn2")]
+    return [Site("", read_joint, joint), Site("", read_image, image)]

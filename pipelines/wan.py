@@ -1,0 +1,21 @@
+"""Wan 2.1 and 2.2 (text-, image-to-video, VACE): self-attention over the clip alone; text and image by cross-attention."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from torch import nn
+
+from ..layout import TokenLayout
+from ..site import Site, self_attention_layers
+
+MODELS = (WanTransformer3DModel, WanVACETransformer3DModel)
+
+
+def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+    lengths = arguments["hidden_states"].shape[2:]  # (B, C, F, H, W)
+    return TokenLayout(tuple(n // p for n, p in zip(lengths, model.config.patch_size, strict=True)))
+
+
+def sites(model: nn.Module) -> list[Site]:
+    return [Site("", read, [name for name in self_attention_layers(model) if name.endswith("attn1")])]

@@ -1,0 +1,19 @@
+"""No hub is asked, threads are shared fairly, and what needs a GPU is left out, aloud, where there is none."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, also in the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+
+
+def pytest_report_header() -> str:
+    gpu = "collected" if torch.cuda.is_available() else "not collected, torch sees no GPU"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads; tests/gpu: {gpu}"

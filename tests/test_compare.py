@@ -1,0 +1,249 @@
+"""The comparison on tiny random pipelines: what it leaves on disk, what its figures mean, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v2
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from tiny_pipelines import save_flux, save_wan
+from torch import nn
+
+from dit_accel import describe, set_attn_processor
+from dit_accel.cli import main
+from dit_accel.embedded import IMAGE, VIDEO
+from dit_accel.files import replacing
+from dit_accel.mechanisms import llsa
+from dit_accel.metrics import compare_frames
+from dit_accel.processor import GNAAttnProcessor
+from dit_accel.step_timer import StepTimer
+
+FLUX = ["--height", "32", "--width", "40", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return save_flux(tmp_path_factory.mktemp("flux"))
+
+
+def compare(out: Path, *arguments: str) -> tuple[int, dict]:
+    """Exit status and report of the command."""
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--out", str(out), *arguments])
+    return stop.value.code, json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def drawn(flux, tmp_path_factory):
+    """Two prompts, all four mechanisms and one of them twice."""
+    out = tmp_path_factory.mktemp("drawn")
+    asked = [
+        arg for text in ("sla", "clear", "llsa:block_size=4,topk=2", "gna:window=3", "gna") for arg in ("--attn", text)
+    ]
+    status, report = compare(
+        out, "--pipeline", str(flux), *FLUX, "--prompt", "a red circle", "--prompt", "a green square", *asked
+    )
+    return out, status, report
+
+
+def test_a_finished_comparison_is_complete_dense_first(drawn):
+    _, status, report = drawn
+    assert status == 0 and report["status"] == "complete" and report["missing"] == []
+    assert [entry["label"] for entry in report["attention"]] == ["dense", "sla", "clear", "llsa", "gna", "gna-2"]
+    assert all(entry["status"] == "complete" and len(entry["pictures"]) == 2 for entry in report["attention"])
+    assert report["prompts"] == ["a red circle", "a green square"]
+    assert report["settings"]["grid"] == [8, 10] and report["settings"]["steps"] == 2
+    assert report["machine"]["dtype"] == "float32" and report["versions"]["torch"] == torch.__version__
+
+
+def test_the_grid_that_defaults_are_chosen_for_is_the_one_that_runs(drawn):
+    for entry in drawn[2]["attention"][1:]:
+        assert "+8×10+" in entry["installed"]
+    assert drawn[2]["attention"][5]["options"]["window"] == [3, 3]
+
+
+def test_figures_are_those_of_the_pictures_on_disk(drawn):
+    out, _, report = drawn
+    dense = report["attention"][0]
+    for entry in report["attention"][1:]:
+        for picture, base in zip(entry["pictures"], dense["pictures"], strict=True):
+            ours, theirs = (np.asarray(Image.open(out / p["file"]), dtype=np.float64) for p in (picture, base))
+            assert ours.shape == (32, 40, 3)
+            error = ((ours - theirs) ** 2).mean()
+            assert picture["psnr"] == pytest.approx(10 * np.log10(255**2 / error), rel=1e-4)
+            assert 0 < picture["ssim"] < 1 and picture["lpips"] is None
+            assert picture["times_dense"] == pytest.approx(base["seconds_per_step"] / picture["seconds_per_step"])
+        assert 0 < entry["logit_fraction"] < 1
+
+
+def test_dense_pictures_are_what_the_pipeline_draws_by_itself(drawn, flux):
+    pipe = FluxPipeline.from_pretrained(flux)
+    image = pipe(
+        "a green square", height=32, width=40, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(drawn[0] / "pictures" / "2-dense.png")))
+
+
+def test_the_sheet_holds_every_picture(drawn):
+    out, _, report = drawn
+    sheet = np.asarray(Image.open(out / report["files"]["picture"]).convert("RGB"))
+    assert sheet.shape[1] > 6 * 320
+    cell = Image.open(out / "pictures" / "1-gna.png").resize((320, 256), Image.Resampling.BICUBIC)
+    x, y = 32 + 4 * 340, find_row(sheet)
+    assert np.array_equal(sheet[y : y + 256, x : x + 320], np.asarray(cell))
+
+
+def find_row(sheet: np.ndarray) -> int:
+    """The first row in which the first cell is neither paper nor text: most of its width is not white."""
+    return next(y for y in range(len(sheet)) if (sheet[y, 32:352] != 255).any(-1).mean() > 0.95)
+
+
+def test_clips_become_a_moving_sheet_and_a_contact_sheet(tmp_path):
+    wan = save_wan(tmp_path / "wan")
+    out = tmp_path / "out"
+    status, report = compare(
+        out, "--pipeline", str(wan), "--height", "32", "--width", "48", "--frames", "9", "--steps", "2",
+        "--prompt", "a red circle moving", "--attn", "gna:window=3x2x2", "--attn", "clear",
+    )  # fmt: skip
+    assert status == 0 and report["settings"]["grid"] == [3, 2, 3]
+    assert all("3×2×3" in entry["installed"] for entry in report["attention"][1:])
+    frames = [np.asarray(frame) for frame in imageio.v2.get_reader(out / "compare.mp4")]
+    assert len(frames) == 9 and frames[0].shape[1] > 3 * 320
+    assert Image.open(out / "compare.png").width == frames[0].shape[1]
+    assert sum(1 for _ in imageio.v2.get_reader(out / "pictures" / "1-clear.mp4")) == 9
+
+
+def test_dense_steps_count_as_dense(flux, tmp_path):
+    fractions = [
+        compare(
+            tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", "--attn", f"gna:window=3,dense_steps={dense}"
+        )[1]["attention"][1]["logit_fraction"]
+        for dense in (0, 1)
+    ]
+    assert fractions[1] == pytest.approx((1 + fractions[0]) / 2)
+
+
+def test_a_mechanism_that_fails_leaves_the_others(flux, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(llsa, "_attend", fail)
+    asked = ["--attn", "sla", "--attn", "llsa", "--attn", "gna:window=3"]
+    status, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", *asked)
+    assert status == 1 and report["status"] == "failed"
+    assert [entry["status"] for entry in report["attention"]] == ["complete", "complete", "failed", "complete"]
+    assert report["attention"][2]["error"] == "RuntimeError: out of luck"
+    assert report["missing"] == [{"attention": "llsa", "prompt": 0, "status": "failed"}]
+    assert (tmp_path / "compare.png").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_half_way_leaves_what_was_finished_and_a_valid_report(flux, tmp_path, number):
+    command = [
+        sys.executable, "-m", "dit_accel.cli", "compare", "--pipeline", str(flux), "--out", str(tmp_path / "out"),
+        "--height", "32", "--width", "32", "--steps", "40", *(arg for _ in range(40) for arg in ("--prompt", "a")),
+    ]  # fmt: skip
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            wait_for_pictures(tmp_path / "out" / "report.json", process, 2)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}" in errors.decode() and "Traceback" not in errors.decode()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    finished = [picture for entry in report["attention"] for picture in entry["pictures"]]
+    assert report["status"] == "interrupted"
+    assert 2 <= len(finished) < 200 and len(report["missing"]) == 200 - len(finished)
+    assert {entry["status"] for entry in report["attention"]} <= {"complete", "interrupted", "waiting"}
+    for file in (*(picture["file"] for picture in finished), report["files"]["picture"]):
+        Image.open(tmp_path / "out" / file).load()
+    assert not [file for file in (tmp_path / "out").rglob(".*")]
+
+
+def wait_for_pictures(report: Path, process: subprocess.Popen, count: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if report.is_file() and sum(len(e["pictures"]) for e in json.loads(report.read_text())["attention"]) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} pictures in time")
+
+
+def test_an_earlier_install_is_there_again_afterwards(flux):
+    from dit_accel.install import attention
+
+    pipe = FluxPipeline.from_pretrained(flux)
+    set_attn_processor(pipe, GNAAttnProcessor(window=3))
+    before = describe(pipe)
+    with attention(pipe, GNAAttnProcessor(window=5)):
+        assert describe(pipe) != before
+    assert describe(pipe) == before
+
+
+@pytest.mark.parametrize("embedded", [IMAGE, VIDEO])
+def test_default_prompts_are_captions_that_training_never_saw(embedded):
+    from dit_accel.demo.scenes import caption, is_held_out, parse_caption
+
+    for prompt in embedded.prompts:
+        scene = parse_caption(prompt)
+        assert caption(scene) == prompt
+        assert is_held_out(scene)
+
+
+def test_likeness_of_equal_and_different_frames():
+    frames = np.random.default_rng(0).integers(0, 255, (2, 32, 24, 3), dtype=np.uint8)
+    same = compare_frames(frames, frames)
+    assert same == {"psnr": None, "ssim": 1.0, "lpips": None}
+    one_level = compare_frames(frames + np.uint8(1), frames)
+    assert one_level["psnr"] == pytest.approx(20 * np.log10(255), rel=1e-5)
+    noise = compare_frames(frames[::-1], frames)
+    assert noise["ssim"] < 0.1 and noise["psnr"] < 12
+    assert compare_frames(frames[:, :8, :8], frames[:, :8, :8])["ssim"] is None
+    with pytest.raises(ValueError, match="cannot be compared"):
+        compare_frames(frames, frames[:1])
+
+
+def test_step_timer_adds_up_the_calls_of_a_step_and_leaves_no_hook():
+    class Sleeper(nn.Module):
+        def forward(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+    model = Sleeper()
+    with StepTimer([model], torch.device("cpu")) as timer:
+        for seconds in (0.03, 0.03, 0.01, 0.03, 0.2, 0.2):  # three steps of two calls each
+            model(seconds)
+            assert timer.forwards[-1] >= seconds
+    first, second, third = (sum(timer.forwards[i : i + 2]) for i in (0, 2, 4))
+    assert timer.seconds_per_step(3) == sorted((first, second, third))[1]
+    assert timer.seconds_per_step(4) == pytest.approx(sum(timer.forwards) / 4)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="never called its denoiser"):
+        StepTimer([model], torch.device("cpu")).seconds_per_step(1)
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,122 @@
+"""torch.compile over installed models: whole or by repeated block, one graph, no recompilation from step to step."""
+
+import pytest
+import torch
+from test_families import NARROW
+from tiny import TINY, run
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dit_accel
+
+# every mechanism on Flux; on the other families one each, in turn (the graph around the operator is the same)
+CASES = [("flux", name) for name in NARROW] + [
+    ("sd3", "sla"), ("sd15", "gna"), ("sdxl", "llsa"), ("wan", "clear"), ("wan_i2v", "sla"), ("wan_vace", "gna"),
+]  # fmt: skip
+INDUCTOR = [("flux", "clear"), ("sd3", "llsa"), ("sd15", "gna"), ("wan", "sla")]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def steps(model, family, count=3):
+    """The outputs of a few denoiser calls on new data of the same size."""
+    torch.manual_seed(7)
+    outputs = []
+    for i in range(count):
+        inputs = TINY[family].inputs(TINY[family].size)
+        inputs["timestep"] = (
+            inputs["timestep"] / (i + 1) if inputs["timestep"].is_floating_point() else inputs["timestep"] - i
+        )
+        outputs.append(run(model, inputs))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_whole_model_is_one_graph(family, name):
+    model = TINY[family]()
+    model.set_attn_processor(NARROW[name])
+    expected = steps(model, family)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    torch.testing.assert_close(steps(compiled, family), expected, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+    assert all(hook.cell.layout is None for hook in model._dit_accel.hooks.values())
+
+
+def graphs_of_repeated_blocks(model, family):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    return steps(model, family), counter.frame_count
+
+
+@pytest.mark.parametrize(("family", "name"), [case for case in CASES if TINY[case[0]].block is not None])
+def test_repeated_blocks_are_as_few_graphs_as_without_us(family, name):
+    _, dense_graphs = graphs_of_repeated_blocks(TINY[family](), family)
+    model = TINY[family]()
+    model.set_attn_processor(NARROW[name])
+    expected = steps(model, family)
+    output, graphs = graphs_of_repeated_blocks(model, family)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert graphs == dense_graphs
+    if not family.startswith("sd"):  # a U-Net's blocks differ in width and length
+        assert graphs == {"flux": 2, "wan": 1, "wan_i2v": 1, "wan_vace": 2}[family]
+
+
+@pytest.mark.parametrize(("family", "name"), INDUCTOR)
+def test_inductor(family, name):
+    model = TINY[family]()
+    model.set_attn_processor(NARROW[name])
+    expected = steps(model, family, 1)
+    if TINY[family].block is not None:
+        model.compile_repeated_blocks(fullgraph=True)
+        compiled = model
+    else:
+        compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(steps(compiled, family, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_flux_follows_the_grid_though_the_number_of_tokens_is_the_same():
+    model = TINY["flux"]()
+    model.set_attn_processor(NARROW["gna"])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for size in ((7, 10), (10, 7), (14, 5), (6, 6)):
+        inputs = TINY["flux"].inputs(size)
+        torch.testing.assert_close(run(compiled, inputs), run(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_training_step_compiled(name):
+    def gradients(compile_it):
+        torch.manual_seed(8)
+        model, inputs = TINY["flux"]().train(), TINY["flux"].inputs((7, 10))
+        model.set_attn_processor(NARROW[name])
+        model.enable_gradient_checkpointing()
+        if compile_it:
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        return {key.replace("_orig_mod.", ""): p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    plain, compiled = gradients(False), gradients(True)
+    assert plain.keys() == compiled.keys()
+    for key in plain:
+        torch.testing.assert_close(compiled[key], plain[key], atol=1e-5, rtol=1e-4)
+
+
+def test_dense_steps_under_repeated_blocks_and_refused_for_the_whole_model():
+    model = TINY["flux"]()
+    processor = dit_accel.GNAAttnProcessor(window=3, dense_steps=1)
+    model.set_attn_processor(processor)
+    expected = steps(model, "flux")
+    output, graphs = graphs_of_repeated_blocks(model, "flux")
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert graphs == 4  # dense and windowed, of two block classes
+    torch._dynamo.reset()
+    model = TINY["flux"]()
+    model.set_attn_processor(processor)
+    with pytest.raises(Exception, match="compile_repeated_blocks"):
+        steps(torch.compile(model, fullgraph=True, backend="aot_eager"), "flux")

@@ -1,0 +1,149 @@
+"""The two embedded pipelines as they lie in demo/: genuine, small, and drawing what they are told."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, WanPipeline
+
+from dit_accel.demo import build
+from dit_accel.demo.batches import SceneStream
+from dit_accel.demo.check import check_clip, check_picture
+from dit_accel.demo.scenes import altered_captions, caption
+from dit_accel.demo.train_denoiser import StretchedRope, stretched_ids
+from dit_accel.demo.train_embedded import draw_scenes, held_out_scenes, render_scenes
+from dit_accel.demo.train_text import t5_embeddings
+from dit_accel.demo.train_vae import decode_clip, draw, encode_clip, measure_psnr, normalise_latents
+
+DEMO = Path(build.__file__).parent
+KINDS = {"image": (FluxPipeline, build.ImageConfig()), "video": (WanPipeline, build.VideoConfig())}
+TOKENS = {"image": 4096, "video": 3000}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def embedded(request):
+    """(kind, pipeline, configuration, call arguments)."""
+    pipeline_class, config = KINDS[request.param]
+    folder = DEMO / request.param
+    pipe = pipeline_class.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return request.param, pipe, config, json.loads((folder / build.DEFAULTS_FILE).read_text())
+
+
+def test_folder_is_small_and_loads_as_genuine_classes(embedded):
+    kind, pipe, _, _ = embedded
+    assert build.folder_bytes(DEMO / kind) <= build.MAX_BYTES
+    for part in pipe.components.values():
+        assert part is None or type(part).__module__.split(".")[0] in ("diffusers", "transformers")
+
+
+def test_token_count_is_large_enough_for_the_mechanisms(embedded):
+    kind, pipe, _, arguments = embedded
+    seen = []
+    attention = next(m for n, m in pipe.transformer.named_modules() if n.endswith(("blocks.0.attn", "blocks.0.attn1")))
+    handle = attention.register_forward_pre_hook(
+        lambda m, a, k: seen.append(k.get("hidden_states", *a[:1])), with_kwargs=True
+    )
+    try:
+        pipe("a red circle on a white background", output_type="latent", **{**arguments, "num_inference_steps": 1})
+    finally:
+        handle.remove()
+    assert seen[0].shape[1] >= TOKENS[kind]
+
+
+def test_image_pipeline_draws_512_by_512_without_being_told():
+    pipe = FluxPipeline.from_pretrained(DEMO / "image")
+    pipe.set_progress_bar_config(disable=True)
+    text = "a large red circle at the top left on a white background"
+    picture = pipe(text, num_inference_steps=6, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
+    assert picture.shape == (512, 512, 3)
+    assert check_picture(picture, text).ok
+
+
+def test_autoencoder_decodes_held_out_scenes_cleanly(embedded):
+    kind, pipe, config, _ = embedded
+    pixels = render_scenes(held_out_scenes(8 if kind == "image" else 3, kind == "video", seed=11), config, CPU)
+    assert min(measure_psnr(pipe, pixels)) >= 28
+
+
+def test_held_out_captions_are_drawn_right_and_altered_ones_refused(embedded):
+    kind, pipe, _, arguments = embedded
+    count = 5 if kind == "image" else 4
+    scenes = held_out_scenes(count, kind == "video", seed=12)
+    drawn = draw_scenes(pipe, scenes, arguments, batch=1, seed=12)
+    check = check_clip if kind == "video" else check_picture
+    assert sum(check(each, scene).ok for each, scene in zip(drawn, scenes, strict=True)) >= count - 1
+    rng = random.Random(13)
+    wrong = [check(d, t).ok for d, s in zip(drawn, scenes, strict=True) for t in altered_captions(s, rng).values()]
+    assert np.mean(wrong) <= 0.05
+
+
+def test_unknown_words_do_not_break_the_call(embedded):
+    kind, pipe, _, arguments = embedded
+    tiny = {**arguments, "num_inference_steps": 1, "height": 64, "width": 64, "output_type": "latent"}
+    if kind == "video":
+        tiny["num_frames"] = 5
+    out = pipe("a photograph of an ünder zebra, 猫!", **tiny)[0]
+    assert torch.isfinite(out).all()
+
+
+def test_training_encodes_and_decodes_clips_as_the_pipeline_does():
+    torch.manual_seed(0)
+    config = build.smoke_config("video")
+    vae = build.build_video_pipeline(config).vae
+    clips = draw(SceneStream(True, CPU, 0, 0), config, 2, 64)
+    with torch.no_grad():
+        posterior, whole = vae.encode(clips).latent_dist, encode_clip(vae, clips)
+        torch.testing.assert_close(whole.mean, posterior.mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(whole.logvar, posterior.logvar, atol=1e-5, rtol=1e-5)
+        latents = torch.randn_like(whole.mean)
+        torch.testing.assert_close(
+            decode_clip(vae, latents).clamp(-1, 1), vae.decode(latents).sample, atol=1e-4, rtol=0
+        )
+
+
+def test_normalising_latents_leaves_the_reconstruction_alone():
+    torch.manual_seed(0)
+    config = build.smoke_config("image")
+    pipe = build.build_image_pipeline(config)
+    stream = SceneStream(False, CPU, 0, 0)
+    pictures = draw(stream, config, 8, config.size)
+    with torch.no_grad():
+        before = pipe.vae.decode(pipe.vae.encode(pictures).latent_dist.mode()).sample
+        normalise_latents(pipe, config, stream)
+        latents = pipe.vae.encode(pictures).latent_dist.mode()
+        torch.testing.assert_close(pipe.vae.decode(latents).sample, before, atol=1e-3, rtol=0)
+    assert latents.mean().abs() < 0.3 and 0.7 < latents.std() < 1.3
+
+
+def test_training_reads_captions_as_the_pipeline_does():
+    torch.manual_seed(0)
+    texts = [caption(scene) for scene in held_out_scenes(3, clip=False)]
+    pipe = build.build_image_pipeline(build.smoke_config("image"))
+    ids = pipe.tokenizer_2(texts, padding="max_length", max_length=40, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(t5_embeddings(pipe, ids, 512), pipe.encode_prompt(texts)[0], atol=1e-4, rtol=1e-4)
+    pipe = build.build_video_pipeline(build.smoke_config("video"))
+    with torch.no_grad():
+        mine = t5_embeddings(pipe, ids, 226)
+        theirs = pipe.encode_prompt(texts, do_classifier_free_guidance=False)[0]
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_stretched_positions_at_full_size_are_the_models_own():
+    model = build.build_video_pipeline(build.smoke_config("video")).transformer
+    own = model.rope(torch.zeros(1, 12, 5, 8, 8))
+    for mine, theirs in zip(StretchedRope(model, 5, 4, 4)(own[0]), own, strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(stretched_ids(4, 4, CPU), FluxPipeline._prepare_latent_image_ids(1, 4, 4, CPU, torch.float32))
+
+
+def test_pipeline_over_the_limit_is_not_written(tmp_path):
+    config = build.ImageConfig(single_blocks=12)
+    with pytest.raises(ValueError, match="8,388,608"):
+        build.save_pipeline(build.build_image_pipeline(config), tmp_path / "image", config)
+    assert list(tmp_path.iterdir()) == []

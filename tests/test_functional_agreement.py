@@ -1,0 +1,216 @@
+"""The four functions and their references against an independent float64 implementation."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_accel import TokenLayout
+from dit_accel.mechanisms import clear, gna, llsa, sla
+
+FUNCTIONS = {
+    "sla": (sla.sla_attention, sla.reference),
+    "clear": (clear.clear_attention, clear.reference),
+    "llsa": (llsa.llsa_attention, llsa.reference),
+    "gna": (gna.gna_attention, gna.reference),
+}
+INF = math.inf
+
+# (mechanism, grid, options, what the oracle is told in place of what it should not have to work out)
+CASES = [
+    ("gna", (63,), {"window": 9, "stride": 4}, {}),
+    ("gna", (7, 9), {"window": 3}, {}),
+    ("gna", (7, 9), {"window": (4, 5), "stride": (3, 2)}, {}),
+    ("gna", (8, 9), {"window": (3, 2), "stride": (2, 2), "dilation": (2, 3)}, {}),
+    ("gna", (3, 5, 7), {"window": (2, 5, 4), "stride": (1, 3, 4)}, {}),
+    ("gna", (3, 7, 5), {"window": (2, 3, 5), "stride": (2, 1, 3), "is_causal": (True, False, True)}, {}),
+    ("gna", (31,), {"window": 5, "stride": 3, "dilation": 4, "is_causal": True}, {}),
+    ("clear", (63,), {"radius": 7.5}, {}),
+    ("clear", (7, 9), {"radius": 3}, {}),
+    ("clear", (7, 9), {"radius": 5}, {}),
+    ("clear", (7, 9), {"radius": (2.5, 4)}, {}),
+    ("clear", (7, 9), {"radius": 2.2, "down_factor": 2}, {}),
+    ("clear", (9, 7), {"radius": (3, INF), "down_factor": 4}, {}),
+    ("clear", (3, 5, 7), {"radius": (1.5, 3, 2), "down_factor": 3}, {}),
+    ("clear", (3, 7, 5), {"radius": 2.5}, {}),
+    ("sla", (63,), {"block_q": 8, "block_kv": 16, "critical": 0.5, "negligible": 0.25}, {}),
+    ("sla", (7, 9), {"block_q": 16, "block_kv": 8, "critical": 0.3, "negligible": 0.2, "feature_map": "elu"}, {}),
+    ("sla", (7, 9), {"block_q": 8, "block_kv": 8, "critical": 0.2, "linear_over": "all", "smooth_key": True}, {}),
+    (
+        "sla",
+        (11, 13),
+        {"block_q": 64, "block_kv": 16, "critical": 0.3, "tile_order": True, "feature_map": "relu"},
+        {"boxes": ((8, 8), (4, 4))},
+    ),
+    (
+        "sla",
+        (3, 5, 10),
+        {"block_q": 128, "block_kv": 64, "critical": 0.4, "negligible": 0.3, "tile_order": True},
+        {"boxes": ((2, 8, 8), (4, 4, 4))},
+    ),
+    ("llsa", (100,), {"block_size": 4, "topk": 3, "levels": 2}, {"boxes": ((4,), (16,))}),
+    ("llsa", (7, 9), {"block_size": 16, "topk": 2}, {"boxes": ((4, 4),)}),
+    ("llsa", (7, 9), {"block_size": 4, "topk": 2, "levels": 3}, {"boxes": ((2, 2), (4, 4), (8, 8))}),
+    ("llsa", (11, 13), {"block_size": 4, "topk": 2, "levels": 2, "enrich": False}, {"boxes": ((2, 2), (4, 4))}),
+    ("llsa", (3, 5, 7), {"block_size": 16, "topk": 3, "levels": 1}, {"boxes": ((2, 2, 4),)}),
+    ("llsa", (5, 4, 7), {"block_size": 8, "topk": 1, "levels": 2}, {"boxes": ((2, 2, 2), (4, 4, 4))}),
+]
+
+
+def inputs(layout, dim, *, batch=2, heads=None, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    heads = heads or (2 if layout.grid_len < 150 else 1)  # the oracle takes its time
+    return [torch.randn(batch, heads, layout.seq_len, dim, generator=generator).to(dtype) for _ in range(3)]
+
+
+def learned(name, options, dim, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    if name == "sla":
+        return {"weight": torch.randn(dim, dim, generator=generator) / 4, "bias": torch.randn(dim, generator=generator)}
+    if name == "clear" and options.get("down_factor", 1) > 1:
+        f = options["down_factor"]
+        return {"pool_weight": (torch.rand(f, f, generator=generator) + 0.5) / f**2}
+    return {}
+
+
+def padding(layout, batch=2, seed=2):
+    """Scattered holes, a whole stretch hidden in the first element, the end in the second."""
+    mask = torch.rand(batch, layout.seq_len, generator=torch.Generator().manual_seed(seed)) > 0.15
+    mask[0, layout.seq_len // 3 : layout.seq_len // 2] = False
+    mask[1, -layout.seq_len // 5 :] = False
+    return mask
+
+
+def expected(name, qkv, layout, options, told):
+    skipped = {"sla": ("tile_order",), "llsa": ("block_size", "levels")}.get(name, ())
+    options = {k: v for k, v in options.items() if k not in skipped}
+    return torch.from_numpy(getattr(oracle, name)(*qkv, layout, **options, **told))
+
+
+def check(name, qkv, layout, options, told, *, rows=None):
+    want = expected(name, qkv, layout, options, told)
+    for function in FUNCTIONS[name]:
+        got = function(*qkv, layout, **options).double()
+        error = (got - want).abs()
+        if rows is not None:  # which blocks are near is not defined for a block of queries that are all padding
+            error = error * rows[:, None, :, None]
+        assert float(error.max() / want.abs().max()) < 1e-5, function.__module__ + "." + function.__name__
+
+
+@pytest.mark.parametrize("text", [(0, 0), (5, 3)], ids=["image", "text"])
+@pytest.mark.parametrize("name, grid, options, told", CASES)
+def test_agrees_with_the_paper(name, grid, options, told, text):
+    layout = TokenLayout(grid, *text)
+    options = options | learned(name, options, 16)
+    check(name, inputs(layout, 16), layout, options, told)
+
+
+@pytest.mark.parametrize("name, grid, options, told", CASES)
+def test_padding_is_as_if_it_were_not_there(name, grid, options, told):
+    layout = TokenLayout(grid, 4, 3)
+    mask = padding(layout)
+    options = options | learned(name, options, 16)
+    check(name, inputs(layout, 16), layout, options | {"key_padding_mask": mask}, told, rows=mask)
+
+
+@pytest.mark.parametrize("dim", [40, 64, 80, 96, 128])
+@pytest.mark.parametrize("name, grid, options, told", [CASES[2], CASES[11], CASES[16], CASES[22]])
+def test_head_dims(name, grid, options, told, dim):
+    layout = TokenLayout(grid, 2, 1)
+    options = options | learned(name, options, dim) | {"scale": 0.07}
+    check(name, inputs(layout, dim, batch=1), layout, options, told)
+
+
+LENGTHS = {
+    "gna": lambda n: ({"window": max(1, n // 8), "stride": max(1, n // 16)}, {}),
+    "clear": lambda n: ({"radius": n / 9 + 0.5}, {}),
+    "sla": lambda n: ({"critical": 0.2, "negligible": 0.2, "block_kv": 32}, {}),
+    "llsa": lambda n: ({"topk": 2, "levels": 2 if n > 63 else 1}, {"boxes": ((16,), (256,))[: 2 if n > 63 else 1]}),
+}
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 500, 1000])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths(name, length):
+    layout = TokenLayout((length,))
+    options, told = LENGTHS[name](length)
+    qkv = inputs(layout, 16, batch=1, heads=1)
+    want = expected(name, qkv, layout, options, told)
+    got = FUNCTIONS[name][0](*qkv, layout, **options)
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sla", "llsa"])
+def test_no_layout_is_one_axis(name):
+    qkv = inputs(TokenLayout((300,)), 16)
+    function, reference = FUNCTIONS[name]
+    options = {"sla": {"critical": 0.4}, "llsa": {"topk": 3}}[name]
+    assert torch.equal(function(*qkv, **options), function(*qkv, TokenLayout((300,)), **options))
+    torch.testing.assert_close(reference(*qkv, **options), function(*qkv, **options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, grid, options, told", [CASES[4], CASES[13], CASES[19], CASES[24]])
+def test_any_strides(name, grid, options, told):
+    layout = TokenLayout(grid, 2, 3)
+    qkv = inputs(layout, 16, heads=2)
+    options = options | learned(name, options, 16)
+    want = FUNCTIONS[name][0](*qkv, layout, **options)
+    q, k, v = qkv
+    views = [
+        q.transpose(1, 2).contiguous().transpose(1, 2),  # as a projection leaves it
+        k.transpose(-1, -2).contiguous().transpose(-1, -2),
+        torch.stack([v, v], -1).flatten(-2)[..., ::2],
+    ]
+    assert not any(x.is_contiguous() for x in views)
+    torch.testing.assert_close(FUNCTIONS[name][0](*views, layout, **options), want, rtol=1e-6, atol=1e-6)
+
+
+OPEN = [
+    ("gna", {"window": (3, 5, 7)}),
+    ("clear", {"radius": 8.4}),
+    ("clear", {"radius": INF}),
+    ("clear", {"radius": (INF, 8.7, 30)}),
+    ("sla", {"critical": 1, "negligible": 0, "block_kv": 16}),
+    ("sla", {"critical": 1, "negligible": 0, "block_kv": 16, "tile_order": True}),
+    ("llsa", {"topk": 1000, "enrich": False}),
+    ("llsa", {"topk": 36, "block_size": 4, "levels": 3, "enrich": False}),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name, options", OPEN)
+def test_wide_open_is_dense(name, options, masked):
+    layout = TokenLayout((3, 5, 7), 4, 2)
+    qkv = inputs(layout, 64)
+    mask = padding(layout) if masked else None
+    want = F.scaled_dot_product_attention(*qkv, attn_mask=None if mask is None else mask[:, None, None])
+    got = FUNCTIONS[name][0](*qkv, layout, **options, key_padding_mask=mask)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name, grid, options, told", [CASES[4], CASES[13], CASES[19], CASES[16], CASES[22]])
+def test_low_precision_is_as_good_as_dense_attention(name, grid, options, told, dtype, masked):
+    layout = TokenLayout(grid, 5, 3)
+    qkv = inputs(layout, 64, dtype=dtype)
+    options = options | learned(name, options, 64)
+    if masked:
+        options["key_padding_mask"] = torch.arange(layout.seq_len).expand(2, -1) < layout.seq_len - 2
+    exact = FUNCTIONS[name][1](*(x.double() for x in qkv), layout, **options)
+    got = FUNCTIONS[name][0](*qkv, layout, **options)
+    assert got.dtype == dtype
+    dense = F.scaled_dot_product_attention(*qkv).double()
+    dense_error = (dense - F.scaled_dot_product_attention(*(x.double() for x in qkv))).abs().max()
+    rounding = exact.abs().max() * torch.finfo(dtype).eps
+    assert float((got.double() - exact).abs().max()) <= 2 * float(dense_error + rounding)
+
+
+def test_float64_stays_float64():
+    layout = TokenLayout((5, 6))
+    qkv = inputs(layout, 16, dtype=torch.float64)
+    assert gna.gna_attention(*qkv, layout, window=3).dtype == torch.float64

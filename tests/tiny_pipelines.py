@@ -1,0 +1,79 @@
+"""Tiny random pipelines of real diffusers and transformers classes, that draw in a second, as folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from tiny import flux, wan
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+WORDS = ("a", "red", "green", "circle", "square", "moving")
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = sorted(set("".join(WORDS)))
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *(("▁" + word, -1.0) for word in WORDS)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=16)
+
+
+def t5_sizes(width: int) -> dict[str, int]:
+    return {"vocab_size": 3 + len(WORDS), "d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+
+
+def save_flux(folder: Path) -> Path:
+    """A FluxPipeline that draws 32×32 by default, in multiples of 4: 8×8 tokens."""
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=64, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=1, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0,
+        scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=CLIPTextModel(clip),
+        tokenizer=clip_tokenizer(), text_encoder_2=T5EncoderModel(T5Config(**t5_sizes(24))),
+        tokenizer_2=t5_tokenizer(), transformer=flux(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_wan(folder: Path) -> Path:
+    """A WanPipeline with Wan's own 8×8×4 compression: multiples of 16, frames 4n + 1."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    pipe = WanPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=UMT5EncoderModel(UMT5Config(**t5_sizes(24))), vae=vae,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        transformer=wan(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder

@@ -69,7 +69,7 @@ class ImageConfig:
         Phase(0.25, 256, 128, 1.7),
         Phase(0.40, 512, 48, 3.0),
     )
-    resume_phases: tuple[Phase, ...] = (Phase(0.45, 256, 64, 1.7), Phase(0.55, 512, 24, 3.0))
+    resume_phases: tuple[Phase, ...] = (Phase(1.0, 512, 24, 3.0),)
     lr: float = 1.5e-3
     text_lr: float = 3e-4
     weight_decay: float = 0.01

@@ -100,13 +100,13 @@ class DenoiserTrainer:
             self.model.rope = self.own_rope if whole else StretchedRope(self.model, frames, side, full).to(self.device)
         self.image_ids = stretched_ids(side, full, self.device)
 
-    def save(self, write: Callable[[], object]) -> None:
+    def save(self, write: Callable[[DiffusionPipeline], object]) -> None:
         """Writes the pipeline as it would be if training ended here, and goes on."""
         rope, kept = getattr(self.model, "rope", None), [p.detach().clone() for p in self.parameters]
         embedding = text_encoders(self.pipe)[-1].get_input_embeddings().weight
         row = embedding.detach().clone()
         self.leave()
-        write()
+        write(self.pipe)
         with torch.no_grad():
             for parameter, value in zip(self.parameters, kept, strict=True):
                 parameter.copy_(value)
@@ -187,7 +187,7 @@ def train_denoiser(
     phases: tuple[Phase, ...],
     deadline: float,
     log: Callable[..., None],
-    write: Callable[[], object],
+    write: Callable[[DiffusionPipeline], object],
 ) -> int:
     """Trains through the phases until `deadline`, leaves averaged weights in the pipeline, returns the steps taken.
 

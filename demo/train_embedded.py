@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=100, help="held-out captions to draw and check at the end")
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for writing and checking")
     parser.add_argument("--workers", type=int, default=5, help="processes that make up scenes")
+    parser.add_argument("--lr", type=float, help="peak learning rate of the denoiser; default the configuration's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a run of seconds on a CPU")
     args = parser.parse_args()
@@ -162,7 +163,8 @@ def run(args: argparse.Namespace) -> None:
         train_vae(pipe, config, stream, time.monotonic() + config.vae_share * total, log)
         log(f"autoencoder trained, {save_pipeline(pipe, args.out, config):,} bytes written", True)
     phases = config.resume_phases if args.resume else config.phases
-    steps = train_denoiser(pipe, config, stream, phases, end, log, lambda: save_pipeline(pipe, args.out, config))
+    config.lr = args.lr or config.lr
+    steps = train_denoiser(pipe, config, stream, phases, end, log, lambda p: save_pipeline(p, args.out, config))
     log(f"{steps} denoiser steps, {save_pipeline(pipe, args.out, config):,} bytes written", True)
     del pipe
     if args.eval:

@@ -75,12 +75,12 @@ def compare(
     from rich.console import Console
 
     from .attn_spec import parse_attention
-    from .compare import run
+    from .compare.request import BadInput, Request
+    from .compare.run import run
+    from .compare.signals import Stopped
     from .files import require_writable
     from .machine import pick_device, pick_dtype
     from .processor import PROCESSORS
-    from .request import BadInput, Request
-    from .signals import Stopped
 
     try:
         if video and pipeline is not None:
@@ -111,13 +111,13 @@ def _fail(message: str, status: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 1 failed in part, 2 bad input (one line on stderr), 130 or 143 stopped."""
-    from .signals import stoppable
+    from .compare.signals import stoppable
 
     try:
         with stoppable():
             status: Any = app(arguments, prog_name="dit-accel", standalone_mode=False)
     except Exception as error:
-        from .request import BadInput
+        from .compare.request import BadInput
 
         describe_usage = getattr(error, "format_message", None)  # typer's own errors
         if describe_usage is not None:

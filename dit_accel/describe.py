@@ -114,7 +114,9 @@ def _logits(model: nn.Module) -> tuple[float, float]:
             continue
         processor = layer.mechanism
         grid = processor.grid_layout(layout)
-        computed += processor.mechanism.count_logits(grid, **processor.mechanism.fit(grid, **processor.layer_options(layout)))
+        computed += processor.mechanism.count_logits(
+            grid, **processor.mechanism.fit(grid, **processor.layer_options(layout))
+        )
     installation = installation_of(model)
     left = installation.attention_layers - len(layers) if installation else 0
     rest = left * (dense / len(run)) if run else 0.0

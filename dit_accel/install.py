@@ -290,7 +290,7 @@ def installed_layers(model: nn.Module) -> dict[str, MechanismLayer]:
 
 
 def adopt(model: nn.Module, processors: Mapping[str, Any]) -> dict[str, Any]:
-    """Processors that host tooling (an IP-Adapter's loader) made for all layers, rerouted where dit_accel is installed."""
+    """Processors that host tooling (an IP-Adapter's loader) made for all layers, rerouted where we are installed."""
     installation = installation_of(model)
     adopted = dict(processors)
     for name in installation.originals if installation is not None else ():
@@ -300,5 +300,3 @@ def adopt(model: nn.Module, processors: Mapping[str, Any]) -> dict[str, Any]:
             installation.originals[name] = adopted[key]
             adopted[key] = reroute(adopted[key])
     return adopted
-
-

@@ -154,7 +154,7 @@ def _run_host(processor: Any, attn: nn.Module, call: Callable[[], Any]) -> Any:
         )
     if getattr(processor, "_parallel_config", None) is not None:
         raise RuntimeError(
-            "context parallelism (Ulysses, ring) splits the tokens before attention, which dit_accel cannot follow yet; "
+            "context parallelism (Ulysses, ring) splits the tokens before attention, which dit_accel cannot follow; "
             "disable it or call dit_accel.reset_attn_processor"
         )
     mode = _CatchSoftmaxCall(layer)
@@ -202,7 +202,11 @@ def rerouted_class(host: type) -> type:
         f"    return _run_host(self, {attn.name}, lambda: _host_call(self, {', '.join(passed)}))\n"
     )
     exec(source, namespace)  # from the parameter names of the host's own method
-    members: dict[str, Any] = {"__call__": namespace["__call__"], "__module__": host.__module__, "__doc__": host.__doc__}
+    members: dict[str, Any] = {
+        "__call__": namespace["__call__"],
+        "__module__": host.__module__,
+        "__doc__": host.__doc__,
+    }
     members["__reduce__"] = lambda self: (_unpickle, (host,), self.__dict__)
     if hasattr(host, "_attention_backend"):
         members["_attention_backend"] = _native_backend()
@@ -210,8 +214,7 @@ def rerouted_class(host: type) -> type:
 
 
 def _unpickle(host: type) -> Any:
-    cls = rerouted_class(host)
-    return cls.__new__(cls)
+    return object.__new__(rerouted_class(host))
 
 
 def _native_backend() -> Any:
@@ -234,7 +237,8 @@ def reroute(host: Any) -> Any:
             "place; set the model's default processors first (disable attention slicing and xformers)"
         )
     processor = copy.copy(host)
-    processor.__class__ = rerouted_class(type(host))
+    kind: type = type(host)
+    processor.__class__ = rerouted_class(kind)
     if "_attention_backend" in processor.__dict__:
         processor._attention_backend = _native_backend()
     return processor

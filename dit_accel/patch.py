@@ -1,4 +1,4 @@
-"""What ``import dit_accel`` adds to diffusers: ``pipe.set_attn_processor``, and our processors on ``model.set_attn_processor``."""
+"""What ``import dit_accel`` adds to diffusers: ``set_attn_processor`` on pipelines, and on models, for ours."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def patch_diffusers() -> None:
         """Set an attention processor of dit_accel on the pipeline's denoisers: `dit_accel.set_attn_processor`."""
         set_attn_processor(self, processor)
 
-    AttentionMixin.set_attn_processor = model_set_attn_processor  # type: ignore[method-assign]
+    AttentionMixin.set_attn_processor = model_set_attn_processor
     DiffusionPipeline.set_attn_processor = pipe_set_attn_processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 
 import torch
@@ -35,7 +36,7 @@ def _read(ids: Tensor) -> list[tuple[int, int]]:
     if ids.ndim != 2 or ids.shape[1] != 3 or ids.shape[0] == 0:
         raise ValueError(f"position ids must be (N, 3) with N > 0, got {tuple(ids.shape)}")
     starts = [0, *((ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1).tolist(), ids.shape[0]]
-    return [_grid(ids[start:stop, 1:]) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [_grid(ids[start:stop, 1:]) for start, stop in itertools.pairwise(starts)]
 
 
 def _grid(places: Tensor) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .install import denoisers, installation_of, installed_layers, set_attn_processor
+from .files import replacing
+from .install import denoisers, head_dim_of, installation_of, installed_layers, set_attn_processor
 from .processor import PROCESSORS, AcceleratedAttnProcessor
 
 __all__ = ["FILE_NAME", "load_attention", "save_attention"]
@@ -58,40 +59,27 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     configuration = json.dumps({"format": _FORMAT, "components": components})
     target = folder / FILE_NAME
-    handle, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=folder)
-    os.close(handle)
-    try:
+    with replacing(target) as temporary:
         save_file(tensors, temporary, metadata={"dit_accel": configuration})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     return target
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _to_json(processor: AcceleratedAttnProcessor) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {"mechanism": processor.name, "options": asdict(processor)}
 
 
 def _from_json(entry: dict[str, Any], path: Path) -> AcceleratedAttnProcessor:
     name = entry.get("mechanism")
     if name not in PROCESSORS:
-        raise ValueError(f"{path} holds the mechanism {name!r}, which is not known here; known: {', '.join(PROCESSORS)}")
+        raise ValueError(
+            f"{path} holds the mechanism {name!r}, which is not known here; known: {', '.join(PROCESSORS)}"
+        )
     return PROCESSORS[name](**entry["options"])
 
 
-def load_attention(pipe_or_model: Any, folder_or_hub_id: str | os.PathLike[str], *, component: str | None = None) -> None:
+def load_attention(
+    pipe_or_model: Any, folder_or_hub_id: str | os.PathLike[str], *, component: str | None = None
+) -> None:
     """Install what :func:`save_attention` wrote, and load its parameters strictly.
 
     Args:
@@ -135,7 +123,9 @@ def _find(source: str | os.PathLike[str]) -> Path:
     try:
         return Path(hf_hub_download(str(source), FILE_NAME))
     except Exception as error:
-        raise FileNotFoundError(f"{source} is no folder here, and {FILE_NAME} could not be had from the hub: {error}") from error
+        raise FileNotFoundError(
+            f"{source} is no folder here, and {FILE_NAME} could not be had from the hub: {error}"
+        ) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -149,9 +139,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         configuration = json.loads(metadata["dit_accel"])
         known = configuration["format"] == _FORMAT and isinstance(configuration["components"], dict)
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} was not written by dit_accel.save_attention: no configuration in its metadata") from error
+        raise ValueError(
+            f"{path} was not written by dit_accel.save_attention: no configuration in its metadata"
+        ) from error
     if not known:
-        raise ValueError(f"{path} has format {configuration['format']!r}; this version reads {_FORMAT}: update dit_accel")
+        raise ValueError(
+            f"{path} has format {configuration['format']!r}; this version reads {_FORMAT}: update dit_accel"
+        )
     return configuration, tensors
 
 
@@ -190,8 +184,6 @@ def _check_keys(
     model: nn.Module, plan: list[tuple[AcceleratedAttnProcessor, list[str]]], tensors: dict[str, Tensor], path: Path
 ) -> None:
     """Every learned parameter is in the file with its shape, and nothing else but weights that the host has."""
-    from .install import head_dim_of
-
     modules = dict(model.named_modules())
     absent = [name for _, layers in plan for name in layers if name not in modules]
     if absent:

@@ -1,4 +1,4 @@
-"""What a model family tells the library: which layers attend over a grid, and how to read the grid off a forward call."""
+"""What a model family tells the library: which layers attend over a grid, and how to read it off a forward call."""
 
 from __future__ import annotations
 

@@ -31,17 +31,16 @@ def feature(x: Tensor, feature_map: str) -> Tensor:
 
 
 def block_linear_sums(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, q_table: Tensor, k_table: Tensor, marginal: Tensor
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, q_table: Tensor, place: Tensor, k_table: Tensor, marginal: Tensor
 ) -> Tensor:
-    """φ(q) Σ φ(k)ᵀ v over the marginal blocks of each query block, (B, H, N, D + 1)."""
+    """φ(q) Σ φ(k)ᵀ v over the marginal blocks of each query block, (B, H, N, D + 1).
+
+    The tables (M, block) list the tokens of each block; ``place`` says where the query tokens stand in theirs.
+    """
     inside = (k_table >= 0).to(phi_k.dtype)[:, :, None]
     sums = (gather_blocks(phi_k, k_table) * inside).mT @ gather_blocks(v, k_table)  # (B, H, Mk, D, D + 1)
     picked = (marginal.unflatten(0, sums.shape[:2]) @ sums.flatten(3)).unflatten(
         -1, sums.shape[3:]
     )  # (B, H, Mq, D, D + 1)
     total = (gather_blocks(phi_q, q_table) @ picked).flatten(2, 3)  # (B, H, Mq * block, D + 1)
-    place = torch.empty(phi_q.shape[2], dtype=torch.int64, device=q_table.device)
-    flat = q_table.flatten()
-    filled = flat >= 0
-    place[flat[filled]] = filled.nonzero()[:, 0]
     return total.index_select(2, place)

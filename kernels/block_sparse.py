@@ -102,11 +102,13 @@ class _TileAttention(torch.autograd.Function):
         for tiles, rows in _chunks(plan, query, backward=False):
             q, k, v = _read(rows, tiles, query, key, value, scratch)
             mask, seen = _mask(rows, tiles, key_bias, query, hides)
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            if mask is not None and mask.dtype != q.dtype and q.device.type != "cpu":
+                q, k, v = q.to(mask.dtype), k.to(mask.dtype), v.to(mask.dtype)  # only the CPU mixes them
+            o = _softmax_attention(q, k, v, mask, scale)
             if seen is not None:
                 o = o.masked_fill(~seen, 0)
             flat = _flat_index(rows.queries, groups, n_rows + 1)
-            out.view(-1, heads * dim).index_copy_(0, flat, o.transpose(1, 2).reshape(-1, heads * dim))
+            out.view(-1, heads * dim).index_copy_(0, flat, o.transpose(1, 2).reshape(-1, heads * dim).to(out.dtype))
         return out[:, :n_rows]
 
     @staticmethod
@@ -133,6 +135,15 @@ class _TileAttention(torch.autograd.Function):
             _add(sums[2], rows.keys, d_v)
         d_qkv = (total.to(x.dtype) for total, x in zip(sums, (query, key, value), strict=True))
         return (*d_qkv, None, None, None, None)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q kᵀ scale + mask) v."""
+    if mask is None or q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # torch 2.11 on an H200: under a mask that is broadcast over the queries, half-precision rows came out as NaN
+    acc = torch.promote_types(q.dtype, torch.float32)
+    return (torch.softmax((q.to(acc) @ k.to(acc).mT) * scale + mask, -1) @ v.to(acc)).to(q.dtype)
 
 
 def _softmax_backward(

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: joint attention over [image, text]; dual-attention blocks add one over the image alone."""
+"""Stable Diffusion 3 and 3.5: joint attention over [image, text], in dual blocks a second one over the image alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,12 @@ from ..site import Site, self_attention_layers
 MODELS = (SD3Transformer2DModel,)
 
 
-def read_image(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+def read_image(model: SD3Transformer2DModel, arguments: Mapping[str, Any]) -> TokenLayout:
     height, width = arguments["hidden_states"].shape[-2:]  # (B, C, H, W)
     return TokenLayout((height // model.config.patch_size, width // model.config.patch_size))
 
 
-def read_joint(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+def read_joint(model: SD3Transformer2DModel, arguments: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(read_image(model, arguments).grid, after=arguments["encoder_hidden_states"].shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text-, image-to-video, VACE): self-attention over the clip alone; text and image by cross-attention."""
+"""Wan 2.1 and 2.2 (text-, image-to-video, VACE): self-attention over the clip; text and image by cross-attention."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from ..site import Site, self_attention_layers
 MODELS = (WanTransformer3DModel, WanVACETransformer3DModel)
 
 
-def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+def read(model: WanTransformer3DModel, arguments: Mapping[str, Any]) -> TokenLayout:
     lengths = arguments["hidden_states"].shape[2:]  # (B, C, F, H, W)
     return TokenLayout(tuple(n // p for n, p in zip(lengths, model.config.patch_size, strict=True)))
 

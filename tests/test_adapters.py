@@ -55,7 +55,9 @@ def flux_adapter(model):
         for part in "kv":
             weights[f"{i}.to_{part}_ip.weight"] = torch.randn(width, cross)
             weights[f"{i}.to_{part}_ip.bias"] = torch.randn(width)
-    model._load_ip_adapter_weights([{"image_proj": image_projection(cross, 20), "ip_adapter": weights}], low_cpu_mem_usage=False)
+    model._load_ip_adapter_weights(
+        [{"image_proj": image_projection(cross, 20), "ip_adapter": weights}], low_cpu_mem_usage=False
+    )
 
 
 def unet_adapter(model):
@@ -68,7 +70,9 @@ def unet_adapter(model):
         weights[f"{key}.to_k_ip.weight"] = torch.randn(width, cross)
         weights[f"{key}.to_v_ip.weight"] = torch.randn(width, cross)
         key += 2
-    model._load_ip_adapter_weights([{"image_proj": image_projection(cross, 20), "ip_adapter": weights}], low_cpu_mem_usage=False)
+    model._load_ip_adapter_weights(
+        [{"image_proj": image_projection(cross, 20), "ip_adapter": weights}], low_cpu_mem_usage=False
+    )
 
 
 def adapter_case(family):
@@ -144,7 +148,10 @@ def test_offloading(kind, order):
 
 def wan_pipeline():
     torch.manual_seed(16)
-    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
     pipe = WanPipeline(
         tokenizer=None, text_encoder=None, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=TINY["wan"](0), transformer_2=TINY["wan"](1), boundary_ratio=0.5,
@@ -160,8 +167,10 @@ def test_pipeline_with_guidance_two_denoisers_and_prompts_in_a_batch():
         "prompt_embeds": torch.randn(2, 9, 24), "negative_prompt_embeds": torch.randn(2, 9, 24), "guidance_scale": 3.0,
         "height": 64, "width": 96, "num_frames": 5, "num_inference_steps": 3, "output_type": "latent",
     }  # fmt: skip
+
     def draw():
         return pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+
     dense = draw()
     for name, processor in NARROW.items():
         with dit_accel.attention(pipe, processor):

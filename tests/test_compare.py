@@ -21,12 +21,12 @@ from torch import nn
 
 from dit_accel import describe, set_attn_processor
 from dit_accel.cli import main
+from dit_accel.compare.metrics import compare_frames
+from dit_accel.compare.step_timer import StepTimer
 from dit_accel.embedded import IMAGE, VIDEO
 from dit_accel.files import replacing
 from dit_accel.mechanisms import llsa
-from dit_accel.metrics import compare_frames
 from dit_accel.processor import GNAAttnProcessor
-from dit_accel.step_timer import StepTimer
 
 FLUX = ["--height", "32", "--width", "40", "--steps", "2"]
 
@@ -63,6 +63,10 @@ def test_a_finished_comparison_is_complete_dense_first(drawn):
     assert all(entry["status"] == "complete" and len(entry["pictures"]) == 2 for entry in report["attention"])
     assert report["prompts"] == ["a red circle", "a green square"]
     assert report["settings"]["grid"] == [8, 10] and report["settings"]["steps"] == 2
+    again = report["dense_again"]
+    assert again["over_first"] == pytest.approx(
+        again["seconds_per_step"] / report["attention"][0]["mean"]["seconds_per_step"]
+    )
     assert report["machine"]["dtype"] == "float32" and report["versions"]["torch"] == torch.__version__
 
 
@@ -121,6 +125,31 @@ def test_clips_become_a_moving_sheet_and_a_contact_sheet(tmp_path):
     assert len(frames) == 9 and frames[0].shape[1] > 3 * 320
     assert Image.open(out / "compare.png").width == frames[0].shape[1]
     assert sum(1 for _ in imageio.v2.get_reader(out / "pictures" / "1-clear.mp4")) == 9
+
+
+def test_defaults_in_the_folder_are_taken_unless_others_are_given(tmp_path):
+    folder = save_flux(tmp_path / "flux")
+    defaults = {"height": 32, "width": 40, "num_inference_steps": 2, "max_sequence_length": 8, "guidance_scale": 2.0}
+    (folder / "defaults.json").write_text(json.dumps(defaults))
+    asked = ["--pipeline", str(folder), "--prompt", "a", "--attn", "gna:window=3"]
+    _, report = compare(tmp_path / "out", *asked)
+    settings = report["settings"]
+    assert settings["steps"] == 2 and settings["grid"] == [8, 10]
+    assert settings["call"] == {"height": 32, "width": 40, "max_sequence_length": 8, "guidance_scale": 2.0}
+    assert "8+8×10+0" in report["attention"][1]["installed"]
+    _, report = compare(tmp_path / "out", *asked, "--height", "16", "--width", "16", "--steps", "1")
+    assert report["settings"]["steps"] == 1 and report["settings"]["grid"] == [4, 4]
+    assert report["settings"]["call"]["max_sequence_length"] == 8
+
+
+def test_defaults_that_the_pipeline_does_not_take_are_refused(tmp_path, capsys):
+    folder = save_flux(tmp_path / "flux")
+    for text, message in (('{"hight": 32}', "has hight, which FluxPipeline does not take"), ("[1", "is not JSON")):
+        (folder / "defaults.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            main(["compare", "--pipeline", str(folder), "--out", str(tmp_path / "out")])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_dense_steps_count_as_dense(flux, tmp_path):
@@ -247,3 +276,17 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_machine_that_got_busy_is_said_aloud(flux, tmp_path, monkeypatch, capsys):
+    from dit_accel import compare as module
+
+    for slower, said in ((1.1, False), (2.0, True), (0.5, True)):
+        monkeypatch.setattr(
+            module,
+            "_time_dense_again",
+            lambda comparison, slower=slower: slower * comparison.report.variants[0].mean("seconds_per_step"),
+        )
+        _, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", "--attn", "sla")
+        assert report["dense_again"]["over_first"] == pytest.approx(slower)
+        assert ("do not compare well" in capsys.readouterr().out) is said

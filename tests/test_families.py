@@ -116,7 +116,7 @@ def test_layouts_are_right(family, name):
 
 @pytest.mark.parametrize("family", ["sd15", "wan", "wan_i2v"])
 def test_cross_attention_is_never_replaced_though_text_is_as_long_as_the_grid(family, monkeypatch):
-    """With a processor that would raise on cross-attention's different keys, and outputs equal where self-attention is wide."""
+    """The mechanism, which here computes dense attention and notes its calls, is called for self-attention alone."""
     if family == "sd15":
         model, inputs = TINY[family](), TINY[family].inputs((10, 14), text=140)
     elif family == "wan":
@@ -124,7 +124,9 @@ def test_cross_attention_is_never_replaced_though_text_is_as_long_as_the_grid(fa
     else:  # 512 text tokens and a grid of 512
         model, inputs = TINY[family](), TINY[family].inputs((2, 16, 16))
     seen = []
-    monkeypatch.setattr(gna, "_attend", lambda q, k, v, layout, **_: seen.append(k) or F.scaled_dot_product_attention(q, k, v))
+    monkeypatch.setattr(
+        gna, "_attend", lambda q, k, v, layout, **_: seen.append(k) or F.scaled_dot_product_attention(q, k, v)
+    )
     cross, softmax = [], F.scaled_dot_product_attention
 
     class Watch(TorchFunctionMode):
@@ -277,8 +279,15 @@ def test_batch_rows_do_not_mix(family, name):
     model, inputs = model_and_inputs(family, batch=2)
     model.set_attn_processor(NARROW[name])
     both = run(model, inputs)
+
     def batched(value):
-        return isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 2 and value is not inputs.get("control_hidden_states_scale")
+        return (
+            isinstance(value, torch.Tensor)
+            and value.ndim
+            and value.shape[0] == 2
+            and value is not inputs.get("control_hidden_states_scale")
+        )
+
     for row in range(2):
         one = {key: value[row : row + 1] if batched(value) else value for key, value in inputs.items()}
         if "added_cond_kwargs" in one:

@@ -180,8 +180,10 @@ def test_min_tokens_leaves_small_layers_dense():
 def test_dense_steps_leaves_the_first_steps_of_every_generation_dense():
     model, inputs = flux_and_inputs()
     timesteps = [1.0, 1.0, 0.7, 0.4, 0.1]  # two calls in the first step, as guidance makes them
+
     def generation():
         return [run(model, {**inputs, "timestep": torch.full((2,), t)}) for t in timesteps]
+
     dense = generation()
     model.set_attn_processor(GNA)
     sparse = generation()
@@ -220,11 +222,15 @@ def test_clear_high_resolution_scale_is_the_papers():
 def test_unknown_models_raise_and_take_a_layout_by_hand():
     latte = LatteTransformer3DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, patch_size=2,
-        sample_size=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=8, cross_attention_dim=16, caption_channels=16, video_length=3,
     ).eval()  # fmt: skip
     with pytest.raises(ValueError, match=r"does not know where the tokens of LatteTransformer3DModel are.*layout="):
         dit_accel.set_attn_processor(latte, GNA)
-    inputs = {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([5]), "encoder_hidden_states": torch.randn(1, 6, 16)}
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 3, 8, 8),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": torch.randn(1, 6, 16),
+    }
     torch.nn.init.normal_(latte.proj_out.weight)
     dense = run(latte, inputs)
     spatial = [name for name in ("transformer_blocks.0.attn1",)]
@@ -250,7 +256,7 @@ def test_bad_things_to_install_on_are_refused():
         dit_accel.set_attn_processor(torch.nn.Linear(2, 2), GNA, layout=TokenLayout((4,)))
     with pytest.raises(ValueError, match="does not know where the tokens of AutoencoderKL are"):
         dit_accel.set_attn_processor(vae, GNA)
-    with pytest.raises(ValueError, match="did you mean transformer_blocks.0.attn"):
+    with pytest.raises(ValueError, match=r"did you mean transformer_blocks\.0\.attn"):
         dit_accel.set_attn_processor(TINY["flux"](), GNA, layers=["transformer_blocks.0.atn"])
     with pytest.raises(ValueError, match="selects no self-attention layer"):
         dit_accel.set_attn_processor(TINY["flux"](), GNA, layers="nothing_like_it")
@@ -360,7 +366,9 @@ def test_one_file_loads_on_the_pipe_and_on_its_models(tmp_path):
     dit_accel.load_attention(bare, tmp_path, component="transformer_2")
     assert torch.equal(run(bare, inputs), expected[1])
     dit_accel.load_attention(bare, tmp_path)
-    assert torch.equal(installed_layers(bare)["blocks.0.attn1"].weight, installed_layers(pipe.transformer)["blocks.0.attn1"].weight)
+    assert torch.equal(
+        installed_layers(bare)["blocks.0.attn1"].weight, installed_layers(pipe.transformer)["blocks.0.attn1"].weight
+    )
 
 
 def saved_sla(tmp_path):
@@ -408,7 +416,7 @@ def test_load_refuses_what_does_not_fit_and_leaves_the_model_alone(tmp_path):
         rewrite(path, change)
         refused(words)
     refused("no attention file", FileNotFoundError, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="does not fit|lacks"):
+    with pytest.raises(ValueError, match=r"does not fit|lacks"):
         dit_accel.load_attention(TINY["sd3"](), saved_sla(tmp_path / "again"))
 
 

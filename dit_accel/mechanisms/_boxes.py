@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["box_grid", "box_shape", "box_table"]
+__all__ = ["box_blocks", "box_grid", "box_shape", "box_table"]
 
 # Tiles that the SLA authors' kernels and ours are made for.
 NAMED = {(64, 2): (8, 8), (64, 3): (4, 4, 4), (128, 2): (8, 16), (128, 3): (2, 8, 8)}
@@ -60,3 +60,15 @@ def box_table(grid: Sequence[int], box: Sequence[int], device: torch.device) -> 
     axes = len(box)
     order = [*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)]
     return index.reshape(split).permute(order).reshape(-1, math.prod(box))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def box_blocks(grid: tuple[int, ...], box: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """:func:`box_table`, and (cells,) where each cell of the grid stands in it, flattened."""
+    table = box_table(grid, box, device)
+    flat = table.flatten()
+    filled = (flat >= 0).nonzero()[:, 0]
+    place = torch.empty_like(filled)
+    place[flat[filled]] = filled
+    return table, place

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ._boxes import box_grid, box_table, factorisations
+from ._boxes import box_blocks, box_grid, factorisations
 
 __all__ = ["Level", "default_levels", "level_grids", "make_tree", "patch_shapes"]
 
@@ -72,17 +71,8 @@ class Level:
         return self.children.numel() == self.place.numel()
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def make_tree(grid: tuple[int, ...], block: int, levels: int, device: torch.device) -> tuple[Level, ...]:
     """Levels 1 … L."""
     shapes = patch_shapes(grid, block, levels)
-    found = []
-    for below, shape in zip(level_grids(grid, shapes), shapes, strict=False):
-        children = box_table(below, shape, device)
-        flat = children.flatten()
-        filled = (flat >= 0).nonzero()[:, 0]
-        place = torch.empty_like(filled)
-        place[flat[filled]] = filled
-        found.append(Level(children, place))
-    return tuple(found)
+    grids = level_grids(grid, shapes)[:-1]
+    return tuple(Level(*box_blocks(below, shape, device)) for below, shape in zip(grids, shapes, strict=True))

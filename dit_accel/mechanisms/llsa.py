@@ -46,8 +46,8 @@ def llsa_attention(
     """Log-linear hierarchical sparse attention. [LLSA, arXiv 2512.16615]
 
     Tokens are pooled block by block to a tree; from its top down every query block keeps the ``topk`` pooled keys of
-    the highest dot product. A token attends to the tokens of what its block kept and, enriched, to the pooled tokens met on
-    the way, whose logits get + log(number of tokens that they stand for).
+    the highest dot product. A token attends to the tokens of what its block kept and, enriched, to the pooled tokens
+    met on the way, whose logits get + log(number of tokens that they stand for).
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.

@@ -12,7 +12,7 @@ from dit_accel.kernels.block_linear import FEATURE_MAPS, block_linear_sums, feat
 from dit_accel.kernels.block_sparse import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
 
-from ._boxes import box_shape, box_table
+from ._boxes import box_blocks, box_shape
 from ._common import (
     check_learned,
     check_number,
@@ -198,7 +198,7 @@ def count_logits(
 ) -> float:
     """Softmax logits of one batch element and head, text included, the linear part not; dense would be
     ``seq_len ** 2``. Which blocks are critical depends on the data: a short block counts as an average one."""
-    n_blocks = len(_block_table(layout, block_kv, tile_order, torch.device("cpu")))
+    n_blocks = len(_blocks(layout, block_kv, tile_order, torch.device("cpu"))[0])
     share = _n_critical(critical, n_blocks) / n_blocks
     return share * layout.grid_len**2 + text_logits(layout)
 
@@ -207,11 +207,11 @@ def _n_critical(critical: float, n_blocks: int) -> int:
     return max(1, int(critical * n_blocks))
 
 
-def _block_table(layout: TokenLayout, block: int, tile_order: bool, device: torch.device) -> Tensor:
-    """(M, block) grid tokens of each block; -1 where a block is short."""
+def _blocks(layout: TokenLayout, block: int, tile_order: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(M, block) grid tokens of each block, -1 where it is short; and where each grid token stands there, flattened."""
     if tile_order:
-        return box_table(layout.grid, box_shape(block, layout.grid), device)
-    return box_table((layout.grid_len,), (block,), device)
+        return box_blocks(layout.grid, box_shape(block, layout.grid), device)
+    return box_blocks((layout.grid_len,), (block,), device)
 
 
 def _compute(
@@ -234,7 +234,8 @@ def _compute(
     tile_order: bool,
 ) -> Tensor:
     key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
-    q_table, k_table = (_block_table(layout, size, tile_order, query.device) for size in (block_q, block_kv))
+    q_table, place = _blocks(layout, block_q, tile_order, query.device)
+    k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
     real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
     if key_padding_mask is not None:
         real = key_padding_mask[:, layout.grid_slice]
@@ -248,7 +249,7 @@ def _compute(
     if weight is None and bias is None:
         return out
     blocks = None if linear_over == "all" else marginal
-    linear = _linear_part(query, key, value, layout, q_table, k_table, real, blocks, feature_map, weight, bias)
+    linear = _linear_part(query, key, value, layout, q_table, place, k_table, real, blocks, feature_map, weight, bias)
     if key_padding_mask is not None:
         linear = torch.where(key_padding_mask.any(-1)[:, None, None, None], linear, 0)
     linear = F.pad(linear, (0, 0, layout.before, layout.after))
@@ -332,6 +333,7 @@ def _linear_part(
     value: Tensor,
     layout: TokenLayout,
     q_table: Tensor,
+    place: Tensor,
     k_table: Tensor,
     real: Tensor,
     marginal: Tensor | None,
@@ -349,7 +351,7 @@ def _linear_part(
         if marginal is None:
             total = phi_q @ (phi_k.mT @ v_and_one)
         else:
-            total = block_linear_sums(phi_q, phi_k, v_and_one, q_table, k_table, marginal)
+            total = block_linear_sums(phi_q, phi_k, v_and_one, q_table, place, k_table, marginal)
         out = total[..., :-1] / (total[..., -1:] + EPSILON)
     project = None if weight is None else weight.to(out.dtype)
     return (out if project is None else out @ project.mT) + (0 if bias is None else bias.to(out.dtype))

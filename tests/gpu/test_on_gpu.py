@@ -47,7 +47,10 @@ def test_flux_with_inductor_by_repeated_blocks():
 
     model = TINY["flux"]().cuda()
     inputs = {key: value.cuda() for key, value in TINY["flux"].inputs((7, 10)).items()}
-    for processor in (dit_accel.SLAAttnProcessor(critical=0.3, block_q=16, block_kv=8), dit_accel.GNAAttnProcessor(window=3)):
+    for processor in (
+        dit_accel.SLAAttnProcessor(critical=0.3, block_q=16, block_kv=8),
+        dit_accel.GNAAttnProcessor(window=3),
+    ):
         model.set_attn_processor(processor)
         expected = run(model, inputs)
         compiled = TINY["flux"]().cuda()

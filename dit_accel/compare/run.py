@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .attn_spec import short_options
-from .describe import describe, logit_fraction
-from .embedded import IMAGE, OTHER_PROMPTS, VIDEO, read_defaults
-from .install import attention, denoisers
-from .layout import TokenLayout
-from .machine import about_machine, about_versions
+from ..attn_spec import short_options
+from ..describe import describe, logit_fraction
+from ..embedded import IMAGE, OTHER_PROMPTS, VIDEO, read_defaults
+from ..install import attention, denoisers
+from ..layout import TokenLayout
+from ..machine import about_machine, about_versions
+from ..processor import AcceleratedAttnProcessor
 from .metrics import compare_frames, lpips_weights
-from .processor import AcceleratedAttnProcessor
 from .report import Picture, Report, Variant, figure
 from .request import BadInput, Request
 from .sheet import Sheet, contact_cell, save_clip, save_image, sheet_frames
@@ -34,10 +34,12 @@ from .step_timer import StepTimer
 __all__ = ["run"]
 
 _FPS = 16
+_STEADY = 1.25  # dense may get slower or faster by this factor in the course of a run before it is said aloud
 _TIMING = (
     "seconds_per_step: median over the denoising steps of the seconds in the denoiser's forward (all calls of a step, "
     "as with guidance), device synchronised before and after, behind one untimed warm-up step a variant; text encoder, "
     "scheduler and VAE are not in it. times_dense: dense's seconds_per_step over this one's, same prompt and run. "
+    "dense_again: dense once more at the end, so that it shows if something else kept the machine busy meanwhile. "
     "logit_fraction: logits in the exact masks over those of dense attention, all self-attention layers, all steps. "
     "psnr, ssim, lpips: on the 8-bit frames against dense's of the same prompt and seed, mean over frames; psnr is "
     "null where the frames are equal."
@@ -102,7 +104,13 @@ def _prepare(request: Request) -> Comparison:
     try:
         call = read_defaults(_source(request))
         size = _size(request, pipe, call)
-        steps = request.steps or call.pop("num_inference_steps", None) or _default(parameters, "num_inference_steps")
+        unknown = [key for key in call if key not in parameters]
+        if unknown:
+            raise ValueError(
+                f"defaults.json in {_source(request)} has {', '.join(unknown)}, which {name} does not take"
+            )
+        own_steps = call.pop("num_inference_steps", None) or _default(parameters, "num_inference_steps")
+        steps = request.steps or own_steps
         processors = _processors(request, pipe, token_grid(pipe, size))
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
@@ -162,21 +170,16 @@ def _load(request: Request) -> Any:
 
 def _size(request: Request, pipe: Any, call: dict[str, Any]) -> Size:
     """The size asked for, else the folder's, else the pipeline's own; checked. Sizes are taken out of ``call``."""
-    own = default_size(pipe)
-    height, width, frames = (
-        asked or call.pop(key, None) or (getattr(own, field) if own else None)
-        for asked, key, field in (
-            (request.height, "height", "height"),
-            (request.width, "width", "width"),
-            (request.frames, "num_frames", "frames"),
-        )
-    )
+    own = default_size(pipe) or Size(0, 0)
+    height = call.pop("height", own.height)
+    width = call.pop("width", own.width)
+    frames = call.pop("num_frames", own.frames)
     name = type(pipe).__name__
     if request.frames is not None and "num_frames" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"--frames is for clips, and {name} draws pictures")
-    if height is None or width is None:
+    size = Size(request.height or height, request.width or width, request.frames or frames)
+    if not size.height or not size.width:
         raise ValueError(f"{name} does not say what size it draws; give --height and --width")
-    size = Size(height, width, frames)
     check_size(pipe, size)
     return size
 
@@ -231,6 +234,20 @@ def _draw_all(comparison: Comparison, progress: Progress) -> None:
             variant.status = "complete"
         progress.update(overall, completed=(column + 1) * len(report.prompts))
         report.save()
+    report.dense_again = _time_dense_again(comparison)
+    drift = report.drift()
+    if drift is not None and not 1 / _STEADY < drift < _STEADY:
+        progress.console.print(
+            f"[yellow]dense was {drift:.2f}× as slow at the end as at the beginning: something else kept this machine "
+            "busy, and the times above do not compare well[/yellow]", soft_wrap=True,
+        )  # fmt: skip
+
+
+def _time_dense_again(comparison: Comparison) -> float:
+    steps = min(comparison.steps, 3)
+    with StepTimer(denoisers(comparison.pipe).values(), comparison.request.device) as timer:
+        _call(comparison, 0, steps=steps, output_type="latent")
+    return timer.seconds_per_step(steps)
 
 
 def _draw_variant(comparison: Comparison, column: int, progress: Progress, overall: Any) -> None:

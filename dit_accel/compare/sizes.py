@@ -15,7 +15,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from .install import denoisers
+from ..install import denoisers
 
 __all__ = ["Size", "TokenBox", "check_size", "default_size", "token_box", "token_grid"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import replacing
+from ..files import replacing
 from .report import Report, Variant, figure
 
 __all__ = ["Sheet", "contact_cell", "save_clip", "save_image"]

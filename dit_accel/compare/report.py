@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .files import write_json
+from ..files import write_json
 
 __all__ = ["FIGURES", "Picture", "Report", "Variant", "figure"]
 
@@ -77,6 +77,12 @@ class Report:
     variants: list[Variant]
     status: str = "running"
     files: dict[str, str] = field(default_factory=dict)
+    dense_again: float | None = None  # dense's seconds per step once more, after everything else
+
+    def drift(self) -> float | None:
+        """How much slower (> 1) or faster dense was at the end than at the beginning: what else the machine did."""
+        begun = self.variants[0].mean("seconds_per_step")
+        return self.dense_again / begun if begun and self.dense_again else None
 
     def missing(self) -> list[dict[str, Any]]:
         """What was asked for and is not there."""
@@ -95,6 +101,7 @@ class Report:
             **self.about,
             "prompts": self.prompts,
             "files": self.files,
+            "dense_again": {"seconds_per_step": self.dense_again, "over_first": self.drift()},
             "attention": [
                 {**asdict(variant), "mean": {name: variant.mean(name) for name in FIGURES}} for variant in self.variants
             ],
@@ -108,15 +115,11 @@ class Report:
         """One row a variant, means over the prompts."""
         shown = [name for name in FIGURES if name != "lpips" or any(v.mean("lpips") is not None for v in self.variants)]
         table = Table(title=f"{self.about['pipeline']['class']}, mean of {len(self.prompts)} prompt(s)")
-        table.add_column("attention", no_wrap=True)
-        table.add_column("options", overflow="fold")
+        table.add_column("attention")
         for name in shown:
             table.add_column(FIGURES[name][0], justify="right")
         for variant in self.variants:
             note = "" if variant.status == "complete" else f" ({variant.status})"
-            table.add_row(
-                variant.label + note,
-                variant.short.replace(",", ", "),
-                *(figure(name, variant.mean(name)) for name in shown),
-            )
+            head = f"{variant.label}{note}\n[dim]{variant.short.replace(',', ', ')}[/dim]"
+            table.add_row(head, *(figure(name, variant.mean(name)) for name in shown))
         return table

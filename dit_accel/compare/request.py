@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .attn_spec import AttentionSpec
+from ..attn_spec import AttentionSpec
 
 __all__ = ["BadInput", "Request"]
 

@@ -65,9 +65,9 @@ class ImageConfig:
     vae_batch: int = 32
     vae_lr: float = 2e-3
     phases: tuple[Phase, ...] = (
-        Phase(0.35, 128, 512, 1.0),
-        Phase(0.25, 256, 128, 1.7),
-        Phase(0.40, 512, 48, 3.0),
+        Phase(0.15, 128, 128, 1.0),
+        Phase(0.35, 256, 64, 1.7),
+        Phase(0.50, 512, 24, 3.0),
     )
     resume_phases: tuple[Phase, ...] = (Phase(1.0, 512, 24, 3.0),)
     lr: float = 1.5e-3
@@ -107,8 +107,8 @@ class VideoConfig:
     vae_batch: int = 16
     vae_lr: float = 2e-3
     phases: tuple[Phase, ...] = (
-        Phase(0.5, 128, 128, 1.7),
-        Phase(0.5, 256, 32, 3.0),
+        Phase(0.5, 128, 64, 1.7),
+        Phase(0.5, 256, 16, 3.0),
     )
     resume_phases: tuple[Phase, ...] = (Phase(0.5, 128, 64, 1.7), Phase(0.5, 256, 16, 3.0))
     lr: float = 1.5e-3

@@ -1,8 +1,8 @@
 """Judges a picture or a clip against a caption by classical image analysis; no learned network.
 
 The background is the colour of the picture's rim. What differs from it falls into connected components; each is named
-by the colour of its pixels, by its outline (the Fourier magnitudes of its radial profile, beside those of the shapes
-as they should be) and by the cell of its centroid. A caption is right when every object it names is there, in colour,
+by the colour of its pixels, by its outline (its profile, beside those of the shapes as they should be) and by the cell
+of its centroid. A caption is right when every object it names is there, in colour,
 shape and place, and nothing else is; in clips also moving as it says. Sizes and textures are not judged.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 
 from dit_accel.demo.render import FIELDS, MOTION_VECTORS, PALETTE, PRESENT, RADIUS, SHAPE, X, Y, render, second_colour
 from dit_accel.demo.scenes import COLOURS, PLACES, RELATIONS, SHAPES, Scene, parse_caption
@@ -23,6 +24,7 @@ ANGLES = 72
 MIN_AREA = 0.004
 FOREGROUND = 0.14
 CLIP_MOMENTS = 5
+ROUNDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,11 @@ def _colour_of(picture: np.ndarray, part: np.ndarray, background: str) -> str:
 
 
 def _profile(part: np.ndarray) -> np.ndarray:
-    """Fourier magnitudes of the outline's radius over the angle, and how much of the filled area is a hole."""
+    """What tells the shapes apart: the outline's radius over the angle, solidity, rectangularity and a hole within.
+
+    The radius counts by its Fourier magnitudes, which a rotation leaves alone. Solidity is the share that the filled
+    part has of its convex hull, rectangularity the share that the hull has of its smallest rectangle.
+    """
     filled = ndimage.binary_fill_holes(part)
     y, x = ndimage.center_of_mass(filled)
     reach = int(np.hypot(*part.shape)) + 2
@@ -185,19 +191,42 @@ def _profile(part: np.ndarray) -> np.ndarray:
     inside = ndimage.map_coordinates(filled.astype(np.float32), [ys, xs], order=1, mode="constant") > 0.5
     radius = (inside * steps).max(1) + 0.5
     spectrum = np.abs(np.fft.rfft(radius / radius.mean())) / ANGLES
-    hole = 1 - part.sum() / filled.sum()
-    return np.concatenate([spectrum[1:11] * 10, [min(1.0, 5 * hole)]])
+    hull, rectangle = _hull_areas(filled)
+    weighted = [4 * filled.sum() / hull, 4 * hull / rectangle, min(1.0, 12 * _central_hole(part, filled))]
+    return np.concatenate([spectrum[1:11] * 10, weighted])
+
+
+def _hull_areas(filled: np.ndarray) -> tuple[float, float]:
+    """Areas of the part's convex hull and of the smallest rectangle around it, one side of which lies on the hull."""
+    rim = np.argwhere(filled & ~ndimage.binary_erosion(filled))
+    corners = (rim[:, None] + [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]).reshape(-1, 2)
+    hull = ConvexHull(corners)
+    outline = corners[hull.vertices]
+    sides = np.roll(outline, -1, 0) - outline
+    sides /= np.linalg.norm(sides, axis=1, keepdims=True)
+    normals = sides[:, ::-1] * [1, -1]
+    rectangles = np.ptp(outline @ sides.T, axis=0) * np.ptp(outline @ normals.T, axis=0)
+    return float(hull.volume), float(rectangles.min())
+
+
+def _central_hole(part: np.ndarray, filled: np.ndarray) -> float:
+    """The share of the filled part that is a hole around its centre; holes that a texture leaves elsewhere are none."""
+    holes, _ = ndimage.label(filled & ~part)
+    y, x = (int(round(c)) for c in ndimage.center_of_mass(filled))
+    return float((holes == holes[y, x]).sum() / filled.sum()) if holes[y, x] else 0.0
 
 
 @functools.cache
 def _templates() -> np.ndarray:
+    """The profiles of every shape as rendered, then of every shape grown and with its corners rounded."""
     rows = torch.zeros(len(SHAPES), 1, FIELDS)
     rows[..., X] = rows[..., Y] = 0.5
     rows[..., RADIUS], rows[..., PRESENT] = 0.3, 1.0
     rows[:, 0, SHAPE] = torch.arange(len(SHAPES), dtype=torch.float32)
-    pictures = render(rows, torch.ones(len(SHAPES), 3), 128)
-    return np.stack([_profile(p[0].numpy() < 0) for p in pictures])
+    covers = (1 - render(rows, torch.ones(len(SHAPES), 3), 128)[:, 0].numpy()) / 2
+    rounded = ndimage.gaussian_filter(covers, (0, ROUNDING * 0.3 * 128, ROUNDING * 0.3 * 128))
+    return np.stack([_profile(p > 0.5) for p in covers] + [_profile(p > FOREGROUND) for p in rounded])
 
 
 def _shape_of(part: np.ndarray) -> str:
-    return SHAPES[int(np.abs(_templates() - _profile(part)).sum(1).argmin())]
+    return SHAPES[int(np.abs(_templates() - _profile(part)).sum(1).argmin()) % len(SHAPES)]

@@ -35,7 +35,9 @@ class AttentionSpec:
         Raises: ValueError, TypeError: an option out of range, or one that is needed and no grid to choose it from.
         """
         options = dict(self.options)
-        if self.needs_grid:
+        if not options and grid is not None:
+            options = grid_defaults(self.name, grid)
+        elif self.needs_grid:
             if grid is None:
                 name = next(iter(grid_defaults(self.name, (1, 1))))
                 raise ValueError(
@@ -77,7 +79,9 @@ def parse_attention(text: str) -> AttentionSpec:
 
 
 def grid_defaults(name: str, grid: Sequence[int]) -> dict[str, Any]:
-    """What a bare ``clear`` or ``gna`` takes on a grid: about a tenth of the logits.
+    """What a bare name takes on a grid: about a tenth of the logits. LLSA's own defaults are near that on 64×64.
+
+    SLA: a tenth of the blocks, as compact tiles rather than runs of the raster, which catches more untrained.
 
     CLEAR: the radius, one per axis where the sides differ, of an ellipse or ellipsoid that covers a tenth of the grid.
     GNA: a window of a tenth of the grid, in the grid's proportions, and a stride of a fifth of the window; on 256×256
@@ -91,7 +95,7 @@ def grid_defaults(name: str, grid: Sequence[int]) -> dict[str, Any]:
     if name == "gna":
         window = tuple(max(1, round(n * share)) for n in grid)
         return {"window": window, "stride": tuple(max(1, n // 5) for n in window)}
-    return {}
+    return {"critical": 0.1, "tile_order": True} if name == "sla" else {}
 
 
 def short_options(processor: AcceleratedAttnProcessor) -> str:

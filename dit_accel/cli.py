@@ -22,8 +22,9 @@ app = typer.Typer(
 _ATTN_HELP = (
     "Attention to compare with dense, as NAME or NAME:key=value,key=value; repeatable; default all four: sla, clear, "
     "llsa, gna. Options are those of the processors, lengths per axis as 16x16 or 2x8x8: gna:window=16x16,stride=8. "
-    "Without options: sla the paper's 5 % critical and 10 % negligible blocks; llsa block_size 16 and topk 8; clear a "
-    "radius and gna a window that cover a tenth of the token grid (64×64: radius 11.4; window 20x20, stride 4x4)."
+    "Without options, about a tenth of the logits each: sla critical 0.1 with tile_order; llsa block_size 16 and topk "
+    "8; clear a radius and gna a window that cover a tenth of the token grid (64×64: radius 11.4; window 20x20, "
+    "stride 4x4)."
 )
 
 

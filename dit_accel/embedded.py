@@ -23,16 +23,15 @@ class Embedded:
 IMAGE = Embedded(
     folder=_DEMO / "image",
     prompts=(
-        "a large orange striped star at the top left on a blue background",
-        "a red ring at the left and a green triangle at the right on a black background",
-        "three blue rings in a column on a black background",
+        "a small white square at the top and an orange checkered circle at the bottom on a green background",
+        "three yellow triangles in a row on an orange background",
     ),
 )
 
 VIDEO = Embedded(
     folder=_DEMO / "video",
     prompts=(
-        "a cyan star moving right on a purple background",
+        "a red circle moving right on a blue background",
         "a white square moving left on a red background",
     ),
 )

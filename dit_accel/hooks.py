@@ -34,10 +34,9 @@ class SiteHook:
         self.names = names
 
     def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.cell.layout = self.read(owner, _by_name(self.names, args, kwargs))
-        if torch.compiler.is_compiling():
+        self.cell.last = self.cell.layout = self.read(owner, _by_name(self.names, args, kwargs))
+        if torch.compiler.is_compiling():  # the graph itself keeps the layout for its recomputation
             return
-        self.cell.last = self.cell.layout
         checkpoint = getattr(owner, "_gradient_checkpointing_func", None)
         if getattr(owner, "gradient_checkpointing", False) and checkpoint is not None:
             owner._gradient_checkpointing_func = _CheckpointWithLayout(checkpoint, self.cell)  # type: ignore[assignment]
@@ -95,17 +94,26 @@ class StepClock:
         return self.step
 
 
+_NOT_COUNTED = (
+    "dense_steps needs the number of the denoising step, which a wholly compiled model cannot read: "
+    "use model.compile_repeated_blocks(...) instead of torch.compile(model), or dense_steps=0"
+)
+
+
 class ReadStep:
     """Before the denoiser's forward: see that the processors are still in place, and which layers stay dense."""
 
     def __init__(self, clock: StepClock, names: tuple[str, ...]) -> None:
         self.clock = clock
         self.names = names
+        self.counts = False  # whether a layer has dense_steps
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        compiling = torch.compiler.is_compiling()
-        layers = [] if compiling else self._check(model)
-        delayed = [layer for layer in layers if layer.mechanism.dense_steps]
+        if torch.compiler.is_compiling():
+            if self.counts:
+                raise ValueError(_NOT_COUNTED)
+            return
+        delayed = [layer for layer in self._check(model) if layer.mechanism.dense_steps]
         if not delayed:
             return
         step = None if model.training else self.clock.tick(self._timestep(args, kwargs))

@@ -32,7 +32,7 @@ _ATTRIBUTE = "_dit_accel"
 class Installation:
     """What stands on one denoiser: enough to take it off again. Kept on the model as a plain object."""
 
-    clock: StepClock
+    steps: ReadStep
     originals: dict[str, Any] = field(default_factory=dict)  # layer name -> the host's own processor object
     hooks: dict[tuple[str, tuple[str, ...]], SiteHook] = field(default_factory=dict)  # by a site's owner and layers
     handles: list[Any] = field(default_factory=list)
@@ -113,7 +113,7 @@ def set_attn_processor(
     plans = {name: _plan(model, layout) for name, model in models.items()}
     chosen = _choose({name: [layer for site in plan for layer in site.layers] for name, plan in plans.items()}, layers)
     made = {name: _make_layers(models[name], plans[name], chosen[name], processor) for name in models if chosen[name]}
-    clock = next((i.clock for m in models.values() if (i := installation_of(m)) is not None), StepClock())
+    clock = next((i.steps.clock for m in models.values() if (i := installation_of(m)) is not None), StepClock())
     for name, new in made.items():
         _apply(models[name], plans[name], new, clock)
 
@@ -191,9 +191,9 @@ def _apply(
 ) -> None:
     installation = installation_of(model)
     if installation is None:
-        installation = Installation(clock=clock)
+        installation = Installation(ReadStep(clock, forward_parameters(model)))
         setattr(model, _ATTRIBUTE, installation)
-        installation.handles.append(_pre_hook(model, ReadStep(clock, forward_parameters(model))))
+        installation.handles.append(_pre_hook(model, installation.steps))
     installation.attention_layers = sum(len(site.layers) for site in sites)
     for name, (site, layer, processor) in new.items():
         attn = model.get_submodule(name)
@@ -203,6 +203,7 @@ def _apply(
             installation.originals[name] = attn.processor
             attn.processor = processor
         attn.dit_accel = layer
+    installation.steps.counts = any(layer.mechanism.dense_steps for layer in installed_layers(model).values())
 
 
 def _pre_hook(module: nn.Module, hook: Any) -> Any:

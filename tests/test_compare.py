@@ -278,8 +278,13 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_unbounded_radius_is_in_the_report(flux, tmp_path):
+    status, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", "--attn", "clear:radius=3xinf")
+    assert status == 0 and report["attention"][1]["options"]["radius"] == [3.0, "inf"]
+
+
 def test_a_machine_that_got_busy_is_said_aloud(flux, tmp_path, monkeypatch, capsys):
-    from dit_accel import compare as module
+    from dit_accel.compare import run as module
 
     for slower, said in ((1.1, False), (2.0, True), (0.5, True)):
         monkeypatch.setattr(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -189,7 +190,15 @@ def _variants(request: Request, processors: list[AcceleratedAttnProcessor]) -> I
     for spec, processor in zip(request.attention, processors, strict=True):
         seen[spec.name] = seen.get(spec.name, 0) + 1
         label = spec.name if seen[spec.name] == 1 else f"{spec.name}-{seen[spec.name]}"
-        yield Variant(label, options=asdict(processor), short=short_options(processor))
+        options = {key: _for_json(value) for key, value in asdict(processor).items()}
+        yield Variant(label, options=options, short=short_options(processor))
+
+
+def _for_json(value: Any) -> Any:
+    """JSON has no infinity: an unbounded radius is written as the command line takes it."""
+    if isinstance(value, tuple):
+        return [_for_json(item) for item in value]
+    return "inf" if value == math.inf else value
 
 
 def _about(request: Request, pipe: Any, size: Size, steps: int, call: dict[str, Any]) -> dict[str, Any]:

@@ -176,10 +176,11 @@ def _colour_of(picture: np.ndarray, part: np.ndarray, background: str) -> str:
 
 
 def _profile(part: np.ndarray) -> np.ndarray:
-    """What tells the shapes apart: the outline's radius over the angle, solidity, rectangularity and a hole within.
+    """What tells the shapes apart: the outline's radius over the angle, solidity, roundness and a hole within.
 
     The radius counts by its Fourier magnitudes, which a rotation leaves alone. Solidity is the share that the filled
-    part has of its convex hull, rectangularity the share that the hull has of its smallest rectangle.
+    part has of its convex hull, roundness the hull's area beside that of a circle of its perimeter. The weights bring
+    them to like spreads within a shape.
     """
     filled = ndimage.binary_fill_holes(part)
     y, x = ndimage.center_of_mass(filled)
@@ -191,22 +192,18 @@ def _profile(part: np.ndarray) -> np.ndarray:
     inside = ndimage.map_coordinates(filled.astype(np.float32), [ys, xs], order=1, mode="constant") > 0.5
     radius = (inside * steps).max(1) + 0.5
     spectrum = np.abs(np.fft.rfft(radius / radius.mean())) / ANGLES
-    hull, rectangle = _hull_areas(filled)
-    weighted = [4 * filled.sum() / hull, 4 * hull / rectangle, min(1.0, 12 * _central_hole(part, filled))]
+    area, perimeter = _hull_of(filled)
+    solidity, roundness = filled.sum() / area, 4 * np.pi * area / perimeter**2
+    weighted = [4 * solidity, 8 * roundness, min(1.0, 12 * _central_hole(part, filled))]
     return np.concatenate([spectrum[1:11] * 10, weighted])
 
 
-def _hull_areas(filled: np.ndarray) -> tuple[float, float]:
-    """Areas of the part's convex hull and of the smallest rectangle around it, one side of which lies on the hull."""
+def _hull_of(filled: np.ndarray) -> tuple[float, float]:
+    """Area and perimeter of the convex hull of the part's pixels."""
     rim = np.argwhere(filled & ~ndimage.binary_erosion(filled))
-    corners = (rim[:, None] + [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]).reshape(-1, 2)
-    hull = ConvexHull(corners)
-    outline = corners[hull.vertices]
-    sides = np.roll(outline, -1, 0) - outline
-    sides /= np.linalg.norm(sides, axis=1, keepdims=True)
-    normals = sides[:, ::-1] * [1, -1]
-    rectangles = np.ptp(outline @ sides.T, axis=0) * np.ptp(outline @ normals.T, axis=0)
-    return float(hull.volume), float(rectangles.min())
+    corners = rim[:, None] + [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]
+    hull = ConvexHull(corners.reshape(-1, 2))
+    return float(hull.volume), float(hull.area)
 
 
 def _central_hole(part: np.ndarray, filled: np.ndarray) -> float:

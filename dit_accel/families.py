@@ -1,4 +1,8 @@
-"""The model families in ``pipelines/``: one short file each, found by looking into the folder."""
+"""The model families in ``pipelines/``: one short file each, found by looking into the folder.
+
+A family file has ``MODELS``, the denoiser classes; ``sites(model) -> list[Site]``, the layers and how their layout is
+read; and ``token_box(pipe, model) -> TokenBox``, the picture sizes that fit.
+"""
 
 from __future__ import annotations
 

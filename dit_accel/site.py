@@ -10,7 +10,7 @@ from torch import nn
 
 from .layout import TokenLayout
 
-__all__ = ["ReadLayout", "Site", "is_self_attention", "self_attention_layers"]
+__all__ = ["ReadLayout", "Site", "TokenBox", "is_self_attention", "self_attention_layers"]
 
 ReadLayout = Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
 
@@ -28,6 +28,23 @@ class Site:
     owner: str
     read: ReadLayout
     layers: Sequence[str]
+
+
+@dataclass(frozen=True)
+class TokenBox:
+    """Pixels (and frames) that one token stands for, and what the sizes must be multiples of.
+
+    Args:
+        side: height and width in pixels of the patch behind one token.
+        multiple: what height and width must be multiples of.
+        frames: a clip's frames are this many times a whole number, plus one; None for pictures.
+        patch_frames: latent frames in one token.
+    """
+
+    side: tuple[int, int]
+    multiple: tuple[int, int]
+    frames: int | None = None
+    patch_frames: int = 1
 
 
 def is_self_attention(module: nn.Module) -> bool:

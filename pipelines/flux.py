@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from ..position_ids import raster_grids, raster_width
-from ..site import Site, self_attention_layers
+from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (FluxTransformer2DModel,)
 
@@ -29,3 +29,8 @@ def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
 
 def sites(model: nn.Module) -> list[Site]:
     return [Site("", read, self_attention_layers(model))]
+
+
+def token_box(pipe: Any, model: FluxTransformer2DModel) -> TokenBox:
+    side = pipe.vae_scale_factor * 2  # 2×2 latent places are packed into a token
+    return TokenBox((side, side), (side, side))

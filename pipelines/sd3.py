@@ -7,7 +7,7 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from ..layout import TokenLayout
-from ..site import Site, self_attention_layers
+from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (SD3Transformer2DModel,)
 
@@ -26,3 +26,8 @@ def sites(model: nn.Module) -> list[Site]:
     joint = [name for name in layers if name.endswith(".attn")]
     image = [name for name in layers if name.endswith(".attn2")]
     return [Site("", read_joint, joint), Site("", read_image, image)]
+
+
+def token_box(pipe: Any, model: SD3Transformer2DModel) -> TokenBox:
+    side = pipe.vae_scale_factor * model.config.patch_size
+    return TokenBox((side, side), (side, side))

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.5, 2.1 and XL: self-attention inside each ``Transformer2DModel``, at its own resolution."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from ..layout import TokenLayout
-from ..site import Site, self_attention_layers
+from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (UNet2DConditionModel,)
 
@@ -19,3 +20,11 @@ def read(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
 def sites(model: nn.Module) -> list[Site]:
     owners = [name for name, module in model.named_modules() if isinstance(module, Transformer2DModel)]
     return [Site(owner, read, self_attention_layers(model, owner)) for owner in owners]
+
+
+def token_box(pipe: Any, model: UNet2DConditionModel) -> TokenBox:
+    """Of the finest self-attention."""
+    blocks = model.config.down_block_types
+    first = next((i for i, kind in enumerate(blocks) if "Attn" in kind), len(blocks) - 1)
+    side = pipe.vae_scale_factor * 2**first
+    return TokenBox((side, side), (math.lcm(8, pipe.vae_scale_factor),) * 2)

@@ -1,5 +1,6 @@
 """Wan 2.1 and 2.2 (text-, image-to-video, VACE): self-attention over the clip; text and image by cross-attention."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import nn
 
 from ..layout import TokenLayout
-from ..site import Site, self_attention_layers
+from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (WanTransformer3DModel, WanVACETransformer3DModel)
 
@@ -19,3 +20,10 @@ def read(model: WanTransformer3DModel, arguments: Mapping[str, Any]) -> TokenLay
 
 def sites(model: nn.Module) -> list[Site]:
     return [Site("", read, [name for name in self_attention_layers(model) if name.endswith("attn1")])]
+
+
+def token_box(pipe: Any, model: WanTransformer3DModel) -> TokenBox:
+    patch_frames, *patch = model.config.patch_size
+    rows, columns = (pipe.vae_scale_factor_spatial * n for n in patch)
+    multiple = (math.lcm(16, rows), math.lcm(16, columns))  # Wan's pipelines insist on 16 whatever their VAE
+    return TokenBox((rows, columns), multiple, pipe.vae_scale_factor_temporal, patch_frames)

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import (
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-)
-
+from ..families import family_of
 from ..install import denoisers
+from ..site import TokenBox
 
-__all__ = ["Size", "TokenBox", "check_size", "default_size", "token_box", "token_grid"]
+__all__ = ["Size", "check_size", "default_size", "token_box", "token_grid"]
 
 
 @dataclass(frozen=True)
@@ -32,44 +25,11 @@ class Size:
         return f"{self.height}×{self.width}" + (f", {self.frames} frames" if self.frames else "")
 
 
-@dataclass(frozen=True)
-class TokenBox:
-    """Pixels (and frames) that one token stands for, and what the sizes must be multiples of.
-
-    Args:
-        side: height and width in pixels of the patch behind one token.
-        multiple: what height and width must be multiples of.
-        frames: a clip's frames are this many times a whole number, plus one; None for pictures.
-        patch_frames: latent frames in one token.
-    """
-
-    side: tuple[int, int]
-    multiple: tuple[int, int]
-    frames: int | None = None
-    patch_frames: int = 1
-
-
 def token_box(pipe: Any) -> TokenBox | None:
     """The token box of a pipeline of a known family; None for others, whose own checks have to do."""
     model = next(iter(denoisers(pipe).values()))
-    if isinstance(model, FluxTransformer2DModel):
-        side = pipe.vae_scale_factor * 2  # 2×2 latent places are packed into a token
-        return TokenBox((side, side), (side, side))
-    if isinstance(model, SD3Transformer2DModel):
-        side = pipe.vae_scale_factor * model.config.patch_size
-        return TokenBox((side, side), (side, side))
-    if isinstance(model, (WanTransformer3DModel, WanVACETransformer3DModel)):
-        patch_frames, *patch = model.config.patch_size
-        rows, columns = (pipe.vae_scale_factor_spatial * n for n in patch)
-        return TokenBox(  # Wan's pipelines insist on 16 whatever their VAE
-            (rows, columns), (math.lcm(16, rows), math.lcm(16, columns)), pipe.vae_scale_factor_temporal, patch_frames
-        )
-    if isinstance(model, UNet2DConditionModel):
-        blocks = model.config.down_block_types
-        first = next((i for i, kind in enumerate(blocks) if "Attn" in kind), len(blocks) - 1)
-        side = pipe.vae_scale_factor * 2**first
-        return TokenBox((side, side), (math.lcm(8, pipe.vae_scale_factor),) * 2)
-    return None
+    family = family_of(model)
+    return None if family is None else family.token_box(pipe, model)
 
 
 def default_size(pipe: Any) -> Size | None:

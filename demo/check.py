@@ -209,7 +209,7 @@ def _hull_of(filled: np.ndarray) -> tuple[float, float]:
 def _central_hole(part: np.ndarray, filled: np.ndarray) -> float:
     """The share of the filled part that is a hole around its centre; holes that a texture leaves elsewhere are none."""
     holes, _ = ndimage.label(filled & ~part)
-    y, x = (int(round(c)) for c in ndimage.center_of_mass(filled))
+    y, x = (round(c) for c in ndimage.center_of_mass(filled))
     return float((holes == holes[y, x]).sum() / filled.sum()) if holes[y, x] else 0.0
 
 

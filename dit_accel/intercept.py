@@ -109,6 +109,10 @@ def _key_padding(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
             f"the model passes an attention mask of shape {tuple(attn_mask.shape)}; dit_accel takes masks that hide "
             f"whole keys, (B, 1, 1, {keys}): leave these layers out with layers="
         )
+    if not torch.compiler.is_compiling() and not bool((mask == mask[:, :1]).all()):
+        raise ValueError(
+            "the model passes an attention mask that differs between heads: leave these layers out with layers="
+        )
     mask = mask[:, 0, 0]
     if mask.dtype != torch.bool:
         hidden = mask <= -1000.0

@@ -33,6 +33,12 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _each_axis(value: Any, axes: int) -> tuple[Any, ...]:
+    """One value an axis; a single one, or a tuple of one, stands for all."""
+    values = value if isinstance(value, tuple) else (value,)
+    return values * axes if len(values) == 1 else values
+
+
 @dataclass(frozen=True, kw_only=True)
 class AcceleratedAttnProcessor:
     """What all mechanisms share.
@@ -192,8 +198,7 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
         return {"pool_weight": torch.full((f, f), 1.0 / f**2)} if f > 1 else {}
 
     def _along_references(self, axes: int, images: int) -> dict[str, Any]:
-        radii = self.radius if isinstance(self.radius, tuple) else (self.radius,) * axes
-        return {"radius": (math.inf, *radii)}
+        return {"radius": (math.inf, *_each_axis(self.radius, axes))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +230,7 @@ class GNAAttnProcessor(AcceleratedAttnProcessor):
 
     def _along_references(self, axes: int, images: int) -> dict[str, Any]:
         leading = {"window": images, "stride": 1, "dilation": 1, "is_causal": False}
-        given = {name: getattr(self, name) for name in leading}
-        rest = {name: value if isinstance(value, tuple) else (value,) * axes for name, value in given.items()}
-        return {name: (first, *rest[name]) for name, first in leading.items()}
+        return {name: (first, *_each_axis(getattr(self, name), axes)) for name, first in leading.items()}
 
 
 PROCESSORS: dict[str, type[AcceleratedAttnProcessor]] = {

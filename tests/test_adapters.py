@@ -199,3 +199,24 @@ def test_half_precision_models():
         model.set_attn_processor(processor)
         out = run(model, inputs)
         assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+def test_masks_of_the_model_hide_keys_and_others_are_refused():
+    """A U-Net's attention_mask reaches self-attention as an additive bias over its keys."""
+    model = TINY["sd15"]()
+    torch.manual_seed(19)
+    keep = torch.ones(2, 140)
+    keep[1, 100:] = 0
+    layer_input = torch.randn(2, 140, 32)
+    attn = model.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1")
+    bias = ((1 - keep) * -10000.0)[:, None]
+    expected = attn(layer_input, attention_mask=bias)
+    model.set_attn_processor(WIDE["gna"])
+    attn.dit_accel.cell.layout = dit_accel.TokenLayout((10, 14))
+    torch.testing.assert_close(attn(layer_input, attention_mask=bias), expected, atol=1e-5, rtol=1e-5)
+    for mask, words in (
+        (torch.randn(2, 140, 140), "masks that hide whole keys"),
+        (bias / 20000, "neither 0 nor a mask"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attn(layer_input, attention_mask=mask)

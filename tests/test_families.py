@@ -267,6 +267,10 @@ def test_kontext_reference_is_seen_whole_or_through_the_window():
         with Instead("gna", {TEXT + 96: layout}) as mode:
             mode.options = options
             torch.testing.assert_close(out, run(model, inputs), atol=2e-5, rtol=2e-5)
+        windowed = out
+    for window in ([3], (3, 3)):
+        dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=window, reference="window"))
+        torch.testing.assert_close(run(model, inputs), windowed, atol=1e-6, rtol=1e-6)
     dit_accel.set_attn_processor(model, dit_accel.CLEARAttnProcessor(radius=2.5, reference="window"))
     assert run(model, inputs).isfinite().all()
     with pytest.raises(ValueError, match="picture's own size"):

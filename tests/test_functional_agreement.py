@@ -214,3 +214,60 @@ def test_float64_stays_float64():
     layout = TokenLayout((5, 6))
     qkv = inputs(layout, 16, dtype=torch.float64)
     assert gna.gna_attention(*qkv, layout, window=3).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name, grid, options, told", [case for case in CASES if case[0] == "llsa"][:2])
+def test_float64_is_exact_to_float64(name, grid, options, told):
+    layout = TokenLayout(grid, 2, 1)
+    qkv = inputs(layout, 16, dtype=torch.float64)
+    want = expected(name, qkv, layout, options, told)
+    torch.testing.assert_close(FUNCTIONS[name][0](*qkv, layout, **options), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("linear_over", ["marginal", "all"])
+def test_one_picture_whose_padding_empties_a_block(linear_over):
+    """Blocks are all full and the batch is one, but fewer blocks count than there are."""
+    layout = TokenLayout((40,), 0, 2)
+    mask = torch.ones(1, layout.seq_len, dtype=torch.bool)
+    mask[0, 8:12] = False
+    options = {"block_q": 4, "block_kv": 4, "critical": 0.5, "negligible": 0.3, "linear_over": linear_over}
+    options |= learned("sla", options, 16) | {"key_padding_mask": mask}
+    check("sla", inputs(layout, 16, batch=1), layout, options, {}, rows=mask)
+
+
+def test_equal_scores_are_not_critical_and_negligible_at_once():
+    """Queries of zero: whichever blocks are critical, half of the eight are marginal."""
+    layout = TokenLayout((64,))
+    _, key, _ = inputs(layout, 8, batch=1, heads=1)
+    query = torch.zeros_like(key)
+    options = {"block_q": 8, "block_kv": 8, "critical": 0.25, "negligible": 0.25}
+    place = torch.zeros_like(key)  # which block a value comes from, in its column
+    place.view(8, 8, 8)[torch.arange(8), :, torch.arange(8)] = 1
+    sparse = sla.sla_attention(query, key, place, layout, **options)
+    both = sla.sla_attention(query, key, place, layout, weight=torch.eye(8), **options)
+    linear = both - sparse
+    assert ((sparse > 1e-3).sum(-1) == 2).all()
+    assert ((linear > 1e-3).sum(-1) == 4).all()
+    assert not ((sparse > 1e-3) & (linear > 1e-3)).any()
+
+
+@pytest.mark.parametrize("radius", [1e-200, (1e-200, 5), 0.5])
+def test_a_tiny_circle_holds_the_token_itself(radius):
+    layout = TokenLayout((4, 5), 1, 0)
+    options = {"radius": radius}
+    same = {"radius": (1, 5) if isinstance(radius, tuple) else 1}
+    qkv = inputs(layout, 16)
+    want = expected("clear", qkv, layout, same, {})
+    for function in FUNCTIONS["clear"]:
+        torch.testing.assert_close(function(*qkv, layout, **options).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (1, 0)])
+@pytest.mark.parametrize("name, options", OPEN[:2] + OPEN[4:5] + OPEN[6:7])
+def test_nothing_in_nothing_out(name, options, shape):
+    layout = TokenLayout((3, 5, 7))
+    qkv = [torch.zeros(*shape, layout.seq_len, 8, requires_grad=True) for _ in range(3)]
+    out = FUNCTIONS[name][0](*qkv, layout, **options)
+    out.sum().backward()
+    assert out.shape == qkv[0].shape
+    assert all(x.grad.shape == x.shape for x in qkv)

@@ -77,6 +77,29 @@ def test_bad_options(function, options, error, message):
         function(*qkv(), LAYOUT, **options)
 
 
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"layout": (6, 8)}, TypeError, "layout must be a TokenLayout"),
+        ({"scale": "large"}, TypeError, "scale must be a number"),
+        ({"scale": NAN}, ValueError, "scale .* NaN"),
+        ({"scale": math.inf}, ValueError, "scale must be finite"),
+    ],
+)
+@pytest.mark.parametrize("function", VALID)
+def test_bad_layout_or_scale(function, change, error, message):
+    qkv = [torch.randn(1, 1, LAYOUT.seq_len, 8) for _ in range(3)]
+    with pytest.raises(error, match=message):
+        function(*qkv, **VALID[function] | {"layout": LAYOUT} | change)
+
+
+@pytest.mark.parametrize("function", [clear_attention, gna_attention])
+def test_windows_need_a_layout(function):
+    qkv = [torch.randn(1, 1, LAYOUT.seq_len, 8) for _ in range(3)]
+    with pytest.raises(TypeError, match="got None"):
+        function(*qkv, None, **VALID[function])
+
+
 def test_pooling_needs_two_axes():
     with pytest.raises(ValueError, match="down_factor 2 pools patches of two axes"):
         clear_attention(*qkv(), TokenLayout((48,), 2), radius=3, down_factor=2)

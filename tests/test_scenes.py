@@ -1,18 +1,25 @@
 """The pictures' language, the renderer, the tokenizers and the check that judges drawn pictures."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from dit_accel.demo.check import check_clip, check_picture
 from dit_accel.demo.render import layout_scene, render
 from dit_accel.demo.scenes import (
+    COLOURS,
     HELD_OUT_ONE_IN,
     PLACES,
+    SHAPES,
+    SIZES,
     TEXT_LENGTH,
+    TEXTURES,
     Scene,
+    Thing,
     altered_captions,
     caption,
     is_held_out,
@@ -103,6 +110,36 @@ def test_check_accepts_truth_and_refuses_altered_captions(clip, size, blur, coun
         refused += [not check(picture, wrong).ok for wrong in altered_captions(scene, rng).values()]
     assert np.mean(right) >= 0.99
     assert np.mean(refused) >= 0.95
+
+
+def deform(picture: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
+    """The picture as an imperfect hand would draw it: wobbly outlines, thick arms, round corners, noise."""
+    side = len(picture)
+    shift = ndimage.gaussian_filter(rng.standard_normal((2, side, side)), (0, *2 * [rng.uniform(0.2, 0.4) * radius]))
+    shift *= rng.uniform(0.02, 0.05) * radius / shift.std()
+    at = np.indices((side, side)) + shift
+    warped = [ndimage.map_coordinates(channel, at, order=1, mode="nearest") for channel in np.moveaxis(picture, -1, 0)]
+    soft = ndimage.gaussian_filter(np.stack(warped, -1), (*2 * [rng.uniform(0, 0.1) * radius], 0))
+    return np.clip(soft + 0.02 * rng.standard_normal(soft.shape), 0, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_check_knows_deformed_shapes_and_still_tells_them_apart(shape):
+    rng, noise = random.Random(10), np.random.default_rng(10)
+    right, refused, taken_for = [], [], []
+    for i in range(100):
+        colour, ground = rng.sample(COLOURS, 2)
+        thing = Thing(shape, colour, rng.choice(TEXTURES), rng.choice(SIZES), rng.choice(PLACES))
+        scene = Scene((thing,), ground)
+        size = (128, 192)[i % 2]
+        picture = deform(truth(scene, rng, size), 0.14 * size, noise)
+        right.append(check_picture(picture, scene).ok)
+        refused += [not check_picture(picture, wrong).ok for wrong in altered_captions(scene, rng).values()]
+        others = [Scene((replace(thing, shape=other),), ground) for other in SHAPES if other != shape]
+        taken_for += [other.things[0].shape for other in others if check_picture(picture, other).ok]
+    assert np.mean(right) >= 0.99
+    assert np.mean(refused) >= 0.95
+    assert len(taken_for) <= 1, taken_for
 
 
 def test_check_names_what_is_wrong():

@@ -14,6 +14,7 @@ from dit_accel.layout import TokenLayout
 
 __all__ = [
     "as_tuple",
+    "check_layout_and_scale",
     "check_learned",
     "check_number",
     "check_positive_int",
@@ -63,6 +64,17 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: T
         raise ValueError(f"key_padding_mask must have shape (B, S) = {expected}, got {tuple(key_padding_mask.shape)}")
     if key_padding_mask.device != query.device:
         raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but query on {query.device}: move it there")
+
+
+def check_layout_and_scale(layout: object, scale: object, *, default: bool = False) -> None:
+    """``default``: whether the layout may be None.
+
+    Raises: TypeError, ValueError: not a layout, or not a finite number.
+    """
+    if not (isinstance(layout, TokenLayout) or (default and layout is None)):
+        raise TypeError(f"layout must be a TokenLayout such as TokenLayout((64, 64)), got {layout!r}")
+    if scale is not None and not math.isfinite(check_number("scale", scale)):
+        raise ValueError(f"scale must be finite, got {scale}")
 
 
 def check_learned(name: str, x: Tensor | None, shape: tuple[int, ...], query: Tensor) -> None:

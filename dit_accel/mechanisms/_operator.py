@@ -57,6 +57,8 @@ def define_operator(
         chosen = dict(zip(option_names, values, strict=True))
         if shrink:
             chosen = fit(layout, **chosen)
+        if query.numel() == 0:
+            return query.clone()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(query.device.type, enabled=False):
             return compute(*tensors, layout=layout, scale=scale, **chosen)

@@ -15,6 +15,7 @@ from dit_accel.layout import TokenLayout
 
 from ._common import (
     as_tuple,
+    check_layout_and_scale,
     check_learned,
     check_number,
     check_positive_int,
@@ -97,6 +98,7 @@ def _attend(
     """
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_padding_mask)
+        check_layout_and_scale(layout, scale)
         check_options(radius=radius, down_factor=down_factor, train_tokens=train_tokens)
         check_learned("pool_weight", pool_weight, (down_factor, down_factor), query)
     return torch.ops.dit_accel.clear_attention(
@@ -161,12 +163,17 @@ def count_logits(
     return near + text_logits(layout) + float(layout.grid_len * _n_pooled(layout, down_factor))
 
 
+def _radii(layout: TokenLayout, radius: Radius) -> list[float]:
+    """One an axis. Below 1 only a distance of 0 is seen, as with 1, and the square of a tiny radius would be 0."""
+    return [max(1.0, float(r)) for r in per_axis("radius", radius, layout)]
+
+
 def _axes(layout: TokenLayout, radius: Radius) -> tuple[tuple[BallAxis, ...], float]:
     """Costs along the axes, and the limit under which their sum is seen: exact for whole distances.
 
     Raises: ValueError: another number of radii than axes.
     """
-    radii = [float(r) for r in per_axis("radius", radius, layout)]
+    radii = _radii(layout, radius)
     bounded = [r for r in radii if r < UNBOUNDED]
     if len(set(radii)) == 1:  # Σ Δ² < r²
         weights = [1.0 if bounded else 0.0] * len(radii)
@@ -287,7 +294,7 @@ def reference(
     acc = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
     places = [layout.coordinates(token) for token in range(layout.seq_len)]
-    radii = [float(r) for r in per_axis("radius", radius, layout)]
+    radii = _radii(layout, radius)
     visible = torch.tensor([[_sees(a, b, radii) for b in places] for a in places], device=query.device)
     visible = visible.expand(len(q), 1, -1, -1)
     real = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)

@@ -15,6 +15,7 @@ from dit_accel.layout import TokenLayout
 
 from ._common import (
     as_tuple,
+    check_layout_and_scale,
     check_positive_int,
     check_tensors,
     global_rows,
@@ -91,6 +92,7 @@ def _attend(
     """:func:`gna_attention`; with ``fit`` the options are first shrunk to what the layout allows."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_padding_mask)
+        check_layout_and_scale(layout, scale)
         check_options(window=window, stride=stride, dilation=dilation, is_causal=is_causal)
     lists = [list(as_tuple(x)) for x in (window, stride, dilation, is_causal)]
     return torch.ops.dit_accel.gna_attention(

@@ -14,6 +14,7 @@ from dit_accel.kernels.block_sparse import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
 
 from ._common import (
+    check_layout_and_scale,
     check_positive_int,
     check_tensors,
     flat_layout,
@@ -93,6 +94,7 @@ def _attend(
     """:func:`llsa_attention`; with ``fit`` the options are first shrunk to what the layout allows."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_padding_mask)
+        check_layout_and_scale(layout, scale, default=True)
         check_options(block_size=block_size, topk=topk, levels=levels, enrich=enrich)
     layout = flat_layout(layout, query)
     return torch.ops.dit_accel.llsa_attention(
@@ -226,7 +228,7 @@ def _compute(
         pooled_k, pooled_v = (_pool(x, tree, real) for x in (k, v))
         key = torch.cat([key, *(level.mean().to(key.dtype) for level in pooled_k)], 2)
         value = torch.cat([value, *(level.mean().to(value.dtype) for level in pooled_v)], 2)
-        counts = torch.cat([level.number for level in pooled_k], 1).float().log()
+        counts = torch.cat([level.number for level in pooled_k], 1).log()
         bias = torch.zeros(1, layout.seq_len, device=query.device) if bias is None else bias
         bias = torch.cat([bias, counts], 1)
     whole = key_padding_mask is None and all(level.full for level in tree)

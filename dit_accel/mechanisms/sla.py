@@ -14,6 +14,7 @@ from dit_accel.layout import TokenLayout
 
 from ._boxes import box_blocks, box_shape
 from ._common import (
+    check_layout_and_scale,
     check_learned,
     check_number,
     check_positive_int,
@@ -118,6 +119,7 @@ def _attend(
     """:func:`sla_attention`; ``fit`` changes nothing, for these options suit any layout."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_padding_mask)
+        check_layout_and_scale(layout, scale, default=True)
         check_options(
             critical=critical,
             negligible=negligible,
@@ -243,7 +245,8 @@ def _compute(
         chosen, kept, marginal = _select(
             query.detach(), key.detach(), layout, q_table, k_table, real, critical, negligible, smooth_key
         )
-    plan = (_critical_tiles(layout, q_table, k_table, chosen, kept), *global_tiles(layout, query.device))
+    whole = key_padding_mask is None and k_table.numel() == layout.grid_len
+    plan = (_critical_tiles(layout, q_table, k_table, chosen, kept, whole), *global_tiles(layout, query.device))
     hidden = hidden_bias(key_padding_mask)
     out = tile_attention(query, key, value, plan, scale=scale, key_bias=hidden, hides=hidden is not None, per_head=True)
     if weight is None and bias is None:
@@ -280,7 +283,6 @@ def _select(
     smooth_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The critical blocks (B*H, Mq, n), which of these n count (1|B, n), the 0/1 map of marginal ones (B*H, Mq, Mk)."""
-    batch, heads = query.shape[:2]
     grid_key = key[:, :, layout.grid_slice]
     pooled_key = _pool(grid_key, k_table, real)
     if smooth_key:
@@ -293,26 +295,30 @@ def _select(
     n_negligible = (negligible * n_blocks).long()
     filled = filled[:, None, None]
     chosen = scores.masked_fill(~filled, -torch.inf).topk(_n_critical(critical, most), sorted=True).indices
-    lowest = scores.masked_fill(~filled, torch.inf).topk(int(negligible * most), largest=False, sorted=True).indices
     kept = torch.arange(chosen.shape[-1], device=key.device) < n_critical[:, None]
+    rest = filled & ~_marked(chosen, kept, most)  # where scores are equal, no block is critical and negligible at once
+    lowest = scores.masked_fill(~rest, torch.inf).topk(int(negligible * most), largest=False, sorted=True).indices
     dropped = torch.arange(lowest.shape[-1], device=key.device) < n_negligible[:, None]
-    marginal = filled.expand(batch, heads, *scores.shape[2:]).to(scores.dtype).clone()
-    for index, counts in ((chosen, kept), (lowest, dropped)):
-        taken = torch.zeros_like(marginal).scatter_(
-            -1, index, counts[:, None, None].expand(index.shape).to(marginal.dtype)
-        )
-        marginal *= 1 - taken
-    return chosen.flatten(0, 1), kept, marginal.flatten(0, 1)
+    marginal = rest & ~_marked(lowest, dropped, most)
+    return chosen.flatten(0, 1), kept, marginal.to(scores.dtype).flatten(0, 1)
 
 
-def _critical_tiles(layout: TokenLayout, q_table: Tensor, k_table: Tensor, chosen: Tensor, kept: Tensor) -> Tiles:
-    """One tile a query block: the tokens of its critical blocks, and the tokens off the grid."""
+def _marked(index: Tensor, counts: Tensor, n_blocks: int) -> Tensor:
+    """(B, H, Mq, n_blocks) bool: the blocks of ``index`` (B, H, Mq, n) that ``counts`` (1|B, n)."""
+    marked = torch.zeros(*index.shape[:-1], n_blocks, dtype=torch.bool, device=index.device)
+    return marked.scatter_(-1, index, counts[:, None, None].expand(index.shape))
+
+
+def _critical_tiles(
+    layout: TokenLayout, q_table: Tensor, k_table: Tensor, chosen: Tensor, kept: Tensor, whole: bool
+) -> Tiles:
+    """One tile a query block: the tokens of its critical blocks, and the tokens off the grid. ``whole``: every block is
+    full, and all that were chosen count."""
     text = global_index(layout, chosen.device)
     n_rows, block_kv = layout.seq_len, k_table.shape[1]
     queries = torch.where(q_table < 0, n_rows, q_table + layout.before)[None]
     n_keys = chosen.shape[-1] * block_kv
     groups = len(chosen)
-    whole = k_table.numel() == layout.grid_len and len(kept) == 1  # every block full, every head keeps as many
     kept = kept.repeat_interleave(groups // len(kept), 0)[:, None, :, None]  # (B*H, 1, n, 1)
 
     def rows(start: int, stop: int) -> Rows:

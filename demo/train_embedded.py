@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # torch 2.11: illegal memory access in its backward at 296 tokens
+    torch.backends.cuda.enable_cudnn_sdp(False)  # without it a compiled backward ended in an illegal memory access
     video = args.kind == "video"
     config = smoke_config(args.kind) if args.smoke else (VideoConfig() if video else ImageConfig())
     stream = SceneStream(video, device, args.seed, 0 if args.smoke else args.workers)

@@ -2,6 +2,7 @@
 
     python -m dit_accel.demo.train_embedded image --out demo/image --minutes 9
     python -m dit_accel.demo.train_embedded video --out demo/video --minutes 9 --resume demo/video
+    python -m dit_accel.demo.train_embedded image --out demo/image --only-eval --seed 20261123
 
 Everything is done when the minutes are over: text encoders, autoencoder, denoiser, writing, and, in what is left,
 drawing held-out captions through the written pipeline and checking the pictures.
@@ -81,15 +82,18 @@ def draw_scenes(pipe: DiffusionPipeline, scenes: list[Scene], arguments: dict, b
     return np.concatenate(drawn)
 
 
-def evaluate(folder: Path, config: Config, count: int, device: torch.device, log: Log) -> tuple[dict, np.ndarray]:
+def evaluate(
+    folder: Path, config: Config, count: int, device: torch.device, log: Log, seed: int = 0
+) -> tuple[dict, np.ndarray]:
     """Draws `count` held-out captions through the written pipeline and checks them; the figures and the pictures."""
     clip = bool(config.frames)
     pipe = (WanPipeline if clip else FluxPipeline).from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(count, clip)
+    scenes = held_out_scenes(count, clip, seed)
     psnr = measure_psnr(pipe, render_scenes(scenes[:16], config, device))
     log(f"autoencoder PSNR {np.mean(psnr):.1f} dB (lowest {min(psnr):.1f})", True)
-    drawn = draw_scenes(pipe, scenes, call_defaults(config), 25 if not clip else 10)
+    batch = 1 if device.type == "cpu" else 10 if clip else 25
+    drawn = draw_scenes(pipe, scenes, call_defaults(config), batch, seed)
     check = check_clip if clip else check_picture
     verdicts = [check(each, scene) for each, scene in zip(drawn, scenes, strict=True)]
     wrong = [(scene.key, verdict.problems) for scene, verdict in zip(scenes, verdicts, strict=True) if not verdict.ok]
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="wall-clock budget of the whole run")
     parser.add_argument("--resume", type=Path, help="go on from this pipeline: its autoencoder stays as it is")
     parser.add_argument("--eval", type=int, default=100, help="held-out captions to draw and check at the end")
+    parser.add_argument("--only-eval", action="store_true", help="train nothing: draw and check with what is in --out")
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for writing and checking")
     parser.add_argument("--workers", type=int, default=5, help="processes that make up scenes")
     parser.add_argument("--lr", type=float, help="peak learning rate of the denoiser; default the configuration's")
@@ -147,6 +152,9 @@ def run(args: argparse.Namespace) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # without it a compiled backward ended in an illegal memory access
     video = args.kind == "video"
     config = smoke_config(args.kind) if args.smoke else (VideoConfig() if video else ImageConfig())
+    if args.only_eval:
+        judge(args, config, device, log, args.seed)
+        return
     stream = SceneStream(video, device, args.seed, 0 if args.smoke else args.workers)
     stream.next(1)
     if args.resume:
@@ -168,14 +176,19 @@ def run(args: argparse.Namespace) -> None:
     log(f"{steps} denoiser steps, {save_pipeline(pipe, args.out, config):,} bytes written", True)
     del pipe
     if args.eval:
-        figures, drawn = evaluate(args.out, config, args.eval, device, log)
-        beside = args.out.parent / f"{args.out.name}_metrics.json"
-        beside.write_text(json.dumps({"steps": steps, "minutes": args.minutes, **figures}, indent=1) + "\n")
-        contact_sheet(drawn, args.out.parent / f"{args.out.name}_sheet.png")
-        log(f"{figures['right']:.0%} of {args.eval} held-out captions drawn right", True)
-        for key, problems in figures["wrong"][:30]:
-            log(f"  {key}: {', '.join(problems)}", True)
-        print(json.dumps({k: v for k, v in figures.items() if k != "wrong"}), flush=True)
+        judge(args, config, device, log)
+
+
+def judge(args: argparse.Namespace, config: Config, device: torch.device, log: Log, seed: int = 0) -> None:
+    """Writes the figures and a sheet of held-out captions drawn by the pipeline in `args.out`, beside it."""
+    figures, drawn = evaluate(args.out, config, args.eval, device, log, seed)
+    beside = args.out.parent / f"{args.out.name}_metrics.json"
+    beside.write_text(json.dumps({"seed": seed, **figures}, indent=1) + "\n")
+    contact_sheet(drawn, args.out.parent / f"{args.out.name}_sheet.png")
+    log(f"{figures['right']:.0%} of {args.eval} held-out captions drawn right", True)
+    for key, problems in figures["wrong"][:30]:
+        log(f"  {key}: {', '.join(problems)}", True)
+    print(json.dumps({k: v for k, v in figures.items() if k != "wrong"}), flush=True)
 
 
 if __name__ == "__main__":

@@ -137,10 +137,12 @@ def test_another_attention_backend_is_told_and_not_silently_dense():
     from diffusers.models.attention_dispatch import attention_backend
 
     run(model, inputs)
-    for processor in model.attn_processors.values():
-        processor._attention_backend = "flex"
-    with pytest.raises(Exception, match=r"never called scaled_dot_product_attention|flex"):
-        run(model, inputs)
+    model.set_attention_backend("flex")  # sets diffusers' global default as well
+    try:
+        with pytest.raises(RuntimeError, match="never called scaled_dot_product_attention"):
+            run(model, inputs)
+    finally:
+        model.set_attention_backend("native")
     dit_accel.reset_attn_processor(model)
     model.set_attn_processor(GNA)
     with attention_backend("_native_math"):  # a global default does not lead past us

@@ -74,7 +74,9 @@ class ImageConfig:
     text_lr: float = 3e-4
     weight_decay: float = 0.01
     ema: float = 0.998
-    reuse: int = 1
+    reuse: int = 2
+    pool_batches: int = 256
+    first_batches: int = 16
     caption_dropout: float = 0.0
     long_text_every: int = 12
     frames: int = 0
@@ -110,12 +112,14 @@ class VideoConfig:
         Phase(0.5, 128, 64, 1.7),
         Phase(0.5, 256, 16, 3.0),
     )
-    resume_phases: tuple[Phase, ...] = (Phase(0.5, 128, 64, 1.7), Phase(0.5, 256, 16, 3.0))
+    resume_phases: tuple[Phase, ...] = (Phase(0.3, 128, 64, 1.7), Phase(0.7, 256, 16, 3.0))
     lr: float = 1.5e-3
     text_lr: float = 3e-4
     weight_decay: float = 0.01
     ema: float = 0.998
-    reuse: int = 2
+    reuse: int = 12
+    pool_batches: int = 1024
+    first_batches: int = 16
     caption_dropout: float = 0.1
     long_text_every: int = 12
 
@@ -279,6 +283,8 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, config: Config) -
         pipe.save_pretrained(staging)
         for weights in staging.rglob("*.safetensors"):
             _halve(weights)
+        for config_file in staging.rglob("*.json"):
+            _forget_origin(config_file)
         (staging / DEFAULTS_FILE).write_text(json.dumps(call_defaults(config), indent=2) + "\n")
         (staging / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         size = folder_bytes(staging)
@@ -293,6 +299,14 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, config: Config) -
         return size
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _forget_origin(path: Path) -> None:
+    """Leaves out where a resumed pipeline was read from: a path of the machine that trained it."""
+    content = json.loads(path.read_text())
+    kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "is_local", "local_files_only")}
+    if kept != content:
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def _halve(path: Path) -> None:

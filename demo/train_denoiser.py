@@ -1,7 +1,8 @@
 """Trains the embedded pipelines' denoisers (with their text encoders) by flow matching, within a wall-clock budget.
 
-Most steps are taken on small pictures of the same scenes; positions are stretched so that a place keeps its rotary
-angle at every size.
+Many steps are taken on small pictures of the same scenes; positions are stretched so that a place keeps its rotary
+angle at every size. The models are small and the steps many: what limits them is drawing and encoding clips and
+starting kernels. So latents are kept and met again with other noise, and on a GPU a step is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ from dit_accel.demo.render import draw_object, render
 from dit_accel.demo.train_text import LONG_TEXT, t5_embeddings, text_encoders
 from dit_accel.demo.train_vae import clip_times, encode
 from dit_accel.demo.vocabulary import share_capitals
+
+EAGER_STEPS = 20  # before a step is captured: the optimizer's state is made, the kernels are compiled
 
 
 class StretchedRope(nn.Module):
@@ -67,6 +72,29 @@ def sample_sigmas(count: int, shift: float, device: torch.device) -> torch.Tenso
     return shift * level / (1 + (shift - 1) * level)
 
 
+class LatentPool:
+    """The latest `capacity` latents with their captions; `sample` draws from all of them at random."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.count, self.place = capacity, 0, 0
+        self.rows: list[torch.Tensor] = []
+
+    def add(self, latents: torch.Tensor, batch: Batch) -> None:
+        rows = [latents, *(getattr(batch, f.name) for f in fields(Batch))]
+        if not self.rows:
+            self.rows = [x.new_empty(self.capacity, *x.shape[1:]) for x in rows]
+        index = (torch.arange(len(latents), device=latents.device) + self.place) % self.capacity
+        for kept, new in zip(self.rows, rows, strict=True):
+            kept[index] = new
+        self.place = (self.place + len(latents)) % self.capacity
+        self.count = min(self.capacity, self.count + len(latents))
+
+    def sample(self, count: int) -> tuple[torch.Tensor, Batch]:
+        index = torch.randint(self.count, (count,), device=self.rows[0].device)
+        latents, *rest = (kept[index] for kept in self.rows)
+        return latents, Batch(*rest)
+
+
 class DenoiserTrainer:
     """The denoiser and text encoders under training: one `step` a batch, averaged weights at the end."""
 
@@ -86,7 +114,12 @@ class DenoiserTrainer:
             {"params": others, "peak": config.lr, "weight_decay": 0.0},
             {"params": text, "peak": config.text_lr, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        rate = torch.tensor(0.0, device=self.device)  # a tensor, so that a captured step reads what it is at replay
+        for group in groups:
+            group["lr"] = rate.clone()
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=cuda, capturable=cuda)
+        self.graphs: dict[tuple[Any, ...], _CapturedStep] = {}
         self.parameters = [*decayed, *others, *text]
         self.averaged = [p.detach().clone() for p in self.parameters]
         self.steps = 0
@@ -99,6 +132,7 @@ class DenoiserTrainer:
             whole = side == full
             self.model.rope = self.own_rope if whole else StretchedRope(self.model, frames, side, full).to(self.device)
         self.image_ids = stretched_ids(side, full, self.device)
+        self.graphs.clear()
 
     def save(self, write: Callable[[DiffusionPipeline], object]) -> None:
         """Writes the pipeline as it would be if training ended here, and goes on."""
@@ -167,17 +201,52 @@ class DenoiserTrainer:
         ramp = min(1.0, (self.steps + 1) / 200)
         decay = 1.0 if progress < 0.3 else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.3) / 0.7))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * ramp * decay
+            group["lr"].fill_(group["peak"] * ramp * decay)
         long_text = progress > 0.5 and self.steps % self.config.long_text_every == 0
-        loss = self.loss(latents, batch, shift, long_text)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        if self.device.type == "cuda" and self.steps >= EAGER_STEPS:
+            key = (latents.shape, shift, long_text)
+            if key not in self.graphs:
+                self.graphs[key] = _CapturedStep(self, latents, batch, shift, long_text)
+            loss = self.graphs[key](latents, batch)
+        else:
+            loss = self.update(latents, batch, shift, long_text)
         self.steps += 1
         keep = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - keep)
+        return loss
+
+    def update(self, latents: torch.Tensor, batch: Batch, shift: float, long_text: bool) -> torch.Tensor:
+        """Loss, gradients and the optimizer's change: what a graph captures."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(latents, batch, shift, long_text)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
         return loss.detach()
+
+
+class _CapturedStep:
+    """`DenoiserTrainer.update` for batches of one shape, as a CUDA graph."""
+
+    def __init__(self, trainer: DenoiserTrainer, latents: torch.Tensor, batch: Batch, shift: float, long: bool) -> None:
+        self.inputs = [latents.clone(), *(getattr(batch, f.name).clone() for f in fields(Batch))]
+        mine, own = self.inputs[0], Batch(*self.inputs[1:])
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what the first calls allocate and compile must not be captured
+            for _ in range(3):
+                trainer.update(mine, own, shift, long)
+        torch.cuda.current_stream().wait_stream(side)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = trainer.update(mine, own, shift, long)
+
+    def __call__(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
+        given = [latents, *(getattr(batch, f.name) for f in fields(Batch))]
+        torch._foreach_copy_(self.inputs, given)
+        self.graph.replay()
+        return self.loss.clone()
 
 
 def train_denoiser(
@@ -200,13 +269,15 @@ def train_denoiser(
     for phase in phases:
         passed += phase.share / sum(p.share for p in phases)
         trainer.enter_phase(phase)
+        pool = LatentPool(config.pool_batches * phase.batch)
         seen, since, first = 0, time.monotonic(), True
         while first or time.monotonic() < begun + passed * budget:
-            batch = stream.next(phase.batch)
-            latents = trainer.latents(batch, phase.size)
+            for _ in range(config.first_batches if first else 1):
+                batch = stream.next(phase.batch)
+                pool.add(trainer.latents(batch, phase.size), batch)
             for _ in range(config.reuse):
                 progress = min(1.0, (time.monotonic() - begun) / budget)
-                loss = trainer.step(latents, batch, phase.shift, progress)
+                loss = trainer.step(*pool.sample(phase.batch), phase.shift, progress)
                 average = loss if average is None else torch.lerp(average, loss, 0.02)
             if first and pipe.device.type == "cuda":
                 log(f"{phase.size} px: first step after {time.monotonic() - since:.0f} s", True)

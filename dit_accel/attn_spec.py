@@ -126,6 +126,8 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _read(name: str, key: str, text: str, hint: Any) -> Any:
     members = _members(hint)
+    if type(None) in members and text.lower() == "none":
+        return None
     for member in members:
         if typing.get_origin(member) is Sequence:
             pieces = text.lower().split("x")
@@ -133,10 +135,7 @@ def _read(name: str, key: str, text: str, hint: Any) -> Any:
             values = [_scalar(piece, item) for piece in pieces]
             if len(values) > 1 and None not in values:
                 return tuple(values)
-        elif member is type(None):
-            if text.lower() == "none":
-                return None
-        elif (value := _scalar(text, member)) is not None:
+        elif member is not type(None) and (value := _scalar(text, member)) is not None:
             return value
     raise ValueError(f"{name}: {key} takes {_wanted(members)}, got {text!r}")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
+from .backend import resolve
 from .install import denoisers, installation_of, installed_layers
 from .intercept import MechanismLayer
 from .layout import TokenLayout
@@ -15,26 +17,46 @@ __all__ = ["describe", "logit_fraction"]
 
 
 def describe(pipe_or_model: Any) -> str:
-    """A table of what is installed: layers, mechanism, the token layout of the last forward, what was capped to it.
+    """A table of what is installed: layers, mechanism, backend, token layout of the last forward, what it capped.
 
     Raises: TypeError: neither a pipeline nor a model; ValueError: a pipeline without a denoiser.
     """
-    rows = [("layers", "mechanism", "tokens", "note")]
+    rows: list[tuple[str, ...]] = [("layers", "mechanism", "backend", "tokens", "note")]
     for component, model in denoisers(pipe_or_model).items():
         layers = installed_layers(model)
-        groups: dict[tuple[str, str, str], list[str]] = {}
+        groups: dict[tuple[str, ...], list[str]] = {}
         for name, layer in layers.items():
             layout = layer.cell.last
             tokens = "not run yet" if layout is None else str(layout)
-            groups.setdefault((str(layer.mechanism), tokens, _note(layer)), []).append(name)
+            backend, trouble = _backend(model, name, layer)
+            notes = "; ".join(filter(None, (trouble, _note(layer))))
+            groups.setdefault((str(layer.mechanism), backend, tokens, notes), []).append(name)
         rows += [(f"{component}: {_ranges(names)}", *what) for what, names in groups.items()]
         installation = installation_of(model)
         rest = "all" if installation is None else f"{installation.attention_layers - len(layers)} self-attention"
         if rest != "0 self-attention":
-            rows.append((f"{component}: {rest} layers", "dense", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+            rows.append((f"{component}: {rest} layers", "dense", "", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _backend(model: nn.Module, name: str, layer: MechanismLayer) -> tuple[str, str]:
+    """The backend that the layer takes where its model will run; or what was asked for, and why it cannot be had."""
+    attn = model.get_submodule(name)
+    device = next((p.device for p in attn.parameters()), torch.device("cpu"))
+    for module in (attn, model):  # offloaded: accelerate's hook knows where it will run
+        execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if execution is not None:
+            device = torch.device(execution)
+            break
+    processor, layout = layer.mechanism, layer.cell.last
+    if layout is not None and _stays_dense(layer, layout):
+        return "", ""
+    try:
+        return resolve(processor.backend, device, processor.name), ""
+    except (ValueError, RuntimeError) as error:
+        return "none", f"cannot run: {error}"
 
 
 def _note(layer: MechanismLayer) -> str:

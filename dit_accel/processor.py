@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .backend import check_backend
 from .layout import TokenLayout
 from .mechanisms import clear, gna, llsa, sla
 
@@ -49,6 +50,8 @@ class AcceleratedAttnProcessor:
         min_tokens: layers with fewer grid tokens stay dense.
         reference: how reference images (Flux Kontext) are seen: ``"whole"``, every token by every token, or
             ``"window"``, through the same window as the image (they must have its size).
+        backend: ``"torch"``, ``"triton"`` or ``"flex"``; None = the environment's ``DIT_ACCEL_BACKEND``, else Triton on
+            a GPU. It belongs to the machine: :func:`dit_accel.save_attention` does not save it.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -58,6 +61,7 @@ class AcceleratedAttnProcessor:
     dense_steps: int = 0
     min_tokens: int = 0
     reference: str = "whole"
+    backend: str | None = None
 
     name: ClassVar[str]
     mechanism: ClassVar[ModuleType]
@@ -80,6 +84,7 @@ class AcceleratedAttnProcessor:
                 raise TypeError(f"scale must be a number or None, got {self.scale!r}")
             if not (math.isfinite(self.scale) and self.scale > 0):
                 raise ValueError(f"scale must be positive and finite, got {self.scale}")
+        check_backend(self.backend)
         common = {field.name for field in fields(AcceleratedAttnProcessor)}
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
         object.__setattr__(self, "_options", options)  # made once: dynamo cannot follow dataclasses.fields
@@ -137,6 +142,7 @@ class AcceleratedAttnProcessor:
             key_padding_mask=key_padding_mask,
             scale=host_scale if self.scale is None else self.scale,
             fit=True,
+            backend=self.backend,
             **self.layer_options(layout),
             **(parameters or {}),
         )

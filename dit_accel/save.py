@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
             continue
         groups: dict[AcceleratedAttnProcessor, list[str]] = {}
         for name, layer in layers.items():
-            groups.setdefault(layer.mechanism, []).append(name)
+            saved = replace(layer.mechanism, backend=None)  # a property of this machine, not of what was learned
+            groups.setdefault(saved, []).append(name)
             for key, value in layer.named_parameters():
                 tensors[f"{component}.{name}.dit_accel.{key}"] = value.detach().cpu().contiguous()
         installation = installation_of(model)
@@ -65,7 +66,8 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
 
 
 def _to_json(processor: AcceleratedAttnProcessor) -> dict[str, Any]:
-    return {"mechanism": processor.name, "options": asdict(processor)}
+    options = {name: value for name, value in asdict(processor).items() if name != "backend"}
+    return {"mechanism": processor.name, "options": options}
 
 
 def _from_json(entry: dict[str, Any], path: Path) -> AcceleratedAttnProcessor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.backend import resolve
 from dit_accel.layout import TokenLayout
 
 __all__ = ["define_operator"]
@@ -28,13 +29,14 @@ def define_operator(
     """Register ``dit_accel::<name>`` and ``dit_accel::<name>_backward``.
 
     The operator's arguments are, in order: query, key, value, key_padding_mask, the learned tensors, grid, before,
-    after, the options, scale, fit. Grid lengths may be symbolic while tracing: here, inside, they are numbers, so what
-    depends on them (is the window larger than its axis?) is checked here, and with ``fit`` options are shrunk first.
+    after, the options, scale, fit, backend (optional). Grid lengths may be symbolic while tracing: here, inside, they
+    are numbers, so what depends on them (is the window larger than its axis?) is checked here, and with ``fit`` options
+    are shrunk first.
 
     Args:
         name: the operator's name.
-        compute: ``compute(query, key, value, key_padding_mask, *learned, layout, scale, **options)``. The place where a
-            kernel is chosen by ``query.device``.
+        compute: ``compute(query, key, value, key_padding_mask, *learned, layout, scale, backend, **options)``, with the
+            backend that :func:`dit_accel.backend.resolve` names for this call.
         fit: the mechanism's ``fit``.
         learned: names of the learned tensors.
         options: the options as operator schema, such as ``"float critical, bool smooth_key"``.
@@ -42,12 +44,16 @@ def define_operator(
     n_tensors = 4 + len(learned)
     tensors = ", ".join([_TENSORS, *(f"Tensor? {x}" for x in learned)])
     option_names = [x.split()[-1] for x in options.split(", ")]
-    arguments = f"{tensors}, {_LAYOUT}, {options}, float? scale, bool fit"
+    arguments = f"{tensors}, {_LAYOUT}, {options}, float? scale, bool fit, str? backend=None"
 
-    def run(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> Tensor:
+    mechanism = name.removesuffix("_attention")
+    n_rest = 3 + len(option_names) + 3
+
+    def run(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], force: str | None = None) -> Tensor:
         query = tensors[0]
         assert query is not None
-        grid, before, after, *values, scale, shrink = rest
+        rest += (None,) * (n_rest - len(rest))  # the dispatcher leaves out a last argument at its default
+        grid, before, after, *values, scale, shrink, backend = rest
         layout = TokenLayout(tuple(grid), before, after)
         if layout.seq_len != query.shape[2]:
             raise ValueError(
@@ -57,11 +63,12 @@ def define_operator(
         chosen = dict(zip(option_names, values, strict=True))
         if shrink:
             chosen = fit(layout, **chosen)
+        backend = resolve(backend if force is None else force, query.device, mechanism)
         if query.numel() == 0:
             return query.clone()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(query.device.type, enabled=False):
-            return compute(*tensors, layout=layout, scale=scale, **chosen)
+            return compute(*tensors, layout=layout, scale=scale, backend=backend, **chosen)
 
     def forward(*args: Any) -> Tensor:
         return _dense(run(args[:n_tensors], args[n_tensors:]))
@@ -74,7 +81,7 @@ def define_operator(
         for i, leaf in zip(places, leaves, strict=True):
             filled[i] = leaf
         with _recording():
-            out = run(tuple(filled), rest)
+            out = run(tuple(filled), rest, force="torch")  # what the forward took has no derivative of its own
             grads = torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
         return [_dense(g) for g in grads]
 

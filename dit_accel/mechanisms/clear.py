@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.backend import check_backend
 from dit_accel.kernels.block_sparse import tile_attention
 from dit_accel.kernels.window import BallAxis, window_tiles
 from dit_accel.layout import TokenLayout
@@ -29,6 +30,7 @@ from ._common import (
     text_logits,
 )
 from ._operator import define_operator
+from ._windows import window_attention_triton
 
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
 
@@ -47,6 +49,7 @@ def clear_attention(
     pool_weight: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention within a circle (ball, ellipsoid) of grid tokens. [CLEAR, arXiv 2412.16112]
 
@@ -61,6 +64,7 @@ def clear_attention(
         pool_weight: (f, f) learned weights of a patch; None = 1 / f².
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
         scale: factor on the logits; default D**-0.5.
+        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: radius <= 0 or NaN, wrong number of axes, pooling on a 1-D grid, a layout that does not match,
         tensors that do not match each other.
@@ -72,6 +76,7 @@ def clear_attention(
         layout,
         key_padding_mask=key_padding_mask,
         scale=scale,
+        backend=backend,
         radius=radius,
         down_factor=down_factor,
         pool_weight=pool_weight,
@@ -87,6 +92,7 @@ def _attend(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
+    backend: str | None = None,
     pool_weight: Tensor | None = None,
     radius: Radius,
     down_factor: int = 1,
@@ -99,7 +105,7 @@ def _attend(
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_padding_mask)
         check_layout_and_scale(layout, scale)
-        check_options(radius=radius, down_factor=down_factor, train_tokens=train_tokens)
+        check_options(radius=radius, down_factor=down_factor, train_tokens=train_tokens, backend=backend)
         check_learned("pool_weight", pool_weight, (down_factor, down_factor), query)
     return torch.ops.dit_accel.clear_attention(
         query,
@@ -115,11 +121,15 @@ def _attend(
         train_tokens,
         scale,
         fit,
+        backend,
     )
 
 
-def check_options(*, radius: Radius, down_factor: int = 1, train_tokens: int | None = None) -> None:
+def check_options(
+    *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None, backend: str | None = None
+) -> None:
     """Raises: TypeError, ValueError: an option that no layout allows."""
+    check_backend(backend)
     radii = as_tuple(radius)
     if not 1 <= len(radii) <= 3:
         raise ValueError(f"radius must be a number or one per axis, got {radius!r}")
@@ -197,7 +207,7 @@ def _n_pooled(layout: TokenLayout, down_factor: int) -> int:
     return math.prod(frames) * -(-height // down_factor) * -(-width // down_factor)
 
 
-def _compute(
+def _compute_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -266,6 +276,43 @@ def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
     f = math.isqrt(weights.shape[-1])
     patches = _patches(x[:, :, layout.grid_slice].transpose(-1, -2), layout, f)  # (B, H, D, P, f²)
     return (patches.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
+
+
+def _compute_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    pool_weight: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    radius: Radius,
+    down_factor: int,
+    train_tokens: int | None = None,
+) -> Tensor:
+    axes, limit = _axes(layout, radius)
+    n_pooled = _n_pooled(layout, down_factor)
+    if train_tokens is not None:
+        scale = _resolution_scale(layout, train_tokens, n_pooled > 0, query.shape[-1])
+    extra = None
+    if n_pooled:
+        key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
+        weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
+        hidden = None if key_padding_mask is None else seen.expand(len(key), -1)
+        extra = (_pool(key, weights, layout), _pool(value, weights, layout), hidden)
+    return window_attention_triton(query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
+
+
+def _compute_flex(*tensors: Tensor | None, layout: TokenLayout, scale: float, **options: Any) -> Tensor:
+    raise ValueError("clear: the flex backend is not built yet; use backend='torch'")
+
+
+_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton, "flex": _compute_flex}
+
+
+def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
+    return _COMPUTE[backend](*tensors, **options)
 
 
 define_operator(

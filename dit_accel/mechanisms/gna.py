@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.backend import check_backend
 from dit_accel.kernels.block_sparse import tile_attention
 from dit_accel.kernels.window import NeighborhoodAxis, window_tiles
 from dit_accel.layout import TokenLayout
@@ -27,6 +28,7 @@ from ._common import (
     text_logits,
 )
 from ._operator import define_operator
+from ._windows import window_attention_triton
 
 __all__ = ["check_options", "count_logits", "fit", "gna_attention", "reference"]
 
@@ -45,6 +47,7 @@ def gna_attention(
     is_causal: bool | Sequence[bool] = False,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Generalized neighborhood attention. [arXiv 2504.16922]
 
@@ -58,6 +61,7 @@ def gna_attention(
         is_causal: whether keys behind the query are hidden, or one per axis.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys.
         scale: factor on the logits; default D**-0.5.
+        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: a window larger than its axis, a stride larger than the window, wrong number of axes, a layout
         that does not match, tensors that do not match each other.
@@ -70,6 +74,7 @@ def gna_attention(
         layout,
         key_padding_mask=key_padding_mask,
         scale=scale,
+        backend=backend,
         fit=False,
         **options,  # type: ignore[arg-type]
     )
@@ -84,6 +89,7 @@ def _attend(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
+    backend: str | None = None,
     window: Ints,
     stride: Ints = 1,
     dilation: Ints = 1,
@@ -93,17 +99,23 @@ def _attend(
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_padding_mask)
         check_layout_and_scale(layout, scale)
-        check_options(window=window, stride=stride, dilation=dilation, is_causal=is_causal)
+        check_options(window=window, stride=stride, dilation=dilation, is_causal=is_causal, backend=backend)
     lists = [list(as_tuple(x)) for x in (window, stride, dilation, is_causal)]
     return torch.ops.dit_accel.gna_attention(
-        query, key, value, key_padding_mask, list(layout.grid), layout.before, layout.after, *lists, scale, fit
+        query, key, value, key_padding_mask, list(layout.grid), layout.before, layout.after, *lists, scale, fit, backend
     )
 
 
 def check_options(
-    *, window: Ints, stride: Ints = 1, dilation: Ints = 1, is_causal: bool | Sequence[bool] = False
+    *,
+    window: Ints,
+    stride: Ints = 1,
+    dilation: Ints = 1,
+    is_causal: bool | Sequence[bool] = False,
+    backend: str | None = None,
 ) -> None:
     """Raises: TypeError, ValueError: an option that no layout allows."""
+    check_backend(backend)
     values: dict[str, tuple[Any, ...]] = {}
     for name, value in (("window", window), ("stride", stride), ("dilation", dilation)):
         values[name] = as_tuple(value)
@@ -179,7 +191,7 @@ def _axes(
     return axes
 
 
-def _compute(
+def _compute_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -195,6 +207,31 @@ def _compute(
     plan += global_tiles(layout, query.device)
     bias = hidden_bias(key_padding_mask)
     return tile_attention(query, key, value, plan, scale=scale, key_bias=bias, hides=bias is not None)
+
+
+def _compute_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    **options: Any,
+) -> Tensor:
+    axes = _axes(layout, **options)
+    return window_attention_triton(query, key, value, key_padding_mask, axes, 1.0, layout, scale)
+
+
+def _compute_flex(*tensors: Tensor | None, layout: TokenLayout, scale: float, **options: Any) -> Tensor:
+    raise ValueError("gna: the flex backend is not built yet; use backend='torch'")
+
+
+_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton, "flex": _compute_flex}
+
+
+def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
+    return _COMPUTE[backend](*tensors, **options)
 
 
 define_operator(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_accel.backend import check_backend
 from dit_accel.kernels.block_linear import gather_rows
 from dit_accel.kernels.block_sparse import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
@@ -43,6 +44,7 @@ def llsa_attention(
     enrich: bool = True,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Log-linear hierarchical sparse attention. [LLSA, arXiv 2512.16615]
 
@@ -59,6 +61,7 @@ def llsa_attention(
         enrich: whether pooled tokens are attended to.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
         scale: factor on the logits; default D**-0.5.
+        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: block_size < 2, topk < 1, levels < 1, a layout that does not match, tensors that do not match
         each other.
@@ -70,6 +73,7 @@ def llsa_attention(
         layout,
         key_padding_mask=key_padding_mask,
         scale=scale,
+        backend=backend,
         block_size=block_size,
         topk=topk,
         levels=levels,
@@ -86,6 +90,7 @@ def _attend(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
+    backend: str | None = None,
     block_size: int = 16,
     topk: int = 8,
     levels: int | None = None,
@@ -95,7 +100,7 @@ def _attend(
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_padding_mask)
         check_layout_and_scale(layout, scale, default=True)
-        check_options(block_size=block_size, topk=topk, levels=levels, enrich=enrich)
+        check_options(block_size=block_size, topk=topk, levels=levels, enrich=enrich, backend=backend)
     layout = flat_layout(layout, query)
     return torch.ops.dit_accel.llsa_attention(
         query,
@@ -111,11 +116,15 @@ def _attend(
         enrich,
         scale,
         fit,
+        backend,
     )
 
 
-def check_options(*, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True) -> None:
+def check_options(
+    *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True, backend: str | None = None
+) -> None:
     """Raises: TypeError, ValueError: an option that no layout allows."""
+    check_backend(backend)
     check_positive_int("block_size", block_size, least=2)
     check_positive_int("topk", topk)
     if levels is not None:
@@ -201,7 +210,7 @@ def _select(
     return kept, candidates
 
 
-def _compute(
+def _compute_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -271,6 +280,13 @@ def _tiles(
     n_keys = kept.shape[2] * block + len(everywhere)
     n_keys += sum(found.shape[2] for _, found, _ in met) if enrich else 0
     return Tiles(count=n_blocks, n_queries=block, n_keys=n_keys, rows=rows)
+
+
+_COMPUTE = {"torch": _compute_torch}
+
+
+def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
+    return _COMPUTE[backend](*tensors, **options)
 
 
 define_operator(

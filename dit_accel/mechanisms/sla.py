@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.backend import check_backend
 from dit_accel.kernels.block_linear import FEATURE_MAPS, block_linear_sums, feature, gather_blocks
 from dit_accel.kernels.block_sparse import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
@@ -28,6 +29,7 @@ from ._common import (
     text_logits,
 )
 from ._operator import define_operator
+from ._sla_triton import sla_attention_triton
 
 __all__ = ["check_options", "count_logits", "fit", "reference", "sla_attention"]
 
@@ -53,6 +55,7 @@ def sla_attention(
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Sparse-linear attention. [SLA, arXiv 2509.24006]
 
@@ -72,6 +75,7 @@ def sla_attention(
         weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
         scale: factor on the logits; default D**-0.5.
+        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: shares out of range, an unknown feature_map or linear_over, a layout that does not match,
         tensors that do not match each other.
@@ -83,6 +87,7 @@ def sla_attention(
         layout,
         key_padding_mask=key_padding_mask,
         scale=scale,
+        backend=backend,
         weight=weight,
         bias=bias,
         critical=critical,
@@ -105,6 +110,7 @@ def _attend(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
+    backend: str | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     critical: float = 0.05,
@@ -129,6 +135,7 @@ def _attend(
             linear_over=linear_over,
             smooth_key=smooth_key,
             tile_order=tile_order,
+            backend=backend,
         )
         check_learned("weight", weight, (query.shape[-1], query.shape[-1]), query)
         check_learned("bias", bias, (query.shape[-1],), query)
@@ -153,6 +160,7 @@ def _attend(
         tile_order,
         scale,
         fit,
+        backend,
     )
 
 
@@ -166,8 +174,10 @@ def check_options(
     linear_over: str = "marginal",
     smooth_key: bool = False,
     tile_order: bool = False,
+    backend: str | None = None,
 ) -> None:
     """Raises: TypeError, ValueError: an option that no layout allows."""
+    check_backend(backend)
     if not 0 < check_number("critical", critical) <= 1:
         raise ValueError(f"critical must be in (0, 1], got {critical}")
     if check_number("negligible", negligible) < 0:
@@ -216,7 +226,7 @@ def _blocks(layout: TokenLayout, block: int, tile_order: bool, device: torch.dev
     return box_blocks((layout.grid_len,), (block,), device)
 
 
-def _compute(
+def _compute_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -361,6 +371,17 @@ def _linear_part(
         out = total[..., :-1] / (total[..., -1:] + EPSILON)
     project = None if weight is None else weight.to(out.dtype)
     return (out if project is None else out @ project.mT) + (0 if bias is None else bias.to(out.dtype))
+
+
+def _compute_flex(*tensors: Tensor | None, layout: TokenLayout, scale: float, **options: Any) -> Tensor:
+    raise ValueError("sla: the flex backend is not built yet; use backend='torch'")
+
+
+_COMPUTE = {"torch": _compute_torch, "triton": sla_attention_triton, "flex": _compute_flex}
+
+
+def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
+    return _COMPUTE[backend](*tensors, **options)
 
 
 define_operator(

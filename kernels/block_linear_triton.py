@@ -1,0 +1,382 @@
+"""Linear attention's sums over all keys, over each block of keys, and over the marginal blocks of each query block.
+
+With sums N = Σ φ(k)ᵀ v Wᵀ and z = Σ φ(k), the linear part is φ(q) N / (φ(q)·z + 1e-5). What is returned is the means
+N/c and z/c over some count c, which a half-precision number can hold whatever the length, and eps = 1e-5/c: then
+``φ(q) @ state / (φ(q)·norm + eps)`` is the same number. [SLA, arXiv 2509.24006, eq. 5-7: H_j, Z_j; W = Proj]
+"""
+
+# mypy: allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .block_pool_triton import mask_arguments
+from .tiling import Tiling, tile_tokens
+
+__all__ = ["LinearState", "block_states", "feature", "linear_state", "marginal_linear_state", "marginal_states"]
+
+EPSILON = 1e-5  # on the sums
+PROGRAMS = 264  # that sum over a whole sequence, two for each of the 132 processors of an H100 or H200
+SCRATCH_BYTES = 512 * 2**20  # block sums are made for as many heads at a time
+
+
+class LinearState(NamedTuple):
+    """``φ(q) @ state / ((φ(q) * norm).sum(-1) + eps)``, W included; the bias of the projection is not in it.
+
+    The state is 0 where nothing was summed up; eps is never 0, so that the quotient is then 0. Shapes: see the maker.
+    """
+
+    state: Tensor
+    norm: Tensor
+    eps: Tensor
+
+
+def linear_state(
+    key: Tensor,
+    value: Tensor,
+    before: int,
+    n_grid: int,
+    feature_map: str,
+    weight: Tensor,
+    real: Tensor | None = None,
+) -> LinearState:
+    """Means over all real grid keys. The order of the tokens does not matter, so there is no tiling.
+
+    Args:
+        key, value: (B, H, S, D) float16/bfloat16/float32, any strides, D at most 256.
+        before, n_grid: the grid's tokens stand in rows before to before + n_grid - 1.
+        feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu", in float32.
+        weight: (D, D), any floating dtype; it is applied to the finished mean, in float32.
+        real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
+    Returns: state (B, H, D, D), norm (B, H, D), eps (B*H,), all float32: means over the count of real grid keys of
+        that batch element (eps = 1e-5 / count; where there is no real key: 0, 0, and 1e-5).
+    """
+    batch, heads, _, dim = key.shape
+    n_parts = min(max(1, PROGRAMS // (batch * heads)), triton.cdiv(n_grid, 256))
+    part = triton.cdiv(triton.cdiv(n_grid, n_parts), 64) * 64
+    parts = Tiling.of((n_grid,), (part,))
+    states = torch.empty(batch * heads, parts.n_tiles, dim, dim, dtype=torch.float32, device=key.device)
+    norms = torch.empty(batch * heads, parts.n_tiles, dim, dtype=torch.float32, device=key.device)
+    _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0)
+    if real is None:
+        count = torch.full((batch,), float(n_grid), device=key.device)
+    else:
+        count = real[:, before : before + n_grid].sum(-1).clamp(min=1).float().expand(batch)
+    share = (part / count)[:, None, None]
+    norm = norms.sum(1).unflatten(0, (batch, heads)) * share
+    state = (states.sum(1).unflatten(0, (batch, heads)) * share[..., None]) @ weight.float().mT
+    return LinearState(state, norm, (EPSILON / count).repeat_interleave(heads))
+
+
+def block_states(
+    key: Tensor,
+    value: Tensor,
+    tiling: Tiling,
+    before: int,
+    feature_map: str,
+    weight: Tensor,
+    out_dtype: torch.dtype,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """φ(k)ᵀ v Wᵀ and φ(k) summed over the real tokens of each box, divided by the volume of a whole box.
+
+    In half precision v Wᵀ is made first, with float32 accumulation, as a Linear layer in that dtype would: its rounding
+    is averaged out over the tokens, and it costs no more than W after the sum would. In float32 W comes after the sum.
+
+    Args: as in :func:`linear_state`; tiling: the boxes; token i of the grid stands in row ``before + i``.
+    Returns: (B, H, Mk, D, D) in out_dtype and (B, H, Mk, D) float32.
+    """
+    batch, heads, _, dim = key.shape
+    states = torch.empty(batch * heads, tiling.n_tiles, dim, dim, dtype=out_dtype, device=key.device)
+    norms = torch.empty(batch * heads, tiling.n_tiles, dim, dtype=torch.float32, device=key.device)
+    _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms, 0)
+    return states.unflatten(0, (batch, heads)), norms.unflatten(0, (batch, heads))
+
+
+def marginal_states(
+    marginal: Tensor, states: Tensor, norms: Tensor, volume: int, n_marginal: int | None = None
+) -> LinearState:
+    """Block sums added up over the marginal blocks of each query block.
+
+    Args:
+        marginal: (B*H, Mq, Mk) 0/1 map in states.dtype.
+        states, norms: from :func:`block_states`.
+        volume: of a box, that block_states divided by.
+        n_marginal: about how many blocks a row marks: what is divided by, for every row alike. Any number gives the
+            same quotient; one far too high costs float16 precision. None = Mk.
+    Returns: state (B*H, Mq, D, D) in states.dtype, norm (B*H, Mq, D) float32, eps (B*H,) float32: means over
+        ``count = volume * n_marginal`` places (eps = 1e-5 / count); 0 where a row marks no block.
+    """
+    states, norms = states.flatten(0, 1), norms.flatten(0, 1)
+    n_marginal = max(1, states.shape[1] if n_marginal is None else n_marginal)
+    out = _empty_marginal(marginal, states.shape[-1], states.dtype, volume * n_marginal)
+    _add_marginal(marginal, states, out.state, n_marginal)
+    _launch_marginal_norms(marginal, norms, out.norm, n_marginal)
+    return out
+
+
+def marginal_linear_state(
+    marginal: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiling: Tiling,
+    before: int,
+    feature_map: str,
+    weight: Tensor,
+    real: Tensor | None = None,
+    n_marginal: int | None = None,
+) -> LinearState:
+    """:func:`block_states` and :func:`marginal_states` for some heads at a time, so that scratch stays small.
+
+    Args: as there; marginal: (B*H, Mq, Mk) 0/1 map, best in key.dtype.
+    Returns: as :func:`marginal_states`, the state in key.dtype.
+    """
+    batch, heads, _, dim = key.shape
+    n_marginal = max(1, tiling.n_tiles if n_marginal is None else n_marginal)
+    marginal = marginal.to(key.dtype)
+    out = _empty_marginal(marginal, dim, key.dtype, tiling.volume * n_marginal)
+    norms = torch.empty(batch * heads, tiling.n_tiles, dim, dtype=torch.float32, device=key.device)
+    step = SCRATCH_BYTES // (tiling.n_tiles * dim * dim * key.element_size())
+    step = min(max(1, step), batch * heads)
+    scratch = torch.empty(step, tiling.n_tiles, dim, dim, dtype=key.dtype, device=key.device)
+    weight = weight.to(key.dtype).contiguous()
+    for first in range(0, batch * heads, step):
+        run = slice(first, min(first + step, batch * heads))
+        states = scratch[: run.stop - first]
+        _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms[run], first)
+        _add_marginal(marginal[run], states, out.state[run], n_marginal)
+    _launch_marginal_norms(marginal, norms, out.norm, n_marginal)
+    return out
+
+
+def _empty_marginal(marginal: Tensor, dim: int, dtype: torch.dtype, count: int) -> LinearState:
+    groups, n_q, _ = marginal.shape
+    return LinearState(
+        torch.empty(groups, n_q, dim, dim, dtype=dtype, device=marginal.device),
+        torch.empty(groups, n_q, dim, dtype=torch.float32, device=marginal.device),
+        torch.full((groups,), EPSILON / count, device=marginal.device),
+    )
+
+
+def _add_marginal(marginal: Tensor, states: Tensor, out: Tensor, n_marginal: int) -> None:
+    """out (G, Mq, D, D) = marginal (G, Mq, Mk) @ states (G, Mk, D, D) / n_marginal, divided before it is rounded."""
+    out.flatten(2).baddbmm_(marginal, states.flatten(2), beta=0, alpha=1 / n_marginal)
+
+
+def _launch_block_states(
+    key: Tensor,
+    value: Tensor,
+    tiling: Tiling,
+    before: int,
+    feature_map: str,
+    weight: Tensor | None,
+    real: Tensor | None,
+    states: Tensor,
+    norms: Tensor,
+    first: int,
+) -> None:
+    """Writes states (G, M, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = none."""
+    heads, dim = key.shape[1], key.shape[3]
+    half = key.element_size() == 2
+    block_d = max(16, triton.next_power_of_2(dim))
+    block_e = min(block_d, 128 if half else 64)  # columns of the state a program makes: more would spill registers
+    big = block_d * block_e >= 128 * 64
+    lanes = max(16, triton.next_power_of_2(tiling.volume))
+    fold = half and weight is not None
+    weight = None if weight is None else weight.to(key.dtype).contiguous()
+    mask, mask_b, mask_s, has_real = mask_arguments(real, key)
+    _block_state_fwd_kernel[(len(states) * tiling.n_tiles, triton.cdiv(dim, block_e))](
+        key,
+        value,
+        weight if fold else key,
+        mask,
+        states,
+        norms,
+        first,
+        heads,
+        tiling.n_tiles,
+        before,
+        *key.stride(),
+        *value.stride(),
+        mask_b,
+        mask_s,
+        *tiling.grid,
+        1 / tiling.volume,
+        *tiling.box,
+        D=dim,
+        FEATURE_MAP=feature_map,
+        FOLD=fold,
+        HAS_REAL=has_real,
+        BLOCK_N=min(lanes, 64 if half else 32),
+        BLOCK_D=block_d,
+        BLOCK_E=block_e,
+        BLOCK_C=min(block_d, 64),
+        num_warps=8 if big else 4,
+        num_stages=2,
+        maxnreg=128 if big and block_d <= 128 else None,  # two programs on a processor: one waits, one works
+    )
+    if weight is not None and not fold:
+        states.copy_(states.to(weight.dtype) @ weight.mT)
+
+
+@triton.jit
+def feature(x, FEATURE_MAP: tl.constexpr, D: tl.constexpr):
+    """φ of the rows of x (rows, BLOCK_D) float32, of which the columns from D on are padding and come out as 0."""
+    cols = tl.arange(0, x.shape[1])
+    real = (cols < D)[None, :]
+    if FEATURE_MAP == "softmax":
+        x = tl.where(real, x, -float("inf"))
+        powers = tl.exp(x - tl.max(x, 1)[:, None])
+        return powers / tl.sum(powers, 1)[:, None]
+    elif FEATURE_MAP == "elu":
+        return tl.where(real, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
+    else:
+        tl.static_assert(FEATURE_MAP == "relu", "FEATURE_MAP must be softmax, elu or relu")
+        return tl.where(real & ~(x < 0), x, 0.0)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _block_state_fwd_kernel(
+    k_ptr,
+    v_ptr,
+    w_ptr,
+    real_ptr,
+    states_ptr,
+    norms_ptr,
+    first,
+    n_heads,
+    n_tiles,
+    before,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_vd,
+    stride_mb,
+    stride_ms,
+    G0,
+    G1,
+    G2,
+    scale,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    D: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    FOLD: tl.constexpr,
+    HAS_REAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of one box of one head; with FOLD, else without W. φ is rounded to the dtype
+    of the keys in state and norm alike, so that the weights of the mean are the same in both."""
+    dtype = k_ptr.dtype.element_ty
+    tile = tl.program_id(0) % n_tiles
+    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i_b = (first + i_g) // n_heads
+    i_h = (first + i_g) % n_heads
+    k_ptr += i_b * stride_kb + i_h * stride_kh
+    v_ptr += i_b * stride_vb + i_h * stride_vh
+    dims = tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_cols = (cols < D)[None, :]
+    state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
+    norm = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, B0 * B1 * B2, BLOCK_N):
+        index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
+        rows = (before + index).to(tl.int64)
+        if HAS_REAL:
+            inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
+        m_rows = inside[:, None]
+        # φ(k): (BLOCK_N, BLOCK_D)
+        p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :] * stride_kd
+        b_k = tl.load(p_k, mask=m_rows & (dims < D)[None, :], other=0.0)
+        b_phi = tl.where(m_rows, feature(b_k.to(tl.float32), FEATURE_MAP, D), 0.0).to(dtype)
+        norm += tl.sum(b_phi.to(tl.float32), 0)
+        # v Wᵀ: (BLOCK_N, BLOCK_E)
+        if FOLD:
+            b_vw = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+            for c in tl.static_range(0, D, BLOCK_C):
+                inner = c + tl.arange(0, BLOCK_C)
+                m_inner = (inner < D)[None, :]
+                p_v = v_ptr + rows[:, None] * stride_vs + inner[None, :] * stride_vd
+                b_v = tl.load(p_v, mask=m_rows & m_inner, other=0.0)
+                p_w = w_ptr + cols[:, None] * D + inner[None, :]
+                b_w = tl.load(p_w, mask=(cols < D)[:, None] & m_inner, other=0.0)
+                b_vw = tl.dot(b_v, tl.trans(b_w), b_vw, input_precision="ieee")
+            b_v = b_vw.to(dtype)
+        else:
+            p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :] * stride_vd
+            b_v = tl.load(p_v, mask=m_rows & m_cols, other=0.0)
+        state = tl.dot(tl.trans(b_phi), b_v, state, input_precision="ieee")
+    i_state = i_g * n_tiles + tile
+    p_state = states_ptr + i_state * D * D + dims[:, None] * D + cols[None, :]
+    tl.store(p_state, (state * scale).to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & m_cols)
+    if tl.program_id(1) == 0:
+        tl.store(norms_ptr + i_state * D + dims, norm * scale, mask=dims < D)
+
+
+def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: int) -> None:
+    groups, n_q, n_k = marginal.shape
+    dim = norms.shape[-1]
+    block_m = 64
+    _marginal_norm_fwd_kernel[(groups * triton.cdiv(n_q, block_m),)](
+        marginal,
+        norms,
+        out,
+        n_q,
+        n_k,
+        marginal.stride(0),
+        marginal.stride(1),
+        marginal.stride(2),
+        1 / n_marginal,
+        D=dim,
+        BLOCK_M=block_m,
+        BLOCK_N=32,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        num_warps=4 if dim <= 128 else 8,
+    )
+
+
+@triton.jit
+def _marginal_norm_fwd_kernel(
+    map_ptr,
+    norms_ptr,
+    out_ptr,
+    n_q,
+    n_k,
+    stride_g,
+    stride_m,
+    stride_n,
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """scale map (BLOCK_M, n_k) @ norms (n_k, D) of one head, as accurate as in float32: it is a denominator."""
+    n_tiles = tl.cdiv(n_q, BLOCK_M)
+    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
+    rows = tl.program_id(0) % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, n_k, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        p_map = map_ptr + i_g * stride_g + rows[:, None].to(tl.int64) * stride_m + cols[None, :] * stride_n
+        b_map = tl.load(p_map, mask=(rows < n_q)[:, None] & (cols < n_k)[None, :], other=0.0)
+        p_norms = norms_ptr + (i_g * n_k + cols[:, None]) * D + dims[None, :]
+        b_norms = tl.load(p_norms, mask=(cols < n_k)[:, None] & (dims < D)[None, :], other=0.0)
+        acc = tl.dot(b_map.to(tl.float32), b_norms, acc, input_precision="tf32x3")
+    p_out = out_ptr + (i_g * n_q + rows[:, None]) * D + dims[None, :]
+    tl.store(p_out, acc * scale, mask=(rows < n_q)[:, None] & (dims < D)[None, :])

@@ -1,0 +1,265 @@
+"""Which key tiles each query tile sees: the plans that the block-sparse kernels walk.
+
+Queries and keys of a grid are cut into boxes. For each query box a plan lists the key boxes: first the full ones, that
+every query of the box sees whole, then the partial ones, for which the kernel asks a `WindowMask` about coordinates.
+Plans of windows come from the geometry of each axis alone; nothing here has S × S or tiles × tiles entries.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .tiling import Tiling
+from .window import BallAxis, Geometry, NeighborhoodAxis
+
+__all__ = ["BlockPlan", "WindowMask", "window_plan"]
+
+# Cost of a visit to a partial tile beside a full one: coordinates are compared (measured: H100, D = 128, bf16).
+PARTIAL_COST = 1.35
+EXACT_INTEGERS = 2**23  # float32 holds all whole numbers up to twice this
+
+
+@dataclass(frozen=True, eq=False)
+class WindowMask:
+    """Does a query see a key? On every axis of ``intervals`` the key's place must lie in the query's run; in a ball
+    the weighted squares of the distances along the axes must add up to less than ``limit``.
+
+    tables: (3, 3, longest axis) int32: of each axis the coordinate at a place, and the run of places seen from it.
+    ordered: on which axes places are not coordinates (dilation).
+    weights: of the squared distances; None = no ball. exact: whether float32 is sure to tell inside from outside.
+    """
+
+    tables: Tensor
+    intervals: tuple[bool, bool, bool]
+    ordered: tuple[bool, bool, bool]
+    weights: tuple[float, float, float] | None
+    limit: float
+    exact: bool
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """For each tile of ``q`` the tiles of ``kv`` that it sees.
+
+    tiles: (1 or G, q.n_tiles, n) int32, full tiles first, then partial ones, then anything.
+    n_full, n_tiles: (1 or G, q.n_tiles) int32; n_full None = full but for short tiles at the far edge.
+    mask: tells inside partial tiles; None = their tokens on the grid are all seen.
+    all_full: known to have no partial tile.
+    """
+
+    q: Tiling
+    kv: Tiling
+    tiles: Tensor
+    n_full: Tensor | None
+    n_tiles: Tensor
+    mask: WindowMask | None = None
+    all_full: bool = False
+
+    def describe(self) -> str:
+        """One line: the boxes chosen, tiles visited a query tile, and the share of all logits in visited tiles."""
+        visited = self.n_tiles.float().mean().item()
+        full = visited if self.n_full is None else self.n_full.float().mean().item()
+        logits = self.n_tiles.double().mean(0).sum().item() * self.q.volume * self.kv.volume
+        share = logits / (self.q.n_tokens * self.kv.n_tokens)
+        return (
+            f"query boxes {_short(self.q)}, key boxes {_short(self.kv)}: {self.q.n_tiles} query tiles visit "
+            f"{visited:.1f} of {self.kv.n_tiles} key tiles each ({full:.1f} full), {share:.2%} of the logits"
+        )
+
+
+def _short(tiling: Tiling) -> str:
+    sides: tuple[int, ...] = tiling.box
+    while len(sides) > 1 and tiling.grid[len(tiling.grid) - len(sides)] == 1:
+        sides = sides[1:]
+    return "×".join(map(str, sides))
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """Along one axis, for each tile of queries a run of key tiles, (tiles, longest run) each.
+
+    tile: the key tile. seen: it belongs to the run. full: whole, and seen by every query. near, far: least and
+    greatest distance between their coordinates.
+    """
+
+    tile: Tensor
+    seen: Tensor
+    full: Tensor
+    near: Tensor
+    far: Tensor
+
+
+def _reach(g: Geometry, q_side: int, k_side: int) -> _Reach:
+    n = len(g.order)
+    queries = _tiled(torch.arange(n, device="cpu"), q_side)
+    first, last, place = g.first[queries], g.last[queries], g.order[queries]
+    low = first.amin(1) // k_side
+    high = last.amax(1) // k_side
+    tile = low[:, None] + torch.arange(int((high - low).max()) + 1, device="cpu")
+    seen = tile <= high[:, None]
+    full = (tile * k_side >= first.amax(1, keepdim=True)) & ((tile + 1) * k_side <= last.amin(1, keepdim=True) + 1)
+    keys = g.order[_tiled(torch.arange(n, device="cpu"), k_side)]
+    k_low, k_high = keys.amin(1), keys.amax(1)
+    kept = tile.clamp(max=len(keys) - 1)
+    q_low, q_high = place.amin(1, keepdim=True), place.amax(1, keepdim=True)
+    near = torch.maximum(k_low[kept] - q_high, q_low - k_high[kept]).clamp(min=0)
+    far = torch.maximum(k_high[kept] - q_low, q_high - k_low[kept])
+    return _Reach(tile, seen, full & seen, near.double(), far.double())
+
+
+def _tiled(places: Tensor, side: int) -> Tensor:
+    """(tiles, side); a short tile repeats its last place."""
+    short = -len(places) % side
+    return torch.cat([places, places[-1:].expand(short)]).view(-1, side)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def window_plan(
+    axes: tuple[NeighborhoodAxis | BallAxis, ...],
+    limit: float,
+    q_volume: int,
+    kv_volume: int,
+    device: torch.device,
+) -> BlockPlan:
+    """The plan of a window, with boxes of about the given volumes in the shape that makes the least work."""
+    axes = (*(NeighborhoodAxis(1, 1, 1, 1, False) for _ in range(3 - len(axes))), *axes)
+    geometries = [axis.geometry() for axis in axes]
+    mask = _window_mask(axes, geometries, limit, device)
+    weights = mask.weights
+    q_box, k_box = _choose_boxes(geometries, weights, mask.limit, q_volume, kv_volume)
+    grid = tuple(axis.length for axis in axes)
+    q, kv = Tiling(grid, q_box), Tiling(grid, k_box)  # type: ignore[arg-type]
+    reaches = [_reach(g, *sides) for g, *sides in zip(geometries, q_box, k_box, strict=True)]
+    tiles, seen, full = _combine(reaches, kv.counts, weights, mask.limit)
+    place = torch.argsort(2 - seen.int() - full.int(), dim=1, stable=True)
+    n_tiles, n_full = seen.sum(1, dtype=torch.int32), full.sum(1, dtype=torch.int32)
+    listed = tiles.gather(1, place[:, : int(n_tiles.max())]).int()
+    all_full = bool((n_full == n_tiles).all())
+    listed, n_full, n_tiles = (x[None].to(device) for x in (listed, n_full, n_tiles))
+    return BlockPlan(q, kv, listed, n_full, n_tiles, mask, all_full)
+
+
+def _combine(
+    reaches: Sequence[_Reach], counts: Sequence[int], weights: Sequence[float] | None, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Key tiles of each query tile, (query tiles, run): number, seen, full."""
+    tile, seen, full = (x.new_zeros(1, 1) for x in (reaches[0].tile, reaches[0].seen, reaches[0].full))
+    seen, full = ~seen, ~full
+    near = far = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    for axis, r in enumerate(reaches):
+        weight = weights[axis] if weights else 0.0
+        tile = _outer(tile * counts[axis], r.tile, torch.add)
+        seen, full = _outer(seen, r.seen, torch.logical_and), _outer(full, r.full, torch.logical_and)
+        near = _outer(near, weight * r.near**2, torch.add)
+        far = _outer(far, weight * r.far**2, torch.add)
+    return (tile, seen & (near < limit), full & (far < limit)) if weights else (tile, seen, full)
+
+
+def _outer(a: Tensor, b: Tensor, op) -> Tensor:  # type: ignore[no-untyped-def]
+    """(M, L), (m, l) → (M m, L l)."""
+    return op(a[:, None, :, None], b[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _window_mask(
+    axes: Sequence[NeighborhoodAxis | BallAxis], geometries: Sequence[Geometry], limit: float, device: torch.device
+) -> WindowMask:
+    longest = max(len(g.order) for g in geometries)
+    tables = torch.zeros(3, 3, longest, dtype=torch.int32, device="cpu")
+    for table, g in zip(tables, geometries, strict=True):
+        table[:, : len(g.order)] = torch.stack([g.order, g.first, g.last]).int()
+    whole = [bool((g.first == 0).all() and (g.last == len(g.order) - 1).all()) for g in geometries]
+    ordered = tuple(bool((g.order != torch.arange(len(g.order), device="cpu")).any()) for g in geometries)
+    curved = [i for i, axis in enumerate(axes) if isinstance(axis, BallAxis) and axis.weight > 0]
+    weights, exact = None, True
+    if len(curved) == 1:  # a ball of one axis is a run, but for the ends that its reach was rounded up to
+        i = curved[0]
+        reach = torch.arange(axes[i].length, device="cpu", dtype=torch.float64)
+        most = int((geometries[i].weight * reach**2 < limit).sum()) - 1
+        tables[i, 1, : axes[i].length] = (geometries[i].order - most).clamp(min=0)
+        tables[i, 2, : axes[i].length] = (geometries[i].order + most).clamp(max=axes[i].length - 1)
+        g = geometries[i]
+        g.first.copy_(tables[i, 1, : axes[i].length])
+        g.last.copy_(tables[i, 2, : axes[i].length])
+        whole[i] = most >= axes[i].length - 1
+    elif curved:
+        weights, limit, exact = _ball(axes, limit)
+    inside = tuple(not w and weights is None for w in whole)
+    return WindowMask(tables.to(device), inside, ordered, weights, limit, exact)  # type: ignore[arg-type]
+
+
+def _ball(axes: Sequence[NeighborhoodAxis | BallAxis], limit: float) -> tuple[tuple[float, float, float], float, bool]:
+    """Weights of the squares and a limit that float32 can compare with: halfway between the costliest distance that is
+    inside and the cheapest that is outside."""
+    most = max(axis.weight for axis in axes if isinstance(axis, BallAxis))
+    weights = [axis.weight / most if isinstance(axis, BallAxis) else 0.0 for axis in axes]
+    limit /= most
+    far = sum(w * axis.length**2 for w, axis in zip(weights, axes, strict=True))
+    if all(w in (0.0, 1.0) for w in weights):
+        return tuple(weights), math.ceil(limit) - 0.5, far < EXACT_INTEGERS  # type: ignore[return-value]
+    cost = torch.zeros(1, dtype=torch.float64, device="cpu")
+    for w, axis in zip(weights, axes, strict=True):
+        reach = min(axis.length - 1, axis.reach + 1) if isinstance(axis, BallAxis) and w else 0
+        squares = w * torch.arange(reach + 1, dtype=torch.float64, device="cpu") ** 2
+        cost = (cost[:, None] + squares).flatten()
+    inside, outside = cost[cost < limit].max().item(), cost[cost >= limit]
+    beyond = outside.min().item() if len(outside) else inside + 1
+    middle = (inside + beyond) / 2
+    return tuple(weights), middle, beyond - inside > 4e-6 * middle  # type: ignore[return-value]
+
+
+def _choose_boxes(
+    geometries: Sequence[Geometry], weights: Sequence[float] | None, limit: float, q_volume: int, kv_volume: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The boxes of queries and keys whose visits cost least."""
+    lengths = [len(g.order) for g in geometries]
+    reaches: dict[tuple[int, int, int], _Reach] = {}
+
+    def cost(q_box: tuple[int, ...], k_box: tuple[int, ...]) -> float:
+        found = []
+        for axis, (q_side, k_side) in enumerate(zip(q_box, k_box, strict=True)):
+            if (axis, q_side, k_side) not in reaches:
+                reaches[axis, q_side, k_side] = _reach(geometries[axis], q_side, k_side)
+            found.append(reaches[axis, q_side, k_side])
+        return _cost_of(found, weights, limit)
+
+    pairs = itertools.product(_boxes(lengths, q_volume), _boxes(lengths, kv_volume))
+    return min(pairs, key=lambda pair: (cost(*pair), _unevenness(pair[0]), _unevenness(pair[1])))
+
+
+def _unevenness(box: tuple[int, ...]) -> float:
+    """Wide in x, so that rows of memory are long, but compact."""
+    return sum(box[:-1]) + 0.5 * box[-1]
+
+
+def _boxes(lengths: Sequence[int], volume: int) -> Iterator[tuple[int, ...]]:
+    """Boxes with sides that are powers of two, of the given volume or of the whole grid's if that is less."""
+    most = [1 << (n - 1).bit_length() for n in lengths]
+    volume = min(1 << (volume.bit_length() - 1), math.prod(most))
+    sides = [[2**i for i in range(m.bit_length()) if 2**i <= m] for m in most]
+    return (box for box in itertools.product(*sides) if math.prod(box) == volume)
+
+
+def _cost_of(reaches: Sequence[_Reach], weights: Sequence[float] | None, limit: float) -> float:
+    """Visits, partial ones dearer. Along the axes of a ball a tile in the middle stands for all."""
+    if weights is None:
+        visits = math.prod(float(r.seen.sum()) for r in reaches)
+        full = math.prod(float(r.full.sum()) for r in reaches)
+    else:
+        middle = [_middle(r) for r in reaches]
+        _, seen, whole = _combine(middle, (1, 1, 1), weights, limit)
+        count = math.prod(len(r.tile) for r in reaches)
+        visits, full = count * float(seen.sum()), count * float(whole.sum())
+    return full + PARTIAL_COST * (visits - full)
+
+
+def _middle(r: _Reach) -> _Reach:
+    i = slice(len(r.tile) // 2, len(r.tile) // 2 + 1)
+    return _Reach(r.tile[i], r.seen[i], r.full[i], r.near[i], r.far[i])

@@ -1,0 +1,189 @@
+"""Means of boxes of tokens, in Triton: bound by the memory that is read."""
+
+# mypy: allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiling import Tiling, tile_tokens
+
+__all__ = ["mask_arguments", "pool_blocks", "pool_pair"]
+
+
+def pool_blocks(x: Tensor, tiling: Tiling, before: int, real: Tensor | None = None) -> Tensor:
+    """Mean over the real tokens of each box. [SLA, arXiv 2509.24006: Q_i, K_j pooled]
+
+    Args:
+        x: (B, H, S, D), any floating dtype, any strides, D at most 256.
+        tiling: the boxes; token i of the grid stands in row ``before + i``.
+        before: rows ahead of the grid.
+        real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
+    Returns: (B, H, M, D) float32; a box without a real token is 0.
+    """
+    return _launch_pool(x, x, tiling, None, before, real)[0]
+
+
+def pool_pair(
+    query: Tensor, key: Tensor, q_tiling: Tiling, k_tiling: Tiling, before: int, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`pool_blocks` of query and key in one launch.
+
+    Args:
+        query, key: (B, H, S, D) of one shape; any floating dtype, any strides.
+        q_tiling, k_tiling: boxes of one grid.
+        before, real: as in :func:`pool_blocks`.
+    Returns: (B, H, Mq, D) and (B, H, Mk, D) float32.
+    Raises: ValueError: tilings of two grids.
+    """
+    if q_tiling.grid != k_tiling.grid:
+        raise ValueError(f"q_tiling and k_tiling must cut one grid, got {q_tiling.grid} and {k_tiling.grid}")
+    return _launch_pool(query, key, q_tiling, k_tiling, before, real)
+
+
+def mask_arguments(real: Tensor | None, like: Tensor) -> tuple[Tensor, int, int, bool]:
+    """What a kernel is told of a (1|B, S) bool mask: bytes to read, the strides of its two axes, whether there is one.
+
+    ``like`` gives B, and stands in for the bytes where there is no mask."""
+    if real is None:
+        return like, 0, 0, False
+    real = real.expand(like.shape[0], -1).view(torch.uint8)
+    return real, real.stride(0), real.stride(1), True
+
+
+def _launch_pool(
+    query: Tensor, key: Tensor, q_tiling: Tiling, k_tiling: Tiling | None, before: int, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, heads, _, dim = query.shape
+    n_q, n_k = q_tiling.n_tiles, 0 if k_tiling is None else k_tiling.n_tiles
+    k_tiling = k_tiling or q_tiling
+    pooled_q, pooled_k = (
+        torch.empty(batch, heads, n, dim, dtype=torch.float32, device=query.device) for n in (n_q, n_k)
+    )
+    block_d = triton.next_power_of_2(dim)
+    lanes = triton.next_power_of_2(max(q_tiling.volume, k_tiling.volume if n_k else 0))
+    mask, mask_b, mask_s, has_real = mask_arguments(real, query)
+    _pool_pair_fwd_kernel[(batch * heads * (n_q + n_k),)](
+        query,
+        key,
+        mask,
+        pooled_q,
+        pooled_k,
+        heads,
+        n_q,
+        n_k,
+        before,
+        *query.stride(),
+        *key.stride(),
+        mask_b,
+        mask_s,
+        *q_tiling.grid,
+        *q_tiling.box,
+        *k_tiling.box,
+        D=dim,
+        HAS_REAL=has_real,
+        BLOCK_N=min(lanes, max(16, 8192 // block_d)),
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return pooled_q, pooled_k
+
+
+@triton.jit
+def _pool_pair_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    real_ptr,
+    pooled_q_ptr,
+    pooled_k_ptr,
+    n_heads,
+    n_q,
+    n_k,
+    before,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_mb,
+    stride_ms,
+    G0,
+    G1,
+    G2,
+    QB0: tl.constexpr,
+    QB1: tl.constexpr,
+    QB2: tl.constexpr,
+    KB0: tl.constexpr,
+    KB1: tl.constexpr,
+    KB2: tl.constexpr,
+    D: tl.constexpr,
+    HAS_REAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program makes the mean of one box of one head: those of the query first, then those of the key."""
+    n_tiles = n_q + n_k
+    tile = tl.program_id(0) % n_tiles
+    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i_b = i_g // n_heads
+    i_h = i_g % n_heads
+    m_ptr = real_ptr + i_b * stride_mb
+    cols = tl.arange(0, BLOCK_D)
+    if tile < n_q:
+        p_x = q_ptr + i_b * stride_qb + i_h * stride_qh
+        mean = _box_mean(
+            p_x, stride_qs, stride_qd, m_ptr, stride_ms, tile, before, G0, G1, G2,
+            QB0, QB1, QB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        tl.store(pooled_q_ptr + (i_g * n_q + tile) * D + cols, mean, mask=cols < D)
+    else:
+        tile -= n_q
+        p_x = k_ptr + i_b * stride_kb + i_h * stride_kh
+        mean = _box_mean(
+            p_x, stride_ks, stride_kd, m_ptr, stride_ms, tile, before, G0, G1, G2,
+            KB0, KB1, KB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        tl.store(pooled_k_ptr + (i_g * n_k + tile) * D + cols, mean, mask=cols < D)
+
+
+@triton.jit
+def _box_mean(
+    x_ptr,
+    stride_s,
+    stride_d,
+    m_ptr,
+    stride_ms,
+    tile,
+    before,
+    G0,
+    G1,
+    G2,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    D: tl.constexpr,
+    HAS_REAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Mean of the real tokens of a box, (BLOCK_D,) float32; 0 where it has none."""
+    cols = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    count = 0
+    for start in range(0, B0 * B1 * B2, BLOCK_N):
+        index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
+        rows = (before + index).to(tl.int64)
+        if HAS_REAL:
+            inside = inside & (tl.load(m_ptr + rows * stride_ms, mask=inside, other=0) != 0)
+        # (BLOCK_N, BLOCK_D)
+        p_x = x_ptr + rows[:, None] * stride_s + cols[None, :] * stride_d
+        b_x = tl.load(p_x, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+        total += tl.sum(b_x.to(tl.float32), 0)
+        count += tl.sum(inside.to(tl.int32), 0)
+    return total / tl.maximum(count, 1)

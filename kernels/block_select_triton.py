@@ -1,0 +1,272 @@
+"""The key blocks that each query block picks by the scores of their mean-pooled tokens, in Triton.
+
+Two launches: one multiplies the pooled blocks, one picks. The product has a kernel of its own because it wants 64-row
+tiles of the matrix units, whereas picking wants a row to a warp, where counting needs no barrier; what passes between
+them is 4 bytes a pair of blocks.
+"""
+
+# mypy: allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["MAX_BLOCKS", "select_blocks"]
+
+MAX_BLOCKS = 16384  # key blocks whose scores the registers of one program hold
+SCRATCH_BYTES = 256 * 2**20  # scores are made for as many heads at a time
+
+
+def select_blocks(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    n_critical: int | Tensor,
+    n_negligible: int | Tensor,
+    filled: Tensor | None = None,
+    want_marginal: bool = True,
+    *,
+    map_dtype: torch.dtype = torch.float32,
+    n_max: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Critical and marginal key blocks of each query block. [SLA, arXiv 2509.24006, eq. 2-4: M_c = 1 and 0]
+
+    Scores are pooled_q pooled_kᵀ, as accurate as in float32. Subtracting the mean key ("smooth key") moves every score
+    of a row by the same amount, which changes no choice: pass pooled keys as they are. Where scores are equal, the
+    block of lower index ranks higher, for both counts (a stable sort, as in ``sla.reference``); -0 equals 0, NaN is
+    above all. More than MAX_BLOCKS key blocks are sorted by torch, to the same result.
+
+    Args:
+        pooled_q, pooled_k: (B, H, Mq, D), (B, H, Mk, D) float32, D at most 256.
+        n_critical, n_negligible: blocks to choose and to leave out; int, or (B,) int32 on the same device.
+        filled: (1|B, Mk) bool, key blocks that hold a real token: the others are neither chosen nor marginal.
+        want_marginal: whether to make the map.
+        map_dtype: dtype of the map.
+        n_max: room in the lists where the counts are tensors; None = their maximum, which waits for the device.
+    Returns: (B*H, Mq, n_max) int32, critical blocks in ascending order and then zeros (fewer than n_critical where
+        fewer are filled); (B*H, Mq, Mk) 0/1 map of those that are neither critical nor among the n_negligible lowest,
+        its rows a multiple of 16 elements apart so that cuBLAS reads them aligned, or None.
+    """
+    batch, heads, n_q, dim = pooled_q.shape
+    n_k = pooled_k.shape[2]
+    if n_max is None:
+        n_max = int(n_critical.max()) if isinstance(n_critical, Tensor) else n_critical
+    queries, keys = (x.reshape(batch * heads, -1, dim).contiguous() for x in (pooled_q, pooled_k))
+    pitch = triton.cdiv(n_k, 16) * 16
+    lists = torch.empty(batch * heads, n_q, n_max, dtype=torch.int32, device=queries.device)
+    marginal = None
+    if want_marginal:
+        marginal = torch.empty(batch * heads, n_q, pitch, dtype=map_dtype, device=queries.device)
+    if filled is not None:
+        filled = filled.expand(batch, -1)
+    if isinstance(n_critical, Tensor) or isinstance(n_negligible, Tensor):
+        n_critical, n_negligible = (
+            torch.as_tensor(n, dtype=torch.int32, device=queries.device).expand(batch).contiguous()
+            for n in (n_critical, n_negligible)
+        )
+    step = min(batch * heads, max(1, SCRATCH_BYTES // (n_q * pitch * 4)))
+    scratch = torch.empty(step, n_q, pitch, dtype=torch.float32, device=queries.device)
+    pick = _launch_pick if n_k <= MAX_BLOCKS else _sort_and_pick
+    for first in range(0, batch * heads, step):
+        run = slice(first, min(first + step, batch * heads))
+        scores = scratch[: run.stop - first]
+        _launch_scores(queries[run], keys[run], scores)
+        picked = None if marginal is None else marginal[run]
+        pick(scores, first, heads, n_k, n_critical, n_negligible, filled, lists[run], picked)
+    return lists, None if marginal is None else marginal[..., :n_k]
+
+
+def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:
+    groups, n_q, dim = queries.shape
+    n_k = keys.shape[1]
+    block_m, block_n = 64, 64
+    _block_scores_fwd_kernel[(groups * triton.cdiv(n_q, block_m) * triton.cdiv(n_k, block_n),)](
+        queries,
+        keys,
+        scores,
+        n_q,
+        n_k,
+        scores.shape[2],
+        D=dim,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=min(32, triton.next_power_of_2(dim)),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _block_scores_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    scores_ptr,
+    n_q,
+    n_k,
+    pitch,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A (BLOCK_M, BLOCK_N) tile of q kᵀ of one head."""
+    n_cols = tl.cdiv(n_k, BLOCK_N)
+    n_tiles = tl.cdiv(n_q, BLOCK_M) * n_cols
+    tile = tl.program_id(0) % n_tiles
+    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
+    rows = tile // n_cols * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile % n_cols * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, D, BLOCK_K):
+        dims = start + tl.arange(0, BLOCK_K)
+        p_q = q_ptr + (i_g * n_q + rows[:, None]) * D + dims[None, :]
+        b_q = tl.load(p_q, mask=(rows < n_q)[:, None] & (dims < D)[None, :], other=0.0)
+        p_k = k_ptr + (i_g * n_k + cols[:, None]) * D + dims[None, :]
+        b_k = tl.load(p_k, mask=(cols < n_k)[:, None] & (dims < D)[None, :], other=0.0)
+        # three products on the matrix units: the accuracy of float32, so that the choice is that of float32
+        acc = tl.dot(b_q, tl.trans(b_k), acc, input_precision="tf32x3")
+    p_scores = scores_ptr + (i_g * n_q + rows[:, None]) * pitch + cols[None, :]
+    tl.store(p_scores, acc, mask=(rows < n_q)[:, None] & (cols < pitch)[None, :])  # padding as well
+
+
+def _launch_pick(
+    scores: Tensor,
+    first: int,
+    heads: int,
+    n_k: int,
+    n_critical: int | Tensor,
+    n_negligible: int | Tensor,
+    filled: Tensor | None,
+    lists: Tensor,
+    marginal: Tensor | None,
+) -> None:
+    """Writes ``lists`` and ``marginal`` of the heads from ``first`` on."""
+    groups, n_q, pitch = scores.shape
+    filled = None if filled is None else filled.view(torch.uint8)
+    block = triton.next_power_of_2(pitch)
+    _pick_blocks_fwd_kernel[(groups * n_q,)](
+        scores,
+        scores if filled is None else filled,
+        lists,
+        scores if marginal is None else marginal,
+        n_critical,
+        n_negligible,
+        first,
+        heads,
+        n_q,
+        n_k,
+        pitch,
+        lists.shape[2],
+        0 if filled is None else filled.stride(0),
+        0 if filled is None else filled.stride(1),
+        PER_BATCH=isinstance(n_critical, Tensor),
+        HAS_FILLED=filled is not None,
+        WANT_MARGINAL=marginal is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 1024)),  # 32 scores a thread; one warp counts without a barrier
+    )
+
+
+@triton.jit(do_not_specialize=["n_critical", "n_negligible", "first", "n_max"])
+def _pick_blocks_fwd_kernel(
+    scores_ptr,
+    filled_ptr,
+    lists_ptr,
+    marginal_ptr,
+    n_critical,
+    n_negligible,
+    first,
+    n_heads,
+    n_q,
+    n_k,
+    pitch,
+    n_max,
+    stride_fb,
+    stride_fm,
+    PER_BATCH: tl.constexpr,
+    HAS_FILLED: tl.constexpr,
+    WANT_MARGINAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of scores. Without PER_BATCH, n_critical and n_negligible are numbers, with it pointers."""
+    row = tl.program_id(0).to(tl.int64)
+    i_b = (first + row // n_q) // n_heads
+    cols = tl.arange(0, BLOCK)
+    live = cols < n_k
+    # read up to a multiple of 16, so that the mask lets four at a time be read
+    b_scores = tl.load(scores_ptr + row * pitch + cols, mask=cols < pitch, other=0.0)
+    if HAS_FILLED:
+        live = live & (tl.load(filled_ptr + i_b * stride_fb + cols * stride_fm, mask=live, other=0) != 0)
+    if PER_BATCH:
+        n_critical = tl.load(n_critical + i_b)
+        n_negligible = tl.load(n_negligible + i_b)
+    image = tl.where(live, tl.maximum(_ordered(b_scores), 1), 0)
+    critical = _highest(image, n_critical)
+    place = tl.cumsum(critical.to(tl.int32), 0) - 1
+    n_chosen = tl.sum(critical.to(tl.int32), 0)
+    p_lists = lists_ptr + row * n_max
+    tl.store(p_lists + place, cols, mask=critical & (place < n_max))
+    for start in range(0, n_max, BLOCK):  # once, for a row has at least as many blocks as its list
+        tl.store(p_lists + start + cols, 0, mask=(start + cols >= n_chosen) & (start + cols < n_max))
+    if WANT_MARGINAL:
+        n_live = tl.sum(live.to(tl.int32), 0)
+        marginal = _highest(image, tl.maximum(n_live - n_negligible, 0)) & ~critical
+        b_map = marginal.to(marginal_ptr.dtype.element_ty)
+        tl.store(marginal_ptr + row * pitch + cols, b_map, mask=cols < pitch)
+
+
+@triton.jit
+def _ordered(x):
+    """uint32 in the order of the floats x; -0 becomes 0, and NaN is above all."""
+    x = tl.where(x == 0.0, 0.0, x)
+    bits = x.to(tl.uint32, bitcast=True)
+    image = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(x != x, tl.full(image.shape, 0xFFFFFFFF, tl.uint32), image)
+
+
+@triton.jit
+def _highest(image, n):
+    """Which elements are the n highest, equal ones in the order of their index; 0 stands for no element.
+
+    The n-th value is found bit by bit: it is the largest number that at least n elements reach."""
+    bit = tl.full([], 0x80000000, tl.uint32)
+    none = tl.full([], 0, tl.uint32)
+    least = none
+    while bit > none:
+        trial = least | bit
+        count = tl.sum((image >= trial).to(tl.int32), 0)
+        least = tl.where(count >= n, trial, least)
+        bit = tl.where(count == n, none, bit >> 1)  # the lower bits no longer matter
+    higher = image > least
+    tie = (image == least) & (image > 0)
+    room = n - tl.sum(higher.to(tl.int32), 0)
+    return higher | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
+
+
+def _sort_and_pick(
+    scores: Tensor,
+    first: int,
+    heads: int,
+    n_k: int,
+    n_critical: int | Tensor,
+    n_negligible: int | Tensor,
+    filled: Tensor | None,
+    lists: Tensor,
+    marginal: Tensor | None,
+) -> None:
+    """What :func:`_launch_pick` does, for any number of key blocks: one head at a time, for a sort needs memory."""
+    for i, head_scores in enumerate(scores[..., :n_k]):
+        i_b = (first + i) // heads
+        live = torch.ones(n_k, dtype=torch.bool, device=scores.device) if filled is None else filled[i_b]
+        critical_n, negligible_n = (n[i_b] if isinstance(n, Tensor) else n for n in (n_critical, n_negligible))
+        ranked = torch.where(live, head_scores, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        rank = torch.empty_like(ranked)
+        rank.scatter_(-1, ranked, torch.arange(n_k, device=scores.device).expand(ranked.shape))
+        critical = live & (rank < critical_n)
+        index = torch.where(critical, torch.arange(n_k, device=scores.device), n_k).sort(-1).values
+        index = index[:, : lists.shape[2]]
+        lists[i] = torch.where(index < n_k, index, 0)
+        if marginal is not None:
+            marginal[i, :, :n_k] = live & ~critical & (rank < live.sum() - negligible_n)
+            marginal[i, :, n_k:] = 0

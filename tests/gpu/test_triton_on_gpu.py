@@ -1,0 +1,110 @@
+"""The Triton kernels on a GPU: against float64, written whole, the same twice, in CUDA graphs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_accel import TokenLayout, functional
+from dit_accel.kernels.block_plan import window_plan
+from dit_accel.kernels.block_sparse_triton import block_sparse_attention
+from dit_accel.kernels.window import BallAxis
+
+L = TokenLayout
+# function, layout, head dim, options; SLA has a learned projection
+CASES = [
+    ("gna", L((40, 56), 5, 3), 64, {"window": (15, 17), "stride": (2, 3)}),
+    ("gna", L((9, 13, 20)), 128, {"window": (3, 4, 5), "stride": (2, 3, 1), "dilation": (3, 2, 2)}),
+    ("gna", L((500,), 0, 7), 40, {"window": 100, "stride": 7}),
+    ("gna", L((12, 16, 24), 0, 77), 128, {"window": (6, 8, 8), "stride": (2, 8, 8)}),
+    ("gna", L((6, 10, 11)), 80, {"window": (2, 5, 7), "is_causal": (True, False, False)}),
+    ("clear", L((40, 56), 5, 3), 128, {"radius": 7.5}),
+    ("clear", L((5, 19, 23), 5, 3), 96, {"radius": (1.5, 4.7, 6)}),
+    ("clear", L((41, 55), 64), 128, {"radius": 8, "down_factor": 4}),
+    ("sla", L((40, 56), 5, 3), 128, {"critical": 0.1, "linear_over": "all"}),
+    ("sla", L((40, 56), 5, 3), 64, {"critical": 0.1, "tile_order": True}),
+    ("sla", L((13, 20, 24)), 128, {"critical": 0.2, "block_q": 128, "tile_order": True}),
+    ("sla", L((40, 56)), 256, {"critical": 0.1, "feature_map": "elu"}),
+    ("sla", L((40, 56), 5), 16, {"critical": 0.3, "feature_map": "relu", "block_q": 48, "block_kv": 100}),
+]
+
+
+def error(x, exact):
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+def call(name, layout, tensors, options, mask=None, backend=None):
+    learned = {}
+    if name == "sla":
+        learned = {"weight": tensors[3], "bias": tensors[4]}
+    function = getattr(functional, f"{name}_attention")
+    return function(*tensors[:3], layout, key_padding_mask=mask, backend=backend, **learned, **options)
+
+
+def inputs(layout, dim, dtype, batch=2, heads=2):
+    torch.manual_seed(0)
+    qkv = (torch.randn(batch, layout.seq_len, heads, dim, device="cuda").to(dtype).transpose(1, 2) for _ in range(3))
+    weight, bias = torch.randn(dim, dim, device="cuda") / dim**0.5, torch.randn(dim, device="cuda")
+    return [*qkv, weight.to(dtype), bias.to(dtype)]
+
+
+def band(tensors, dtype):
+    """Twice what dense attention in this dtype errs, and rounding."""
+    exact = F.scaled_dot_product_attention(*(x.double() for x in tensors[:3]))
+    return 2 * error(F.scaled_dot_product_attention(*tensors[:3]), exact) + 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_agrees_with_float64_and_with_itself(case, masked, dtype):
+    name, layout, dim, options = case
+    tensors = inputs(layout, dim, dtype)
+    mask = torch.rand(2, layout.seq_len, device="cuda") > 0.3 if masked else None
+    exact = call(name, layout, [x.double() for x in tensors], options, mask, "torch")
+    if masked:
+        for x in tensors[1:3]:
+            x.masked_fill_(~mask[:, None, :, None], float("nan"))
+    out = call(name, layout, tensors, options, mask, "triton")
+    junk = torch.full((out.numel() * 8,), float("nan"), device="cuda", dtype=dtype)
+    del junk  # what the next call allocates holds NaN
+    assert torch.equal(out, call(name, layout, tensors, options, mask, "triton"))
+    assert error(out, exact) <= band(inputs(layout, dim, dtype), dtype)
+
+
+LONG = {
+    "clear": {"radius": 6},
+    "gna": {"window": (5, 12, 12), "stride": (1, 4, 4)},
+    "sla": {"critical": 0.02, "block_q": 128},
+}
+
+
+@pytest.mark.parametrize("name, options", LONG.items())
+def test_long_sequences(name, options):
+    layout = L((21, 45, 80), 0, 0)  # 75,600
+    tensors = inputs(layout, 128, torch.bfloat16, batch=1, heads=1)
+    exact = call(name, layout, [x.float() for x in tensors], options, backend="torch")
+    assert error(call(name, layout, tensors, options), exact.double()) <= 5e-3
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[8], CASES[9]], ids=str)
+def test_in_a_cuda_graph(case):
+    name, layout, dim, options = case
+    tensors = inputs(layout, dim, torch.bfloat16)
+    expected = call(name, layout, tensors, options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(name, layout, tensors, options)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_log_sum_exp_and_grouped_heads():
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 500, 64, device="cuda", dtype=torch.float16)
+    k, v = (torch.randn(2, 2, 500, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+    plan = window_plan((BallAxis(25, 25, 0.0), BallAxis(20, 20, 0.0)), 1.0, 128, 64, q.device)
+    out, lse = block_sparse_attention(q, k, v, plan, scale=0.125, return_lse=True)
+    logits = q.double() @ k.double().repeat_interleave(2, 1).mT * 0.125
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=2e-3, rtol=1e-3)
+    assert error(out, torch.softmax(logits, -1) @ v.double().repeat_interleave(2, 1)) < 1e-3

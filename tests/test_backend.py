@@ -1,0 +1,183 @@
+"""Which backend a call takes: argument, environment, device; what cannot be had is an error, never something else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import TINY, run
+
+import dit_accel
+from dit_accel import TokenLayout
+from dit_accel.backend import resolve
+from dit_accel.functional import clear_attention, gna_attention, llsa_attention, sla_attention
+from dit_accel.mechanisms import clear, gna, sla
+from dit_accel.processor import PROCESSORS
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+NEEDED = {"sla": {}, "clear": {"radius": 3}, "llsa": {}, "gna": {"window": 3}}
+FUNCTIONS = {"sla": sla_attention, "clear": clear_attention, "llsa": llsa_attention, "gna": gna_attention}
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    monkeypatch.delenv("DIT_ACCEL_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that has triton and a compiler, whatever this one has."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_torch_off_the_gpu_and_triton_on_it(name, machine):
+    assert resolve(None, CPU, name) == "torch"
+    assert resolve(None, torch.device("mps"), name) == "torch"
+    assert resolve(None, GPU, name) == ("torch" if name == "llsa" else "triton")
+
+
+def test_the_argument_goes_before_the_environment(machine):
+    machine.setenv("DIT_ACCEL_BACKEND", "flex")
+    assert resolve(None, CPU, "gna") == resolve(None, GPU, "gna") == "flex"
+    assert resolve("torch", GPU, "gna") == "torch"
+    machine.setenv("DIT_ACCEL_BACKEND", "")
+    assert resolve(None, GPU, "gna") == "triton"
+
+
+def test_unknown_names_say_the_nearest_and_all(monkeypatch):
+    with pytest.raises(ValueError, match=r"unknown backend 'tritn'; did you mean 'triton'\? .* torch, triton, flex"):
+        resolve("tritn", CPU, "sla")
+    monkeypatch.setenv("DIT_ACCEL_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"unknown DIT_ACCEL_BACKEND 'cuda'.* torch, triton, flex"):
+        resolve(None, CPU, "sla")
+    with pytest.raises(TypeError, match="backend must be one of"):
+        resolve(3, CPU, "sla")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", ["triton", "flex"])
+def test_llsa_has_torch_alone(asked, machine):
+    with pytest.raises(ValueError, match=rf"backend={asked}: llsa has no such backend yet; it has: torch"):
+        resolve(asked, GPU, "llsa")
+    machine.setenv("DIT_ACCEL_BACKEND", asked)
+    with pytest.raises(ValueError, match=rf"DIT_ACCEL_BACKEND={asked}: llsa has no such backend"):
+        resolve(None, CPU, "llsa")
+
+
+def test_triton_on_the_cpu_only_in_its_interpreter(machine):
+    with pytest.raises(ValueError, match=r"needs a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
+        resolve("triton", CPU, "sla")
+    machine.setenv("TRITON_INTERPRET", "1")
+    assert resolve("triton", CPU, "sla") == "triton"
+    assert resolve(None, CPU, "sla") == "torch"
+    with pytest.raises(ValueError, match="got tensors on mps"):
+        resolve("triton", torch.device("mps"), "sla")
+
+
+def test_flex_on_other_devices_is_refused():
+    assert resolve("flex", CPU, "clear") == "flex"
+    with pytest.raises(ValueError, match="flex runs on CUDA devices and the CPU, not on mps"):
+        resolve("flex", torch.device("mps"), "clear")
+
+
+@pytest.mark.parametrize("asked", [None, "triton"])
+def test_what_triton_needs_and_is_missing_is_said(asked, machine):
+    machine.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"needs a C compiler and found none.*DIT_ACCEL_BACKEND=torch"):
+        resolve(asked, GPU, "clear")
+    machine.setenv("CC", "cc-of-mine -m64")
+    machine.setattr(shutil, "which", lambda name: name if name == "cc-of-mine" else None)
+    assert resolve(asked, GPU, "clear") == "triton"
+    machine.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"package triton, which is not installed"):
+        resolve(asked, GPU, "clear")
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_functions_and_processors_check_the_name(name):
+    layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16) for _ in range(3)]
+    want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
+    assert torch.equal(FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend="torch"), want)
+    with pytest.raises(ValueError, match="did you mean 'torch'"):
+        FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend="troch")
+    with pytest.raises(ValueError, match="did you mean 'torch'"):
+        PROCESSORS[name](**NEEDED[name], backend="troch")
+    with pytest.raises(ValueError, match="no such backend" if name == "llsa" else "needs a GPU"):
+        FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend="triton")
+    assert "backend" not in PROCESSORS[name](**NEEDED[name], backend="torch").options()
+
+
+@pytest.mark.parametrize("module", [sla, clear, gna])
+def test_the_environment_is_read_at_every_call_and_the_backward_is_torch(module, monkeypatch):
+    """Each backend is told apart by its own factor on the output: the gradients must not have it."""
+    name = module.__name__.rpartition(".")[2]
+    plain = module._COMPUTE["torch"]
+    for factor, backend in ((2, "triton"), (3, "flex")):
+        monkeypatch.setitem(module._COMPUTE, backend, lambda *x, factor=factor, **y: factor * plain(*x, **y))
+    layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16, requires_grad=True) for _ in range(3)]
+    want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
+    wanted = torch.autograd.grad(want.sum(), qkv)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for factor, backend in ((2, "triton"), (3, "flex"), (1, "torch")):
+        monkeypatch.setenv("DIT_ACCEL_BACKEND", backend)
+        got = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
+        torch.testing.assert_close(got, factor * want)
+        for mine, right in zip(torch.autograd.grad(got.sum(), qkv), wanted, strict=True):
+            assert torch.equal(mine, right)
+
+
+def test_the_processor_hands_its_backend_on_and_describe_shows_it():
+    model, inputs = TINY["wan"](), TINY["wan"].inputs((3, 5, 6))
+    dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=3))
+    header, _, row = dit_accel.describe(model).splitlines()
+    assert row[header.index("backend") :].split()[0] == "torch" and "cannot run" not in row
+    dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=3, backend="triton"))
+    assert "needs a GPU" in dit_accel.describe(model)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        run(model, inputs)
+    dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=3, backend="torch", min_tokens=1000))
+    run(model, inputs)
+    header, _, row = dit_accel.describe(model).splitlines()
+    assert row[header.index("backend") : header.index("tokens")].strip() == "" and "dense: 90 tokens" in row
+
+
+def test_describe_shows_triton_where_the_model_is_on_a_gpu(machine):
+    model = TINY["wan"]()
+    dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=3))
+
+    class Hook:  # as accelerate leaves it on an offloaded model
+        execution_device = GPU
+
+    model._hf_hook = Hook()
+    header, _, row = dit_accel.describe(model).splitlines()
+    assert row[header.index("backend") :].split()[0] == "triton"
+
+
+def test_the_backend_is_not_saved(tmp_path):
+    model = TINY["wan"]()
+    dit_accel.set_attn_processor(model, dit_accel.SLAAttnProcessor(critical=0.2, backend="torch"), layers="blocks.0")
+    dit_accel.set_attn_processor(model, dit_accel.SLAAttnProcessor(critical=0.2), layers="blocks.1")
+    file = dit_accel.save_attention(model, tmp_path)
+    with safe_open(file, framework="pt") as saved:
+        configuration = json.loads(saved.metadata()["dit_accel"])
+    (entry,) = configuration["components"]["transformer"]["attention"]
+    assert "backend" not in entry["options"] and len(entry["layers"]) == 2
+    other = TINY["wan"]()
+    dit_accel.load_attention(other, tmp_path)
+    assert other.blocks[0].attn1.dit_accel.mechanism == dit_accel.SLAAttnProcessor(critical=0.2)
+
+
+def test_the_command_line_takes_a_backend():
+    from dit_accel.attn_spec import parse_attention
+
+    assert parse_attention("sla:backend=torch").processor().backend == "torch"
+    assert parse_attention("sla:backend=none").processor().backend is None
+    with pytest.raises(ValueError, match="did you mean 'flex'"):
+        parse_attention("sla:backend=flexx")

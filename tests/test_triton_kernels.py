@@ -1,0 +1,181 @@
+"""The Triton path of SLA, CLEAR and GNA, in Triton's interpreter (tests/gpu has the GPU): against the torch path in
+float64, which test_functional_agreement.py holds against an independent oracle; and built for GPUs that are not here.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel import TokenLayout, functional
+from dit_accel.kernels import block_sparse_triton
+from dit_accel.kernels.block_plan import BlockPlan, window_plan
+from dit_accel.kernels.block_sparse_triton import Config, block_sparse_attention, check_inputs
+from dit_accel.kernels.tiling import Tiling
+from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels on the GPU")
+L = TokenLayout
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+CASES = {
+    "gna 2-D with text": ("gna", L((9, 13), 5, 3), 64, {"window": (5, 7), "stride": (2, 3)}),
+    "gna dilated": ("gna", L((9, 13)), 16, {"window": (3, 4), "stride": (2, 3), "dilation": (3, 2)}),
+    "gna causal 3-D": ("gna", L((4, 6, 7), 2), 80, {"window": (2, 3, 5), "is_causal": (True, False, True)}),
+    "gna 1-D": ("gna", L((200,), 0, 7), 64, {"window": 50, "stride": 7}),
+    "clear 2-D with text": ("clear", L((9, 13), 5, 3), 64, {"radius": 3.5}),
+    "clear ellipse": ("clear", L((9, 13), 5, 3), 64, {"radius": (3.5, 2.2)}),
+    "clear pooled": ("clear", L((9, 13), 5, 3), 64, {"radius": 3.5, "down_factor": 4}),
+    "clear 3-D": ("clear", L((3, 7, 9), 5), 16, {"radius": (1.5, 2.7, 4)}),
+    "clear 1-D": ("clear", L((131,), 5, 3), 40, {"radius": 7}),
+    "clear negative scale": ("clear", L((9, 13), 5, 3), 64, {"radius": 3.5, "scale": -0.2}),
+    "clear zero scale": ("clear", L((9, 13), 5, 3), 64, {"radius": 3.5, "scale": 0.0}),
+    "sla marginal": ("sla", L((9, 13), 5, 3), 64, {"critical": 0.3, "block_q": 16, "block_kv": 8}),
+    "sla all, short block": (
+        "sla",
+        L((400,)),
+        64,
+        {"critical": 0.3, "block_q": 128, "block_kv": 64, "linear_over": "all"},
+    ),
+    "sla odd blocks": (
+        "sla",
+        L((300,)),
+        40,
+        {"critical": 0.5, "block_q": 100, "block_kv": 96, "feature_map": "relu"},
+    ),
+    "sla tiles": ("sla", L((9, 13), 3), 32, {"critical": 0.3, "block_q": 16, "block_kv": 16, "tile_order": True}),
+}
+
+
+def call(name, layout, tensors, options, mask, backend):
+    learned = {"weight": tensors[3], "bias": tensors[4]} if name == "sla" else {}
+    function = getattr(functional, f"{name}_attention")
+    return function(*tensors[:3], layout, key_padding_mask=mask, backend=backend, **learned, **options)
+
+
+@pytest.mark.parametrize("dtype, masked", [(torch.float32, False), (torch.float16, False), (torch.float16, True)])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_agrees_with_the_torch_path(case, dtype, masked):
+    name, layout, dim, options = CASES[case]
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, layout.seq_len, 2, dim).to(dtype).transpose(1, 2) for _ in range(3)]
+    tensors += [(torch.randn(dim, dim) / dim**0.5).to(dtype), torch.randn(dim).to(dtype)]
+    mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
+    exact = call(name, layout, [x.double() for x in tensors], options, mask, "torch")
+    if masked:  # what is hidden is never read
+        for x in tensors[1:3]:
+            x.masked_fill_(~mask[:, None, :, None], float("nan"))
+    out = call(name, layout, tensors, options, mask, "triton")
+    assert (out.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("boxes", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
+def test_boxes_are_fetched_alike_by_descriptor_and_by_pointer(boxes, ragged):
+    grid = (3, 10, 13) if ragged else (4, 8, 16)
+    axes = tuple(NeighborhoodAxis(n, w, s, 1, False) for n, w, s in zip(grid, (3, 5, 7), (1, 2, 4), strict=True))
+    torch.manual_seed(0)
+    s = grid[0] * grid[1] * grid[2] + 7
+    q, k, v = (torch.randn(1, s, 2, 64).half().transpose(1, 2) for _ in range(3))
+    plan = window_plan(axes, 1.0, 64, 32, q.device)
+    out, _ = block_sparse_attention(q, k, v, plan, scale=0.125, before=(7, 7), config=Config(64, 32, 4, 1, boxes=boxes))
+    options = {"window": (3, 5, 7), "stride": (1, 2, 4)}
+    exact = functional.gna_attention(q.double(), k.double(), v.double(), L(grid, 7), backend="torch", **options)
+    assert (out.double() - exact).norm() <= 2e-3 * exact.norm()
+
+
+def test_log_sum_exp_grouped_heads_and_lengths_that_differ():
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(2, 4, 50, 32), (torch.randn(2, 2, 90, 32) for _ in range(2))
+    lists = torch.arange(6, dtype=torch.int32).expand(1, 4, 6).contiguous()
+    plan = BlockPlan(
+        Tiling.of((50,), (16,)), Tiling.of((90,), (16,)), lists, None, torch.full((1, 4), 6, dtype=torch.int32)
+    )
+    out, lse = block_sparse_attention(q, k, v, plan, scale=0.2, return_lse=True)
+    logits = q @ k.repeat_interleave(2, 1).mT * 0.2
+    torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, logits.softmax(-1) @ v.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_every_element_is_written(monkeypatch):
+    """Where memory holds NaN before, no NaN is left."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(-1 if "int" in str(k.get("dtype")) else float("nan"))
+    )
+    q = torch.randn(1, 2, 9 * 13 + 8, 64)
+    tensors = [q, q, q, torch.eye(64), torch.ones(64)]
+    for case in ("gna 2-D with text", "clear pooled", "sla marginal"):
+        name, layout, _, options = CASES[case]
+        assert not call(name, layout, tensors, options, None, "triton").isnan().any()
+
+
+def test_plans_say_what_they_visit_and_are_exact_where_the_window_fits_the_boxes():
+    axes = tuple(NeighborhoodAxis(*x, 1, False) for x in ((30, 18, 16), (48, 24, 8), (80, 24, 8)))
+    plan = window_plan(axes, 1.0, 128, 64, torch.device("cpu"))
+    assert "query boxes 2×8×8" in plan.describe() and "9.00% of the logits" in plan.describe()
+    assert plan.all_full and int(plan.n_tiles.sum()) * 128 * 64 == 115200 * 18 * 24 * 24
+
+
+def test_the_list_of_every_query_box_covers_its_ball():
+    plan = window_plan((BallAxis(21, 5, 1.0), BallAxis(30, 5, 1.0)), 25.0, 64, 16, torch.device("cpu"))
+    seen = set()
+    for tile in range(plan.q.n_tiles):
+        listed = plan.tiles[0, tile, : plan.n_tiles[0, tile]].tolist()
+        assert len(set(listed)) == len(listed)
+        seen |= {(tile, other) for other in listed}
+
+    def box_of(tiling, y, x):
+        return y // tiling.box[1] * tiling.counts[2] + x // tiling.box[2]
+
+    cells = [(y, x) for y in range(21) for x in range(30)]
+    needed = {
+        (box_of(plan.q, *a), box_of(plan.kv, *b))
+        for a in cells
+        for b in cells
+        if (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < 25
+    }
+    assert seen == needed
+
+
+@pytest.mark.parametrize("dtype, dim, told", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
+def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
+    with pytest.raises(ValueError, match=told):
+        check_inputs(torch.zeros(1, 1, 4, dim, dtype=dtype))
+
+
+BUILD = """
+import sys, torch, offline_gpu
+from dit_accel.kernels import block_sparse_triton as b
+from dit_accel.kernels.block_plan import window_plan
+from dit_accel.kernels.window import BallAxis
+b.check_inputs = lambda query: None
+kernel, built = b.block_sparse_fwd_kernel, []
+class Launch:
+    def __getitem__(self, grid):
+        return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
+b.block_sparse_fwd_kernel = Launch()
+config = b.Config(64, 32, 4, 2, boxes=sys.argv[1] in ("sm_90", "sm_100"))
+q = torch.empty(1, 2, 16 * 32 + 8, 64, dtype=torch.bfloat16)
+with offline_gpu.target(sys.argv[1]):
+    b.block_sparse_attention(q, q, q, window_plan((BallAxis(16, 4, 1.0), BallAxis(32, 4, 1.0)), 16.0, 64, 32, q.device),
+                             scale=0.1, before=(8, 8), config=config)
+print(sorted(built[0].asm))
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_kernel_builds_for(target):
+    """In a process of its own: here kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    tests = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", BUILD, target], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("hsaco" if target.startswith("gfx") else "cubin") in done.stdout
+
+
+def test_interpreter_is_on():
+    assert block_sparse_triton.INTERPRETED

@@ -76,9 +76,9 @@ def compare(
     from rich.console import Console
 
     from .attn_spec import parse_attention
-    from .compare.request import BadInput, Request
+    from .command import BadInput, Stopped
+    from .compare.request import Request
     from .compare.run import run
-    from .compare.signals import Stopped
     from .files import require_writable
     from .machine import pick_device, pick_dtype
     from .processor import PROCESSORS
@@ -105,6 +105,17 @@ def compare(
         return stop.status
 
 
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="attention|step|report [OPTIONS]",
+)  # fmt: skip
+def bench(context: typer.Context) -> int:
+    """Time attention calls and whole denoiser steps against dense on this GPU; `bench --help` says more."""
+    from .bench.command import bench as run_bench  # its own parser: python -m dit_accel.bench goes without typer
+
+    return run_bench(context.args, "dit-accel bench")
+
+
 def _fail(message: str, status: int) -> None:
     print(f"dit-accel: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
@@ -112,14 +123,12 @@ def _fail(message: str, status: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 1 failed in part, 2 bad input (one line on stderr), 130 or 143 stopped."""
-    from .compare.signals import stoppable
+    from .command import BadInput, stoppable
 
     try:
         with stoppable():
             status: Any = app(arguments, prog_name="dit-accel", standalone_mode=False)
     except Exception as error:
-        from .compare.request import BadInput
-
         describe_usage = getattr(error, "format_message", None)  # typer's own errors
         if describe_usage is not None:
             _fail(describe_usage(), 2)

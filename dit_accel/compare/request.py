@@ -9,11 +9,7 @@ import torch
 
 from ..attn_spec import AttentionSpec
 
-__all__ = ["BadInput", "Request"]
-
-
-class BadInput(ValueError):
-    """Something that the user has to change; its message says what, in one line."""
+__all__ = ["Request"]
 
 
 @dataclass(frozen=True)

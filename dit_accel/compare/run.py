@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..attn_spec import short_options
+from ..command import BadInput, undisturbed
 from ..describe import describe, logit_fraction
 from ..embedded import IMAGE, OTHER_PROMPTS, VIDEO, read_defaults
 from ..install import attention, denoisers
@@ -26,9 +27,8 @@ from ..machine import about_machine, about_versions
 from ..processor import AcceleratedAttnProcessor
 from .metrics import compare_frames, lpips_weights
 from .report import Picture, Report, Variant, figure
-from .request import BadInput, Request
+from .request import Request
 from .sheet import Sheet, contact_cell, save_clip, save_image, sheet_frames
-from .signals import undisturbed
 from .sizes import Size, check_size, default_size, token_grid
 from .step_timer import StepTimer
 

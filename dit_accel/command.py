@@ -1,4 +1,4 @@
-"""Stopping in good order."""
+"""What the commands share: bad input, and stopping in good order."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Stopped", "stoppable", "undisturbed"]
+__all__ = ["BadInput", "Stopped", "stoppable", "undisturbed"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class BadInput(ValueError):
+    """Something that the user has to change; its message says what, in one line."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,0 +1,5 @@
+"""``python -m dit_accel.bench``."""
+
+from .command import main
+
+main()

@@ -1,0 +1,162 @@
+"""The attention calls that are measured, by name: shapes and options of real models, and what is to be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..layout import TokenLayout
+from ..processor import PROCESSORS
+
+__all__ = ["CASES", "Case", "select", "smoke"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call. ``goal``: times dense that it is to be faster; ``default``: measured when none is named."""
+
+    name: str
+    work: str
+    mechanism: str
+    heads: int
+    head_dim: int
+    layout: TokenLayout
+    options: Mapping[str, Any]
+    goal: float | None
+    learned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the learned tensors
+    default: bool = True
+
+    @property
+    def fraction(self) -> float:
+        """Softmax logits that are computed, as a share of dense attention's."""
+        count = PROCESSORS[self.mechanism].mechanism.count_logits(self.layout, **self.options)
+        return count / self.layout.seq_len**2
+
+    @property
+    def dense_flop(self) -> float:
+        """Of dense attention's forward."""
+        return 4.0 * self.heads * self.head_dim * self.layout.seq_len**2
+
+    def inputs(self, device: torch.device, dtype: torch.dtype, order: str, seed: int) -> list[Tensor]:
+        """Random query, key and value, (1, H, S, D); ``order`` "tokens-first": views of (1, S, H, D), as models have.
+
+        No mechanism's time depends on the data; a normal distribution is what normalised queries and keys are near.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (1, self.heads, self.layout.seq_len, self.head_dim)
+        if order == "tokens-first":
+            shape = (1, self.layout.seq_len, self.heads, self.head_dim)
+        made = [torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(3)]
+        return [x.transpose(1, 2) for x in made] if order == "tokens-first" else made
+
+    def parameters(self, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+        """Random learned tensors: zeros, as they begin, might be skipped."""
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        return {
+            name: torch.randn(shape, dtype=dtype, device=device, generator=generator) / shape[-1] ** 0.5
+            for name, shape in self.learned.items()
+        }
+
+    def call(self, tensors: Sequence[Tensor], parameters: Mapping[str, Tensor], backend: str | None) -> Tensor:
+        """Our attention, everything included."""
+        function = getattr(functional, f"{self.mechanism}_attention")
+        return function(*tensors, self.layout, **self.options, **parameters, backend=backend)
+
+
+_WAN_480P = TokenLayout((21, 30, 52))
+_WAN_720P = TokenLayout((21, 45, 80))
+_HUNYUAN = TokenLayout((30, 48, 80))
+_FLUX_4096 = TokenLayout((256, 256), before=512)
+
+
+def _sla(name: str, work: str, heads: int, layout: TokenLayout, goals: tuple[float, float]) -> list[Case]:
+    """Critical 5 % in blocks of 128×64; over all keys as the authors' later release has it, smooth keys included."""
+    learned = {"weight": (128, 128), "bias": (128,)}
+    common: dict[str, Any] = {"critical": 0.05, "negligible": 0.10, "block_q": 128, "block_kv": 64}
+    forms: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("all", {"linear_over": "all", "smooth_key": True}),
+        ("marginal", {"linear_over": "marginal"}),
+    )
+    return [
+        Case(f"{name}-{form}", f"SLA 5 %, {form}, {work}", "sla", heads, 128, layout, common | options, goal, learned)
+        for (form, options), goal in zip(forms, goals, strict=True)
+    ]
+
+
+def _llsa(name: str, heads: int, head_dim: int) -> Case:
+    options = {"block_size": 16, "topk": 8, "levels": 2}
+    return Case(
+        name, "LLSA, 256×256 pixels", "llsa", heads, head_dim, TokenLayout((256, 256)), options, 30.0, default=False
+    )
+
+
+_ALL = [
+    *_sla("sla-wan1.3b-480p", "Wan2.1-1.3B 480p", 12, _WAN_480P, (12.0, 9.0)),
+    *_sla("sla-wan14b-720p", "Wan-14B 720p", 40, _WAN_720P, (15.0, 12.0)),
+    *_sla("sla-hunyuan-720p", "Hunyuan 720p", 24, _HUNYUAN, (15.5, 12.5)),
+    *(
+        Case(
+            f"clear-flux-4096-r{radius}", f"CLEAR radius {radius}, Flux 4096²", "clear", 24, 128, _FLUX_4096,
+            {"radius": radius}, goal,
+        )
+        for radius, goal in ((8, 25.0), (16, 16.0), (32, 8.0))
+    ),
+    Case(
+        "gna-hunyuan", "GNA 18×24×24, stride 16×8×8, Hunyuan", "gna", 24, 128, _HUNYUAN,
+        {"window": (18, 24, 24), "stride": (16, 8, 8)}, 9.7,
+    ),
+    Case(
+        "gna-flux-256", "GNA 80², stride 16², Flux 256×256", "gna", 24, 128, TokenLayout((256, 256)),
+        {"window": 80, "stride": 16}, 9.2,
+    ),
+    _llsa("llsa-256", 12, 64),
+    _llsa("llsa-256-wide", 24, 128),
+]  # fmt: skip
+CASES: dict[str, Case] = {case.name: case for case in _ALL}
+
+
+def select(names: Sequence[str]) -> list[Case]:
+    """Cases by name, or by how their names begin (``sla-wan1.3b-480p``); none named: the default ones.
+
+    Raises: ValueError: a name that nothing has, with the nearest and all.
+    """
+    if not names:
+        return [case for case in CASES.values() if case.default]
+    chosen: dict[str, Case] = {}
+    for name in names:
+        found = {key: case for key, case in CASES.items() if key == name or key.startswith(f"{name}-")}
+        if name in CASES:
+            found = {name: CASES[name]}
+        if not found:
+            close = get_close_matches(name, CASES, n=1, cutoff=0.3)
+            hint = f"; did you mean {close[0]!r}?" if close else ";"
+            raise ValueError(f"unknown case {name!r}{hint} There are: {', '.join(CASES)}")
+        chosen |= found
+    return list(chosen.values())
+
+
+_SMOKE: dict[str, dict[str, Any]] = {
+    "sla": {"block_q": 32, "block_kv": 16, "critical": 0.25},
+    "clear": {},
+    "gna": {},
+    "llsa": {"block_size": 4, "topk": 2},
+}
+
+
+def smoke(case: Case) -> Case:
+    """The same case so small that it runs anywhere: its figures mean nothing."""
+    grid = {1: (64,), 2: (12, 16), 3: (4, 6, 8)}[len(case.layout.grid)]
+    layout = TokenLayout(grid, before=min(case.layout.before, 5))
+    options = dict(case.options) | _SMOKE[case.mechanism]
+    if case.mechanism == "clear":
+        options["radius"] /= 4
+    elif case.mechanism == "gna":
+        options = {"window": tuple(n // 2 for n in grid), "stride": tuple(n // 4 for n in grid)}
+    learned = {name: (16,) * len(shape) for name, shape in case.learned.items()}
+    return replace(case, heads=2, head_dim=16, layout=layout, options=options, learned=learned, goal=None)

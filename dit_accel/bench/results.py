@@ -1,0 +1,103 @@
+"""What a benchmark has found so far, and on what: plain data, written as JSON after every finished row."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..files import write_json
+from ..machine import about_machine, about_versions
+
+__all__ = ["KINDS", "Results", "about", "now", "read_results"]
+
+KINDS = ("attention", "step")
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def about(device: torch.device, dtype: torch.dtype, command: list[str]) -> dict[str, Any]:
+    """What figures depend on: machine, versions, when and by which command."""
+    machine = about_machine(device, dtype)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "driver": _driver(),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    versions = about_versions()
+    versions["dit-accel"] = versions["dit-accel"] or __version__  # run from the source tree
+    return {"date": now(), "command": command, "machine": machine, "versions": versions}
+
+
+def _driver() -> str | None:
+    """The GPU driver's version, if its tool is here to say."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told[0] if told else None
+
+
+@dataclass
+class Results:
+    """A benchmark's rows. status: running, complete, failed (in part), interrupted."""
+
+    kind: str
+    path: Path
+    about: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    status: str = "running"
+
+    def keep_earlier(self, path: Path, replaced: set[tuple[str, ...]], key: tuple[str, ...]) -> None:
+        """Take over rows of other results, but those that are measured anew (by their values of ``key``).
+
+        Raises: ValueError: no results of this kind, or of another GPU, precision or other versions.
+        """
+        earlier = read_results(path)
+        ours, theirs = ({"kind": self.kind, **self.about}, earlier)
+        for what in ("device_name", "dtype", "driver"):
+            ours, theirs = ({**x, what: x["machine"].get(what)} for x in (ours, theirs))
+        for what in ("kind", "device_name", "dtype", "driver", "versions", "smoke"):
+            if theirs.get(what) != ours.get(what):
+                raise ValueError(
+                    f"--keep: {path} has another {what} ({theirs.get(what)}, here {ours.get(what)}): leave --keep out"
+                )
+        self.rows += [row for row in earlier["rows"] if tuple(row[name] for name in key) not in replaced]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A finished row, on disk at once."""
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        """Write all, whole, in the place of what was there."""
+        write_json(self.path, {"kind": self.kind, "status": self.status, **self.about, "rows": self.rows})
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A file that :class:`Results` wrote.
+
+    Raises: ValueError: it is not one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read results from {path}: {error}") from None
+    if not isinstance(content, dict) or content.get("kind") not in KINDS or not isinstance(content.get("rows"), list):
+        raise ValueError(f"{path} was not written by dit-accel bench")
+    return content

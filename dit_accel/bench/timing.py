@@ -1,0 +1,160 @@
+"""Times of GPU work in milliseconds: medians over samples of several calls, and the same call split by kernel."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["TIMING", "Times", "peak_memory", "split_by_kernel", "summarise", "synchronize", "time_calls"]
+
+TIMING = (
+    "ms: median over samples of the mean time of the calls in a sample, after a warm-up; q1 and q3: quartiles. On CUDA "
+    "between two events, and the L2 cache is overwritten before each sample; elsewhere by the clock."
+)
+_SAMPLE_MS = 20.0  # a sample has as many calls as take about so long
+_MOST_CALLS = 20
+_BUDGET_MS = 10_000.0  # samples are left out, down to 3, where they would take longer than this
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds a call."""
+
+    ms: float
+    q1: float
+    q3: float
+    least: float
+    samples: int
+    calls: int  # in a sample
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(samples: Sequence[float], calls: int = 1) -> Times:
+    """Median and quartiles of milliseconds a call.
+
+    Raises: ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no samples to summarise")
+    several = list(samples) * (2 if len(samples) == 1 else 1)
+    q1, median, q3 = statistics.quantiles(several, n=4, method="inclusive")
+    return Times(median, q1, q3, min(samples), len(samples), calls)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(
+    call: Callable[[], Any],
+    device: torch.device,
+    *,
+    samples: int,
+    warm_up_ms: float = 200.0,
+    most_calls: int = _MOST_CALLS,
+) -> Times:
+    """Time a call that was made at least once before (so that nothing is compiled here).
+
+    Args:
+        samples: asked for; fewer, but at least 3 (or what was asked), where they would take more than ten seconds.
+        warm_up_ms: call for so long first, so that clocks are up.
+        most_calls: most calls in a sample.
+    """
+    flush = _l2_flusher(device)
+    once, spent = 0.0, 0.0
+    while spent < warm_up_ms or not once:
+        once = _sample(call, device, 1)
+        spent += once
+    calls = max(1, min(most_calls, round(_SAMPLE_MS / max(once, 1e-6))))
+    affordable = int(_BUDGET_MS / max(once * calls, 1e-6))
+    taken = []
+    for _ in range(min(samples, max(3, affordable))):
+        flush()
+        taken.append(_sample(call, device, calls))
+    return summarise(taken, calls)
+
+
+def _sample(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Mean milliseconds of so many calls in a row."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - began) * 1e3 / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
+def _l2_flusher(device: torch.device) -> Callable[[], Any]:
+    """What overwrites the L2 cache with other data."""
+    if device.type != "cuda":
+        return lambda: None
+    size = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+    buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    return buffer.zero_
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Most bytes that a call had allocated at once beyond what was there before, its result included; None off CUDA."""
+    if device.type != "cuda":
+        call()
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def split_by_kernel(call: Callable[[], Any], device: torch.device, most: int = 16, calls: int = 3) -> dict[str, float]:
+    """Milliseconds a call by kernel (on the CPU, by operator), the largest first; the rest under "other".
+
+    Kernels of one name are added up. What is missing to the time of the call is gaps between kernels.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        for _ in range(calls):
+            call()
+        synchronize(device)
+    total: dict[str, float] = {}
+    for event in profiled.events() or ():
+        if on_gpu and event.device_type == DeviceType.CUDA:
+            name, ms = _short_name(event.name), event.time_range.elapsed_us() / 1e3
+        elif not on_gpu:
+            name, ms = event.name, event.self_cpu_time_total / 1e3
+        else:
+            continue
+        total[name] = total.get(name, 0.0) + ms / calls
+    largest = dict(sorted(total.items(), key=lambda item: -item[1])[:most])
+    rest = sum(total.values()) - sum(largest.values())
+    return {**largest, **({"other": rest} if len(total) > most else {})}
+
+
+def _short_name(name: str) -> str:
+    """A kernel's name without its return type, namespaces, template arguments and parameters."""
+    name = re.sub(r"\(anonymous namespace\)::", "", name)
+    while (shorter := re.sub(r"<[^<>]*>", "", name)) != name:
+        name = shorter
+    name = name.partition("(")[0].split()[-1] if name.strip() else "?"
+    return name.rpartition("::")[2][:80] or "?"

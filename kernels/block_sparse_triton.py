@@ -121,13 +121,11 @@ def _box(DESC, BOXES: tl.constexpr, b, hk, n_heads, tile, n1, n2, B0: tl.constex
 
 
 @triton.jit
-def _query_run(TABLES, axis: tl.constexpr, place, length, longest, IN: tl.constexpr):
+def _query_run(TABLES, axis: tl.constexpr, place, length, longest):
     """Middle and half length of the run of places that queries see along an axis (halves are exact)."""
-    if IN:
-        first = tl.load(TABLES + (3 * axis + 1) * longest + place, mask=place < length, other=0).to(tl.float32)
-        last = tl.load(TABLES + (3 * axis + 2) * longest + place, mask=place < length, other=0).to(tl.float32)
-        return (first + last) * 0.5, (last - first) * 0.5
-    return place, place
+    first = tl.load(TABLES + (3 * axis + 1) * longest + place, mask=place < length, other=0).to(tl.float32)
+    last = tl.load(TABLES + (3 * axis + 2) * longest + place, mask=place < length, other=0).to(tl.float32)
+    return (first + last) * 0.5, (last - first) * 0.5
 
 
 @triton.jit
@@ -293,9 +291,12 @@ def block_sparse_fwd_kernel(
 
         if HAS_PARTIAL:
             # (BM,) the middle and half the length of the run that a query sees along each axis
-            middle0, half0 = _query_run(TABLES, 0, q0, Q0, longest, IN0)
-            middle1, half1 = _query_run(TABLES, 1, q1, Q1, longest, IN1)
-            middle2, half2 = _query_run(TABLES, 2, q2, Q2, longest, IN2)
+            if IN0:
+                middle0, half0 = _query_run(TABLES, 0, q0, Q0, longest)
+            if IN1:
+                middle1, half1 = _query_run(TABLES, 1, q1, Q1, longest)
+            if IN2:
+                middle2, half2 = _query_run(TABLES, 2, q2, Q2, longest)
             # small whole numbers, in a type that holds them and their squares: from the first query of the box on
             o0, o1, o2, _ = tile_places(tile_q, 0, Q0, Q1, Q2, QB0, QB1, QB2)
             TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32

@@ -149,31 +149,53 @@ def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
 BUILD = """
 import sys, torch, offline_gpu
 from dit_accel.kernels import block_sparse_triton as b
-from dit_accel.kernels.block_plan import window_plan
-from dit_accel.kernels.window import BallAxis
+from dit_accel.kernels.block_plan import BlockPlan, window_plan
+from dit_accel.kernels.tiling import Tiling
+from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
 b.check_inputs = lambda query: None
 kernel, built = b.block_sparse_fwd_kernel, []
 class Launch:
     def __getitem__(self, grid):
         return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
 b.block_sparse_fwd_kernel = Launch()
-config = b.Config(64, 32, 4, 2, boxes=sys.argv[1] in ("sm_90", "sm_100"))
+target = sys.argv[1]
+config = b.Config(64, 32, 4, 2, boxes=target in ("sm_90", "sm_100"))
 q = torch.empty(1, 2, 16 * 32 + 8, 64, dtype=torch.bfloat16)
-with offline_gpu.target(sys.argv[1]):
-    b.block_sparse_attention(q, q, q, window_plan((BallAxis(16, 4, 1.0), BallAxis(32, 4, 1.0)), 16.0, 64, 32, q.device),
-                             scale=0.1, before=(8, 8), config=config)
-print(sorted(built[0].asm))
+real = torch.ones(1, 16 * 32 + 8, dtype=torch.bool)
+extra = (torch.empty(1, 2, 70, 64, dtype=q.dtype),) * 2
+lists, counts = torch.zeros(2, 8, 3, dtype=torch.int32), torch.full((2, 8), 3, dtype=torch.int32)
+state = torch.empty(2, 8, 64, 64, dtype=q.dtype)
+linear = b.LinearBranch(state, torch.empty(2, 8, 64), torch.empty(2), q[0, 0, 0], "elu")
+def window(*axes, limit=1.0):
+    return window_plan(axes, limit, 64, 32, q.device)
+ball = window(BallAxis(16, 4, 1.0), BallAxis(32, 4, 1.0), limit=16.0)
+variants = {
+    "clear": (ball, {}),
+    "ellipse, pooled": (window(BallAxis(16, 3, 1.0), BallAxis(32, 4, 0.7), limit=9.0), {"extra": (*extra, None)}),
+    "gna": (window(NeighborhoodAxis(16, 5, 2, 1, False), NeighborhoodAxis(32, 6, 1, 1, True)), {"return_lse": True}),
+    "dilated": (window(NeighborhoodAxis(16, 3, 1, 2, False), NeighborhoodAxis(32, 6, 1, 3, False)), {"real": real}),
+    "sla": (BlockPlan(Tiling.of((512,), (64,)), Tiling.of((512,), (32,)), lists, None, counts), {"linear": linear}),
+}
+with offline_gpu.target(target):
+    for name in sys.argv[2:] or variants:
+        plan, options = variants[name]
+        b.block_sparse_attention(q, q, q, plan, scale=0.1, before=(8, 8), config=config, **options)
+print(len(built), sorted(built[-1].asm))
 """
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_kernel_builds_for(target):
-    """In a process of its own: here kernels are interpreted."""
+    """In a process of its own: here kernels are interpreted. The variants differ in what is compiled in: the
+    interpreter takes branches that the compiler's type checks refuse."""
+    variants = () if target == "sm_90" else ("clear",)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     tests = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", BUILD, target], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", BUILD, target, *variants]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("1" if variants else "5")
     assert ("hsaco" if target.startswith("gfx") else "cubin") in done.stdout
 
 

@@ -67,7 +67,8 @@ def define_operator(
         if query.numel() == 0:
             return query.clone()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        with torch.autocast(query.device.type, enabled=False):
+        # kernels are launched on the current device, which need not be the tensors'
+        with torch.cuda.device_of(query), torch.autocast(query.device.type, enabled=False):
             return compute(*tensors, layout=layout, scale=scale, backend=backend, **chosen)
 
     def forward(*args: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which implementation computes a mechanism: torch everywhere, Triton kernels on a GPU, or torch's FlexAttention."""
+"""Which implementation computes a mechanism: torch everywhere, or Triton kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 __all__ = ["BACKENDS", "VARIABLE", "check_backend", "resolve"]
 
 VARIABLE = "DIT_ACCEL_BACKEND"
-BACKENDS = ("torch", "triton", "flex")
+BACKENDS = ("torch", "triton")
 _BUILT = {"sla": BACKENDS, "clear": BACKENDS, "gna": BACKENDS, "llsa": ("torch",)}  # the backends a mechanism has
 
 
@@ -33,10 +33,10 @@ def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
     where the mechanism has it, else torch. What was asked for and cannot be had raises; it is never replaced.
 
     Args:
-        backend: "torch", "triton", "flex" or None.
+        backend: "torch", "triton" or None.
         device: where the tensors lie.
         mechanism: "sla", "clear", "llsa" or "gna".
-    Returns: "torch", "triton" or "flex".
+    Returns: "torch" or "triton".
     Raises:
         ValueError: an unknown name, or a backend that this mechanism or this device does not have.
         RuntimeError: Triton is chosen and the package or a C compiler is missing.
@@ -55,8 +55,6 @@ def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
         )
     if asked == "triton":
         _require_triton(device, source)
-    elif asked == "flex" and device.type not in ("cuda", "cpu"):
-        raise ValueError(f"{source}=flex runs on CUDA devices and the CPU, not on {device}: use torch there")
     return asked
 
 

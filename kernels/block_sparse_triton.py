@@ -404,6 +404,7 @@ def block_sparse_attention(
     """
     check_inputs(query)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     batch, heads, length_q, dim = query.shape
     kv_heads, length_k = key.shape[1:3]
     q, kv, mask = plan.q, plan.kv, plan.mask
@@ -424,10 +425,11 @@ def block_sparse_attention(
     full_mode = _full_mode(plan, real)
     magnitude = max(abs(scale) * LOG2E, TINY_SCALE)
     state = linear.state if linear else None
+    bias = linear.bias.contiguous() if linear and linear.bias is not None else None
     block_sparse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
         query, key, value, out, lse, real, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
         k2, v2, real2, state, linear.norm if linear else None, linear.eps if linear else None,
-        linear.bias if linear else None, *(boxes or (None, None)),
+        bias, *(boxes or (None, None)),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         0 if real is None else real.stride(0), *k2.stride()[:3], 0 if real2 is None else real2.stride(0),
         plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
@@ -441,7 +443,7 @@ def block_sparse_attention(
         IN0=intervals[0], IN1=intervals[1], IN2=intervals[2], BALL0=bool(weights[0]), BALL1=bool(weights[1]),
         BALL2=bool(weights[2]), COST=_cost_mode(mask), OR0=ordered[0], OR1=ordered[1], OR2=ordered[2],
         HAS_LSE=return_lse, STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
-        HAS_BIAS=linear is not None and linear.bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
+        HAS_BIAS=bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
         NEGATE=scale < 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         BOXES=0 if boxes is None else 1 + (boxes[0].shape[0] != batch * kv_heads),
         num_warps=config.num_warps, num_stages=config.num_stages, **_register_limit(query, config),

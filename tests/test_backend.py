@@ -45,24 +45,24 @@ def test_torch_off_the_gpu_and_triton_on_it(name, machine):
 
 
 def test_the_argument_goes_before_the_environment(machine):
-    machine.setenv("DIT_ACCEL_BACKEND", "flex")
-    assert resolve(None, CPU, "gna") == resolve(None, GPU, "gna") == "flex"
-    assert resolve("torch", GPU, "gna") == "torch"
+    machine.setenv("DIT_ACCEL_BACKEND", "torch")
+    assert resolve(None, GPU, "gna") == "torch"
+    assert resolve("triton", GPU, "gna") == "triton"
     machine.setenv("DIT_ACCEL_BACKEND", "")
     assert resolve(None, GPU, "gna") == "triton"
 
 
 def test_unknown_names_say_the_nearest_and_all(monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown backend 'tritn'; did you mean 'triton'\? .* torch, triton, flex"):
+    with pytest.raises(ValueError, match=r"unknown backend 'tritn'; did you mean 'triton'\? .* torch, triton"):
         resolve("tritn", CPU, "sla")
     monkeypatch.setenv("DIT_ACCEL_BACKEND", "cuda")
-    with pytest.raises(ValueError, match=r"unknown DIT_ACCEL_BACKEND 'cuda'.* torch, triton, flex"):
+    with pytest.raises(ValueError, match=r"unknown DIT_ACCEL_BACKEND 'cuda'.* torch, triton"):
         resolve(None, CPU, "sla")
     with pytest.raises(TypeError, match="backend must be one of"):
         resolve(3, CPU, "sla")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("asked", ["triton", "flex"])
+@pytest.mark.parametrize("asked", ["triton"])
 def test_llsa_has_torch_alone(asked, machine):
     with pytest.raises(ValueError, match=rf"backend={asked}: llsa has no such backend yet; it has: torch"):
         resolve(asked, GPU, "llsa")
@@ -79,12 +79,6 @@ def test_triton_on_the_cpu_only_in_its_interpreter(machine):
     assert resolve(None, CPU, "sla") == "torch"
     with pytest.raises(ValueError, match="got tensors on mps"):
         resolve("triton", torch.device("mps"), "sla")
-
-
-def test_flex_on_other_devices_is_refused():
-    assert resolve("flex", CPU, "clear") == "flex"
-    with pytest.raises(ValueError, match="flex runs on CUDA devices and the CPU, not on mps"):
-        resolve("flex", torch.device("mps"), "clear")
 
 
 @pytest.mark.parametrize("asked", [None, "triton"])
@@ -119,13 +113,12 @@ def test_the_environment_is_read_at_every_call_and_the_backward_is_torch(module,
     """Each backend is told apart by its own factor on the output: the gradients must not have it."""
     name = module.__name__.rpartition(".")[2]
     plain = module._COMPUTE["torch"]
-    for factor, backend in ((2, "triton"), (3, "flex")):
-        monkeypatch.setitem(module._COMPUTE, backend, lambda *x, factor=factor, **y: factor * plain(*x, **y))
+    monkeypatch.setitem(module._COMPUTE, "triton", lambda *x, **y: 2 * plain(*x, **y))
     layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16, requires_grad=True) for _ in range(3)]
     want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
     wanted = torch.autograd.grad(want.sum(), qkv)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for factor, backend in ((2, "triton"), (3, "flex"), (1, "torch")):
+    for factor, backend in ((2, "triton"), (1, "torch")):
         monkeypatch.setenv("DIT_ACCEL_BACKEND", backend)
         got = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
         torch.testing.assert_close(got, factor * want)
@@ -179,5 +172,5 @@ def test_the_command_line_takes_a_backend():
 
     assert parse_attention("sla:backend=torch").processor().backend == "torch"
     assert parse_attention("sla:backend=none").processor().backend is None
-    with pytest.raises(ValueError, match="did you mean 'flex'"):
-        parse_attention("sla:backend=flexx")
+    with pytest.raises(ValueError, match="did you mean 'triton'"):
+        parse_attention("sla:backend=tritn")

@@ -99,6 +99,16 @@ def test_log_sum_exp_grouped_heads_and_lengths_that_differ():
     torch.testing.assert_close(out, logits.softmax(-1) @ v.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
 
 
+def test_strides_of_mask_and_bias_are_followed():
+    name, layout, dim, options = CASES["sla marginal"]
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 2, layout.seq_len, dim) for _ in range(3)] + [torch.randn(dim, dim) / 8]
+    mask = (torch.rand(layout.seq_len, 2) > 0.3).T
+    bias = torch.randn(dim, 2)[:, 0]
+    expected = call(name, layout, [*tensors, bias.clone()], options, mask.contiguous(), "triton")
+    assert torch.equal(call(name, layout, [*tensors, bias], options, mask, "triton"), expected)
+
+
 def test_every_element_is_written(monkeypatch):
     """Where memory holds NaN before, no NaN is left."""
     empty = torch.empty

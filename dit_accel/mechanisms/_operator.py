@@ -20,7 +20,7 @@ _LAYOUT = "SymInt[] grid, SymInt before, SymInt after"
 
 def define_operator(
     name: str,
-    compute: Callable[..., Tensor],
+    compute: dict[str, Callable[..., Tensor]],
     fit: Callable[..., dict[str, Any]],
     *,
     learned: tuple[str, ...],
@@ -35,8 +35,7 @@ def define_operator(
 
     Args:
         name: the operator's name.
-        compute: ``compute(query, key, value, key_padding_mask, *learned, layout, scale, backend, **options)``, with the
-            backend that :func:`dit_accel.backend.resolve` names for this call.
+        compute: for each backend ``compute(query, key, value, key_padding_mask, *learned, layout, scale, **options)``.
         fit: the mechanism's ``fit``.
         learned: names of the learned tensors.
         options: the options as operator schema, such as ``"float critical, bool smooth_key"``.
@@ -69,7 +68,7 @@ def define_operator(
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         # kernels are launched on the current device, which need not be the tensors'
         with torch.cuda.device_of(query), torch.autocast(query.device.type, enabled=False):
-            return compute(*tensors, layout=layout, scale=scale, backend=backend, **chosen)
+            return compute[backend](*tensors, layout=layout, scale=scale, **chosen)
 
     def forward(*args: Any) -> Tensor:
         return _dense(run(args[:n_tensors], args[n_tensors:]))

@@ -64,7 +64,7 @@ def clear_attention(
         pool_weight: (f, f) learned weights of a patch; None = 1 / f².
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
         scale: factor on the logits; default D**-0.5.
-        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
+        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: radius <= 0 or NaN, wrong number of axes, pooling on a 1-D grid, a layout that does not match,
         tensors that do not match each other.
@@ -304,20 +304,12 @@ def _compute_triton(
     return window_attention_triton(query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
 
 
-def _compute_flex(*tensors: Tensor | None, layout: TokenLayout, scale: float, **options: Any) -> Tensor:
-    raise ValueError("clear: the flex backend is not built yet; use backend='torch'")
-
-
-_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton, "flex": _compute_flex}
-
-
-def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
-    return _COMPUTE[backend](*tensors, **options)
+_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton}
 
 
 define_operator(
     "clear_attention",
-    _compute,
+    _COMPUTE,
     fit,
     learned=("pool_weight",),
     options="float[] radius, int down_factor, int? train_tokens",

@@ -61,7 +61,7 @@ def gna_attention(
         is_causal: whether keys behind the query are hidden, or one per axis.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys.
         scale: factor on the logits; default D**-0.5.
-        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
+        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: a window larger than its axis, a stride larger than the window, wrong number of axes, a layout
         that does not match, tensors that do not match each other.
@@ -223,20 +223,12 @@ def _compute_triton(
     return window_attention_triton(query, key, value, key_padding_mask, axes, 1.0, layout, scale)
 
 
-def _compute_flex(*tensors: Tensor | None, layout: TokenLayout, scale: float, **options: Any) -> Tensor:
-    raise ValueError("gna: the flex backend is not built yet; use backend='torch'")
-
-
-_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton, "flex": _compute_flex}
-
-
-def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
-    return _COMPUTE[backend](*tensors, **options)
+_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton}
 
 
 define_operator(
     "gna_attention",
-    _compute,
+    _COMPUTE,
     fit,
     learned=(),
     options="int[] window, int[] stride, int[] dilation, bool[] is_causal",

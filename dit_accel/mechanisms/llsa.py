@@ -61,7 +61,7 @@ def llsa_attention(
         enrich: whether pooled tokens are attended to.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
         scale: factor on the logits; default D**-0.5.
-        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
+        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: block_size < 2, topk < 1, levels < 1, a layout that does not match, tensors that do not match
         each other.
@@ -285,13 +285,9 @@ def _tiles(
 _COMPUTE = {"torch": _compute_torch}
 
 
-def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
-    return _COMPUTE[backend](*tensors, **options)
-
-
 define_operator(
     "llsa_attention",
-    _compute,
+    _COMPUTE,
     fit,
     learned=(),
     options="int block_size, int topk, int? levels, bool enrich",

@@ -75,7 +75,7 @@ def sla_attention(
         weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
         scale: factor on the logits; default D**-0.5.
-        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
+        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: shares out of range, an unknown feature_map or linear_over, a layout that does not match,
         tensors that do not match each other.
@@ -373,20 +373,12 @@ def _linear_part(
     return (out if project is None else out @ project.mT) + (0 if bias is None else bias.to(out.dtype))
 
 
-def _compute_flex(*tensors: Tensor | None, layout: TokenLayout, scale: float, **options: Any) -> Tensor:
-    raise ValueError("sla: the flex backend is not built yet; use backend='torch'")
-
-
-_COMPUTE = {"torch": _compute_torch, "triton": sla_attention_triton, "flex": _compute_flex}
-
-
-def _compute(*tensors: Any, backend: str, **options: Any) -> Tensor:
-    return _COMPUTE[backend](*tensors, **options)
+_COMPUTE = {"torch": _compute_torch, "triton": sla_attention_triton}
 
 
 define_operator(
     "sla_attention",
-    _compute,
+    _COMPUTE,
     fit,
     learned=("weight", "bias"),
     options="float critical, float negligible, int block_q, int block_kv, str feature_map, str linear_over, "

@@ -16,10 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_pool_triton import mask_arguments
+from .block_pool_triton import box_mean, mask_arguments, pool_pair
+from .launch import register_limit
 from .tiling import Tiling, tile_tokens
 
-__all__ = ["LinearState", "block_states", "feature", "linear_state", "marginal_linear_state", "marginal_states"]
+__all__ = [
+    "LinearState",
+    "block_states",
+    "feature",
+    "linear_state",
+    "marginal_linear_state",
+    "marginal_states",
+    "pool_pair_and_linear_state",
+]
 
 EPSILON = 1e-5  # on the sums
 PROGRAMS = 264  # that sum over a whole sequence, two for each of the 132 processors of an H100 or H200
@@ -45,6 +54,7 @@ def linear_state(
     feature_map: str,
     weight: Tensor,
     real: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LinearState:
     """Means over all real grid keys. The order of the tokens does not matter, so there is no tiling.
 
@@ -54,24 +64,133 @@ def linear_state(
         feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu", in float32.
         weight: (D, D), any floating dtype; it is applied to the finished mean, in float32.
         real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
-    Returns: state (B, H, D, D), norm (B, H, D), eps (B*H,), all float32: means over the count of real grid keys of
-        that batch element (eps = 1e-5 / count; where there is no real key: 0, 0, and 1e-5).
+        dtype: of the state; None = float32.
+    Returns: state (B, H, D, D), norm (B, H, D), eps (B*H,), float32 but for the state: means over the count of real
+        grid keys of that batch element (eps = 1e-5 / count; where there is no real key: 0, 0, and 1e-5).
     """
+    parts, states, norms = _parts(key, n_grid)
+    _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0)
+    return _finish_state(states, norms, len(key), before, n_grid, parts.volume, weight, real, dtype)
+
+
+def pool_pair_and_linear_state(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_tiling: Tiling,
+    k_tiling: Tiling,
+    before: int,
+    feature_map: str,
+    weight: Tensor,
+    real: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, LinearState]:
+    """:func:`~dit_accel.kernels.block_pool_triton.pool_pair` and :func:`linear_state`, in one launch where the head dim
+    allows it: both wait for memory, the one where the other works."""
+    batch, heads, _, dim = key.shape
+    n_grid = k_tiling.n_tokens
+    parts, states, norms = _parts(key, n_grid)
+    if dim > 128 or key.element_size() > 2:
+        pooled = pool_pair(query, key, q_tiling, k_tiling, before, real)
+        _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0)
+        return *pooled, _finish_state(states, norms, batch, before, n_grid, parts.volume, weight, real, dtype)
+    n_q, n_k = q_tiling.n_tiles, k_tiling.n_tiles
+    pooled_q, pooled_k = (
+        torch.empty(batch, heads, n, dim, dtype=torch.float32, device=query.device) for n in (n_q, n_k)
+    )
+    mask, mask_b, mask_s, has_real = mask_arguments(real, key)
+    block_d = max(16, triton.next_power_of_2(dim))
+    big = block_d == 128
+    _pool_and_state_fwd_kernel[(batch * heads * (parts.n_tiles + n_q + n_k),)](
+        query,
+        key,
+        value,
+        mask,
+        states,
+        norms,
+        pooled_q,
+        pooled_k,
+        batch * heads,
+        heads,
+        parts.n_tiles,
+        n_q,
+        n_k,
+        before,
+        *query.stride(),
+        *key.stride(),
+        *value.stride(),
+        mask_b,
+        mask_s,
+        n_grid,
+        *q_tiling.grid,
+        1 / parts.volume,
+        parts.volume,
+        *q_tiling.box,
+        *k_tiling.box,
+        D=dim,
+        FEATURE_MAP=feature_map,
+        HAS_REAL=has_real,
+        BLOCK_N=64,
+        BLOCK_D=block_d,
+        num_warps=8 if big else 4,
+        num_stages=2,
+        **register_limit(key, 128 if big else None),
+    )
+    return pooled_q, pooled_k, _finish_state(states, norms, batch, before, n_grid, parts.volume, weight, real, dtype)
+
+
+def _parts(key: Tensor, n_grid: int) -> tuple[Tiling, Tensor, Tensor]:
+    """The runs of tokens that are summed up by a program each, and where the sums go."""
     batch, heads, _, dim = key.shape
     n_parts = min(max(1, PROGRAMS // (batch * heads)), triton.cdiv(n_grid, 256))
     part = triton.cdiv(triton.cdiv(n_grid, n_parts), 64) * 64
     parts = Tiling.of((n_grid,), (part,))
     states = torch.empty(batch * heads, parts.n_tiles, dim, dim, dtype=torch.float32, device=key.device)
     norms = torch.empty(batch * heads, parts.n_tiles, dim, dtype=torch.float32, device=key.device)
-    _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0)
-    if real is None:
-        count = torch.full((batch,), float(n_grid), device=key.device)
-    else:
-        count = real[:, before : before + n_grid].sum(-1).clamp(min=1).float().expand(batch)
-    share = (part / count)[:, None, None]
-    norm = norms.sum(1).unflatten(0, (batch, heads)) * share
-    state = (states.sum(1).unflatten(0, (batch, heads)) * share[..., None]) @ weight.float().mT
-    return LinearState(state, norm, (EPSILON / count).repeat_interleave(heads))
+    return parts, states, norms
+
+
+def _finish_state(
+    states: Tensor,
+    norms: Tensor,
+    batch: int,
+    before: int,
+    n_grid: int,
+    volume: int,
+    weight: Tensor,
+    real: Tensor | None,
+    dtype: torch.dtype | None,
+) -> LinearState:
+    """The parts (G, parts, D, D) and (G, parts, D) added up, divided by the count, the projection folded in."""
+    groups, n_parts, dim, _ = states.shape
+    heads, device = groups // batch, states.device
+    counts = None if real is None else real[:, before : before + n_grid].sum(-1).expand(batch).int().contiguous()
+    state = torch.empty(batch, heads, dim, dim, dtype=dtype or torch.float32, device=device)
+    norm = torch.empty(batch, heads, dim, dtype=torch.float32, device=device)
+    eps = torch.empty(groups, dtype=torch.float32, device=device)
+    rows, block_d = 16, max(16, triton.next_power_of_2(dim))
+    _finish_state_fwd_kernel[(groups, triton.cdiv(dim, rows))](
+        states,
+        norms,
+        weight.contiguous(),
+        counts,
+        state,
+        norm,
+        eps,
+        heads,
+        n_parts,
+        n_grid,
+        float(volume),
+        EPSILON,
+        D=dim,
+        HAS_COUNTS=counts is not None,
+        PRECISION="ieee" if state.dtype == torch.float32 else "tf32x3",
+        BLOCK_M=rows,
+        BLOCK_D=block_d,
+        BLOCK_E=min(block_d, 32),
+        num_warps=4,
+    )
+    return LinearState(state, norm, eps)
 
 
 def block_states(
@@ -134,7 +253,7 @@ def marginal_linear_state(
 ) -> LinearState:
     """:func:`block_states` and :func:`marginal_states` for some heads at a time, so that scratch stays small.
 
-    Args: as there; marginal: (B*H, Mq, Mk) 0/1 map, best in key.dtype.
+    Args: as there; marginal: (B*H, Mq, Mk or more) 0/1 map, best in key.dtype; columns past Mk are 0.
     Returns: as :func:`marginal_states`, the state in key.dtype.
     """
     batch, heads, _, dim = key.shape
@@ -144,14 +263,17 @@ def marginal_linear_state(
     norms = torch.empty(batch * heads, tiling.n_tiles, dim, dtype=torch.float32, device=key.device)
     step = SCRATCH_BYTES // (tiling.n_tiles * dim * dim * key.element_size())
     step = min(max(1, step), batch * heads)
-    scratch = torch.empty(step, tiling.n_tiles, dim, dim, dtype=key.dtype, device=key.device)
+    # the product wants its inner length in multiples of 16 bytes: the map's rows are that long, and 0 there
+    n_padded = marginal.shape[2]
+    scratch = torch.empty(step, n_padded, dim, dim, dtype=key.dtype, device=key.device)
+    scratch[:, tiling.n_tiles :].zero_()
     weight = weight.to(key.dtype).contiguous()
     for first in range(0, batch * heads, step):
         run = slice(first, min(first + step, batch * heads))
         states = scratch[: run.stop - first]
         _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms[run], first)
         _add_marginal(marginal[run], states, out.state[run], n_marginal)
-    _launch_marginal_norms(marginal, norms, out.norm, n_marginal)
+    _launch_marginal_norms(marginal[..., : tiling.n_tiles], norms, out.norm, n_marginal)
     return out
 
 
@@ -181,7 +303,7 @@ def _launch_block_states(
     norms: Tensor,
     first: int,
 ) -> None:
-    """Writes states (G, M, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = none."""
+    """Writes states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = none."""
     heads, dim = key.shape[1], key.shape[3]
     half = key.element_size() == 2
     block_d = max(16, triton.next_power_of_2(dim))
@@ -201,6 +323,7 @@ def _launch_block_states(
         first,
         heads,
         tiling.n_tiles,
+        states.shape[1],
         before,
         *key.stride(),
         *value.stride(),
@@ -219,7 +342,8 @@ def _launch_block_states(
         BLOCK_C=min(block_d, 64),
         num_warps=8 if big else 4,
         num_stages=2,
-        maxnreg=128 if big and block_d <= 128 else None,  # two programs on a processor: one waits, one works
+        # two programs on a processor: one waits, one works
+        **register_limit(key, 128 if big and block_d <= 128 else None),
     )
     if weight is not None and not fold:
         states.copy_(states.to(weight.dtype) @ weight.mT)
@@ -252,6 +376,7 @@ def _block_state_fwd_kernel(
     first,
     n_heads,
     n_tiles,
+    n_rows,
     before,
     stride_kb,
     stride_kh,
@@ -281,23 +406,38 @@ def _block_state_fwd_kernel(
 ):
     """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of one box of one head; with FOLD, else without W. φ is rounded to the dtype
     of the keys in state and norm alike, so that the weights of the mean are the same in both."""
-    dtype = k_ptr.dtype.element_ty
     tile = tl.program_id(0) % n_tiles
     i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
     i_b = (first + i_g) // n_heads
     i_h = (first + i_g) % n_heads
     k_ptr += i_b * stride_kb + i_h * stride_kh
     v_ptr += i_b * stride_vb + i_h * stride_vh
+    p_state, p_norm = states_ptr + (i_g * n_rows + tile) * D * D, norms_ptr + (i_g * n_tiles + tile) * D
+    _store_box_state(
+        k_ptr, v_ptr, w_ptr, real_ptr + i_b * stride_mb, p_state, p_norm, tile, tl.program_id(1), before, stride_ks,
+        stride_kd, stride_vs, stride_vd, stride_ms, G0, G1, G2, scale, B0, B1, B2, B0 * B1 * B2, D, FEATURE_MAP, FOLD,
+        HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_box_state(
+    k_ptr, v_ptr, w_ptr, real_ptr, state_ptr, norm_ptr, tile, column, before, stride_ks, stride_kd, stride_vs,
+    stride_vd, stride_ms, G0, G1, G2, scale, B0, B1, B2, volume, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    FOLD: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    dtype = k_ptr.dtype.element_ty
     dims = tl.arange(0, BLOCK_D)
-    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    cols = column * BLOCK_E + tl.arange(0, BLOCK_E)
     m_cols = (cols < D)[None, :]
     state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
     norm = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, B0 * B1 * B2, BLOCK_N):
+    for start in range(0, volume, BLOCK_N):
         index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
         rows = (before + index).to(tl.int64)
         if HAS_REAL:
-            inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
+            inside = inside & (tl.load(real_ptr + rows * stride_ms, mask=inside, other=0) != 0)
         m_rows = inside[:, None]
         # φ(k): (BLOCK_N, BLOCK_D)
         p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :] * stride_kd
@@ -320,11 +460,103 @@ def _block_state_fwd_kernel(
             p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :] * stride_vd
             b_v = tl.load(p_v, mask=m_rows & m_cols, other=0.0)
         state = tl.dot(tl.trans(b_phi), b_v, state, input_precision="ieee")
-    i_state = i_g * n_tiles + tile
-    p_state = states_ptr + i_state * D * D + dims[:, None] * D + cols[None, :]
-    tl.store(p_state, (state * scale).to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & m_cols)
+    p_state = state_ptr + dims[:, None] * D + cols[None, :]
+    tl.store(p_state, (state * scale).to(state_ptr.dtype.element_ty), mask=(dims < D)[:, None] & m_cols)
+    if column == 0:
+        tl.store(norm_ptr + dims, norm * scale, mask=dims < D)
+
+
+@triton.jit
+def _pool_and_state_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, real_ptr, states_ptr, norms_ptr, pooled_q_ptr, pooled_k_ptr, n_groups, n_heads, n_parts, n_q,
+    n_k, before, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd, stride_vb,
+    stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, n_grid, G0, G1, G2, scale, volume, QB0: tl.constexpr,
+    QB1: tl.constexpr, QB2: tl.constexpr, KB0: tl.constexpr, KB1: tl.constexpr, KB2: tl.constexpr, D: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The first programs, which take longest, sum up φ(k)ᵀ v over a run of tokens each; the others make the mean of a
+    box each, as `_pool_pair_fwd_kernel`."""
+    pid = tl.program_id(0)
+    is_state = pid < n_groups * n_parts
+    local = tl.where(is_state, pid, pid - n_groups * n_parts)
+    per_group = tl.where(is_state, n_parts, n_q + n_k)
+    tile = local % per_group
+    i_g = (local // per_group).to(tl.int64)
+    i_b = i_g // n_heads
+    i_h = i_g % n_heads
+    q_ptr += i_b * stride_qb + i_h * stride_qh
+    k_ptr += i_b * stride_kb + i_h * stride_kh
+    v_ptr += i_b * stride_vb + i_h * stride_vh
+    real_ptr += i_b * stride_mb
+    cols = tl.arange(0, BLOCK_D)
+    if is_state:
+        i_state = i_g * n_parts + tile
+        _store_box_state(
+            k_ptr, v_ptr, k_ptr, real_ptr, states_ptr + i_state * D * D, norms_ptr + i_state * D, tile, 0, before,
+            stride_ks, stride_kd, stride_vs, stride_vd, stride_ms, 1, 1, n_grid, scale, 1, 1, volume, volume, D,
+            FEATURE_MAP, False, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_D,
+        )  # fmt: skip
+    elif tile < n_q:
+        mean = box_mean(
+            q_ptr, stride_qs, stride_qd, real_ptr, stride_ms, tile, before, G0, G1, G2,
+            QB0, QB1, QB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        tl.store(pooled_q_ptr + (i_g * n_q + tile) * D + cols, mean, mask=cols < D)
+    else:
+        mean = box_mean(
+            k_ptr, stride_ks, stride_kd, real_ptr, stride_ms, tile - n_q, before, G0, G1, G2,
+            KB0, KB1, KB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        tl.store(pooled_k_ptr + (i_g * n_k + tile - n_q) * D + cols, mean, mask=cols < D)
+
+
+@triton.jit
+def _finish_state_fwd_kernel(
+    states_ptr,
+    norms_ptr,
+    w_ptr,
+    counts_ptr,
+    state_ptr,
+    norm_ptr,
+    eps_ptr,
+    n_heads,
+    n_parts,
+    n_grid,
+    volume,
+    epsilon,
+    D: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """BLOCK_M rows of one head's state: the parts' sum times volume / count times Wᵀ; and its norm and eps."""
+    i_g = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    m_rows = (rows < D)[:, None] & (dims < D)[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    norm = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(n_parts):
+        p_part = states_ptr + (i_g * n_parts + part) * D * D + rows[:, None] * D + dims[None, :]
+        total += tl.load(p_part, mask=m_rows, other=0.0)
+        norm += tl.load(norms_ptr + (i_g * n_parts + part) * D + dims, mask=dims < D, other=0.0)
+    count = n_grid.to(tl.float32)
+    if HAS_COUNTS:
+        count = tl.maximum(tl.load(counts_ptr + i_g // n_heads), 1).to(tl.float32)
+    total *= volume / count
+    for start in tl.static_range(0, D, BLOCK_E):
+        cols = start + tl.arange(0, BLOCK_E)
+        m_w = (cols < D)[:, None] & (dims < D)[None, :]
+        b_w = tl.load(w_ptr + cols[:, None] * D + dims[None, :], mask=m_w, other=0.0).to(tl.float32)
+        # (BLOCK_M, BLOCK_E) total Wᵀ
+        folded = tl.dot(total, tl.trans(b_w), input_precision=PRECISION)
+        p_state = state_ptr + i_g * D * D + rows[:, None] * D + cols[None, :]
+        tl.store(p_state, folded.to(state_ptr.dtype.element_ty), mask=(rows < D)[:, None] & (cols < D)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(norms_ptr + i_state * D + dims, norm * scale, mask=dims < D)
+        tl.store(norm_ptr + i_g * D + dims, norm * (volume / count), mask=dims < D)
+        tl.store(eps_ptr + i_g, epsilon / count)
 
 
 def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: int) -> None:

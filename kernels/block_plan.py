@@ -19,10 +19,12 @@ from torch import Tensor
 from .tiling import Tiling
 from .window import BallAxis, Geometry, NeighborhoodAxis
 
-__all__ = ["BlockPlan", "WindowMask", "window_plan"]
+__all__ = ["BlockPlan", "WindowMask", "cheapest_window_plan", "window_plan"]
 
-# Cost of a visit to a partial tile beside a full one: coordinates are compared (measured: H100, D = 128, bf16).
+# Cost of a visit to a partial tile beside a full one: coordinates are compared (measured: H100, D = 128, bf16). With
+# tiles of 128 keys Hopper's kernel compares those of one box a step, not of two.
 PARTIAL_COST = 1.35
+PARTIAL_COST_OF = {128: 1.15}
 EXACT_INTEGERS = 2**23  # float32 holds all whole numbers up to twice this
 
 
@@ -52,6 +54,7 @@ class BlockPlan:
     n_full, n_tiles: (1 or G, q.n_tiles) int32; n_full None = full but for short tiles at the far edge.
     mask: tells inside partial tiles; None = their tokens on the grid are all seen.
     all_full: known to have no partial tile.
+    work: of windows, keys visited a query tile, those of partial tiles dearer.
     """
 
     q: Tiling
@@ -61,6 +64,7 @@ class BlockPlan:
     n_tiles: Tensor
     mask: WindowMask | None = None
     all_full: bool = False
+    work: float = 0.0
 
     def describe(self) -> str:
         """One line: the boxes chosen, tiles visited a query tile, and the share of all logits in visited tiles."""
@@ -143,8 +147,22 @@ def window_plan(
     n_tiles, n_full = seen.sum(1, dtype=torch.int32), full.sum(1, dtype=torch.int32)
     listed = tiles.gather(1, place[:, : int(n_tiles.max())]).int()
     all_full = bool((n_full == n_tiles).all())
+    partial = (n_tiles - n_full) * PARTIAL_COST_OF.get(kv.volume, PARTIAL_COST)
+    work = kv.volume * float((n_full + partial).mean())
     listed, n_full, n_tiles = (x[None].to(device) for x in (listed, n_full, n_tiles))
-    return BlockPlan(q, kv, listed, n_full, n_tiles, mask, all_full)
+    return BlockPlan(q, kv, listed, n_full, n_tiles, mask, all_full, work)
+
+
+@lru_cache(maxsize=64)
+def cheapest_window_plan(
+    axes: tuple[NeighborhoodAxis | BallAxis, ...],
+    limit: float,
+    volumes: tuple[tuple[int, int], ...],
+    device: torch.device,
+) -> BlockPlan:
+    """Of the plans with boxes of these volumes, (queries, keys) each, the one with the least work; the first of
+    equals."""
+    return min((window_plan(axes, limit, *pair, device) for pair in volumes), key=lambda plan: plan.work)
 
 
 def _combine(

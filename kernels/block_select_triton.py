@@ -46,8 +46,8 @@ def select_blocks(
         map_dtype: dtype of the map.
         n_max: room in the lists where the counts are tensors; None = their maximum, which waits for the device.
     Returns: (B*H, Mq, n_max) int32, critical blocks in ascending order and then zeros (fewer than n_critical where
-        fewer are filled); (B*H, Mq, Mk) 0/1 map of those that are neither critical nor among the n_negligible lowest,
-        its rows a multiple of 16 elements apart so that cuBLAS reads them aligned, or None.
+        fewer are filled); (B*H, Mq, Mk rounded up to a multiple of 16) 0/1 map of those that are neither critical nor
+        among the n_negligible lowest, 0 past Mk (what cuBLAS multiplies fast is aligned in every axis), or None.
     """
     batch, heads, n_q, dim = pooled_q.shape
     n_k = pooled_k.shape[2]
@@ -75,7 +75,7 @@ def select_blocks(
         _launch_scores(queries[run], keys[run], scores)
         picked = None if marginal is None else marginal[run]
         pick(scores, first, heads, n_k, n_critical, n_negligible, filled, lists[run], picked)
-    return lists, None if marginal is None else marginal[..., :n_k]
+    return lists, marginal
 
 
 def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:

@@ -9,6 +9,7 @@ queries off the grid, which see everything. Boxes are fetched from where they li
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_linear_triton import feature
 from .block_plan import BlockPlan, WindowMask
+from .launch import register_limit
 from .tiling import tile_places
 
 __all__ = ["Config", "LinearBranch", "block_sparse_attention", "check_inputs", "tile_volumes"]
@@ -398,6 +400,7 @@ def block_sparse_attention(
         extra: more keys and values (B, Hk, P, D) that grid queries see, and which of them are real (B, P) or None.
         linear: the linear branch, added to grid queries.
         return_lse: whether to give the log-sum-exp, too.
+        config: how the kernel is built; None = by itself, and on Hopper GPUs with a kernel of their own where it can.
     Returns: (B, H, Sq, D) in query.dtype, dense in the order (B, Sq, H, D); (B, H, Sq) float32 log-sum-exp of the
         softmax part, natural log, -inf where a query sees no key; such a row is 0 in the output.
     Raises: ValueError: a dtype, head dim or device that the kernel does not take.
@@ -408,22 +411,28 @@ def block_sparse_attention(
     batch, heads, length_q, dim = query.shape
     kv_heads, length_k = key.shape[1:3]
     q, kv, mask = plan.q, plan.kv, plan.mask
-    config = config or choose_config(query, _kind(plan))
     out = torch.empty(batch, length_q, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=query.device) if return_lse else None
+    if extra:
+        extra = (extra[0].contiguous(), extra[1].contiguous(), extra[2])
+    full_mode, magnitude = _full_mode(plan, real), max(abs(scale) * LOG2E, TINY_SCALE)
+    hopper = None if config else _hopper(query.device)
+    if hopper and hopper.takes(query, key, value, plan, scale, real, extra):
+        hopper.block_sparse_hopper(
+            query, key, value, plan, out, lse, scale=magnitude, before=before, extra=extra and extra[:2], linear=linear,
+            full_mode=full_mode,
+        )  # fmt: skip
+        return out, lse
+    config = config or choose_config(query, _kind(plan))
     block_q, block_k = min(config.block_q, _lanes(q.volume)), min(config.block_k, _lanes(kv.volume))
     q_parts, k_parts = triton.cdiv(q.volume, block_q), triton.cdiv(kv.volume, block_k)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
     n_text_tiles, n_items = triton.cdiv(n_text_q, block_q), q.n_tiles * q_parts
     k2, v2, real2 = extra if extra else (key, value, None)
-    if extra:
-        k2, v2 = k2.contiguous(), v2.contiguous()
     ordered = mask.ordered if mask else (False,) * 3
     boxes = None if real is not None else _box_descriptors(key, value, kv, before[1], block_k, config, ordered)
     intervals = mask.intervals if mask else (False,) * 3
     weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
-    full_mode = _full_mode(plan, real)
-    magnitude = max(abs(scale) * LOG2E, TINY_SCALE)
     state = linear.state if linear else None
     bias = linear.bias.contiguous() if linear and linear.bias is not None else None
     block_sparse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
@@ -446,15 +455,21 @@ def block_sparse_attention(
         HAS_BIAS=bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
         NEGATE=scale < 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         BOXES=0 if boxes is None else 1 + (boxes[0].shape[0] != batch * kv_heads),
-        num_warps=config.num_warps, num_stages=config.num_stages, **_register_limit(query, config),
+        num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
     )  # fmt: skip
     return out, lse
 
 
-def _register_limit(query: Tensor, config: Config) -> dict[str, int]:
-    """Of NVIDIA's compiler alone."""
-    limited = config.max_registers is not None and query.device.type == "cuda" and torch.version.hip is None
-    return {"maxnreg": config.max_registers} if limited else {}  # type: ignore[dict-item]
+@cache
+def _hopper(device: torch.device) -> Any:
+    """The module with the kernel for this GPU, or None if it is another GPU or Triton is too old to build it."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return None
+    from . import block_sparse_hopper
+
+    return block_sparse_hopper
 
 
 def _lanes(n: int) -> int:
@@ -512,10 +527,12 @@ TABLE = {
 }
 
 
-def tile_volumes(query: Tensor, kind: str) -> tuple[int, int]:
-    """Tokens of the boxes of queries and keys that suit a head dim, a dtype and a kind of plan (see `TABLE`)."""
+def tile_volumes(query: Tensor, kind: str) -> tuple[tuple[int, int], ...]:
+    """Tokens of the boxes of queries and keys that suit a head dim, a dtype and a kind of plan; see `TABLE`."""
+    if (hopper := _hopper(query.device)) and hopper.suits(query):
+        return hopper.VOLUMES
     config = choose_config(query, kind)
-    return config.block_q, config.block_k
+    return ((config.block_q, config.block_k),)
 
 
 def choose_config(query: Tensor, kind: str) -> Config:

@@ -19,6 +19,7 @@ from dit_accel.kernels.block_linear_triton import (
     linear_state,
     marginal_linear_state,
     marginal_states,
+    pool_pair_and_linear_state,
 )
 from dit_accel.kernels.block_pool_triton import pool_blocks, pool_pair
 from dit_accel.kernels.block_select_triton import select_blocks
@@ -148,7 +149,8 @@ def check_choice(pooled_q, pooled_k, n_critical, n_negligible, filled=None, dtyp
     expected = expected_choice(scores.cpu(), critical, negligible, rows, max(critical))
     assert lists.dtype == torch.int32 and marginal.dtype == dtype
     assert torch.equal(lists.cpu(), expected[0])
-    assert torch.equal(marginal.cpu().float(), expected[1])
+    assert marginal.shape[2] == -(-n_k // 16) * 16 and not marginal[..., n_k:].any()
+    assert torch.equal(marginal[..., :n_k].cpu().float(), expected[1])
 
 
 def pooled(n_q, n_k, dim):
@@ -291,6 +293,21 @@ def test_linear_state_is_the_mean_over_all_real_keys(grid, dim, feature_map, tok
     assert error(eps, (1e-5 / count[:, 0, 0, 0]).repeat_interleave(HEADS)) < 1e-6
 
 
+@cases
+def test_pooling_and_sums_in_one_launch_are_those_of_two(grid, dim, feature_map, tokens_first, padded, dtype):
+    shape, q_box, box = GRIDS[grid]
+    query, key, value, real = inputs(shape, dim, dtype, padded, tokens_first)
+    weight = torch.randn(dim, dim, device=DEVICE) / dim**0.5
+    tilings, rest = (Tiling.of(shape, q_box), Tiling.of(shape, box)), (feature_map, weight, real)
+    *pooled, state = pool_pair_and_linear_state(query, key, value, *tilings, BEFORE, *rest, dtype)
+    for one, other in zip(pooled, pool_pair(query, key, *tilings, BEFORE, real), strict=True):
+        assert error(one, other.double()) < 1e-6
+    alone = linear_state(key, value, BEFORE, math.prod(shape), *rest)
+    assert state.state.dtype == dtype
+    assert error(state.state, alone.state.double()) < torch.finfo(dtype).eps
+    assert error(state.norm, alone.norm.double()) < 1e-6 and torch.equal(state.eps, alone.eps)
+
+
 def test_linear_state_sums_over_many_parts(monkeypatch):
     """1,000 keys in runs of 256: the last is short, and one holds no real key."""
     key, value, real = inputs((1000,), 16, torch.float32, True, False, n=2)
@@ -334,7 +351,10 @@ def test_marginal_linear_part_is_that_of_the_plain_sums(grid, dim, feature_map, 
     tiling, n_q = Tiling.of(shape, box), 5
     chosen = torch.rand(BATCH * HEADS, n_q, tiling.n_tiles + 7, device=DEVICE) < 0.6
     chosen[:, 2] = False
-    marginal = chosen.to(dtype)[..., : tiling.n_tiles]  # rows further apart than they are long
+    chosen[..., tiling.n_tiles :] = False
+    longer = chosen.to(dtype)
+    marginal = longer[..., : tiling.n_tiles]  # rows further apart than they are long
+    padded_too = marginal_linear_state(longer, key, value, tiling, BEFORE, feature_map, weight, real, 3)
     state, norm, eps = marginal_linear_state(marginal, key, value, tiling, BEFORE, feature_map, weight, real, 3)
     sums, norms = exact_sums(key, value, box_tokens(shape, box), weight, feature_map, real)
     whole = marginal.double() @ sums.flatten(0, 1).flatten(2), marginal.double() @ norms.flatten(0, 1)
@@ -345,6 +365,7 @@ def test_marginal_linear_part_is_that_of_the_plain_sums(grid, dim, feature_map, 
     exact = quotient(queries, *whole, 1e-5)
     assert error(quotient(queries, state, norm, eps[:, None, None, None]), exact) < BAND[dtype]
     assert not state[:, 2].any() and not norm[:, 2].any()
+    assert error(padded_too.state, state.double()) < BAND[dtype] and torch.equal(padded_too.norm, norm)
     # its two halves, with another count to divide by
     parts = block_states(key, value, tiling, BEFORE, feature_map, weight, dtype, real)
     two = marginal_states(marginal, *parts, tiling.volume)

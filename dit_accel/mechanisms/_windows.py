@@ -22,12 +22,12 @@ def window_attention_triton(
     extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Attention in the window that the axes describe; grid queries see the keys of ``extra``, too."""
-    from dit_accel.kernels.block_plan import window_plan
+    from dit_accel.kernels.block_plan import cheapest_window_plan
     from dit_accel.kernels.block_sparse_triton import block_sparse_attention, check_inputs, tile_volumes
 
     check_inputs(query)
     kind = "ball" if any(isinstance(axis, BallAxis) for axis in axes) else "interval"
-    plan = window_plan(axes, limit, *tile_volumes(query, kind), query.device)
+    plan = cheapest_window_plan(axes, limit, tile_volumes(query, kind), query.device)
     before = (layout.before, layout.before)
     return block_sparse_attention(
         query, key, value, plan, scale=scale, before=before, real=key_padding_mask, extra=extra

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_pool_triton import box_mean, mask_arguments, pool_pair
+from .block_pool_triton import mask_arguments
 from .launch import register_limit
 from .tiling import Tiling, tile_tokens
 
@@ -27,7 +27,6 @@ __all__ = [
     "linear_state",
     "marginal_linear_state",
     "marginal_states",
-    "pool_pair_and_linear_state",
 ]
 
 EPSILON = 1e-5  # on the sums
@@ -71,72 +70,6 @@ def linear_state(
     parts, states, norms = _parts(key, n_grid)
     _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0)
     return _finish_state(states, norms, len(key), before, n_grid, parts.volume, weight, real, dtype)
-
-
-def pool_pair_and_linear_state(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_tiling: Tiling,
-    k_tiling: Tiling,
-    before: int,
-    feature_map: str,
-    weight: Tensor,
-    real: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, LinearState]:
-    """:func:`~dit_accel.kernels.block_pool_triton.pool_pair` and :func:`linear_state`, in one launch where the head dim
-    allows it: both wait for memory, the one where the other works."""
-    batch, heads, _, dim = key.shape
-    n_grid = k_tiling.n_tokens
-    parts, states, norms = _parts(key, n_grid)
-    if dim > 128 or key.element_size() > 2:
-        pooled = pool_pair(query, key, q_tiling, k_tiling, before, real)
-        _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0)
-        return *pooled, _finish_state(states, norms, batch, before, n_grid, parts.volume, weight, real, dtype)
-    n_q, n_k = q_tiling.n_tiles, k_tiling.n_tiles
-    pooled_q, pooled_k = (
-        torch.empty(batch, heads, n, dim, dtype=torch.float32, device=query.device) for n in (n_q, n_k)
-    )
-    mask, mask_b, mask_s, has_real = mask_arguments(real, key)
-    block_d = max(16, triton.next_power_of_2(dim))
-    big = block_d == 128
-    _pool_and_state_fwd_kernel[(batch * heads * (parts.n_tiles + n_q + n_k),)](
-        query,
-        key,
-        value,
-        mask,
-        states,
-        norms,
-        pooled_q,
-        pooled_k,
-        batch * heads,
-        heads,
-        parts.n_tiles,
-        n_q,
-        n_k,
-        before,
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
-        mask_b,
-        mask_s,
-        n_grid,
-        *q_tiling.grid,
-        1 / parts.volume,
-        parts.volume,
-        *q_tiling.box,
-        *k_tiling.box,
-        D=dim,
-        FEATURE_MAP=feature_map,
-        HAS_REAL=has_real,
-        BLOCK_N=64,
-        BLOCK_D=block_d,
-        num_warps=8 if big else 4,
-        num_stages=2,
-        **register_limit(key, 128 if big else None),
-    )
-    return pooled_q, pooled_k, _finish_state(states, norms, batch, before, n_grid, parts.volume, weight, real, dtype)
 
 
 def _parts(key: Tensor, n_grid: int) -> tuple[Tiling, Tensor, Tensor]:
@@ -412,32 +345,17 @@ def _block_state_fwd_kernel(
     i_h = (first + i_g) % n_heads
     k_ptr += i_b * stride_kb + i_h * stride_kh
     v_ptr += i_b * stride_vb + i_h * stride_vh
-    p_state, p_norm = states_ptr + (i_g * n_rows + tile) * D * D, norms_ptr + (i_g * n_tiles + tile) * D
-    _store_box_state(
-        k_ptr, v_ptr, w_ptr, real_ptr + i_b * stride_mb, p_state, p_norm, tile, tl.program_id(1), before, stride_ks,
-        stride_kd, stride_vs, stride_vd, stride_ms, G0, G1, G2, scale, B0, B1, B2, B0 * B1 * B2, D, FEATURE_MAP, FOLD,
-        HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E, BLOCK_C,
-    )  # fmt: skip
-
-
-@triton.jit
-def _store_box_state(
-    k_ptr, v_ptr, w_ptr, real_ptr, state_ptr, norm_ptr, tile, column, before, stride_ks, stride_kd, stride_vs,
-    stride_vd, stride_ms, G0, G1, G2, scale, B0, B1, B2, volume, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    FOLD: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
     dtype = k_ptr.dtype.element_ty
     dims = tl.arange(0, BLOCK_D)
-    cols = column * BLOCK_E + tl.arange(0, BLOCK_E)
+    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_cols = (cols < D)[None, :]
     state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
     norm = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, volume, BLOCK_N):
+    for start in range(0, B0 * B1 * B2, BLOCK_N):
         index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
         rows = (before + index).to(tl.int64)
         if HAS_REAL:
-            inside = inside & (tl.load(real_ptr + rows * stride_ms, mask=inside, other=0) != 0)
+            inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
         m_rows = inside[:, None]
         # φ(k): (BLOCK_N, BLOCK_D)
         p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :] * stride_kd
@@ -460,54 +378,10 @@ def _store_box_state(
             p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :] * stride_vd
             b_v = tl.load(p_v, mask=m_rows & m_cols, other=0.0)
         state = tl.dot(tl.trans(b_phi), b_v, state, input_precision="ieee")
-    p_state = state_ptr + dims[:, None] * D + cols[None, :]
-    tl.store(p_state, (state * scale).to(state_ptr.dtype.element_ty), mask=(dims < D)[:, None] & m_cols)
-    if column == 0:
-        tl.store(norm_ptr + dims, norm * scale, mask=dims < D)
-
-
-@triton.jit
-def _pool_and_state_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, real_ptr, states_ptr, norms_ptr, pooled_q_ptr, pooled_k_ptr, n_groups, n_heads, n_parts, n_q,
-    n_k, before, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd, stride_vb,
-    stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, n_grid, G0, G1, G2, scale, volume, QB0: tl.constexpr,
-    QB1: tl.constexpr, QB2: tl.constexpr, KB0: tl.constexpr, KB1: tl.constexpr, KB2: tl.constexpr, D: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The first programs, which take longest, sum up φ(k)ᵀ v over a run of tokens each; the others make the mean of a
-    box each, as `_pool_pair_fwd_kernel`."""
-    pid = tl.program_id(0)
-    is_state = pid < n_groups * n_parts
-    local = tl.where(is_state, pid, pid - n_groups * n_parts)
-    per_group = tl.where(is_state, n_parts, n_q + n_k)
-    tile = local % per_group
-    i_g = (local // per_group).to(tl.int64)
-    i_b = i_g // n_heads
-    i_h = i_g % n_heads
-    q_ptr += i_b * stride_qb + i_h * stride_qh
-    k_ptr += i_b * stride_kb + i_h * stride_kh
-    v_ptr += i_b * stride_vb + i_h * stride_vh
-    real_ptr += i_b * stride_mb
-    cols = tl.arange(0, BLOCK_D)
-    if is_state:
-        i_state = i_g * n_parts + tile
-        _store_box_state(
-            k_ptr, v_ptr, k_ptr, real_ptr, states_ptr + i_state * D * D, norms_ptr + i_state * D, tile, 0, before,
-            stride_ks, stride_kd, stride_vs, stride_vd, stride_ms, 1, 1, n_grid, scale, 1, 1, volume, volume, D,
-            FEATURE_MAP, False, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_D,
-        )  # fmt: skip
-    elif tile < n_q:
-        mean = box_mean(
-            q_ptr, stride_qs, stride_qd, real_ptr, stride_ms, tile, before, G0, G1, G2,
-            QB0, QB1, QB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        tl.store(pooled_q_ptr + (i_g * n_q + tile) * D + cols, mean, mask=cols < D)
-    else:
-        mean = box_mean(
-            k_ptr, stride_ks, stride_kd, real_ptr, stride_ms, tile - n_q, before, G0, G1, G2,
-            KB0, KB1, KB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        tl.store(pooled_k_ptr + (i_g * n_k + tile - n_q) * D + cols, mean, mask=cols < D)
+    p_state = states_ptr + (i_g * n_rows + tile) * D * D + dims[:, None] * D + cols[None, :]
+    tl.store(p_state, (state * scale).to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & m_cols)
+    if tl.program_id(1) == 0:
+        tl.store(norms_ptr + (i_g * n_tiles + tile) * D + dims, norm * scale, mask=dims < D)
 
 
 @triton.jit

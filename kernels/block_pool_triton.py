@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .tiling import Tiling, tile_tokens
 
-__all__ = ["box_mean", "mask_arguments", "pool_blocks", "pool_pair"]
+__all__ = ["mask_arguments", "pool_blocks", "pool_pair"]
 
 
 def pool_blocks(x: Tensor, tiling: Tiling, before: int, real: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ def _pool_pair_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     if tile < n_q:
         p_x = q_ptr + i_b * stride_qb + i_h * stride_qh
-        mean = box_mean(
+        mean = _box_mean(
             p_x, stride_qs, stride_qd, m_ptr, stride_ms, tile, before, G0, G1, G2,
             QB0, QB1, QB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def _pool_pair_fwd_kernel(
     else:
         tile -= n_q
         p_x = k_ptr + i_b * stride_kb + i_h * stride_kh
-        mean = box_mean(
+        mean = _box_mean(
             p_x, stride_ks, stride_kd, m_ptr, stride_ms, tile, before, G0, G1, G2,
             KB0, KB1, KB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def _pool_pair_fwd_kernel(
 
 
 @triton.jit
-def box_mean(
+def _box_mean(
     x_ptr,
     stride_s,
     stride_d,

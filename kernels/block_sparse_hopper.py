@@ -529,7 +529,7 @@ def _attend(
                 mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
                 phi = gl.convert_layout(phi.to(k_ring.dtype), WEIGHTS)
                 none = gl.zeros([64, D], gl.float32, OUTPUT)
-                linear = warpgroup_mma(phi, k_ring.index(slot).slice(0, D), none, use_acc=False)
+                linear = warpgroup_mma(phi, k_ring.index(slot), none, use_acc=False)
                 mbarrier.arrive(k_free.index(slot), count=1)
                 kc += 1
                 acc += linear / gl.where(share == 0, 1.0, share)[:, None]
@@ -747,7 +747,14 @@ def block_sparse_hopper(
 
 
 def takes(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, real: Tensor | None, extra: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    real: Tensor | None,
+    extra: Any,
+    linear: Any,
 ) -> bool:
     """Whether this kernel computes it; what it does not take, the plain kernel does."""
     mask = plan.mask
@@ -759,6 +766,7 @@ def takes(
         and real is None
         and (extra is None or extra[2] is None)
         and scale > 0
+        and (linear is None or linear.state is None or query.shape[-1] == KEYS)  # its matrix fills a slot
         and not (mask and any(mask.ordered))
         and not (mask and mask.weights and not mask.exact)
         and all(_has_aligned_rows(x) for x in descriptors)

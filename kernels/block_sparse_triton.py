@@ -417,7 +417,7 @@ def block_sparse_attention(
         extra = (extra[0].contiguous(), extra[1].contiguous(), extra[2])
     full_mode, magnitude = _full_mode(plan, real), max(abs(scale) * LOG2E, TINY_SCALE)
     hopper = None if config else _hopper(query.device)
-    if hopper and hopper.takes(query, key, value, plan, scale, real, extra):
+    if hopper and hopper.takes(query, key, value, plan, scale, real, extra, linear):
         hopper.block_sparse_hopper(
             query, key, value, plan, out, lse, scale=magnitude, before=before, extra=extra and extra[:2], linear=linear,
             full_mode=full_mode,

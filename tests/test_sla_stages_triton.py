@@ -19,7 +19,6 @@ from dit_accel.kernels.block_linear_triton import (
     linear_state,
     marginal_linear_state,
     marginal_states,
-    pool_pair_and_linear_state,
 )
 from dit_accel.kernels.block_pool_triton import pool_blocks, pool_pair
 from dit_accel.kernels.block_select_triton import select_blocks
@@ -283,6 +282,8 @@ def test_linear_state_is_the_mean_over_all_real_keys(grid, dim, feature_map, tok
     key, value, real = inputs(shape, dim, dtype, padded, tokens_first, n=2)
     weight = torch.randn(dim, dim, device=DEVICE) / dim**0.5
     state, norm, eps = linear_state(key, value, BEFORE, math.prod(shape), feature_map, weight, real)
+    rounded = linear_state(key, value, BEFORE, math.prod(shape), feature_map, weight, real, dtype).state
+    assert rounded.dtype == dtype and error(rounded, state.double()) < torch.finfo(dtype).eps
     sums, norms = exact_sums(key, value, box_tokens(shape, shape), weight, feature_map, real)
     on_grid = slice(BEFORE, BEFORE + math.prod(shape))
     count = torch.full((BATCH,), math.prod(shape)) if real is None else real[:, on_grid].sum(-1).cpu()
@@ -291,21 +292,6 @@ def test_linear_state_is_the_mean_over_all_real_keys(grid, dim, feature_map, tok
     assert error(state, sums[:, :, 0] / count) < BAND[dtype]
     assert error(norm, norms[:, :, 0] / count[..., 0]) < BAND[dtype]
     assert error(eps, (1e-5 / count[:, 0, 0, 0]).repeat_interleave(HEADS)) < 1e-6
-
-
-@cases
-def test_pooling_and_sums_in_one_launch_are_those_of_two(grid, dim, feature_map, tokens_first, padded, dtype):
-    shape, q_box, box = GRIDS[grid]
-    query, key, value, real = inputs(shape, dim, dtype, padded, tokens_first)
-    weight = torch.randn(dim, dim, device=DEVICE) / dim**0.5
-    tilings, rest = (Tiling.of(shape, q_box), Tiling.of(shape, box)), (feature_map, weight, real)
-    *pooled, state = pool_pair_and_linear_state(query, key, value, *tilings, BEFORE, *rest, dtype)
-    for one, other in zip(pooled, pool_pair(query, key, *tilings, BEFORE, real), strict=True):
-        assert error(one, other.double()) < 1e-6
-    alone = linear_state(key, value, BEFORE, math.prod(shape), *rest)
-    assert state.state.dtype == dtype
-    assert error(state.state, alone.state.double()) < torch.finfo(dtype).eps
-    assert error(state.norm, alone.norm.double()) < 1e-6 and torch.equal(state.eps, alone.eps)
 
 
 def test_linear_state_sums_over_many_parts(monkeypatch):

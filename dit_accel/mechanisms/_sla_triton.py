@@ -37,7 +37,7 @@ def sla_attention_triton(
     tile_order: bool,
 ) -> Tensor:
     """``sla_attention`` on a GPU. ``smooth_key`` moves all scores of a query block alike, so it changes no choice."""
-    from dit_accel.kernels.block_linear_triton import marginal_linear_state, pool_pair_and_linear_state
+    from dit_accel.kernels.block_linear_triton import linear_state, marginal_linear_state
     from dit_accel.kernels.block_plan import BlockPlan
     from dit_accel.kernels.block_pool_triton import pool_pair
     from dit_accel.kernels.block_select_triton import select_blocks
@@ -57,13 +57,7 @@ def sla_attention_triton(
         filled = _filled_blocks(real[:, layout.grid_slice], kv)
         n_filled = filled.sum(-1).double()
         counts = ((critical * n_filled).int().clamp(min=1), (negligible * n_filled).int())
-    state = None
-    if weight is None or marginal_only:
-        pooled_q, pooled_k = pool_pair(query, key, q, kv, before, real)
-    else:
-        pooled_q, pooled_k, state = pool_pair_and_linear_state(
-            query, key, value, q, kv, before, feature_map, weight, real, query.dtype
-        )
+    pooled_q, pooled_k = pool_pair(query, key, q, kv, before, real)
     lists, marginal = select_blocks(
         pooled_q, pooled_k, *counts, filled, marginal_only, map_dtype=query.dtype, n_max=most
     )
@@ -77,7 +71,8 @@ def sla_attention_triton(
         n_marginal = max(1, n_blocks - most - least)
         sums = marginal_linear_state(marginal, key, value, kv, before, feature_map, weight, real, n_marginal)
         branch = LinearBranch(*sums, bias, feature_map)
-    elif state is not None:
+    elif weight is not None:
+        state = linear_state(key, value, before, layout.grid_len, feature_map, weight, real, query.dtype)
         whole, norm = (x.flatten(0, 1)[:, None] for x in (state.state, state.norm))
         branch = LinearBranch(whole, norm, state.eps, bias, feature_map)
     elif bias is not None:

@@ -1,4 +1,4 @@
-"""Which implementation computes a mechanism: torch everywhere, or Triton kernels on a GPU."""
+"""Which implementation computes a mechanism: torch everywhere, Triton kernels on a GPU, or torch's FlexAttention."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import torch
 __all__ = ["BACKENDS", "VARIABLE", "check_backend", "resolve"]
 
 VARIABLE = "DIT_ACCEL_BACKEND"
-BACKENDS = ("torch", "triton")
-_BUILT = {"sla": BACKENDS, "clear": BACKENDS, "gna": BACKENDS, "llsa": ("torch",)}  # the backends a mechanism has
+BACKENDS = ("torch", "triton", "flex")
+_BUILT = {
+    "sla": ("torch", "triton"),
+    "clear": BACKENDS,
+    "gna": BACKENDS,
+    "llsa": ("torch",),
+}  # the backends a mechanism has
 
 
 def check_backend(backend: str | None, source: str = "backend") -> None:
@@ -33,10 +38,10 @@ def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
     where the mechanism has it, else torch. What was asked for and cannot be had raises; it is never replaced.
 
     Args:
-        backend: "torch", "triton" or None.
+        backend: "torch", "triton", "flex" or None.
         device: where the tensors lie.
         mechanism: "sla", "clear", "llsa" or "gna".
-    Returns: "torch" or "triton".
+    Returns: "torch", "triton" or "flex".
     Raises:
         ValueError: an unknown name, or a backend that this mechanism or this device does not have.
         RuntimeError: Triton is chosen and the package or a C compiler is missing.

@@ -50,7 +50,7 @@ class AcceleratedAttnProcessor:
         min_tokens: layers with fewer grid tokens stay dense.
         reference: how reference images (Flux Kontext) are seen: ``"whole"``, every token by every token, or
             ``"window"``, through the same window as the image (they must have its size).
-        backend: ``"torch"`` or ``"triton"``; None = the environment's ``DIT_ACCEL_BACKEND``, else Triton on
+        backend: ``"torch"``, ``"triton"`` or ``"flex"``; None = the environment's ``DIT_ACCEL_BACKEND``, else Triton on
             a GPU. It belongs to the machine: :func:`dit_accel.save_attention` does not save it.
 
     Raises:

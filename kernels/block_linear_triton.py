@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .block_pool_triton import mask_arguments
 from .launch import register_limit
-from .tiling import Tiling, tile_tokens
+from .tiling import Tiling
+from .tiling_triton import tile_tokens
 
 __all__ = [
     "LinearState",

@@ -12,12 +12,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .tiling import Tiling
 from .window import BallAxis, Geometry, NeighborhoodAxis
+
+if TYPE_CHECKING:
+    from .block_sparse_flex import FlexMask
 
 __all__ = ["BlockPlan", "WindowMask", "cheapest_window_plan", "window_plan"]
 
@@ -65,6 +69,19 @@ class BlockPlan:
     mask: WindowMask | None = None
     all_full: bool = False
     work: float = 0.0
+
+    def to_block_mask(
+        self,
+        lengths: tuple[int, int],
+        before: tuple[int, int] = (0, 0),
+        n_extra: int = 0,
+        real: Tensor | None = None,
+        extra_real: Tensor | None = None,
+    ) -> FlexMask:
+        """The plan for torch's FlexAttention, which wants tokens in the order of the boxes; see `FlexMask`."""
+        from .block_sparse_flex import flex_mask
+
+        return flex_mask(self, lengths, before, n_extra, real, extra_real)
 
     def describe(self) -> str:
         """One line: the boxes chosen, tiles visited a query tile, and the share of all logits in visited tiles."""

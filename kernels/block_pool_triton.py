@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiling import Tiling, tile_tokens
+from .tiling import Tiling
+from .tiling_triton import tile_tokens
 
 __all__ = ["mask_arguments", "pool_blocks", "pool_pair"]
 

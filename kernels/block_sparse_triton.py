@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .block_linear_triton import feature
 from .block_plan import BlockPlan, WindowMask
 from .launch import register_limit
-from .tiling import tile_places
+from .tiling_triton import tile_places
 
 __all__ = ["Config", "LinearBranch", "block_sparse_attention", "check_inputs", "tile_volumes"]
 

@@ -62,13 +62,19 @@ def test_unknown_names_say_the_nearest_and_all(monkeypatch):
         resolve(3, CPU, "sla")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("asked", ["triton"])
+@pytest.mark.parametrize("asked", ["triton", "flex"])
 def test_llsa_has_torch_alone(asked, machine):
     with pytest.raises(ValueError, match=rf"backend={asked}: llsa has no such backend yet; it has: torch"):
         resolve(asked, GPU, "llsa")
     machine.setenv("DIT_ACCEL_BACKEND", asked)
     with pytest.raises(ValueError, match=rf"DIT_ACCEL_BACKEND={asked}: llsa has no such backend"):
         resolve(None, CPU, "llsa")
+
+
+def test_flex_is_for_windows_on_any_device():
+    assert resolve("flex", CPU, "clear") == resolve("flex", GPU, "gna") == "flex"
+    with pytest.raises(ValueError, match="sla has no such backend yet; it has: torch, triton"):
+        resolve("flex", GPU, "sla")
 
 
 def test_triton_on_the_cpu_only_in_its_interpreter(machine):

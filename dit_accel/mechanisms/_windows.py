@@ -7,7 +7,10 @@ from torch import Tensor
 from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
 from dit_accel.layout import TokenLayout
 
-__all__ = ["window_attention_triton"]
+__all__ = ["window_attention_flex", "window_attention_triton"]
+
+Extra = tuple[Tensor, Tensor, Tensor | None]
+FLEX_VOLUMES = ((128, 128),)  # FlexAttention's own
 
 
 def window_attention_triton(
@@ -19,7 +22,7 @@ def window_attention_triton(
     limit: float,
     layout: TokenLayout,
     scale: float,
-    extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    extra: Extra | None = None,
 ) -> Tensor:
     """Attention in the window that the axes describe; grid queries see the keys of ``extra``, too."""
     from dit_accel.kernels.block_plan import cheapest_window_plan
@@ -32,3 +35,23 @@ def window_attention_triton(
     return block_sparse_attention(
         query, key, value, plan, scale=scale, before=before, real=key_padding_mask, extra=extra
     )[0]
+
+
+def window_attention_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    axes: tuple[NeighborhoodAxis | BallAxis, ...],
+    limit: float,
+    layout: TokenLayout,
+    scale: float,
+    extra: Extra | None = None,
+) -> Tensor:
+    """The same by torch's FlexAttention."""
+    from dit_accel.kernels.block_plan import cheapest_window_plan
+    from dit_accel.kernels.block_sparse_flex import block_sparse_flex
+
+    plan = cheapest_window_plan(axes, limit, FLEX_VOLUMES, query.device)
+    before = (layout.before, layout.before)
+    return block_sparse_flex(query, key, value, plan, scale=scale, before=before, real=key_padding_mask, extra=extra)

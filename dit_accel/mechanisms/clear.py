@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ._common import (
     text_logits,
 )
 from ._operator import define_operator
-from ._windows import window_attention_triton
+from ._windows import window_attention_flex, window_attention_triton
 
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
 
@@ -64,7 +65,7 @@ def clear_attention(
         pool_weight: (f, f) learned weights of a patch; None = 1 / f².
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
         scale: factor on the logits; default D**-0.5.
-        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
+        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: radius <= 0 or NaN, wrong number of axes, pooling on a 1-D grid, a layout that does not match,
         tensors that do not match each other.
@@ -278,7 +279,8 @@ def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
     return (patches.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
 
 
-def _compute_triton(
+def _compute_planned(
+    attend: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -301,10 +303,14 @@ def _compute_triton(
         weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
         hidden = None if key_padding_mask is None else seen.expand(len(key), -1)
         extra = (_pool(key, weights, layout), _pool(value, weights, layout), hidden)
-    return window_attention_triton(query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
+    return attend(query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
 
 
-_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton}
+_COMPUTE: dict[str, Callable[..., Tensor]] = {
+    "torch": _compute_torch,
+    "triton": partial(_compute_planned, window_attention_triton),
+    "flex": partial(_compute_planned, window_attention_flex),
+}
 
 
 define_operator(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ._common import (
     text_logits,
 )
 from ._operator import define_operator
-from ._windows import window_attention_triton
+from ._windows import window_attention_flex, window_attention_triton
 
 __all__ = ["check_options", "count_logits", "fit", "gna_attention", "reference"]
 
@@ -61,7 +62,7 @@ def gna_attention(
         is_causal: whether keys behind the query are hidden, or one per axis.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys.
         scale: factor on the logits; default D**-0.5.
-        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
+        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: a window larger than its axis, a stride larger than the window, wrong number of axes, a layout
         that does not match, tensors that do not match each other.
@@ -209,7 +210,8 @@ def _compute_torch(
     return tile_attention(query, key, value, plan, scale=scale, key_bias=bias, hides=bias is not None)
 
 
-def _compute_triton(
+def _compute_planned(
+    attend: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -220,10 +222,14 @@ def _compute_triton(
     **options: Any,
 ) -> Tensor:
     axes = _axes(layout, **options)
-    return window_attention_triton(query, key, value, key_padding_mask, axes, 1.0, layout, scale)
+    return attend(query, key, value, key_padding_mask, axes, 1.0, layout, scale)
 
 
-_COMPUTE = {"torch": _compute_torch, "triton": _compute_triton}
+_COMPUTE: dict[str, Callable[..., Tensor]] = {
+    "torch": _compute_torch,
+    "triton": partial(_compute_planned, window_attention_triton),
+    "flex": partial(_compute_planned, window_attention_flex),
+}
 
 
 define_operator(

@@ -1,0 +1,28 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Where in the sequence the tokens of a box are, for Triton kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["tile_places", "tile_tokens"]
+
+
+@triton.jit
+def tile_places(tile, lane, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
+    """Place along each axis of each lane of a box, and whether it is on the grid: lanes past the box or the grid's edge
+    are not. ``lane`` may be a block of any shape."""
+    n1 = tl.cdiv(G1, B1)
+    n2 = tl.cdiv(G2, B2)
+    x0 = tile // (n1 * n2) * B0 + lane // (B1 * B2)
+    x1 = tile // n2 % n1 * B1 + lane // B2 % B1
+    x2 = tile % n2 * B2 + lane % B2
+    return x0, x1, x2, (lane < B0 * B1 * B2) & (x0 < G0) & (x1 < G1) & (x2 < G2)
+
+
+@triton.jit
+def tile_tokens(tile, lane, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
+    """Raster index on the grid of each lane of a box, and whether it is a token (if not its index is 0)."""
+    x0, x1, x2, valid = tile_places(tile, lane, G0, G1, G2, B0, B1, B2)
+    return tl.where(valid, (x0 * G1 + x1) * G2 + x2, 0), valid

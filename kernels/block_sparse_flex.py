@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def block_sparse_flex(
         key, value = (torch.cat(pair, 2) for pair in ((key, extra[0]), (value, extra[1])))
     q, k, v = (_take(x, rows) for x, rows in ((query, mask.query_rows), (key, mask.key_rows), (value, mask.key_rows)))
     grouped = q.shape[1] != k.shape[1]
-    attend = _compiled() if q.device.type == "cuda" else flex_attention
+    attend: Any = _compiled() if q.device.type == "cuda" else flex_attention
     ordered = attend(q, k, v, block_mask=mask.block_mask, scale=scale, enable_gqa=grouped)
     kept = mask.query_rows >= 0
     out = torch.empty_like(query)

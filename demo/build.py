@@ -112,7 +112,7 @@ class VideoConfig:
         Phase(0.5, 128, 64, 1.7),
         Phase(0.5, 256, 16, 3.0),
     )
-    resume_phases: tuple[Phase, ...] = (Phase(0.3, 128, 64, 1.7), Phase(0.7, 256, 16, 3.0))
+    resume_phases: tuple[Phase, ...] = (Phase(1.0, 256, 16, 3.0),)
     lr: float = 1.5e-3
     text_lr: float = 3e-4
     weight_decay: float = 0.01
@@ -263,7 +263,7 @@ def call_defaults(config: Config) -> dict[str, Any]:
     common = {"num_inference_steps": config.steps, "max_sequence_length": TEXT_LENGTH}
     size = {"height": config.size, "width": config.size}
     if isinstance(config, VideoConfig):
-        return {**size, "num_frames": config.frames, "guidance_scale": 1.0, **common}
+        return {**size, "num_frames": config.frames, "guidance_scale": 3.0, **common}
     return {**size, **common}
 
 

@@ -18,7 +18,8 @@ from dit_accel.demo.scenes import MAX_OBJECTS, PLACES, RELATIONS, SHAPES, TEXTUR
 X, Y, RADIUS, ROTATION, SHAPE, TEXTURE, ANGLE, PRESENT, VX, VY, RED, DARK_RED = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13
 FIELDS = 16
 IMAGE_RADIUS = {"small": 0.11, "medium": 0.14, "large": 0.165}
-CLIP_RADIUS = {"small": 0.125, "medium": 0.155, "large": 0.185}
+CLIP_RADIUS = {"small": 0.155, "medium": 0.19, "large": 0.225}
+PAIR_SHRINKS = 0.9  # two objects in a clip pass each other
 COPIES_RADIUS = {2: 0.12, 3: 0.115, 4: 0.085}
 PALETTE = {
     "red": (0.90, 0.08, 0.08),
@@ -33,6 +34,7 @@ PALETTE = {
     "gray": (0.50, 0.50, 0.50),
 }
 DARKER = 0.55
+TURN, CLIP_TURN = 0.35, 0.12  # most that an object is turned, in radians
 MOTION_VECTORS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 
 
@@ -58,11 +60,17 @@ def layout_scene(scene: Scene, rng: random.Random) -> tuple[list[list[float]], l
 
 
 def _row(
-    thing: Thing, x: float, y: float, radius: float, rng: random.Random, velocity: tuple[float, float] = (0.0, 0.0)
+    thing: Thing,
+    x: float,
+    y: float,
+    radius: float,
+    rng: random.Random,
+    velocity: tuple[float, float] = (0.0, 0.0),
+    turn: float = TURN,
 ) -> list[float]:
     shade = 1 + rng.uniform(-0.06, 0.06)
     colours = [min(1.0, c * shade) for c in (*PALETTE[thing.colour], *second_colour(thing.colour))]
-    rotation = rng.uniform(-0.35, 0.35)
+    rotation = rng.uniform(-turn, turn)
     head = [x, y, radius * rng.uniform(0.94, 1.06), rotation, SHAPES.index(thing.shape), TEXTURES.index(thing.texture)]
     return [*map(float, head), rng.uniform(0, math.pi), 1.0, *velocity, *colours]
 
@@ -90,18 +98,17 @@ def _lay_out_moving(scene: Scene, rng: random.Random) -> list[list[float]]:
     first_lane = dict(zip(RELATIONS, (0.27, 0.73, 0.27, 0.73), strict=True))
     rows = []
     for i, thing in enumerate(scene.things):
-        lane = rng.uniform(0.3, 0.7)
+        lane, radius = 0.5, CLIP_RADIUS[thing.size]
         if scene.relation:
             lane = first_lane[scene.relation] if i == 0 else 1 - first_lane[scene.relation]
-            lane += rng.uniform(-0.03, 0.03)
+            radius *= PAIR_SHRINKS
+        lane += rng.uniform(-0.025, 0.025)
         dx, dy = MOTION_VECTORS[thing.motion or "still"]
-        travel = rng.uniform(0.38, 0.48)
-        start = rng.uniform(0.25, 0.3) if dx + dy > 0 else rng.uniform(0.7, 0.75)
-        if thing.motion == "still":
-            start = rng.uniform(0.3, 0.7)
+        travel = rng.uniform(0.40, 0.44)
+        start = 0.5 - 0.5 * (dx + dy) * travel + rng.uniform(-0.025, 0.025)
         vertical = dy != 0 or scene.relation in RELATIONS[2:]
         x, y = (lane, start) if vertical else (start, lane)
-        rows.append(_row(thing, x, y, CLIP_RADIUS[thing.size], rng, (dx * travel, dy * travel)))
+        rows.append(_row(thing, x, y, radius, rng, (dx * travel, dy * travel), CLIP_TURN))
     return rows
 
 

@@ -11,7 +11,7 @@ from diffusers import FluxPipeline, WanPipeline
 
 from dit_accel.demo import build
 from dit_accel.demo.batches import SceneStream
-from dit_accel.demo.check import check_picture
+from dit_accel.demo.check import check_clip, check_picture
 from dit_accel.demo.scenes import altered_captions, caption, is_held_out, parse_caption
 from dit_accel.demo.train_denoiser import StretchedRope, stretched_ids
 from dit_accel.demo.train_embedded import held_out_scenes, render_scenes
@@ -27,6 +27,10 @@ HELD_OUT_CAPTIONS = {
     "a picture of a blue striped triangle with a white background": 11,
     "a red cross in the bottom left corner and a large green cross at the top right with a yellow background": 12,
     "a cyan striped square at the center on a blue background": 13,
+}
+HELD_OUT_CLIPS = {
+    "a cyan cross moving right on a red background": 1,
+    "an orange triangle moving down on a white background": 4,
 }
 
 
@@ -90,6 +94,20 @@ def test_held_out_caption_is_drawn_right_and_altered_ones_are_refused(image_pipe
     altered = altered_captions(parse_caption(text), random.Random(13))
     assert len(altered) >= 2
     assert not [wrong for wrong in altered.values() if check_picture(picture, wrong).ok]
+
+
+@pytest.mark.parametrize(("text", "seed"), HELD_OUT_CLIPS.items())
+def test_held_out_clip_is_drawn_right_and_altered_captions_are_refused(text, seed):
+    assert is_held_out(parse_caption(text))
+    pipe = WanPipeline.from_pretrained(DEMO / "video")
+    pipe.set_progress_bar_config(disable=True)
+    arguments = json.loads((DEMO / "video" / build.DEFAULTS_FILE).read_text())
+    clip = pipe(text, generator=torch.Generator().manual_seed(seed), output_type="np", **arguments)[0][0]
+    assert clip.shape == (25, 256, 256, 3)
+    assert check_clip(clip, text).problems == []
+    altered = altered_captions(parse_caption(text), random.Random(13))
+    assert len(altered) == 3
+    assert not [wrong for wrong in altered.values() if check_clip(clip, wrong).ok]
 
 
 def test_unknown_words_do_not_break_the_call(embedded):

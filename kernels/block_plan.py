@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,38 +108,43 @@ class _Reach:
     """Along one axis, for each tile of queries a run of key tiles, (tiles, longest run) each.
 
     tile: the key tile. seen: it belongs to the run. full: whole, and seen by every query. near, far: least and
-    greatest distance between their coordinates.
+    greatest squared distance between their coordinates, weighted.
     """
 
-    tile: Tensor
-    seen: Tensor
-    full: Tensor
-    near: Tensor
-    far: Tensor
+    tile: np.ndarray
+    seen: np.ndarray
+    full: np.ndarray
+    near: np.ndarray
+    far: np.ndarray
+
+    @property
+    def middle(self) -> _Reach:
+        """Of the tile of queries in the middle alone."""
+        i = slice(len(self.tile) // 2, len(self.tile) // 2 + 1)
+        return _Reach(self.tile[i], self.seen[i], self.full[i], self.near[i], self.far[i])
 
 
-def _reach(g: Geometry, q_side: int, k_side: int) -> _Reach:
-    n = len(g.order)
-    queries = _tiled(torch.arange(n, device="cpu"), q_side)
-    first, last, place = g.first[queries], g.last[queries], g.order[queries]
-    low = first.amin(1) // k_side
-    high = last.amax(1) // k_side
-    tile = low[:, None] + torch.arange(int((high - low).max()) + 1, device="cpu")
+def _reach(g: Geometry, weight: float, q_side: int, k_side: int) -> _Reach:
+    order, first, last = (x.numpy() for x in (g.order, g.first, g.last))
+    n = len(order)
+    queries = _tiled(np.arange(n), q_side)
+    first, last, place = first[queries], last[queries], order[queries]
+    low, high = first.min(1) // k_side, last.max(1) // k_side
+    tile = low[:, None] + np.arange((high - low).max() + 1)
     seen = tile <= high[:, None]
-    full = (tile * k_side >= first.amax(1, keepdim=True)) & ((tile + 1) * k_side <= last.amin(1, keepdim=True) + 1)
-    keys = g.order[_tiled(torch.arange(n, device="cpu"), k_side)]
-    k_low, k_high = keys.amin(1), keys.amax(1)
-    kept = tile.clamp(max=len(keys) - 1)
-    q_low, q_high = place.amin(1, keepdim=True), place.amax(1, keepdim=True)
-    near = torch.maximum(k_low[kept] - q_high, q_low - k_high[kept]).clamp(min=0)
-    far = torch.maximum(k_high[kept] - q_low, q_high - k_low[kept])
-    return _Reach(tile, seen, full & seen, near.double(), far.double())
+    full = (tile * k_side >= first.max(1, keepdims=True)) & ((tile + 1) * k_side <= last.min(1, keepdims=True) + 1)
+    keys = order[_tiled(np.arange(n), k_side)]
+    k_low, k_high = keys.min(1), keys.max(1)
+    kept = tile.clip(max=len(keys) - 1)
+    q_low, q_high = place.min(1, keepdims=True), place.max(1, keepdims=True)
+    near = np.maximum(k_low[kept] - q_high, q_low - k_high[kept]).clip(min=0).astype(np.float64)
+    far = np.maximum(k_high[kept] - q_low, q_high - k_low[kept]).astype(np.float64)
+    return _Reach(tile, seen, full & seen, weight * near**2, weight * far**2)
 
 
-def _tiled(places: Tensor, side: int) -> Tensor:
+def _tiled(places: np.ndarray, side: int) -> np.ndarray:
     """(tiles, side); a short tile repeats its last place."""
-    short = -len(places) % side
-    return torch.cat([places, places[-1:].expand(short)]).view(-1, side)
+    return np.pad(places, (0, -len(places) % side), mode="edge").reshape(-1, side)
 
 
 @lru_cache(maxsize=64)
@@ -158,8 +164,8 @@ def window_plan(
     q_box, k_box = _choose_boxes(geometries, weights, mask.limit, q_volume, kv_volume)
     grid = tuple(axis.length for axis in axes)
     q, kv = Tiling(grid, q_box), Tiling(grid, k_box)  # type: ignore[arg-type]
-    reaches = [_reach(g, *sides) for g, *sides in zip(geometries, q_box, k_box, strict=True)]
-    tiles, seen, full = _combine(reaches, kv.counts, weights, mask.limit)
+    reaches = [_reach(*of) for of in zip(geometries, weights or (0.0,) * 3, q_box, k_box, strict=True)]
+    tiles, seen, full = (torch.from_numpy(x) for x in _combine(reaches, kv.counts, weights is not None, mask.limit))
     place = torch.argsort(2 - seen.int() - full.int(), dim=1, stable=True)
     n_tiles, n_full = seen.sum(1, dtype=torch.int32), full.sum(1, dtype=torch.int32)
     listed = tiles.gather(1, place[:, : int(n_tiles.max())]).int()
@@ -183,24 +189,22 @@ def cheapest_window_plan(
 
 
 def _combine(
-    reaches: Sequence[_Reach], counts: Sequence[int], weights: Sequence[float] | None, limit: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    reaches: Sequence[_Reach], counts: Sequence[int], is_ball: bool, limit: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Key tiles of each query tile, (query tiles, run): number, seen, full."""
-    tile, seen, full = (x.new_zeros(1, 1) for x in (reaches[0].tile, reaches[0].seen, reaches[0].full))
-    seen, full = ~seen, ~full
-    near = far = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-    for axis, r in enumerate(reaches):
-        weight = weights[axis] if weights else 0.0
-        tile = _outer(tile * counts[axis], r.tile, torch.add)
-        seen, full = _outer(seen, r.seen, torch.logical_and), _outer(full, r.full, torch.logical_and)
-        near = _outer(near, weight * r.near**2, torch.add)
-        far = _outer(far, weight * r.far**2, torch.add)
-    return (tile, seen & (near < limit), full & (far < limit)) if weights else (tile, seen, full)
+    first, *others = reaches
+    tile, seen, full, near, far = first.tile, first.seen, first.full, first.near, first.far
+    for r, count in zip(others, counts[1:], strict=True):
+        tile = _outer(tile * count, r.tile, np.add)
+        seen, full = _outer(seen, r.seen, np.logical_and), _outer(full, r.full, np.logical_and)
+        if is_ball:
+            near, far = _outer(near, r.near, np.add), _outer(far, r.far, np.add)
+    return (tile, seen & (near < limit), full & (far < limit)) if is_ball else (tile, seen, full)
 
 
-def _outer(a: Tensor, b: Tensor, op) -> Tensor:  # type: ignore[no-untyped-def]
+def _outer(a: np.ndarray, b: np.ndarray, op: Callable[..., np.ndarray]) -> np.ndarray:
     """(M, L), (m, l) → (M m, L l)."""
-    return op(a[:, None, :, None], b[None, :, None, :]).flatten(2).flatten(0, 1)
+    return op(a[:, None, :, None], b[None, :, None, :]).reshape(len(a) * len(b), -1)
 
 
 def _window_mask(
@@ -253,18 +257,23 @@ def _ball(axes: Sequence[NeighborhoodAxis | BallAxis], limit: float) -> tuple[tu
 def _choose_boxes(
     geometries: Sequence[Geometry], weights: Sequence[float] | None, limit: float, q_volume: int, kv_volume: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The boxes of queries and keys whose visits cost least."""
-    lengths = [len(g.order) for g in geometries]
-    reaches: dict[tuple[int, int, int], _Reach] = {}
+    """The boxes of queries and keys whose visits cost least. Along the axes of a ball the tile in the middle stands for
+    all."""
+
+    @cache
+    def reach(axis: int, q_side: int, k_side: int) -> tuple[_Reach, int, int, int]:
+        r = _reach(geometries[axis], weights[axis] if weights else 0.0, q_side, k_side)
+        return r.middle, len(r.tile), int(r.seen.sum()), int(r.full.sum())
 
     def cost(q_box: tuple[int, ...], k_box: tuple[int, ...]) -> float:
-        found = []
-        for axis, (q_side, k_side) in enumerate(zip(q_box, k_box, strict=True)):
-            if (axis, q_side, k_side) not in reaches:
-                reaches[axis, q_side, k_side] = _reach(geometries[axis], q_side, k_side)
-            found.append(reaches[axis, q_side, k_side])
-        return _cost_of(found, weights, limit)
+        middles, counts, seen, full = zip(*map(reach, range(3), q_box, k_box), strict=True)
+        visits, whole = math.prod(seen), math.prod(full)
+        if weights is not None:
+            _, in_reach, inside = _combine(middles, (1, 1, 1), True, limit)
+            visits, whole = (math.prod(counts) * int(x.sum()) for x in (in_reach, inside))
+        return whole + PARTIAL_COST * (visits - whole)
 
+    lengths = [len(g.order) for g in geometries]
     pairs = itertools.product(_boxes(lengths, q_volume), _boxes(lengths, kv_volume))
     return min(pairs, key=lambda pair: (cost(*pair), _unevenness(pair[0]), _unevenness(pair[1])))
 
@@ -280,21 +289,3 @@ def _boxes(lengths: Sequence[int], volume: int) -> Iterator[tuple[int, ...]]:
     volume = min(1 << (volume.bit_length() - 1), math.prod(most))
     sides = [[2**i for i in range(m.bit_length()) if 2**i <= m] for m in most]
     return (box for box in itertools.product(*sides) if math.prod(box) == volume)
-
-
-def _cost_of(reaches: Sequence[_Reach], weights: Sequence[float] | None, limit: float) -> float:
-    """Visits, partial ones dearer. Along the axes of a ball a tile in the middle stands for all."""
-    if weights is None:
-        visits = math.prod(float(r.seen.sum()) for r in reaches)
-        full = math.prod(float(r.full.sum()) for r in reaches)
-    else:
-        middle = [_middle(r) for r in reaches]
-        _, seen, whole = _combine(middle, (1, 1, 1), weights, limit)
-        count = math.prod(len(r.tile) for r in reaches)
-        visits, full = count * float(seen.sum()), count * float(whole.sum())
-    return full + PARTIAL_COST * (visits - full)
-
-
-def _middle(r: _Reach) -> _Reach:
-    i = slice(len(r.tile) // 2, len(r.tile) // 2 + 1)
-    return _Reach(r.tile[i], r.seen[i], r.full[i], r.near[i], r.far[i])

@@ -1,0 +1,340 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The kernel of ``block_sparse_triton.py``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .block_linear_triton import feature
+from .tiling_triton import tile_places
+
+__all__ = ["block_sparse_fwd_kernel"]
+
+HIDDEN = tl.constexpr(float("-inf"))
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_rows(x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows (n, BLOCK_D) of x; zeros where not valid and past D."""
+    p_x = x + row.to(tl.int64)[:, None] * stride + d[None, :]
+    if MASKED:
+        return tl.load(p_x, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    if d.shape[0] != D:
+        return tl.load(p_x, mask=(d < D)[None, :], other=0.0)
+    return tl.load(p_x)
+
+
+@triton.jit
+def _logits(q, k, NEGATE: tl.constexpr, PRECISION: tl.constexpr):
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if NEGATE:
+        s = -s
+    return s
+
+
+@triton.jit
+def _update(acc, m, l, s, v, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax; s are logits without their scale, which is in units of log2 and positive."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    shift = m_new
+    if MASKED:  # a row that has seen no key yet must not give -inf - -inf
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * scale - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def _run(
+    acc, m, l, q, K, V, REAL, row, valid, skr, svr, scale, d,
+    D: tl.constexpr, HAS_REAL: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys at the given rows, seen by every query where they are valid and real."""
+    if HAS_REAL:
+        valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
+    k = _load_rows(K, row, valid, skr, d, D, MASKED)
+    v = _load_rows(V, row, valid, svr, d, D, MASKED)
+    s = _logits(q, k, NEGATE, PRECISION)
+    if MASKED:
+        s = tl.where(valid[None, :], s, float("-inf"))
+    return _update(acc, m, l, s, v, scale, MASKED, PRECISION)
+
+
+@triton.jit
+def _token(
+    TABLES, x0, x1, x2, valid, longest, G1, G2, OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr
+):  # fmt: skip
+    """Raster index of the token at these places; under dilation a table tells the coordinate at a place."""
+    if OR0:
+        x0 = tl.load(TABLES + x0, mask=valid, other=0)
+    if OR1:
+        x1 = tl.load(TABLES + 3 * longest + x1, mask=valid, other=0)
+    if OR2:
+        x2 = tl.load(TABLES + 6 * longest + x2, mask=valid, other=0)
+    return tl.where(valid, (x0 * G1 + x1) * G2 + x2, 0)
+
+
+@triton.jit
+def _box(DESC, BOXES: tl.constexpr, b, hk, n_heads, tile, n1, n2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+         BN: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """(BN, BLOCK_D): a box through a tensor descriptor; zeros off the grid."""
+    x1 = tile // n2 % n1 * B1
+    x2 = tile % n2 * B2
+    if BOXES == 1:
+        return DESC.load([b * n_heads + hk, tile // (n1 * n2) * B0, x1, x2, 0]).reshape(BN, BLOCK_D)
+    return DESC.load([b, hk, x1, x2, 0]).reshape(BN, BLOCK_D)
+
+
+@triton.jit
+def _query_run(TABLES, axis: tl.constexpr, place, length, longest):
+    """Middle and half length of the run of places that queries see along an axis (halves are exact)."""
+    first = tl.load(TABLES + (3 * axis + 1) * longest + place, mask=place < length, other=0).to(tl.float32)
+    last = tl.load(TABLES + (3 * axis + 2) * longest + place, mask=place < length, other=0).to(tl.float32)
+    return (first + last) * 0.5, (last - first) * 0.5
+
+
+@triton.jit
+def _in_ball(
+    x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, COST: tl.constexpr
+):
+    """(n, m): whether w·(x - y)² < limit, for keys at x (m,) and queries at y (n,).
+
+    COST 0: the weights are one; the square is multiplied out, x² - 2 x y < limit - y², two operations an axis and
+    exact in float32. COST 1 in float32, COST 2 in float64, as it stands.
+    """
+    if COST == 0:
+        near = x1 * 0.0
+        left = limit - y1 * 0.0
+        if B0:
+            near += x0 * x0
+            left -= y0 * y0
+        if B1:
+            near += x1 * x1
+            left -= y1 * y1
+        if B2:
+            near += x2 * x2
+            left -= y2 * y2
+        cost = near[None, :]
+        if B0:
+            cost = x0[None, :] * (-2 * y0)[:, None] + cost
+        if B1:
+            cost = x1[None, :] * (-2 * y1)[:, None] + cost
+        if B2:
+            cost = x2[None, :] * (-2 * y2)[:, None] + cost
+        return cost < left[:, None]
+    cost = (x1 * 0.0)[None, :]
+    if B0:
+        cost = cost + (x0[None, :] - y0[:, None]) * (x0[None, :] - y0[:, None]) * w0
+    if B1:
+        cost = cost + (x1[None, :] - y1[:, None]) * (x1[None, :] - y1[:, None]) * w1
+    if B2:
+        cost = cost + (x2[None, :] - y2[:, None]) * (x2[None, :] - y2[:, None]) * w2
+    return cost < limit
+
+
+@triton.jit
+def _linear(q, STATE, NORM, EPS, d, D: tl.constexpr, FEATURE_MAP: tl.constexpr, PRECISION: tl.constexpr):
+    """(BM, BLOCK_D) φ(q) state / (φ(q)·norm + eps)."""
+    phi = feature(q.to(tl.float32), FEATURE_MAP, D)
+    norm = tl.load(NORM + d, mask=d < D, other=0.0)
+    total = tl.sum(phi * norm[None, :], 1) + tl.load(EPS)
+    m_state = (d < D)[:, None] & (d < D)[None, :]
+    state = tl.load(STATE + d[:, None] * D + d[None, :], mask=m_state, other=0.0)
+    linear = tl.dot(phi.to(state.dtype), state, input_precision=PRECISION)
+    return linear / tl.where(total == 0, 1.0, total)[:, None]
+
+
+@triton.jit
+def block_sparse_fwd_kernel(
+    Q, K, V, OUT, LSE, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2, STATE, NORM, EPS, BIAS, K_BOXES, V_BOXES,
+    sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sob, soh, sor, srb, s2b, s2h, s2r, sr2,
+    list_stride, n_q_heads, group, length_q, length_k, length_2, q_before, k_before,
+    n_batch_heads, n_text_tiles, n_q_tiles, n_items, n_list, longest, scale, w0, w1, w2, limit,
+    Q0, Q1, Q2, K0, K1, K2_, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    QB0: tl.constexpr, QB1: tl.constexpr, QB2: tl.constexpr, KB0: tl.constexpr, KB1: tl.constexpr, KB2: tl.constexpr,
+    Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr, FULL: tl.constexpr, HAS_REAL: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr, HAS_TEXT_QUERIES: tl.constexpr, HAS_TEXT_KEYS: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, HAS_REAL2: tl.constexpr, IN0: tl.constexpr, IN1: tl.constexpr, IN2: tl.constexpr,
+    BALL0: tl.constexpr, BALL1: tl.constexpr, BALL2: tl.constexpr, COST: tl.constexpr,
+    OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_LSE: tl.constexpr, STATE_MODE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, FEATURE_MAP: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    BOXES: tl.constexpr,
+):  # fmt: skip
+    # which tile of queries, and whose
+    pid = tl.program_id(0)
+    if HAS_TEXT_QUERIES:  # they come first: they take longest
+        is_text = pid < n_text_tiles * n_batch_heads
+        local = tl.where(is_text, pid, pid - n_text_tiles * n_batch_heads)
+        per_head = tl.where(is_text, n_text_tiles, n_items)
+    else:
+        is_text: tl.constexpr = False  # type: ignore[no-redef]
+        local = pid
+        per_head = n_items
+    bh = local // per_head
+    item = local % per_head
+    b, h = bh // n_q_heads, bh % n_q_heads
+    hk = h // group
+    Q += b.to(tl.int64) * sqb + h.to(tl.int64) * sqh
+    K += b.to(tl.int64) * skb + hk.to(tl.int64) * skh
+    V += b.to(tl.int64) * svb + hk.to(tl.int64) * svh
+    if HAS_REAL:
+        REAL += b.to(tl.int64) * srb
+
+    lane_q = tl.arange(0, BM)
+    lane_k = tl.arange(0, BN)
+    d = tl.arange(0, BLOCK_D)
+    n_grid_q = Q0 * Q1 * Q2
+    n_grid_k = K0 * K1 * K2_
+    tile_q = item // Q_PARTS
+    box_lane = item % Q_PARTS * BM + lane_q
+    # (BM,) row of each query in the sequence
+    q0, q1, q2, valid_q = tile_places(tile_q, box_lane, Q0, Q1, Q2, QB0, QB1, QB2)
+    row_q = q_before + _token(TABLES, q0, q1, q2, valid_q, longest, Q1, Q2, OR0, OR1, OR2)
+    if HAS_TEXT_QUERIES:
+        off_grid = item * BM + lane_q
+        text_row = tl.where(off_grid < q_before, off_grid, off_grid + n_grid_q)
+        row_q = tl.where(is_text, text_row, row_q)
+        valid_q = tl.where(is_text, text_row < length_q, valid_q)
+    q = _load_rows(Q, row_q, valid_q, sqr, d, D, True)
+    p_o = OUT + b.to(tl.int64) * sob + h.to(tl.int64) * soh + row_q.to(tl.int64)[:, None] * sor + d[None, :]
+    m_o = valid_q[:, None] & (d < D)[None, :]
+    if STATE_MODE > 0:  # noqa: SIM102
+        if not is_text:  # kept where the output will stand: the registers are needed for the softmax
+            which = bh.to(tl.int64)
+            if STATE_MODE == 2:
+                which = which * n_q_tiles + tile_q
+            linear = _linear(q, STATE + which * D * D, NORM + which * D, EPS + bh, d, D, FEATURE_MAP, PRECISION)
+            tl.store(p_o, linear.to(OUT.dtype.element_ty), mask=m_o)
+            tl.debug_barrier()
+    acc = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
+    m = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    l = tl.zeros((BM,), dtype=tl.float32)
+
+    if is_text:
+        n_whole = 0 if HAS_REAL else length_k // BN
+        for i in range(n_whole):
+            row = i * BN + lane_k
+            acc, m, l = _run(
+                acc, m, l, q, K, V, REAL, row, row < length_k, skr, svr, scale, d, D, False, False, NEGATE, PRECISION
+            )
+        for i in tl.range(n_whole, tl.cdiv(length_k, BN), num_stages=1):
+            row = i * BN + lane_k
+            acc, m, l = _run(
+                acc, m, l, q, K, V, REAL, row, row < length_k, skr, svr, scale, d, D, HAS_REAL, True, NEGATE, PRECISION
+            )
+    else:
+        n1 = tl.cdiv(K1, KB1)
+        n2 = tl.cdiv(K2_, KB2)
+        p_list = TILES + bh.to(tl.int64) * list_stride + tile_q.to(tl.int64) * n_list
+        g_list = tl.where(list_stride > 0, bh, 0) * n_q_tiles + tile_q
+        n_tiles = tl.load(N_TILES + g_list)
+        if FULL == 0:  # none
+            n_full = n_tiles * 0
+        elif FULL == 1:  # as the plan counts
+            n_full = tl.load(N_FULL + g_list)
+        elif FULL == 2:  # all
+            n_full = n_tiles
+        else:  # all but the very last tile of the grid, which can only stand last in an ascending list
+            n_full = n_tiles
+            if n_tiles > 0:
+                n_full = n_tiles - (tl.load(p_list + n_tiles - 1) == tl.cdiv(K0, KB0) * n1 * n2 - 1).to(tl.int32)
+        if FULL > 0:
+            for i in range(n_full * K_PARTS):
+                tile = tl.load(p_list + i // K_PARTS)
+                x0, x1, x2, valid = tile_places(tile, i % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
+                if BOXES > 0:
+                    k = _box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
+                    v = _box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
+                else:
+                    row = k_before + _token(TABLES, x0, x1, x2, valid, longest, K1, K2_, OR0, OR1, OR2)
+                    k = _load_rows(K, row, valid, skr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
+                    v = _load_rows(V, row, valid, svr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
+                s = _logits(q, k, NEGATE, PRECISION)
+                if K_PARTS * BN != KB0 * KB1 * KB2:
+                    s = tl.where(valid[None, :], s, float("-inf"))
+                acc, m, l = _update(acc, m, l, s, v, scale, K_PARTS > 1, PRECISION)
+
+        if HAS_PARTIAL:
+            # (BM,) the middle and half the length of the run that a query sees along each axis
+            if IN0:
+                middle0, half0 = _query_run(TABLES, 0, q0, Q0, longest)
+            if IN1:
+                middle1, half1 = _query_run(TABLES, 1, q1, Q1, longest)
+            if IN2:
+                middle2, half2 = _query_run(TABLES, 2, q2, Q2, longest)
+            # small whole numbers, in a type that holds them and their squares: from the first query of the box on
+            o0, o1, o2, _ = tile_places(tile_q, 0, Q0, Q1, Q2, QB0, QB1, QB2)
+            TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32
+            y0, y1, y2 = (q0 - o0).to(TYPE), (q1 - o1).to(TYPE), (q2 - o2).to(TYPE)
+            for i in range(n_full * K_PARTS, n_tiles * K_PARTS):
+                tile = tl.load(p_list + i // K_PARTS)
+                part = i % K_PARTS * BN + lane_k
+                k0, k1, k2, valid = tile_places(tile, part, K0, K1, K2_, KB0, KB1, KB2)
+                row = k_before + _token(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
+                if HAS_REAL:
+                    valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
+                if BOXES > 0:
+                    k = _box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
+                    v = _box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
+                else:
+                    k = _load_rows(K, row, valid, skr, d, D, True)
+                    v = _load_rows(V, row, valid, svr, d, D, True)
+                s = _logits(q, k, NEGATE, PRECISION)
+                s += tl.where(valid, 0.0, float("-inf"))[None, :]
+                if IN0:
+                    s = tl.where(tl.abs(k0.to(tl.float32)[None, :] - middle0[:, None]) <= half0[:, None], s, HIDDEN)
+                if IN1:
+                    s = tl.where(tl.abs(k1.to(tl.float32)[None, :] - middle1[:, None]) <= half1[:, None], s, HIDDEN)
+                if IN2:
+                    s = tl.where(tl.abs(k2.to(tl.float32)[None, :] - middle2[:, None]) <= half2[:, None], s, HIDDEN)
+                if BALL0 or BALL1 or BALL2:
+                    x0, x1, x2 = (k0 - o0).to(TYPE), (k1 - o1).to(TYPE), (k2 - o2).to(TYPE)
+                    s = tl.where(
+                        _in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST), s, HIDDEN
+                    )
+                acc, m, l = _update(acc, m, l, s, v, scale, True, PRECISION)
+
+        if HAS_TEXT_KEYS:
+            n_text = length_k - n_grid_k
+            n_whole = 0 if HAS_REAL else n_text // BN
+            for i in range(n_whole):
+                row = i * BN + lane_k
+                row = tl.where(row < k_before, row, row + n_grid_k)
+                acc, m, l = _run(
+                    acc, m, l, q, K, V, REAL, row, row >= 0, skr, svr, scale, d, D, False, False, NEGATE, PRECISION
+                )
+            for i in tl.range(n_whole, tl.cdiv(n_text, BN), num_stages=1):
+                row = i * BN + lane_k
+                valid = row < n_text
+                row = tl.where(row < k_before, row, row + n_grid_k)
+                acc, m, l = _run(
+                    acc, m, l, q, K, V, REAL, row, valid, skr, svr, scale, d, D, HAS_REAL, True, NEGATE, PRECISION
+                )
+        if HAS_EXTRA:
+            K2 += b.to(tl.int64) * s2b + hk.to(tl.int64) * s2h
+            V2 += b.to(tl.int64) * s2b + hk.to(tl.int64) * s2h
+            if HAS_REAL2:
+                REAL2 += b.to(tl.int64) * sr2
+            for i in range(tl.cdiv(length_2, BN)):
+                row = i * BN + lane_k
+                acc, m, l = _run(
+                    acc, m, l, q, K2, V2, REAL2, row, row < length_2, s2r, s2r, scale, d, D, HAS_REAL2, True, NEGATE,
+                    PRECISION,
+                )  # fmt: skip
+
+    o = acc / tl.where(l > 0, l, 1.0)[:, None]
+    if STATE_MODE > 0 or HAS_BIAS:  # noqa: SIM102
+        if not is_text:
+            linear = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
+            if STATE_MODE > 0:
+                linear += tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                linear += tl.load(BIAS + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            o += tl.where(l > 0, 1.0, 0.0)[:, None] * linear
+    tl.store(p_o, o.to(OUT.dtype.element_ty), mask=m_o)
+    if HAS_LSE:
+        tl.store(LSE + bh.to(tl.int64) * length_q + row_q, (m + tl.log2(l)) * LN2, mask=valid_q)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.backend import check_backend
-from dit_accel.kernels.block_sparse import tile_attention
-from dit_accel.kernels.window import BallAxis, window_tiles
+from dit_accel.backend import BACKENDS, check_backend
+from dit_accel.kernels.window import BallAxis
 from dit_accel.layout import TokenLayout
 
 from ._common import (
@@ -22,16 +21,13 @@ from ._common import (
     check_number,
     check_positive_int,
     check_tensors,
-    global_rows,
-    global_tiles,
-    hidden_bias,
     hide,
     per_axis,
     softmax_rows,
     text_logits,
 )
 from ._operator import define_operator
-from ._windows import window_attention_flex, window_attention_triton
+from ._windows import window_attention
 
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
 
@@ -208,35 +204,6 @@ def _n_pooled(layout: TokenLayout, down_factor: int) -> int:
     return math.prod(frames) * -(-height // down_factor) * -(-width // down_factor)
 
 
-def _compute_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    pool_weight: Tensor | None,
-    *,
-    layout: TokenLayout,
-    scale: float,
-    radius: Radius,
-    down_factor: int,
-    train_tokens: int | None = None,
-) -> Tensor:
-    axes, limit = _axes(layout, radius)
-    n_pooled = _n_pooled(layout, down_factor)
-    if train_tokens is not None:
-        scale = _resolution_scale(layout, train_tokens, n_pooled > 0, query.shape[-1])
-    others = global_rows(layout) + (((layout.seq_len, layout.seq_len + n_pooled),) if n_pooled else ())
-    plan = window_tiles(axes, limit, layout.before, others, query.device) + global_tiles(layout, query.device)
-    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
-    bias = hidden_bias(key_padding_mask)
-    if n_pooled:
-        weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
-        key, value = (torch.cat([x, _pool(x, weights, layout)], 2) for x in (key, value))
-        if bias is not None:
-            bias = torch.cat([bias, hidden_bias(seen)], 1)  # type: ignore[list-item]
-    return tile_attention(query, key, value, plan, scale=scale, key_bias=bias, hides=bias is not None)
-
-
 def _resolution_scale(layout: TokenLayout, train_tokens: int, pooled: bool, dim: int) -> float:
     """sqrt(log(S, S_train) / D); ten times S where pooled tokens are seen too."""
     return math.sqrt(math.log(layout.seq_len * (10 if pooled else 1), train_tokens) / dim)
@@ -279,8 +246,8 @@ def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
     return (patches.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
 
 
-def _compute_planned(
-    attend: Callable[..., Tensor],
+def _compute(
+    backend: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -303,15 +270,10 @@ def _compute_planned(
         weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
         hidden = None if key_padding_mask is None else seen.expand(len(key), -1)
         extra = (_pool(key, weights, layout), _pool(value, weights, layout), hidden)
-    return attend(query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
+    return window_attention(backend, query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
 
 
-_COMPUTE: dict[str, Callable[..., Tensor]] = {
-    "torch": _compute_torch,
-    "triton": partial(_compute_planned, window_attention_triton),
-    "flex": partial(_compute_planned, window_attention_flex),
-}
-
+_COMPUTE = {backend: partial(_compute, backend) for backend in BACKENDS}
 
 define_operator(
     "clear_attention",

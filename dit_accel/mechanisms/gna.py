@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.backend import check_backend
-from dit_accel.kernels.block_sparse import tile_attention
-from dit_accel.kernels.window import NeighborhoodAxis, window_tiles
+from dit_accel.backend import BACKENDS, check_backend
+from dit_accel.kernels.window import NeighborhoodAxis
 from dit_accel.layout import TokenLayout
 
 from ._common import (
@@ -20,16 +19,13 @@ from ._common import (
     check_layout_and_scale,
     check_positive_int,
     check_tensors,
-    global_rows,
-    global_tiles,
-    hidden_bias,
     hide,
     per_axis,
     softmax_rows,
     text_logits,
 )
 from ._operator import define_operator
-from ._windows import window_attention_flex, window_attention_triton
+from ._windows import window_attention
 
 __all__ = ["check_options", "count_logits", "fit", "gna_attention", "reference"]
 
@@ -192,7 +188,8 @@ def _axes(
     return axes
 
 
-def _compute_torch(
+def _compute(
+    backend: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -203,34 +200,10 @@ def _compute_torch(
     **options: Any,
 ) -> Tensor:
     axes = _axes(layout, **options)
-    plan = window_tiles(axes, 1.0, layout.before, global_rows(layout), query.device)
-    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
-    plan += global_tiles(layout, query.device)
-    bias = hidden_bias(key_padding_mask)
-    return tile_attention(query, key, value, plan, scale=scale, key_bias=bias, hides=bias is not None)
+    return window_attention(backend, query, key, value, key_padding_mask, axes, 1.0, layout, scale)
 
 
-def _compute_planned(
-    attend: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    *,
-    layout: TokenLayout,
-    scale: float,
-    **options: Any,
-) -> Tensor:
-    axes = _axes(layout, **options)
-    return attend(query, key, value, key_padding_mask, axes, 1.0, layout, scale)
-
-
-_COMPUTE: dict[str, Callable[..., Tensor]] = {
-    "torch": _compute_torch,
-    "triton": partial(_compute_planned, window_attention_triton),
-    "flex": partial(_compute_planned, window_attention_flex),
-}
-
+_COMPUTE = {backend: partial(_compute, backend) for backend in BACKENDS}
 
 define_operator(
     "gna_attention",

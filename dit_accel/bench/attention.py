@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import check_backend, resolve
-from ..command import BadInput, undisturbed
+from ..command import BadInput
 from .cases import Case, select, smoke
 from .flex import check_rows, time_flex
 from .progress import Progress
@@ -51,25 +51,12 @@ def run(request: Request) -> int:
             results.keep_earlier(request.keep, {(case.name, backend) for case, backend in jobs}, KEY)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
-    failed = False
-    try:
-        with Progress(len(jobs)) as progress:
-            for case, backend in jobs:
-                row = _measure_or_say(case, backend, request, progress)
-                failed |= row["status"] == "failed"
-                results.add(row)
-                progress.done(_line(row))
-        results.status = "failed" if failed else "complete"
-    except KeyboardInterrupt:
-        results.status = "interrupted"
-        raise
-    except BaseException:
-        results.status = "failed"
-        raise
-    finally:
-        with undisturbed():
-            results.save()
-    return int(failed)
+    with results.recording(), Progress(len(jobs)) as progress:
+        for case, backend in jobs:
+            row = _measure_or_say(case, backend, request, progress)
+            results.add(row)
+            progress.done(_line(row))
+    return int(results.failed)
 
 
 def _name_backend(case: Case, backend: str | None, request: Request) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..command import undisturbed
 from ..files import write_json
 from ..machine import about_machine, about_versions
 
@@ -62,6 +65,7 @@ class Results:
     about: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     status: str = "running"
+    kept: int = 0  # rows of earlier results, in front
 
     def keep_earlier(self, path: Path, replaced: set[tuple[str, ...]], key: tuple[str, ...]) -> None:
         """Take over rows of other results, but those that are measured anew (by their values of ``key``).
@@ -78,11 +82,33 @@ class Results:
                     f"--keep: {path} has another {what} ({theirs.get(what)}, here {ours.get(what)}): leave --keep out"
                 )
         self.rows += [row for row in earlier["rows"] if tuple(row[name] for name in key) not in replaced]
+        self.kept = len(self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
         """A finished row, on disk at once."""
         self.rows.append(row)
         self.save()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a row that was added failed."""
+        return any(row.get("status") == "failed" for row in self.rows[self.kept :])
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, rows are measured and added; how that ended is on disk afterwards."""
+        try:
+            yield
+            self.status = "failed" if self.failed else "complete"
+        except KeyboardInterrupt:
+            self.status = "interrupted"
+            raise
+        except BaseException:
+            self.status = "failed"
+            raise
+        finally:
+            with undisturbed():
+                self.save()
 
     def save(self) -> None:
         """Write all, whole, in the place of what was there."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..command import BadInput, undisturbed
+from ..command import BadInput
 from ..describe import describe, logit_fraction
 from ..install import attention, installed_layers
 from .models import StepModel, select, smoke
@@ -52,22 +52,10 @@ def run(request: Request) -> int:
             )
     except ValueError as error:
         raise BadInput(str(error)) from None
-    failed = False
-    try:
-        with Progress(sum(len(names) for _, names in jobs)) as progress:
-            for model, names in jobs:
-                failed |= _measure_model(smoke(model) if request.smoke else model, names, request, results, progress)
-        results.status = "failed" if failed else "complete"
-    except KeyboardInterrupt:
-        results.status = "interrupted"
-        raise
-    except BaseException:
-        results.status = "failed"
-        raise
-    finally:
-        with undisturbed():
-            results.save()
-    return int(failed)
+    with results.recording(), Progress(sum(len(names) for _, names in jobs)) as progress:
+        for model, names in jobs:
+            _measure_model(smoke(model) if request.smoke else model, names, request, results, progress)
+    return int(results.failed)
 
 
 def _variants(model: StepModel, request: Request) -> tuple[str, ...]:
@@ -81,9 +69,8 @@ def _variants(model: StepModel, request: Request) -> tuple[str, ...]:
 
 def _measure_model(
     step: StepModel, variants: tuple[str, ...], request: Request, results: Results, progress: Progress
-) -> bool:
-    """Add the rows of one model. Returns whether one failed."""
-    failed = False
+) -> None:
+    """Add the rows of one model."""
     model: nn.Module | None = None
     rows: dict[str, dict[str, Any]] = {}
     progress.doing(f"{step.name}: building")
@@ -100,7 +87,6 @@ def _measure_model(
                 _compare(row, rows)
             except Exception as error:
                 row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                failed = True
                 _forget(request.device)
             rows[variant] = row
             results.add(row)
@@ -110,7 +96,6 @@ def _measure_model(
     finally:
         del model
         _forget(request.device)
-    return failed
 
 
 def _measure(step: StepModel, model: nn.Module, variant: str, request: Request, progress: Progress) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def inputs(layout, batch=2, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}, {case[1].grid}, {case[2]}")
 def test_flex_agrees_with_the_torch_path(case, masked):
     function, layout, options = case
     tensors = inputs(layout)

@@ -14,6 +14,7 @@ from dit_accel.demo.scenes import (
     COLOURS,
     HELD_OUT_ONE_IN,
     PLACES,
+    RELATIONS,
     SHAPES,
     SIZES,
     TEXT_LENGTH,
@@ -109,6 +110,30 @@ def test_check_accepts_truth_and_refuses_altered_captions(clip, size, blur, coun
         right.append(check(picture, caption(scene, rng)).ok)
         refused += [not check(picture, wrong).ok for wrong in altered_captions(scene, rng).values()]
     assert np.mean(right) >= 0.99
+    assert np.mean(refused) >= 0.95
+
+
+def pair_clips(count: int) -> list[Scene]:
+    """Two objects beside each other, which no caption of training has."""
+    rng, found = random.Random(6), []
+    for _ in range(count):
+        colours, relation = rng.sample(COLOURS, 3), rng.choice(RELATIONS)
+        motions = ("left", "right", "still") if relation in RELATIONS[:2] else ("up", "down", "still")
+        things = [Thing(rng.choice(SHAPES), colour, motion=rng.choice(motions)) for colour in colours[:2]]
+        found.append(Scene(tuple(things), colours[2], relation=relation))
+    return found
+
+
+def test_check_of_clips_knows_two_objects_by_their_relation():
+    rng, right, refused = random.Random(4), [], []
+    for scene in pair_clips(30):
+        assert parse_caption(caption(scene, rng)) == scene
+        clip = truth(scene, rng, 128, 3)
+        right.append(check_clip(clip, scene).ok)
+        altered = altered_captions(scene, rng)
+        assert "place" in altered
+        refused += [not check_clip(clip, wrong).ok for wrong in altered.values()]
+    assert np.mean(right) >= 0.95
     assert np.mean(refused) >= 0.95
 
 

@@ -127,6 +127,7 @@ N, B = NeighborhoodAxis, BallAxis
 HOPPER_CASES = {
     "short last box": (lambda: lists((1000,), (128,), (64,), 5), (0, 0), 2, 0, 0),
     "boxes of 128, one step": (lambda: lists((1000,), (128,), (128,), 1), (0, 0), 1, 0, 0),
+    "ragged boxes of 128": (lambda: lists((30, 30), (8, 16), (8, 16), 3), (0, 0), 2, 0, 0),
     "linear branch": (lambda: lists((1000,), (128,), (64,), 6), (0, 0), 2, 1, 0),
     "linear branch by box, text": (lambda: lists((6, 12, 20), (2, 8, 8), (2, 4, 8), 7), (7, 13), 2, 90, 0),
     "full boxes": (lambda: window(N(6, 4, 2, 1, False), N(16, 8, 8, 1, False), N(24, 8, 8, 1, False)), (0, 0), 1, 0, 0),

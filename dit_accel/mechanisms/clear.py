@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -273,7 +273,7 @@ def _compute(
     return window_attention(backend, query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
 
 
-_COMPUTE = {backend: partial(_compute, backend) for backend in BACKENDS}
+_COMPUTE: dict[str, Callable[..., Tensor]] = {backend: partial(_compute, backend) for backend in BACKENDS}
 
 define_operator(
     "clear_attention",

@@ -19,7 +19,6 @@ from dit_accel.demo.scenes import (
     MOTIONS,
     PLACES,
     PLURALS,
-    RELATIONS,
     SHAPES,
     SIZES,
     TEXT_LENGTH,
@@ -35,7 +34,7 @@ NOUNS = {*SHAPES, *PLURALS.values()}
 # how many answers each question about a named object has; 0 is "the caption does not say" where it may be silent
 ANSWERS = (
     *(len(COLOURS), len(SHAPES), len(TEXTURES), len(SIZES), len(PLACES) + 1, len(MOTIONS) + 1),
-    *(len(BACKGROUNDS), 4, len(ARRANGEMENTS) + 1, len(RELATIONS) + 1),
+    *(len(BACKGROUNDS), 4, len(ARRANGEMENTS) + 1),
 )
 NAMED = 2
 
@@ -61,8 +60,7 @@ def _answers(scene: Scene) -> list[list[int]]:
     def optional(options: tuple[str, ...], value: str | None) -> int:
         return 0 if value is None else 1 + options.index(value)
 
-    common = [BACKGROUNDS.index(scene.background), scene.count - 1]
-    common += [optional(ARRANGEMENTS, scene.arrangement), optional(RELATIONS, scene.relation)]
+    common = [BACKGROUNDS.index(scene.background), scene.count - 1, optional(ARRANGEMENTS, scene.arrangement)]
     rows = []
     for thing in scene.things:
         look = [COLOURS.index(thing.colour), SHAPES.index(thing.shape), TEXTURES.index(thing.texture)]

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from dit_accel.demo.scenes import MAX_OBJECTS, PLACES, RELATIONS, SHAPES, TEXTURES, Scene, Thing
+from dit_accel.demo.scenes import LANE_MOTIONS, MAX_OBJECTS, PLACES, SHAPES, TEXTURES, Scene, Thing
 
 # fields of an object's row; positions and the radius are fractions of the side, velocities of the side per clip
 X, Y, RADIUS, ROTATION, SHAPE, TEXTURE, ANGLE, PRESENT, VX, VY, RED, DARK_RED = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13
 FIELDS = 16
 IMAGE_RADIUS = {"small": 0.11, "medium": 0.14, "large": 0.165}
 CLIP_RADIUS = {"small": 0.155, "medium": 0.19, "large": 0.225}
-PAIR_SHRINKS = 0.9  # two objects in a clip pass each other
+LANES = {"top": 0.26, "bottom": 0.74, "left": 0.26, "right": 0.74}
+LANE_SHRINKS = 0.8  # beside the middle there is less room, and two objects pass each other
 COPIES_RADIUS = {2: 0.12, 3: 0.115, 4: 0.085}
 PALETTE = {
     "red": (0.90, 0.08, 0.08),
@@ -49,10 +51,10 @@ def second_colour(name: str) -> tuple[float, float, float]:
 
 def layout_scene(scene: Scene, rng: random.Random) -> tuple[list[list[float]], list[float]]:
     """One row of FIELDS numbers per object (MAX_OBJECTS rows, absent ones zero) and the background's RGB."""
-    if scene.count > 1:
+    if scene.is_clip:
+        rows = [_lay_out_moving(thing, rng) for thing in _in_lanes(scene, rng)]
+    elif scene.count > 1:
         rows = _lay_out_copies(scene, rng)
-    elif scene.is_clip:
-        rows = _lay_out_moving(scene, rng)
     else:
         rows = [_lay_out_placed(thing, rng) for thing in scene.things]
     rows += [[0.0] * FIELDS for _ in range(MAX_OBJECTS - len(rows))]
@@ -94,22 +96,28 @@ def _lay_out_copies(scene: Scene, rng: random.Random) -> list[list[float]]:
     return rows
 
 
-def _lay_out_moving(scene: Scene, rng: random.Random) -> list[list[float]]:
-    first_lane = dict(zip(RELATIONS, (0.27, 0.73, 0.27, 0.73), strict=True))
-    rows = []
-    for i, thing in enumerate(scene.things):
-        lane, radius = 0.5, CLIP_RADIUS[thing.size]
-        if scene.relation:
-            lane = first_lane[scene.relation] if i == 0 else 1 - first_lane[scene.relation]
-            radius *= PAIR_SHRINKS
-        lane += rng.uniform(-0.025, 0.025)
-        dx, dy = MOTION_VECTORS[thing.motion or "still"]
-        travel = rng.uniform(0.40, 0.44)
-        start = 0.5 - 0.5 * (dx + dy) * travel + rng.uniform(-0.025, 0.025)
-        vertical = dy != 0 or scene.relation in RELATIONS[2:]
-        x, y = (lane, start) if vertical else (start, lane)
-        rows.append(_row(thing, x, y, radius, rng, (dx * travel, dy * travel), CLIP_TURN))
-    return rows
+def _in_lanes(scene: Scene, rng: random.Random) -> list[Thing]:
+    """The things of a clip; of two copies each, with the place that its lane has."""
+    thing = scene.things[0]
+    if scene.count == 1:
+        return list(scene.things)
+    if scene.count > 2:
+        raise ValueError(f"a clip has at most two copies of an object, got {scene.count}; draw more as a picture")
+    arrangement = scene.arrangement or rng.choice(("row", "column"))
+    if thing.motion != "still":
+        arrangement = "column" if thing.motion in LANE_MOTIONS["top"] else "row"
+    places = ("left", "right") if arrangement == "row" else ("top", "bottom")
+    return [replace(thing, place=place) for place in places]
+
+
+def _lay_out_moving(thing: Thing, rng: random.Random) -> list[float]:
+    lane = LANES.get(thing.place or "", 0.5) + rng.uniform(-0.025, 0.025)
+    radius = CLIP_RADIUS[thing.size] * (LANE_SHRINKS if thing.place else 1)
+    dx, dy = MOTION_VECTORS[thing.motion or "still"]
+    travel = rng.uniform(0.40, 0.44)
+    start = 0.5 - 0.5 * (dx + dy) * travel + rng.uniform(-0.025, 0.025)
+    x, y = (lane, start) if dy != 0 or thing.place in ("left", "right") else (start, lane)
+    return _row(thing, x, y, radius, rng, (dx * travel, dy * travel), CLIP_TURN)
 
 
 def _vary(colour: tuple[float, float, float], rng: random.Random, amount: float) -> tuple[float, ...]:

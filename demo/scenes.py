@@ -26,9 +26,13 @@ PLACES = (
 COUNTS = ("two", "three", "four")
 ARRANGEMENTS = ("row", "column")
 MOTIONS = ("left", "right", "up", "down", "still")
-RELATIONS = ("above", "below", "to the left of", "to the right of")
-# what training and the held-out captions draw from; the renderer and the check know all of SHAPES and COUNTS, and
-# two objects in a clip by RELATIONS (what was taught of those, a denoiser of this size mixed up)
+# the lanes beside the middle that objects of a clip take, each with the motions that stay in it
+LANE_MOTIONS = {
+    **dict.fromkeys(("top", "bottom"), ("left", "right", "still")),
+    **dict.fromkeys(("left", "right"), ("up", "down", "still")),
+}
+OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+# what training and the held-out captions draw from; the renderer and the check know all of SHAPES and COUNTS
 TAUGHT_SHAPES = ("circle", "square", "triangle", "cross")
 TAUGHT_COUNTS = (2, 3)
 HELD_OUT_ONE_IN = 10
@@ -50,13 +54,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption fixes. `count` > 1 means that many copies of the only thing, in a row or a column."""
+    """What a caption fixes. `count` > 1 means that many copies of the only thing, in a row or a column.
+
+    Two copies that move lie side by side across their motion.
+    """
 
     things: tuple[Thing, ...]
     background: str
     count: int = 1
     arrangement: str | None = None
-    relation: str | None = None
 
     @property
     def is_clip(self) -> bool:
@@ -64,11 +70,12 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What the caption says, in one canonical order."""
-        parts = [f"{t.size} {t.colour} {t.texture} {t.shape} {t.place} {t.motion}" for t in self.things]
-        if self.relation is None:
-            parts.sort()
-        return f"{'; '.join(parts)}; {self.count} {self.arrangement} {self.relation}; {self.background}"
+        """What the caption says, in one canonical order.
+
+        The split of the trained pipelines hangs on every letter; "None" stands where relations once did.
+        """
+        parts = sorted(f"{t.size} {t.colour} {t.texture} {t.shape} {t.place} {t.motion}" for t in self.things)
+        return f"{'; '.join(parts)}; {self.count} {self.arrangement} None; {self.background}"
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -117,8 +124,25 @@ def _sample_image_scene(rng: random.Random) -> Scene:
 
 def _sample_clip_scene(rng: random.Random) -> Scene:
     background = rng.choice(BACKGROUNDS)
-    thing = _sample_thing(rng, [c for c in COLOURS if c != background], 0.75)
-    return Scene((replace(thing, motion=rng.choice(MOTIONS)),), background)
+    colours = [c for c in COLOURS if c != background]
+    thing = replace(_sample_thing(rng, colours, 0.75), motion=rng.choice(MOTIONS))
+    kind = rng.random()
+    if kind < 0.45:
+        return Scene((thing,), background)
+    if kind < 0.55:
+        arrangement = rng.choice((None, *ARRANGEMENTS)) if thing.motion == "still" else None
+        return Scene((thing,), background, 2, arrangement)
+    place = rng.choice(_places_for(thing.motion))
+    placed = replace(thing, place=place)
+    if kind < 0.75:
+        return Scene((placed,), background)
+    other = _sample_thing(rng, [c for c in colours if c != thing.colour], 0.75)
+    other = replace(other, place=OPPOSITE[place], motion=rng.choice(LANE_MOTIONS[place]))
+    return Scene((placed, other), background)
+
+
+def _places_for(motion: str | None) -> list[str]:
+    return [place for place, motions in LANE_MOTIONS.items() if motion in motions]
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
@@ -128,9 +152,9 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     if scene.count > 1:
         text = f"{COUNTS[scene.count - 2]} {_adjectives(thing, pick)} {PLURALS[thing.shape]}"
         text += f" in a {scene.arrangement}" if scene.arrangement else ""
+        text += _describe_motion(thing.motion)
     else:
-        joint = f" {scene.relation} " if scene.relation else " and "
-        text = joint.join(_describe(t, pick) for t in scene.things)
+        text = " and ".join(_describe(t, pick) for t in scene.things)
     colour = scene.background
     article = "an" if colour == "orange" else "a"
     text += pick((f" on {article} {colour} background", f" with {article} {colour} background"))
@@ -147,19 +171,24 @@ def _adjectives(thing: Thing, pick: Callable[[Sequence[str]], str]) -> str:
 def _describe(thing: Thing, pick: Callable[[Sequence[str]], str]) -> str:
     look = _adjectives(thing, pick)
     text = f"{'an' if look.startswith('orange') else 'a'} {look} {thing.shape}"
-    if thing.motion:
-        text += " standing still" if thing.motion == "still" else f" moving {thing.motion}"
     if thing.place:
         other = {"center": "in the center", "left": "on the left", "right": "on the right"}
         corner = f"in the {thing.place} corner" if " " in thing.place else f"at the {thing.place}"
         text += " " + pick((f"at the {thing.place}", other.get(thing.place, corner)))
-    return text
+    return text + _describe_motion(thing.motion)
+
+
+def _describe_motion(motion: str | None) -> str:
+    if motion is None:
+        return ""
+    return " standing still" if motion == "still" else f" moving {motion}"
 
 
 def parse_caption(text: str) -> Scene:
     """The scene that a caption of this language describes.
 
-    Raises: ValueError: the caption names no shape, no colour or no background.
+    Raises: ValueError: the caption names no background, a phrase not one shape or no colour, or a place that the
+        motion would leave.
     """
     words = text.lower().replace(",", " ").replace(".", " ").split()
     if "background" not in words or words[words.index("background") - 1] not in BACKGROUNDS:
@@ -167,30 +196,31 @@ def parse_caption(text: str) -> Scene:
     end = words.index("background")
     background = words[end - 1]
     body = " ".join(words[: max(i for i in range(end) if words[i] in ("on", "with"))])
-    relation = next((r for r in RELATIONS if f" {r} a" in f" {body} "), None)
-    segments = body.split(f" {relation} ") if relation else body.split(" and ")
-    things = tuple(_parse_thing(segment.split(), text) for segment in segments)
+    things = tuple(_parse_thing(phrase.split(), text) for phrase in body.split(" and "))
     count = next((n + 2 for n, word in enumerate(COUNTS) if word in words), 1)
     arrangement = next((a for a in ARRANGEMENTS if a in words), None)
-    return Scene(things, background, count, arrangement, relation)
+    return Scene(things, background, count, arrangement)
 
 
 def _parse_thing(words: list[str], text: str) -> Thing:
     singular = {plural: shape for shape, plural in PLURALS.items()}
     names = [singular.get(w, w) for w in words]
-    shape = next((n for n in names if n in SHAPES), None)
+    shapes = [n for n in names if n in SHAPES]
     colour = next((n for n in names if n in COLOURS), None)
-    if shape is None or colour is None:
-        raise ValueError(f"caption {text!r}: {' '.join(words)!r} needs a shape of {SHAPES} and a colour of {COLOURS}")
-    tail = names[names.index(shape) + 1 :]
-    motion = None
-    if "still" in tail:
-        motion = "still"
-    elif "moving" in tail:
-        motion = tail[tail.index("moving") + 1]
-    place = " ".join(n for n in tail if n in ("top", "bottom", "left", "right", "center")) if motion is None else ""
+    if len(shapes) != 1 or colour is None:
+        raise ValueError(f"caption {text!r}: {' '.join(words)!r} needs one shape of {SHAPES}, a colour of {COLOURS}")
+    tail = " ".join(names[names.index(shapes[0]) + 1 :])
+    moves = {"still" if m == "still" else f"moving {m}": m for m in MOTIONS}
+    phrase = next((p for p in moves if p in tail), None)
+    rest = tail.replace(phrase, "") if phrase else tail
+    place = " ".join(n for n in rest.split() if n in ("top", "bottom", "left", "right", "center"))
+    motion = moves[phrase] if phrase else None
+    if motion and place and motion not in LANE_MOTIONS.get(place, ()):
+        raise ValueError(
+            f"caption {text!r}: motion {motion!r} at the {place}; its place is one of {_places_for(motion)}"
+        )
     return Thing(
-        shape,
+        shapes[0],
         colour,
         next((t for t in TEXTURES if t in names), "plain"),
         next((s for s in SIZES if s in names), "medium"),
@@ -200,9 +230,10 @@ def _parse_thing(words: list[str], text: str) -> Thing:
 
 
 def words_of_language() -> list[str]:
-    """Every word that a caption can contain, sorted."""
+    """Every word that a caption can contain, sorted; it is the vocabulary of the trained pipelines."""
     phrases = ["a an and on with at in the of standing moving corner background picture clip", "row column"]
-    groups = (COLOURS, BACKGROUNDS, SHAPES, PLURALS.values(), TEXTURES, SIZES, PLACES, COUNTS, MOTIONS, RELATIONS)
+    phrases.append("above below to")  # of captions that once were
+    groups = (COLOURS, BACKGROUNDS, SHAPES, PLURALS.values(), TEXTURES, SIZES, PLACES, COUNTS, MOTIONS)
     for group in groups:
         phrases.extend(group)
     return sorted({word for phrase in phrases for word in phrase.split()})
@@ -217,18 +248,39 @@ def altered_captions(scene: Scene, rng: random.Random) -> dict[str, str]:
         "colour": {"colour": rng.choice([c for c in COLOURS if c not in taken])},
         "shape": {"shape": rng.choice([s for s in SHAPES if s not in {t.shape for t in scene.things}])},
     }
-    if thing.place:
+    if thing.place and not scene.is_clip:
         changes["place"] = {"place": rng.choice([p for p in PLACES if p not in {t.place for t in scene.things}])}
     if thing.motion:
-        changes["motion"] = {"motion": rng.choice([m for m in MOTIONS if m != thing.motion])}
+        motions = LANE_MOTIONS.get(thing.place or "", MOTIONS)
+        changes["motion"] = {"motion": rng.choice([m for m in motions if m != thing.motion])}
     wrong = {}
     for name, change in changes.items():
         things = list(scene.things)
         things[index] = replace(thing, **change)
-        wrong[name] = caption(replace(scene, things=tuple(things)))
-    if scene.count > 1:
-        wrong["count"] = caption(replace(scene, count=rng.choice([n for n in (2, 3, 4) if n != scene.count])))
-    if scene.relation:
-        opposite = RELATIONS[RELATIONS.index(scene.relation) ^ 1]
-        wrong["place"] = caption(replace(scene, relation=opposite))
+        wrong[name] = replace(scene, things=tuple(things))
+    if scene.is_clip:
+        wrong |= _altered_clips(scene, rng)
+    elif scene.count > 1:
+        wrong["count"] = replace(scene, count=rng.choice([n for n in (2, 3, 4) if n != scene.count]))
+    if scene.arrangement:
+        wrong["arrangement"] = replace(scene, arrangement=next(a for a in ARRANGEMENTS if a != scene.arrangement))
+    return {name: caption(each) for name, each in wrong.items()}
+
+
+def _altered_clips(scene: Scene, rng: random.Random) -> dict[str, Scene]:
+    """Scenes that a clip of `scene` is none of: one object more or less, another lane, attributes of two swapped."""
+    first, *others = scene.things
+    if not others:
+        alone = replace(first, place=None)
+        wrong = {"count": replace(scene, things=(alone,), count=3 - scene.count, arrangement=None)}
+        if first.place:
+            place = rng.choice([p for p in _places_for(first.motion) if p != first.place])
+            wrong["place"] = replace(scene, things=(replace(first, place=place),))
+        return wrong
+    wrong, other = {"count": replace(scene, things=(first,))}, others[0]
+    for name in ("place", "motion", "colour"):
+        mine, its = getattr(first, name), getattr(other, name)
+        if mine != its:
+            things = (replace(first, **{name: its}), replace(other, **{name: mine}))
+            wrong["place" if name == "place" else f"{name}s swapped"] = replace(scene, things=things)
     return wrong

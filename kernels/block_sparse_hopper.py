@@ -69,6 +69,11 @@ def _uneven_schedule(
     return order.T.contiguous().to(device), turns.to(device)
 
 
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU, which run a program each; without a GPU, when building for one, an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def _rows(x: Tensor, n: int) -> TensorDescriptor:
     """Of (H, S, D), n rows at a time."""
     stride_h, stride_r, _ = x.stride()
@@ -97,6 +102,7 @@ def _static(plan: BlockPlan, full_mode: int, has_text: bool, has_extra: bool, li
     return Static(
         QB=q.box,
         KB=kv.box,
+        FLAT=q.grid[:2] == (1, 1) == kv.grid[:2],
         SHORT=(kv.grid[0] % kv.box[0] != 0, kv.grid[1] % kv.box[1] != 0, kv.grid[2] % kv.box[2] != 0),
         FULL=full_mode,
         HAS_PARTIAL=not all_full or kv.volume < KEYS,  # two boxes a step: the last may be alone
@@ -138,8 +144,7 @@ def block_sparse_hopper(
     bias = linear.bias.contiguous() if linear and linear.bias is not None else None
     has_text = n_text_tiles > 0 or length_k > kv.n_tokens
     static = _static(plan, full_mode, has_text, extra is not None, linear, lse is not None)
-    programs = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 132
-    programs = min(programs, (n_text_tiles + q.n_tiles) * heads)
+    programs = min(_processors(query.device), (n_text_tiles + q.n_tiles) * heads)
     if n_text_tiles:
         steps = plan if mask is not None else -(-plan.tiles.shape[2] * kv.volume // KEYS)
         whole, rest = -(-length_k // KEYS), -(-(length_k - kv.n_tokens) // KEYS) + -(-length_2 // KEYS)

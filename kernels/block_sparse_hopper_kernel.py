@@ -2,9 +2,12 @@
 """The kernel of ``block_sparse_hopper.py``, in Gluon.
 
 One warp copies boxes of queries, keys and values into rings in shared memory by tensor descriptor. Two groups of four
-warps take 64 queries each through the same keys: the products of the next keys run while a group works out the weights
-of these, and so do the products of the last weights with their values. Programs stay, one on each multiprocessor, and
-take one tile of queries after the other in the order that they are given.
+warps take 64 queries each through the same keys: the products of the last weights with their values run while a group
+works out the weights of the next keys. Programs stay, one on each multiprocessor, and take one tile of queries after
+the other in the order that they are given. Steps go on from one tile to the next: with the first keys of a tile the
+last weights of the tile before meet their values, and then that one is finished. So there is one loop, with one copy of
+all that a step may need: instructions, too, must fit their cache (as straight code for first steps, last steps and
+ends of lists, most of the time beside the products went into fetching instructions).
 """
 
 from __future__ import annotations
@@ -25,17 +28,19 @@ __all__ = ["Static", "block_sparse_hopper_kernel"]
 
 # three names have changed since Triton 3.6
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+LOG2E = gl.constexpr(1.4426950408889634)
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @dataclass(frozen=True)
 class Static:
-    """What is compiled in. Boxes of queries and keys, along which axes the last box of keys is short; FULL, IN, BALL,
-    STATE_MODE as in ``block_sparse_triton.py``; ROUND: the ball's weights are one."""
+    """What is compiled in. Boxes of queries and keys, whether the grid has one axis, along which axes the last box of
+    keys is short; FULL, IN, BALL, STATE_MODE as in ``block_sparse_triton.py``; ROUND: the ball's weights are one."""
 
     QB: tuple[int, int, int]
     KB: tuple[int, int, int]
+    FLAT: bool
     SHORT: tuple[bool, bool, bool]
     FULL: int
     HAS_PARTIAL: bool
@@ -85,34 +90,48 @@ def _copy_step(DESC, h, x0, x1, x2, z0, z1, z2, bar, slot, BOX: gl.constexpr):
 
 
 @gluon.jit
-def _corner(tile, n1, n2, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
-    """The first place of a box along each axis."""
-    return tile // (n1 * n2) * B0, tile // n2 % n1 * B1, tile % n2 * B2
+def _quotient(x, n):
+    """x // n of whole numbers below 2**20: (x + 0.5) / n is further from a whole number than float32 errs."""
+    return ((x.to(gl.float32) + 0.5) * (1.0 / n.to(gl.float32))).to(gl.int32)
 
 
 @gluon.jit
-def _listed(TILES, place, n_tiles, n1, n2, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
+def _corner(tile, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
+    """The first place of a box along each axis. FLAT: there is one axis."""
+    if FLAT:
+        return tile * 0, tile * 0, tile * B2
+    rows = _quotient(tile, n2)
+    x0 = _quotient(rows, n1)
+    return x0 * B0, (rows - x0 * n1) * B1, (tile - rows * n2) * B2
+
+
+@gluon.jit
+def _listed(TILES, place, n_tiles, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
     """Corner of the box at a place of a list; past the list's end the last box stands in."""
-    return _corner(gl.load(TILES + gl.minimum(place, n_tiles - 1)), n1, n2, B0, B1, B2)
+    return _corner(gl.load(TILES + gl.minimum(place, n_tiles - 1)), n1, n2, FLAT, B0, B1, B2)
 
 
 @gluon.jit
-def _work(
-    ORDER, TILES, N_FULL, N_TILES, turn, turns, list_stride, n_list, n_text_tiles, n_text_before, n_heads, q_before,
-    n_grid_q, n_q_tiles, last_tile, S: gl.constexpr,
-):  # fmt: skip
-    """The tile of a turn: head, whether queries off the grid, number, first row if so, its list, key tiles listed and
-    those without a mask. Loaded a turn ahead, for a load takes about as long as half a step."""
-    item = gl.load(ORDER + gl.minimum(turn, turns - 1) * gl.num_programs(0) + gl.program_id(0))
+def _item(ORDER, turn, turns):
+    """Which tile a turn takes."""
+    return gl.load(ORDER + gl.minimum(turn, turns - 1) * gl.num_programs(0) + gl.program_id(0))
+
+
+@gluon.jit
+def _tile_of(item, n_text_tiles, n_heads, n_q_tiles):
+    """Head, number in the head, and whether its queries are off the grid."""
     n_text_items = n_text_tiles * n_heads
     is_text = item < n_text_items
     local = gl.where(is_text, item, item - n_text_items)
     per_head = gl.where(is_text, n_text_tiles, n_q_tiles)
     h = local // per_head
-    tile = local % per_head
-    row = gl.where(tile < n_text_before, tile, tile - n_text_before) * 128
-    row = gl.where(tile < n_text_before, row, row + q_before + n_grid_q)
-    lists = TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
+    return h, local - h * per_head, is_text
+
+
+@gluon.jit
+def _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S: gl.constexpr):
+    """Key tiles listed for a tile, and those of them that need no mask."""
+    h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
     g = gl.where(list_stride > 0, h, 0) * n_q_tiles + tile
     n_tiles = gl.load(N_TILES + g, mask=is_text == 0, other=0)
     n_full = n_tiles
@@ -121,9 +140,15 @@ def _work(
     elif S.FULL == 1:
         n_full = gl.load(N_FULL + g, mask=is_text == 0, other=0)
     elif S.FULL == 3:  # all but the very last tile of the grid, which can only stand last
-        last = gl.load(lists + gl.maximum(n_tiles - 1, 0), mask=n_tiles > 0, other=-1)
-        n_full = n_tiles - (last == last_tile).to(gl.int32)
-    return h, is_text, tile, row, lists, n_tiles, n_full
+        n_full = gl.maximum(n_tiles - 1, 0)
+    return n_tiles, n_full
+
+
+@gluon.jit
+def _text_row(tile, n_text_before, q_before, n_grid_q):
+    """First row of a tile of queries off the grid."""
+    row = gl.where(tile < n_text_before, tile, tile - n_text_before) * 128
+    return gl.where(tile < n_text_before, row, row + q_before + n_grid_q)
 
 
 @gluon.jit
@@ -170,65 +195,82 @@ def _fetch(
     D2: gl.constexpr = H2 if S.QB[0] * S.QB[1] == 1 else 0
     qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
     kn1, kn2 = gl.cdiv(K1, S.KB[1]), gl.cdiv(K2, S.KB[2])
-    last_tile = gl.cdiv(K0, S.KB[0]) * kn1 * kn2 - 1
     n_grid_q, n_grid_k = Q0 * Q1 * Q2, K0 * K1 * K2
     kc = 0
-    vc = 0
+    vc = 1
+    # values for the weights before the first, which are zero
+    slot, bar = _claim(0, v_full, v_free, SLOTS, BYTES)
+    _copy_step(V_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, v_ring.index(slot), BOX)
     turns = gl.load(TURNS + gl.program_id(0))
+    state = 0
+    has_state = turns < 0
     for turn in range(turns):
-        h, is_text, tile, q_row, lists, n_tiles, _n_full = _work(
-            ORDER, TILES, N_FULL, N_TILES, turn, turns, list_stride, n_list, n_text_tiles, n_text_before, n_heads,
-            q_before, n_grid_q, n_q_tiles, last_tile, S,
-        )  # fmt: skip
+        item = _item(ORDER, turn, turns)
+        h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+        n_tiles, _n_full = _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+        lists = TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
         hk = h // group
         slot, bar = _claim(turn, q_full, q_free, 2, 128 * D * 2)
         if S.HAS_TEXT and is_text:
+            row = _text_row(tile, n_text_before, q_before, n_grid_q)
             for half in gl.static_range(2):
                 q = q_ring.index(slot * 2 + half)
-                _copy(Q_ROWS, h, q_row + half * 64, 0, 0, bar, q, 0, [1, 64, 64])
+                _copy(Q_ROWS, h, row + half * 64, 0, 0, bar, q, 0, [1, 64, 64])
         else:
-            x0, x1, x2 = _corner(tile, qn1, qn2, S.QB[0], S.QB[1], S.QB[2])
+            x0, x1, x2 = _corner(tile, qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
             for half in gl.static_range(2):
                 q = q_ring.index(slot * 2 + half)
                 y0, y1, y2 = x0 + half * D0, x1 + half * D1, x2 + half * D2
                 _copy(Q_BOXES, h, y0, y1, y2, bar, q, 0, [1, H0, H1, H2, 64])
-        for i in range((n_tiles + PER_STEP - 1) // PER_STEP):
-            x0, x1, x2 = _listed(lists, i * PER_STEP, n_tiles, kn1, kn2, S.KB[0], S.KB[1], S.KB[2])
-            z0, z1, z2 = x0, x1, x2
-            if PER_STEP == 2:
-                z0, z1, z2 = _listed(lists, i * 2 + 1, n_tiles, kn1, kn2, S.KB[0], S.KB[1], S.KB[2])
-            slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
-            _copy_step(K_BOXES, hk, x0, x1, x2, z0, z1, z2, bar, k_ring.index(slot), BOX)
+        n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
+        _end0, _end1, _end2, n0, n1, n_runs = _runs(is_text, length_k, k_before, n_grid_k, length_2, N)
+        if not (S.HAS_TEXT or S.HAS_EXTRA):
+            n_runs = 0
+        for i in range(n_steps + n_runs):
+            k_slot, k_bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
             kc += 1
-            slot, bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
-            _copy_step(V_BOXES, hk, x0, x1, x2, z0, z1, z2, bar, v_ring.index(slot), BOX)
+            if i < n_steps:
+                x0, x1, x2 = _listed(lists, i * PER_STEP, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                z0, z1, z2 = x0, x1, x2
+                if PER_STEP == 2:
+                    z0, z1, z2 = _listed(lists, i * 2 + 1, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                _copy_step(K_BOXES, hk, x0, x1, x2, z0, z1, z2, k_bar, k_ring.index(k_slot), BOX)
+                v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
+                _copy_step(V_BOXES, hk, x0, x1, x2, z0, z1, z2, v_bar, v_ring.index(v_slot), BOX)
+            else:
+                if S.HAS_TEXT or S.HAS_EXTRA:
+                    run = i - n_steps
+                    row = run * N
+                    if run >= n0:
+                        row = k_before + n_grid_k + (run - n0) * N
+                    if S.HAS_EXTRA and run >= n1:
+                        _copy(K2_ROWS, hk, (run - n1) * N, 0, 0, k_bar, k_ring.index(k_slot), 0, [1, N, 64])
+                    else:
+                        _copy(K_ROWS, hk, row, 0, 0, k_bar, k_ring.index(k_slot), 0, [1, N, 64])
+                    v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
+                    if S.HAS_EXTRA and run >= n1:
+                        _copy(V2_ROWS, hk, (run - n1) * N, 0, 0, v_bar, v_ring.index(v_slot), 0, [1, N, 64])
+                    else:
+                        _copy(V_ROWS, hk, row, 0, 0, v_bar, v_ring.index(v_slot), 0, [1, N, 64])
             vc += 1
-        if S.HAS_TEXT or S.HAS_EXTRA:
-            _end0, _end1, _end2, n0, n1, n_runs = _runs(is_text, length_k, k_before, n_grid_k, length_2, N)
-            for i in range(n_runs):
-                row = i * N
-                if i >= n0:
-                    row = k_before + n_grid_k + (i - n0) * N
-                slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
-                if S.HAS_EXTRA and i >= n1:
-                    _copy(K2_ROWS, hk, (i - n1) * N, 0, 0, bar, k_ring.index(slot), 0, [1, N, 64])
-                else:
-                    _copy(K_ROWS, hk, row, 0, 0, bar, k_ring.index(slot), 0, [1, N, 64])
-                kc += 1
-                slot, bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
-                if S.HAS_EXTRA and i >= n1:
-                    _copy(V2_ROWS, hk, (i - n1) * N, 0, 0, bar, v_ring.index(slot), 0, [1, N, 64])
-                else:
-                    _copy(V_ROWS, hk, row, 0, 0, bar, v_ring.index(slot), 0, [1, N, 64])
-                vc += 1
-        if S.STATE_MODE > 0:  # noqa: SIM102 - the linear branch's matrix comes as one more step of keys
-            if is_text == 0:
-                which = h
-                if S.STATE_MODE == 2:
-                    which = h * n_q_tiles + tile
-                slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
-                _copy(STATE, which, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
-                kc += 1
+            # the linear branch's matrix comes as one more step of keys, behind the next tile's first
+            if S.STATE_MODE > 0:  # noqa: SIM102
+                if (i == 0) & has_state:
+                    slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
+                    _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
+                    kc += 1
+        has_state = is_text == 0
+        state = h
+        if S.STATE_MODE == 2:
+            state = h * n_q_tiles + tile
+    # keys whose weights nobody will use, so that the last tile is finished as all are
+    slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
+    _copy_step(K_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, k_ring.index(slot), BOX)
+    kc += 1
+    if S.STATE_MODE > 0:  # noqa: SIM102
+        if has_state:
+            slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
+            _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
 
 
 @gluon.jit
@@ -239,34 +281,6 @@ def _softmax(s, m, l, scale):
     p = gl.exp2(s * scale - shift[:, None])
     alpha = gl.exp2(m - shift)
     return p, m_new, l * alpha + gl.sum(p, 1), alpha
-
-
-@gluon.jit
-def _begin(q, p, acc, kc, vc, k_ring, v_ring, k_full, k_free, v_full, LOGITS: gl.constexpr):
-    """Start the products of the next keys and, behind them, of the last weights with their values; wait for the
-    logits."""
-    SLOTS: gl.constexpr = k_ring.shape[0]
-    N: gl.constexpr = k_ring.shape[1]
-    slot = kc % SLOTS
-    mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
-    none = gl.zeros([64, N], gl.float32, LOGITS)
-    s = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    last = vc % SLOTS
-    mbarrier.wait(v_full.index(last), vc // SLOTS & 1)
-    acc = warpgroup_mma(p, v_ring.index(last), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(k_free.index(slot), count=1)
-    return s, acc
-
-
-@gluon.jit
-def _end(s, acc, m, l, p, vc, scale, v_free, SLOTS: gl.constexpr, OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr):
-    """The weights of these keys, while the last values are added up; the sum is scaled as the greatest logit moves."""
-    weights, m, l, alpha = _softmax(s, m, l, scale)
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    mbarrier.arrive(v_free.index(vc % SLOTS), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
-    return acc, m, l, gl.convert_layout(weights.to(p.dtype), WEIGHTS)
 
 
 @gluon.jit
@@ -295,23 +309,18 @@ def _square(x, weight, S: gl.constexpr):
 
 @gluon.jit
 def _hide(
-    s, i, lists, n_tiles, kn1, kn2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit,
-    LOGITS: gl.constexpr, S: gl.constexpr,
+    s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS: gl.constexpr,
+    S: gl.constexpr,
 ):  # fmt: skip
     """Logits, -inf where a key is not seen. All that depends on one axis alone is worked out once for its few places
     in a box; what is left to do for a key is to compare, and to choose.
 
-    y: a query's place, or the middle of its run; far: half of the run's length.
+    x, z: where the step's boxes begin. y: a query's place, or the middle of its run; far: half of the run's length.
     """
     N: gl.constexpr = s.shape[1]
     VOLUME: gl.constexpr = S.KB[0] * S.KB[1] * S.KB[2]
     SPLIT: gl.constexpr = N // VOLUME
     lane = gl.arange(0, N, gl.SliceLayout(0, LOGITS))
-    x0, x1, x2 = _listed(lists, i * SPLIT, n_tiles, kn1, kn2, S.KB[0], S.KB[1], S.KB[2])
-    z0, z1, z2 = x0, x1, x2
-    if SPLIT == 2:
-        z0, z1, z2 = _listed(lists, i * 2 + 1, n_tiles, kn1, kn2, S.KB[0], S.KB[1], S.KB[2])
-        z0 = gl.where(i * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
     i0 = lane % VOLUME // (S.KB[1] * S.KB[2])
     i1 = lane % VOLUME // S.KB[2] % S.KB[1]
     i2 = lane % VOLUME % S.KB[2]
@@ -365,7 +374,9 @@ def _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
         left = end1 - (i - n0) * N
     if i >= n1:
         left = end2 - (i - n1) * N
-    return gl.where((gl.arange(0, N, gl.SliceLayout(0, LOGITS)) < left)[None, :], s, float("-inf"))
+    if left < N:
+        s = gl.where((gl.arange(0, N, gl.SliceLayout(0, LOGITS)) < left)[None, :], s, float("-inf"))
+    return s
 
 
 @gluon.jit
@@ -377,21 +388,87 @@ def _run_of(TABLES, AXIS: gl.constexpr, place, length, longest):
 
 
 @gluon.jit
-def _places(tile, lane, n1, n2, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
-    x0, x1, x2 = _corner(tile, n1, n2, B0, B1, B2)
+def _places(tile, lane, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
+    x0, x1, x2 = _corner(tile, n1, n2, FLAT, B0, B1, B2)
     return x0 + lane // (B1 * B2), x1 + lane // B2 % B1, x2 + lane % B2
 
 
 @gluon.jit
 def _feature(x, S: gl.constexpr):
+    """φ of the rows of x times a number for each row, and that number: the quotient of two sums of φ needs no other."""
     if S.FEATURE_MAP == "softmax":
-        powers = gl.exp(x - gl.max(x, 1)[:, None])
-        return powers / gl.sum(powers, 1)[:, None]
+        most = gl.max(x, 1) * LOG2E
+        powers = gl.exp2(x * LOG2E - most[:, None])
+        return powers, gl.sum(powers, 1)
     elif S.FEATURE_MAP == "elu":
-        return gl.where(x > 0, x + 1, gl.exp(x))
+        return gl.where(x > 0, x + 1, gl.exp(x)), gl.sum(x * 0.0, 1) + 1.0
     else:
         gl.static_assert(S.FEATURE_MAP == "relu", "FEATURE_MAP must be softmax, elu or relu")
-        return gl.where(x < 0, 0.0, x)
+        return gl.where(x < 0, 0.0, x), gl.sum(x * 0.0, 1) + 1.0
+
+
+@gluon.jit
+def _here(x):
+    """x; what is worked out from it is worked out here, not kept in registers through a loop around."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _finish(
+    acc, m, l, q, OUT, LSE, NORM, EPS, BIAS, soh, sor, kc, k_ring, k_full, k_free, q_free, item, n_text_tiles,
+    n_text_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
+    OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Add the linear branch to half a tile's sum of weighted values, and write it. Returns the registers of the sum, of
+    which nothing is needed any more, and the count of keys taken.
+
+    The linear branch is added up in the same registers: the sum is multiplied by share / total before, and by 1 / share
+    after."""
+    D: gl.constexpr = acc.shape[1]
+    SLOTS: gl.constexpr = k_ring.shape[0]
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
+    h, tile, is_text = _tile_of(_here(item), n_text_tiles, n_heads, n_q_tiles)
+    d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
+    total = gl.convert_layout(l, OUT_ROW)
+    factor = 1.0 / gl.where(total > 0, total, 1.0)
+    if S.STATE_MODE > 0:  # noqa: SIM102
+        if is_text == 0:
+            which = h
+            if S.STATE_MODE == 2:
+                which = h * n_q_tiles + tile
+            norm = gl.load(NORM + which.to(gl.int64) * D + d)
+            phi, times = _feature(q.load(OUTPUT).to(gl.float32), S)
+            share = gl.sum(phi * norm[None, :], 1) + gl.load(EPS + h) * times
+            share = gl.where(share == 0, 1.0, share)
+            acc = acc * (factor * share)[:, None]
+            factor = 1.0 / share
+            phi = gl.convert_layout(phi.to(k_ring.dtype), WEIGHTS)
+            slot = kc % SLOTS
+            mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
+            acc = warpgroup_mma(phi, k_ring.index(slot), acc)
+            mbarrier.arrive(k_free.index(slot), count=1)
+            kc += 1
+    mbarrier.arrive(q_free, count=1)
+    acc = acc * factor[:, None]
+    if S.HAS_BIAS:  # noqa: SIM102
+        if is_text == 0:
+            acc += gl.load(BIAS + d).to(gl.float32)[None, :]
+    lane = HALF * 64 + gl.arange(0, 64, OUT_ROW)
+    qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
+    p0, p1, p2 = _places(tile, lane, qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
+    valid = (p0 < Q0) & (p1 < Q1) & (p2 < Q2)
+    row = q_before + (p0 * Q1 + p1) * Q2 + p2
+    if S.HAS_TEXT:
+        end = gl.where(tile < n_text_before, q_before, length_q)
+        text_row = _text_row(tile, n_text_before, q_before, Q0 * Q1 * Q2) + lane
+        row = gl.where(is_text, text_row, row)
+        valid = gl.where(is_text, text_row < end, valid)
+    p_o = OUT + h.to(gl.int64) * soh + row.to(gl.int64)[:, None] * sor + d[None, :]
+    gl.store(p_o, acc.to(OUT.dtype.element_ty), mask=valid[:, None])
+    if S.HAS_LSE:
+        value = (gl.convert_layout(m, OUT_ROW) + gl.log2(total)) * 0.6931471805599453
+        gl.store(LSE + h.to(gl.int64) * length_q + row, value, mask=valid)
+    return acc, kc
 
 
 @gluon.jit
@@ -410,28 +487,35 @@ def _attend(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
     kn1, kn2 = gl.cdiv(K1, S.KB[1]), gl.cdiv(K2, S.KB[2])
-    last_tile = gl.cdiv(K0, S.KB[0]) * kn1 * kn2 - 1
-    n_grid_q, n_grid_k = Q0 * Q1 * Q2, K0 * K1 * K2
-    d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
+    n_grid_k = K0 * K1 * K2
     kc = 0
     vc = 0
     turns = gl.load(TURNS + gl.program_id(0))
-    h, is_text, tile, q_row, lists, n_tiles, n_full = _work(
-        ORDER, TILES, N_FULL, N_TILES, 0, turns, list_stride, n_list, n_text_tiles, n_text_before, n_heads, q_before,
-        n_grid_q, n_q_tiles, last_tile, S,
-    )  # fmt: skip
-    for turn in range(turns):
-        next_h, next_is_text, next_tile, next_q_row, next_lists, next_n_tiles, next_n_full = _work(
-            ORDER, TILES, N_FULL, N_TILES, turn + 1, turns, list_stride, n_list, n_text_tiles, n_text_before, n_heads,
-            q_before, n_grid_q, n_q_tiles, last_tile, S,
-        )  # fmt: skip
+    # what a turn needs is loaded in the turn before and not touched until then: a load takes as long as half a step
+    last_item, item, next_item = turns * 0, _item(ORDER, 0, turns), _item(ORDER, 1, turns)
+    n_tiles, n_full = _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+    acc = gl.zeros([64, D], gl.float32, OUTPUT)
+    p = gl.zeros([64, N], k_ring.dtype, WEIGHTS)
+    m = gl.full([64], float("-inf"), gl.float32, ROW)
+    l = gl.zeros([64], gl.float32, ROW)
+    goes_on = turns < 0  # whether the next product adds to a sum: the first of a tile does not
+    for turn in range(turns + 1):  # the last finishes the tile before, and is none itself
+        h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+        next_n_tiles, next_n_full = _counts(
+            N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S
+        )
+        after_next = _item(ORDER, turn + 2, turns)
+        lists = TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
         n_clean = n_full // PER_STEP
         n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
         end0, end1, end2, n0, n1, n_runs = _runs(is_text, length_k, k_before, n_grid_k, length_2, N)
-        p0, p1, p2 = _places(tile, HALF * 64 + gl.arange(0, 64, ROW), qn1, qn2, S.QB[0], S.QB[1], S.QB[2])
+        n_all = n_steps
+        if S.HAS_TEXT or S.HAS_EXTRA:
+            n_all = n_steps + n_runs
+        n_all = gl.where(turn < turns, n_all, 1)
+        p0, p1, p2 = _places(tile, HALF * 64 + gl.arange(0, 64, ROW), qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
         y0, y1, y2 = p0.to(gl.float32), p1.to(gl.float32), p2.to(gl.float32)
         far0, far1, far2 = y0, y1, y2
         if S.IN[0]:
@@ -440,96 +524,60 @@ def _attend(
             y1, far1 = _run_of(TABLES, 1, p1, Q1, longest)
         if S.IN[2]:
             y2, far2 = _run_of(TABLES, 2, p2, Q2, longest)
-
-        # the first keys
-        mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
         q = q_ring.index(turn % 2 * 2 + HALF)
-        slot = kc % SLOTS
-        mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
-        none = gl.zeros([64, N], gl.float32, LOGITS)
-        s = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), none, use_acc=False)
-        mbarrier.arrive(k_free.index(slot), count=1)
-        kc += 1
-        if n_clean == 0:
-            if n_steps > 0:
-                if S.HAS_PARTIAL:
-                    s = _hide(
-                        s, 0, lists, n_tiles, kn1, kn2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit,
-                        LOGITS, S,
-                    )  # fmt: skip
-            elif S.HAS_TEXT or S.HAS_EXTRA:
-                s = _hide_run(s, 0, end0, end1, end2, n0, n1, LOGITS)
-        m = gl.full([64], float("-inf"), gl.float32, ROW)
-        weights, m, l, _alpha = _softmax(s, m, gl.zeros([64], gl.float32, ROW), scale)
-        p = gl.convert_layout(weights.to(k_ring.dtype), WEIGHTS)
-        acc = gl.zeros([64, D], gl.float32, OUTPUT)
-
-        for _ in range(1, n_clean):
-            s, acc = _begin(q, p, acc, kc, vc, k_ring, v_ring, k_full, k_free, v_full, LOGITS)
-            acc, m, l, p = _end(s, acc, m, l, p, vc, scale, v_free, SLOTS, OUTPUT, WEIGHTS)
+        mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1, pred=turn < turns)
+        for i in range(n_all):
+            x0, x1, x2 = i * 0, i * 0, i * 0
+            z0, z1, z2 = i * 0, i * 0, i * 0
+            partial = (i >= n_clean) & (i < n_steps)
+            if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before the logits are waited for
+                if partial:
+                    x0, x1, x2 = _listed(lists, i * PER_STEP, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                    z0, z1, z2 = x0, x1, x2
+                    if PER_STEP == 2:
+                        z0, z1, z2 = _listed(lists, i * 2 + 1, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                        z0 = gl.where(i * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
+            # the products of these keys and, behind them, of the last weights with their values
+            slot = kc % SLOTS
+            mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
+            none = gl.zeros([64, N], gl.float32, LOGITS)
+            s = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+            last = vc % SLOTS
+            mbarrier.wait(v_full.index(last), vc // SLOTS & 1)
+            acc = warpgroup_mma(p, v_ring.index(last), acc, use_acc=goes_on, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            mbarrier.arrive(k_free.index(slot), count=1)
             kc += 1
+            if S.HAS_PARTIAL:  # noqa: SIM102
+                if partial:
+                    s = _hide(
+                        s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS,
+                        S,
+                    )  # fmt: skip
+            if S.HAS_TEXT or S.HAS_EXTRA:  # noqa: SIM102
+                if i >= n_steps:
+                    s = _hide_run(s, i - n_steps, end0, end1, end2, n0, n1, LOGITS)
+            first = i == 0
+            weights, m_new, l_new, alpha = _softmax(
+                s, gl.where(first, float("-inf"), m), gl.where(first, 0.0, l), scale
+            )
+            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+            mbarrier.arrive(v_free.index(last), count=1)
             vc += 1
-        if S.HAS_PARTIAL:
-            for i in range(gl.maximum(n_clean, 1), n_steps):
-                s, acc = _begin(q, p, acc, kc, vc, k_ring, v_ring, k_full, k_free, v_full, LOGITS)
-                s = _hide(
-                    s, i, lists, n_tiles, kn1, kn2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS,
-                    S,
-                )  # fmt: skip
-                acc, m, l, p = _end(s, acc, m, l, p, vc, scale, v_free, SLOTS, OUTPUT, WEIGHTS)
-                kc += 1
-                vc += 1
-        if S.HAS_TEXT or S.HAS_EXTRA:
-            for i in range((n_steps == 0).to(gl.int32), n_runs):
-                s, acc = _begin(q, p, acc, kc, vc, k_ring, v_ring, k_full, k_free, v_full, LOGITS)
-                s = _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS)
-                acc, m, l, p = _end(s, acc, m, l, p, vc, scale, v_free, SLOTS, OUTPUT, WEIGHTS)
-                kc += 1
-                vc += 1
-        # the last values
-        slot = vc % SLOTS
-        mbarrier.wait(v_full.index(slot), vc // SLOTS & 1)
-        acc = warpgroup_mma(p, v_ring.index(slot), acc)
-        mbarrier.arrive(v_free.index(slot), count=1)
-        vc += 1
-        total = gl.convert_layout(l, OUT_ROW)
-        acc = acc / gl.where(total > 0, total, 1.0)[:, None]
-
-        if S.STATE_MODE > 0:  # noqa: SIM102
-            if is_text == 0:
-                which = h
-                if S.STATE_MODE == 2:
-                    which = h * n_q_tiles + tile
-                norm = gl.load(NORM + which.to(gl.int64) * D + d)
-                phi = _feature(q.load(OUTPUT).to(gl.float32), S)
-                share = gl.sum(phi * norm[None, :], 1) + gl.load(EPS + h)
-                slot = kc % SLOTS
-                mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
-                phi = gl.convert_layout(phi.to(k_ring.dtype), WEIGHTS)
-                none = gl.zeros([64, D], gl.float32, OUTPUT)
-                linear = warpgroup_mma(phi, k_ring.index(slot), none, use_acc=False)
-                mbarrier.arrive(k_free.index(slot), count=1)
-                kc += 1
-                acc += linear / gl.where(share == 0, 1.0, share)[:, None]
-        mbarrier.arrive(q_free.index(turn % 2), count=1)
-        if S.HAS_BIAS:  # noqa: SIM102
-            if is_text == 0:
-                acc += gl.load(BIAS + d).to(gl.float32)[None, :]
-        lane = HALF * 64 + gl.arange(0, 64, OUT_ROW)
-        p0, p1, p2 = _places(tile, lane, qn1, qn2, S.QB[0], S.QB[1], S.QB[2])
-        valid = (p0 < Q0) & (p1 < Q1) & (p2 < Q2)
-        row = q_before + (p0 * Q1 + p1) * Q2 + p2
-        if S.HAS_TEXT:
-            end = gl.where(tile < n_text_before, q_before, length_q)
-            row = gl.where(is_text, q_row + lane, row)
-            valid = gl.where(is_text, q_row + lane < end, valid)
-        p_o = OUT + h.to(gl.int64) * soh + row.to(gl.int64)[:, None] * sor + d[None, :]
-        gl.store(p_o, acc.to(OUT.dtype.element_ty), mask=valid[:, None])
-        if S.HAS_LSE:
-            value = (gl.convert_layout(m, OUT_ROW) + gl.log2(total)) * 0.6931471805599453
-            gl.store(LSE + h.to(gl.int64) * length_q + row, value, mask=valid)
-        h, is_text, tile, q_row = next_h, next_is_text, next_tile, next_q_row
-        lists, n_tiles, n_full = next_lists, next_n_tiles, next_n_full
+            p = gl.convert_layout(weights.to(k_ring.dtype), WEIGHTS)
+            goes_on = i > 0
+            if first:
+                if turn > 0:
+                    acc, kc = _finish(
+                        acc, m, l, q_ring.index((turn + 1) % 2 * 2 + HALF), OUT, LSE, NORM, EPS, BIAS, soh, sor, kc,
+                        k_ring, k_full, k_free, q_free.index((turn + 1) % 2), last_item, n_text_tiles, n_text_before,
+                        n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT, WEIGHTS,
+                    )  # fmt: skip
+            else:
+                acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
+            m, l = m_new, l_new
+        last_item, item, next_item = item, next_item, after_next
+        n_tiles, n_full = next_n_tiles, next_n_full
 
 
 @gluon.jit(do_not_specialize=["n_text_tiles", "n_text_before", "length_2"])

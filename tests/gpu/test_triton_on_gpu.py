@@ -138,12 +138,16 @@ HOPPER_CASES = {
 }
 
 
+@pytest.mark.parametrize("processors", [132, 3])
 @pytest.mark.parametrize("dim", [128, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", HOPPER_CASES)
-def test_hopper_kernel_errs_no_more_than_the_plain_one(case, dtype, dim):
-    if _hopper(torch.device("cuda", 0)) is None:
+def test_hopper_kernel_errs_no_more_than_the_plain_one(case, dtype, dim, processors, monkeypatch):
+    """On few processors each program takes many tiles, one after the other."""
+    hopper = _hopper(torch.device("cuda", 0))
+    if hopper is None:
         pytest.skip("a kernel for Hopper GPUs")
+    monkeypatch.setattr(hopper, "_processors", lambda device: processors)
     torch.manual_seed(0)
     if HOPPER_CASES[case][3] and dim < 128:
         pytest.skip("the linear branch of short heads is left to the plain kernel")

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_pool_triton import mask_arguments
-from .launch import register_limit
+from .launch import HOPPER_SHARED, register_limit, shared_memory
 from .tiling import Tiling
 from .tiling_triton import tile_tokens
 
@@ -32,6 +32,7 @@ __all__ = [
 
 EPSILON = 1e-5  # on the sums
 PROGRAMS = 264  # that sum over a whole sequence, two for each of the 132 processors of an H100 or H200
+LOG2E = tl.constexpr(1.4426950408889634)
 SCRATCH_BYTES = 512 * 2**20  # block sums are made for as many heads at a time
 
 
@@ -122,6 +123,7 @@ def _finish_state(
         BLOCK_M=rows,
         BLOCK_D=block_d,
         BLOCK_E=min(block_d, 32),
+        PARTS=8,
         num_warps=4,
     )
     return LinearState(state, norm, eps)
@@ -140,7 +142,8 @@ def block_states(
     """φ(k)ᵀ v Wᵀ and φ(k) summed over the real tokens of each box, divided by the volume of a whole box.
 
     In half precision v Wᵀ is made first, with float32 accumulation, as a Linear layer in that dtype would: its rounding
-    is averaged out over the tokens, and it costs no more than W after the sum would. In float32 W comes after the sum.
+    is averaged out over the tokens, and it costs no more than W after the sum would. In float32, and for heads longer
+    than 128, W comes after the sum.
 
     Args: as in :func:`linear_state`; tiling: the boxes; token i of the grid stands in row ``before + i``.
     Returns: (B, H, Mk, D, D) in out_dtype and (B, H, Mk, D) float32.
@@ -242,12 +245,16 @@ def _launch_block_states(
     half = key.element_size() == 2
     block_d = max(16, triton.next_power_of_2(dim))
     block_e = min(block_d, 128 if half else 64)  # columns of the state a program makes: more would spill registers
+    block_n = min(max(16, triton.next_power_of_2(tiling.volume)), 64 if half else 32)
     big = block_d * block_e >= 128 * 64
-    lanes = max(16, triton.next_power_of_2(tiling.volume))
-    fold = half and weight is not None
+    fold = half and weight is not None and dim <= 128
     weight = None if weight is None else weight.to(key.dtype).contiguous()
     mask, mask_b, mask_s, has_real = mask_arguments(real, key)
-    _block_state_fwd_kernel[(len(states) * tiling.n_tiles, triton.cdiv(dim, block_e))](
+    # boxes that are read at once are taken one after the other, so that the next is fetched while one is summed up
+    n_items = len(states) * tiling.n_tiles
+    in_one = tiling.volume <= block_n
+    run = max(1, triton.cdiv(n_items, PROGRAMS)) if in_one else 1
+    _block_state_fwd_kernel[(triton.cdiv(n_items, run), triton.cdiv(dim, block_e))](
         key,
         value,
         weight if fold else key,
@@ -257,6 +264,8 @@ def _launch_block_states(
         first,
         heads,
         tiling.n_tiles,
+        n_items,
+        run,
         states.shape[1],
         before,
         *key.stride(),
@@ -270,17 +279,25 @@ def _launch_block_states(
         FEATURE_MAP=feature_map,
         FOLD=fold,
         HAS_REAL=has_real,
-        BLOCK_N=min(lanes, 64 if half else 32),
+        IN_ONE=in_one,
+        BLOCK_N=block_n,
         BLOCK_D=block_d,
         BLOCK_E=block_e,
-        BLOCK_C=min(block_d, 64),
         num_warps=8 if big else 4,
-        num_stages=2,
+        num_stages=_stages(key, block_n, block_d, block_e, fold),
         # two programs on a processor: one waits, one works
         **register_limit(key, 128 if big and block_d <= 128 else None),
     )
     if weight is not None and not fold:
         states.copy_(states.to(weight.dtype) @ weight.mT)
+
+
+def _stages(key: Tensor, block_n: int, block_d: int, block_e: int, fold: bool) -> int:
+    """Blocks of keys and values in flight: three, or as many as leave room for two programs on a Hopper processor and
+    for one on any other."""
+    size = key.element_size()
+    room = min(shared_memory(key), HOPPER_SHARED // 2) - fold * (block_n + block_d) * block_e * size
+    return max(1, min(3 if size == 2 and block_d <= 128 else 2, room // (block_n * (block_d + block_e) * size)))
 
 
 @triton.jit
@@ -289,9 +306,9 @@ def feature(x, FEATURE_MAP: tl.constexpr, D: tl.constexpr):
     cols = tl.arange(0, x.shape[1])
     real = (cols < D)[None, :]
     if FEATURE_MAP == "softmax":
-        x = tl.where(real, x, -float("inf"))
-        powers = tl.exp(x - tl.max(x, 1)[:, None])
-        return powers / tl.sum(powers, 1)[:, None]
+        x = tl.where(real, x * LOG2E, -float("inf"))
+        powers = tl.exp2(x - tl.max(x, 1)[:, None])
+        return powers * (1.0 / tl.sum(powers, 1))[:, None]
     elif FEATURE_MAP == "elu":
         return tl.where(real, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
     else:
@@ -299,7 +316,7 @@ def feature(x, FEATURE_MAP: tl.constexpr, D: tl.constexpr):
         return tl.where(real & ~(x < 0), x, 0.0)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "n_items", "run"])
 def _block_state_fwd_kernel(
     k_ptr,
     v_ptr,
@@ -310,6 +327,8 @@ def _block_state_fwd_kernel(
     first,
     n_heads,
     n_tiles,
+    n_items,
+    run,
     n_rows,
     before,
     stride_kb,
@@ -333,56 +352,96 @@ def _block_state_fwd_kernel(
     FEATURE_MAP: tl.constexpr,
     FOLD: tl.constexpr,
     HAS_REAL: tl.constexpr,
+    IN_ONE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of one box of one head; with FOLD, else without W. φ is rounded to the dtype
-    of the keys in state and norm alike, so that the weights of the mean are the same in both."""
-    tile = tl.program_id(0) % n_tiles
-    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
+    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of ``run`` boxes, one after the other, each of one head; with FOLD, else
+    without W. IN_ONE: a box is BLOCK_N tokens at most; else ``run`` is 1. φ is rounded to the dtype of the keys in
+    state and norm alike, so that the weights of the mean are the same in both."""
+    dims = tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    b_w = tl.zeros([BLOCK_D, BLOCK_E], k_ptr.dtype.element_ty)
+    if FOLD:  # (BLOCK_D, BLOCK_E) Wᵀ
+        p_w = w_ptr + cols[None, :] * D + dims[:, None]
+        b_w = tl.load(p_w, mask=(cols < D)[None, :] & (dims < D)[:, None], other=0.0)
+    begin = tl.program_id(0) * run
+    if IN_ONE:
+        for item in range(begin, tl.minimum(begin + run, n_items)):
+            state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
+            state, b_phi = _add_tokens(
+                state, b_w, k_ptr, v_ptr, real_ptr, item, 0, first, n_heads, n_tiles, before, stride_kb,
+                stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0,
+                G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
+            norm = tl.sum(b_phi.to(tl.float32), 0)
+            _store_state(states_ptr, norms_ptr, state * scale, norm * scale, item, n_tiles, n_rows, D, BLOCK_D, BLOCK_E)
+    else:
+        state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
+        norm = tl.zeros([BLOCK_D, 16], tl.float32)
+        for start in range(0, B0 * B1 * B2, BLOCK_N):
+            state, b_phi = _add_tokens(
+                state, b_w, k_ptr, v_ptr, real_ptr, begin, start, first, n_heads, n_tiles, before, stride_kb,
+                stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0,
+                G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
+            # a product with ones, whose columns are all the sum: to sum over rows, all warps would wait for one another
+            norm = tl.dot(tl.trans(b_phi), tl.full([BLOCK_N, 16], 1.0, b_phi.dtype), norm, input_precision="ieee")
+        norm = tl.max(norm, 1) * scale
+        _store_state(states_ptr, norms_ptr, state * scale, norm, begin, n_tiles, n_rows, D, BLOCK_D, BLOCK_E)
+
+
+@triton.jit
+def _add_tokens(
+    state, b_w, k_ptr, v_ptr, real_ptr, item, start, first, n_heads, n_tiles, before, stride_kb, stride_kh,
+    stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0, G1, G2,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    FOLD: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """φ(k)ᵀ v Wᵀ of BLOCK_N tokens of a box added to ``state``; and φ(k)."""
+    tile = item % n_tiles
+    i_g = (item // n_tiles).to(tl.int64)
     i_b = (first + i_g) // n_heads
     i_h = (first + i_g) % n_heads
     k_ptr += i_b * stride_kb + i_h * stride_kh
     v_ptr += i_b * stride_vb + i_h * stride_vh
     dtype = k_ptr.dtype.element_ty
     dims = tl.arange(0, BLOCK_D)
+    index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
+    rows = (before + index).to(tl.int64)
+    if HAS_REAL:
+        inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
+    m_rows = inside[:, None] & (dims < D)[None, :]
+    # φ(k): (BLOCK_N, BLOCK_D)
+    p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :].to(tl.int64) * stride_kd
+    b_k = tl.load(p_k, mask=m_rows, other=0.0)
+    b_phi = tl.where(inside[:, None], feature(b_k.to(tl.float32), FEATURE_MAP, D), 0.0).to(dtype)
+    # v Wᵀ: (BLOCK_N, BLOCK_E)
+    if FOLD:
+        p_v = v_ptr + rows[:, None] * stride_vs + dims[None, :].to(tl.int64) * stride_vd
+        b_v = tl.load(p_v, mask=m_rows, other=0.0)
+        b_v = tl.dot(b_v, b_w, input_precision="ieee").to(dtype)
+    else:
+        cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+        p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :].to(tl.int64) * stride_vd
+        b_v = tl.load(p_v, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+    return tl.dot(tl.trans(b_phi), b_v, state, input_precision="ieee"), b_phi
+
+
+@triton.jit
+def _store_state(
+    states_ptr, norms_ptr, state, norm, item, n_tiles, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    dims = tl.arange(0, BLOCK_D)
     cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_cols = (cols < D)[None, :]
-    state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
-    norm = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, B0 * B1 * B2, BLOCK_N):
-        index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
-        rows = (before + index).to(tl.int64)
-        if HAS_REAL:
-            inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
-        m_rows = inside[:, None]
-        # φ(k): (BLOCK_N, BLOCK_D)
-        p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :] * stride_kd
-        b_k = tl.load(p_k, mask=m_rows & (dims < D)[None, :], other=0.0)
-        b_phi = tl.where(m_rows, feature(b_k.to(tl.float32), FEATURE_MAP, D), 0.0).to(dtype)
-        norm += tl.sum(b_phi.to(tl.float32), 0)
-        # v Wᵀ: (BLOCK_N, BLOCK_E)
-        if FOLD:
-            b_vw = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-            for c in tl.static_range(0, D, BLOCK_C):
-                inner = c + tl.arange(0, BLOCK_C)
-                m_inner = (inner < D)[None, :]
-                p_v = v_ptr + rows[:, None] * stride_vs + inner[None, :] * stride_vd
-                b_v = tl.load(p_v, mask=m_rows & m_inner, other=0.0)
-                p_w = w_ptr + cols[:, None] * D + inner[None, :]
-                b_w = tl.load(p_w, mask=(cols < D)[:, None] & m_inner, other=0.0)
-                b_vw = tl.dot(b_v, tl.trans(b_w), b_vw, input_precision="ieee")
-            b_v = b_vw.to(dtype)
-        else:
-            p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :] * stride_vd
-            b_v = tl.load(p_v, mask=m_rows & m_cols, other=0.0)
-        state = tl.dot(tl.trans(b_phi), b_v, state, input_precision="ieee")
+    tile = item % n_tiles
+    i_g = (item // n_tiles).to(tl.int64)
     p_state = states_ptr + (i_g * n_rows + tile) * D * D + dims[:, None] * D + cols[None, :]
-    tl.store(p_state, (state * scale).to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & m_cols)
+    tl.store(p_state, state.to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & (cols < D)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(norms_ptr + (i_g * n_tiles + tile) * D + dims, norm * scale, mask=dims < D)
+        tl.store(norms_ptr + (i_g * n_tiles + tile) * D + dims, norm, mask=dims < D)
 
 
 @triton.jit
@@ -405,6 +464,7 @@ def _finish_state_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """BLOCK_M rows of one head's state: the parts' sum times volume / count times Wᵀ; and its norm and eps."""
     i_g = tl.program_id(0).to(tl.int64)
@@ -413,10 +473,13 @@ def _finish_state_fwd_kernel(
     m_rows = (rows < D)[:, None] & (dims < D)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     norm = tl.zeros([BLOCK_D], tl.float32)
-    for part in range(n_parts):
-        p_part = states_ptr + (i_g * n_parts + part) * D * D + rows[:, None] * D + dims[None, :]
-        total += tl.load(p_part, mask=m_rows, other=0.0)
-        norm += tl.load(norms_ptr + (i_g * n_parts + part) * D + dims, mask=dims < D, other=0.0)
+    for first in range(0, n_parts, PARTS):
+        for part in tl.static_range(PARTS):  # unrolled: so many loads at a time
+            i_part = i_g * n_parts + tl.minimum(first + part, n_parts - 1)
+            share = tl.where(first + part < n_parts, 1.0, 0.0)
+            p_part = states_ptr + i_part * D * D + rows[:, None] * D + dims[None, :]
+            total += tl.load(p_part, mask=m_rows, other=0.0) * share
+            norm += tl.load(norms_ptr + i_part * D + dims, mask=dims < D, other=0.0) * share
     count = n_grid.to(tl.float32)
     if HAS_COUNTS:
         count = tl.maximum(tl.load(counts_ptr + i_g // n_heads), 1).to(tl.float32)
@@ -437,8 +500,10 @@ def _finish_state_fwd_kernel(
 def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: int) -> None:
     groups, n_q, n_k = marginal.shape
     dim = norms.shape[-1]
-    block_m = 64
-    _marginal_norm_fwd_kernel[(groups * triton.cdiv(n_q, block_m),)](
+    block_m = 32
+    block_d = max(16, triton.next_power_of_2(dim))
+    block_e = min(block_d, 64)
+    _marginal_norm_fwd_kernel[(groups * triton.cdiv(n_q, block_m), triton.cdiv(dim, block_e))](
         marginal,
         norms,
         out,
@@ -450,9 +515,9 @@ def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_margi
         1 / n_marginal,
         D=dim,
         BLOCK_M=block_m,
-        BLOCK_N=32,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        num_warps=4 if dim <= 128 else 8,
+        BLOCK_N=64,
+        BLOCK_E=block_e,
+        num_warps=4,
     )
 
 
@@ -470,17 +535,18 @@ def _marginal_norm_fwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """scale map (BLOCK_M, n_k) @ norms (n_k, D) of one head, as accurate as in float32: it is a denominator."""
+    """BLOCK_E columns of scale map (BLOCK_M, n_k) @ norms (n_k, D) of one head, as accurate as in float32: it is a
+    denominator."""
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
     rows = tl.program_id(0) % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dims = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for start in range(0, n_k, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        p_map = map_ptr + i_g * stride_g + rows[:, None].to(tl.int64) * stride_m + cols[None, :] * stride_n
+        p_map = map_ptr + i_g * stride_g + rows[:, None].to(tl.int64) * stride_m + cols[None, :].to(tl.int64) * stride_n
         b_map = tl.load(p_map, mask=(rows < n_q)[:, None] & (cols < n_k)[None, :], other=0.0)
         p_norms = norms_ptr + (i_g * n_k + cols[:, None]) * D + dims[None, :]
         b_norms = tl.load(p_norms, mask=(cols < n_k)[:, None] & (dims < D)[None, :], other=0.0)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiling import Tiling
-from .tiling_triton import tile_tokens
+from .tiling_triton import tile_size, tile_tokens
 
 __all__ = ["mask_arguments", "pool_blocks", "pool_pair"]
 
@@ -66,6 +66,7 @@ def _launch_pool(
     )
     block_d = triton.next_power_of_2(dim)
     lanes = triton.next_power_of_2(max(q_tiling.volume, k_tiling.volume if n_k else 0))
+    block_n = min(lanes, max(16, 8192 // block_d))
     mask, mask_b, mask_s, has_real = mask_arguments(real, query)
     _pool_pair_fwd_kernel[(batch * heads * (n_q + n_k),)](
         query,
@@ -84,11 +85,14 @@ def _launch_pool(
         *q_tiling.grid,
         *q_tiling.box,
         *k_tiling.box,
+        HEADS_LAST=query.stride(1) < query.stride(2),
         D=dim,
         HAS_REAL=has_real,
-        BLOCK_N=min(lanes, max(16, 8192 // block_d)),
+        BLOCK_N=block_n,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=max(
+            1, block_n * block_d // 4096
+        ),  # 16 loads of 16 bytes a thread: few threads, for each finds its rows
     )
     return pooled_q, pooled_k
 
@@ -123,17 +127,26 @@ def _pool_pair_fwd_kernel(
     KB0: tl.constexpr,
     KB1: tl.constexpr,
     KB2: tl.constexpr,
+    HEADS_LAST: tl.constexpr,
     D: tl.constexpr,
     HAS_REAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program makes the mean of one box of one head: those of the query first, then those of the key."""
+    """A program makes the mean of one box of one head: those of the query first, then those of the key. HEADS_LAST:
+    heads lie beside one another in memory, and programs that run at the same time take one box of each."""
     n_tiles = n_q + n_k
-    tile = tl.program_id(0) % n_tiles
-    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
-    i_b = i_g // n_heads
-    i_h = i_g % n_heads
+    if HEADS_LAST:
+        i_h = (tl.program_id(0) % n_heads).to(tl.int64)
+        rest = tl.program_id(0) // n_heads
+        tile = rest % n_tiles
+        i_b = (rest // n_tiles).to(tl.int64)
+        i_g = i_b * n_heads + i_h
+    else:
+        tile = tl.program_id(0) % n_tiles
+        i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
+        i_b = i_g // n_heads
+        i_h = i_g % n_heads
     m_ptr = real_ptr + i_b * stride_mb
     cols = tl.arange(0, BLOCK_D)
     if tile < n_q:
@@ -176,15 +189,18 @@ def _box_mean(
     """Mean of the real tokens of a box, (BLOCK_D,) float32; 0 where it has none."""
     cols = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
-    count = 0
+    count = tile_size(tile, G0, G1, G2, B0, B1, B2)
+    if HAS_REAL:
+        count *= 0
     for start in range(0, B0 * B1 * B2, BLOCK_N):
         index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
         rows = (before + index).to(tl.int64)
         if HAS_REAL:
             inside = inside & (tl.load(m_ptr + rows * stride_ms, mask=inside, other=0) != 0)
         # (BLOCK_N, BLOCK_D)
-        p_x = x_ptr + rows[:, None] * stride_s + cols[None, :] * stride_d
+        p_x = x_ptr + rows[:, None] * stride_s + cols[None, :].to(tl.int64) * stride_d
         b_x = tl.load(p_x, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
         total += tl.sum(b_x.to(tl.float32), 0)
-        count += tl.sum(inside.to(tl.int32), 0)
+        if HAS_REAL:
+            count += tl.sum(inside.to(tl.int32), 0)
     return total / tl.maximum(count, 1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["tile_places", "tile_tokens"]
+__all__ = ["tile_places", "tile_size", "tile_tokens"]
 
 
 @triton.jit
@@ -26,3 +26,13 @@ def tile_tokens(tile, lane, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: 
     """Raster index on the grid of each lane of a box, and whether it is a token (if not its index is 0)."""
     x0, x1, x2, valid = tile_places(tile, lane, G0, G1, G2, B0, B1, B2)
     return tl.where(valid, (x0 * G1 + x1) * G2 + x2, 0), valid
+
+
+@triton.jit
+def tile_size(tile, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
+    """How many tokens a box has: fewer than others at the grid's far edges."""
+    n1 = tl.cdiv(G1, B1)
+    n2 = tl.cdiv(G2, B2)
+    side0 = tl.minimum(G0 - tile // (n1 * n2) * B0, B0)
+    side1 = tl.minimum(G1 - tile // n2 % n1 * B1, B1)
+    return side0 * side1 * tl.minimum(G2 - tile % n2 * B2, B2)

@@ -15,7 +15,7 @@ __all__ = ["BACKENDS", "VARIABLE", "check_backend", "resolve"]
 VARIABLE = "DIT_ACCEL_BACKEND"
 BACKENDS = ("torch", "triton", "flex")
 _BUILT = {
-    "sla": ("torch", "triton"),
+    "sla": BACKENDS,
     "clear": BACKENDS,
     "gna": BACKENDS,
     "llsa": ("torch",),

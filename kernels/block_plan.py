@@ -78,11 +78,12 @@ class BlockPlan:
         n_extra: int = 0,
         real: Tensor | None = None,
         extra_real: Tensor | None = None,
+        heads: int | None = None,
     ) -> FlexMask:
-        """The plan for torch's FlexAttention, which wants tokens in the order of the boxes; see `FlexMask`."""
+        """The plan for torch's FlexAttention, which wants tokens in the order of the boxes; see `flex_mask`."""
         from .block_sparse_flex import flex_mask
 
-        return flex_mask(self, lengths, before, n_extra, real, extra_real)
+        return flex_mask(self, lengths, before, n_extra, real, extra_real, heads)
 
     def describe(self) -> str:
         """One line: the boxes chosen, tiles visited a query tile, and the share of all logits in visited tiles."""

@@ -1,12 +1,14 @@
 """The attention of ``block_sparse_triton.py`` by torch's FlexAttention: a portable path, and a check of the kernels.
 
 FlexAttention's blocks are runs of the sequence. So queries and keys are put in the order of the plan's boxes, padded to
-whole boxes, with the tokens off the grid behind them and the pooled ones last; the result is put back.
+whole boxes, with the tokens off the grid behind them and the pooled ones last; the result is put back. Boxes of a
+volume that its compiled kernel cannot cut into tiles are padded to the next one that it can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -15,12 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .block_plan import BlockPlan
+from .block_plan import BlockPlan, WindowMask
 from .tiling import Tiling
 
 __all__ = ["FlexMask", "block_sparse_flex", "flex_mask"]
 
 OFF_GRID, POOLED, NOTHING = -1, -2, -3  # in the place of a place
+LEAST_SIDE, SIDE = 16, 64  # of the compiled kernel's tiles; and of what blocks are a multiple of, where they are larger
+TORCHS_SIDE = 128  # what all of torch's own tile sizes divide
+TILE_BYTES = 2**14  # of keys in a tile, where torch's own tile does not fit the blocks
+MOST_COMPILED = 256  # shapes that a process may compile for; torch's own limit is 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,29 +56,101 @@ def block_sparse_flex(
 ) -> Tensor:
     """As :func:`~dit_accel.kernels.block_sparse_triton.block_sparse_attention`, without a linear branch.
 
-    On a GPU compiled, once for each plan and shape; elsewhere torch's eager FlexAttention, which holds all logits.
+    On a GPU compiled, once for each window and shape, or once for each shape where blocks are listed (SLA); elsewhere
+    torch's eager FlexAttention, which holds all logits.
+
+    Raises: ValueError: on a GPU, a dtype or head dim that the compiled kernel does not take.
     """
+    if query.device.type == "cuda":
+        check_compiled(query.dtype, query.shape[-1])
+    with _transforms():
+        return _block_sparse_flex(query, key, value, plan, scale, before, real, extra)
+
+
+def _block_sparse_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    before: tuple[int, int],
+    real: Tensor | None,
+    extra: tuple[Tensor, Tensor, Tensor | None] | None,
+) -> Tensor:
     n_extra, extra_real = (extra[0].shape[2], extra[2]) if extra else (0, None)
     lengths = (query.shape[2], key.shape[2])
-    if real is None and extra_real is None:
+    if plan.mask is not None and real is None and extra_real is None:
         mask = _kept_mask(plan, lengths, before, n_extra)
     else:
-        mask = flex_mask(plan, lengths, before, n_extra, real, extra_real)
+        mask = flex_mask(plan, lengths, before, n_extra, real, extra_real, heads=query.shape[1])
+    key, value = _hide(key, real), _hide(value, real)
     if extra:
-        key, value = (torch.cat(pair, 2) for pair in ((key, extra[0]), (value, extra[1])))
+        key, value = (torch.cat([x, _hide(y, extra_real)], 2) for x, y in ((key, extra[0]), (value, extra[1])))
     q, k, v = (_take(x, rows) for x, rows in ((query, mask.query_rows), (key, mask.key_rows), (value, mask.key_rows)))
     grouped = q.shape[1] != k.shape[1]
-    attend: Any = _compiled() if q.device.type == "cuda" else flex_attention
-    ordered = attend(q, k, v, block_mask=mask.block_mask, scale=scale, enable_gqa=grouped)
+    options: Any = {"block_mask": mask.block_mask, "scale": scale, "enable_gqa": grouped}
+    if q.device.type == "cuda":
+        options["kernel_options"] = kernel_options(mask.block_mask.BLOCK_SIZE, q.dtype, q.shape[-1])
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+            ordered = _compiled()(q, k, v, **options)
+    else:
+        ordered = flex_attention(q, k, v, **options)
     kept = mask.query_rows >= 0
     out = torch.empty_like(query)
     out[:, :, mask.query_rows[kept]] = ordered[:, :, kept]
     return out
 
 
+@contextmanager
+def _transforms() -> Iterator[None]:
+    """vmap inside an operator, which FlexAttention uses: where a compiled graph calls the operator for the first time,
+    torch looks on and has all that lies above itself in the dispatcher shut off."""
+    above = ("FuncTorchBatched", "FuncTorchVmapMode", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode")
+    with ExitStack() as stack:
+        for key in (*above, "FuncTorchGradWrapper", "Functionalize", "PythonTLSSnapshot", "PreDispatch"):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
+        yield
+
+
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    # fullgraph: where it cannot be compiled it raises; without, it would go on in eager mode and hold all logits
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def check_compiled(dtype: torch.dtype, dim: int) -> None:
+    """Raises: ValueError: what compiled FlexAttention does not take."""
+    if dtype == torch.float64:
+        raise ValueError(
+            "FlexAttention on a GPU takes float16, bfloat16 and float32, got float64: "
+            'convert query, key and value, or choose backend="torch"'
+        )
+    if dim < LEAST_SIDE:
+        raise ValueError(
+            f"FlexAttention on a GPU takes head dims from {LEAST_SIDE}, got {dim}: pad query, key and value with zeros "
+            'to it and give scale, or choose backend="torch"'
+        )
+
+
+def kernel_options(sides: tuple[int, int], dtype: torch.dtype, dim: int) -> dict[str, Any] | None:
+    """The compiled kernel's tiles for blocks of these sides, powers of two that divide them; None = torch's choice."""
+    if not any(side % TORCHS_SIDE for side in sides):
+        return None
+    row = dtype.itemsize * max(LEAST_SIDE, 1 << (dim - 1).bit_length())
+    most = min(SIDE, max(LEAST_SIDE, TILE_BYTES // row))
+    tiles = [min(side & -side, most) for side in sides]
+    # another kernel, for few queries, would choose tiles of its own
+    return {"BLOCK_M": tiles[0], "BLOCK_N": tiles[1], "num_stages": 2, "FORCE_USE_FLEX_ATTENTION": True}
+
+
+def _side(volume: int) -> int:
+    """The least block of FlexAttention's that holds a box: the compiled kernel must be able to cut it into tiles."""
+    return -(-volume // SIDE) * SIDE if volume > SIDE else max(LEAST_SIDE, 1 << (volume - 1).bit_length())
+
+
+def _hide(x: Tensor, real: Tensor | None) -> Tensor:
+    """(B, H, L, D), 0 where ``real`` (B, L) is False: what lies there (NaN, maybe) would leak through a weight of 0."""
+    return x if real is None else x.masked_fill(~real[:, None, :, None], 0)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
@@ -87,19 +165,24 @@ def flex_mask(
     n_extra: int = 0,
     real: Tensor | None = None,
     extra_real: Tensor | None = None,
+    heads: int | None = None,
 ) -> FlexMask:
     """The block mask of a plan.
 
     Args:
-        plan: boxes and lists, one list for all heads.
+        plan: boxes and lists, one list for all heads or one for each batch element and head.
         lengths: of queries and keys, tokens off the grid included.
         before: tokens in front of the grid, among queries and among keys.
         n_extra: pooled tokens, which grid queries see.
         real, extra_real: (B, lengths[1]) and (B, n_extra) bool, False hides a key.
-    Raises: ValueError: lists that differ by head (SLA).
+        heads: of queries; needed where lists differ by head.
+    Raises: ValueError: lists that differ by head, and no number of heads that divides theirs, or a window besides.
     """
-    if plan.tiles.shape[0] != 1:
-        raise ValueError(f"FlexAttention takes one list for all heads, got lists for {plan.tiles.shape[0]} (SLA's)")
+    groups = len(plan.tiles)
+    if groups > 1 and (heads is None or groups % heads):
+        raise ValueError(f"a plan with {groups} lists, of each batch element and head: give heads, got {heads}")
+    if groups > 1 and plan.mask is not None:
+        raise ValueError(f"a plan with {groups} lists and the mask of a window: make one plan for each list")
     query_rows, query_places = _order(plan, plan.q, lengths[0], before[0], 0)
     key_rows, key_places = _order(plan, plan.kv, lengths[1], before[1], n_extra)
     if real is not None or extra_real is not None:
@@ -109,11 +192,18 @@ def flex_mask(
             for x, n in ((real, lengths[1]), (extra_real, n_extra))
         ]
         real = torch.cat(parts, 1)[:, key_rows.clamp(min=0)]
-    blocks = _block_lists(plan, len(query_rows), len(key_rows), whole=real is None)
-    sees = _rule(plan, query_places, key_places, real)
-    sides = (plan.q.volume, plan.kv.volume)
+    seen, full = _visits(plan, query_places[0], key_places[0], heads if groups > 1 and heads else 1)
+    full &= real is None
+    if plan.mask is None:
+        sees = _listed_rule(seen, query_places[0], key_places[0], real)
+    else:
+        sees = _window_rule(plan.mask, query_places, key_places, real)
     mask = BlockMask.from_kv_blocks(
-        *blocks, BLOCK_SIZE=sides, mask_mod=sees, seq_lengths=(len(query_rows), len(key_rows))
+        *_lists(seen & ~full),
+        *_lists(full),
+        BLOCK_SIZE=(_side(plan.q.volume), _side(plan.kv.volume)),
+        mask_mod=sees,
+        seq_lengths=(len(query_rows), len(key_rows)),
     )
     return FlexMask(mask, query_rows, key_rows)
 
@@ -132,10 +222,12 @@ def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: i
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     for i, (count, side) in enumerate(zip(tiling.counts, tiling.box, strict=True)):
         places = places.unflatten(2 * i + 1, (count, side))
-    places = places.permute(0, 1, 3, 5, 2, 4, 6).flatten(1)
+    side = _side(tiling.volume)
+    places = places.permute(0, 1, 3, 5, 2, 4, 6).reshape(3, tiling.n_tiles, tiling.volume)
+    places = torch.nn.functional.pad(places, (0, side - tiling.volume), value=-1).flatten(1)
     sides = torch.tensor(tiling.grid, device=device)[:, None]
-    inside = (places < sides).all(0)
-    coordinates = places.clamp(max=sides - 1)
+    inside = ((places >= 0) & (places < sides)).all(0)
+    coordinates = places.clamp(min=0).minimum(sides - 1)
     if plan.mask is not None:  # under dilation a place is not a coordinate
         coordinates = torch.stack([table[0, x] for table, x in zip(plan.mask.tables, coordinates, strict=True)])
     x0, x1, x2 = coordinates
@@ -144,47 +236,65 @@ def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: i
     own = torch.arange(length, device=device)
     off_grid = torch.cat([own[:before], own[before + tiling.n_tokens :]])
     for more, kind in ((off_grid, OFF_GRID), (length + torch.arange(n_extra, device=device), POOLED)):
-        short = -len(more) % tiling.volume
+        short = -len(more) % side
         rows = torch.cat([rows, more, more.new_full((short,), -1)])
         kinds = torch.cat([torch.full_like(more, kind), more.new_full((short,), NOTHING)])
         places = torch.cat([places, kinds.expand(3, -1)], 1)
     return rows, places
 
 
-def _block_lists(plan: BlockPlan, n_queries: int, n_keys: int, whole: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts and lists of the key blocks that a block of queries sees in part and of those that it sees in full."""
-    n_q, n_k, device = n_queries // plan.q.volume, n_keys // plan.kv.volume, plan.tiles.device
-    seen = torch.ones(n_q, n_k, dtype=torch.bool, device=device)  # off the grid, and by what is off the grid
-    seen[: plan.q.n_tiles, : plan.kv.n_tiles] = False
-    full = torch.zeros_like(seen)
-    place = torch.arange(plan.tiles.shape[2], device=device)
-    for kind, counts in ((seen, plan.n_tiles), (full, plan.n_full)):
-        if counts is not None:
-            tile, at = (place < counts[0][:, None]).nonzero(as_tuple=True)
-            kind[tile, plan.tiles[0, tile, at].long()] = True
-    full &= whole
-    lists = []
-    for kind in (seen & ~full, full):
-        counts = kind.sum(1, dtype=torch.int32)
-        order = torch.argsort(kind.int(), dim=1, descending=True, stable=True).int()
-        lists += [counts[None, None], order[None, None]]
-    return lists[0], lists[1], lists[2], lists[3]
+def _visits(plan: BlockPlan, queries: Tensor, keys: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Which key blocks a query block sees at all, and which in full: (1|B, 1|H, query blocks, key blocks) bool each.
+
+    queries, keys: places along the first axis, or what there is instead; a block holds one kind, and padding behind it.
+    """
+    queries, keys = (x.view(-1, _side(tiling.volume)) for x, tiling in ((queries, plan.q), (keys, plan.kv)))
+    whole = (keys != NOTHING).all(1)
+    q, k = queries[:, :1], keys[None, :, 0]
+    off_grid = (k == OFF_GRID) | ((q == OFF_GRID) & (k != POOLED)) | ((q >= 0) & (k == POOLED))
+    seen = off_grid.repeat(len(plan.tiles), 1, 1)
+    full = seen & whole
+    place = torch.arange(plan.tiles.shape[2], device=plan.tiles.device)
+    for kind, counts in ((seen, plan.n_tiles), (full, plan.n_tiles if plan.n_full is None else plan.n_full)):
+        group, tile, at = (place < counts[..., None]).nonzero(as_tuple=True)
+        kind[group, tile, plan.tiles[group, tile, at].long()] = True
+    if plan.n_full is None:
+        full &= whole
+    return seen.unflatten(0, (-1, heads)), full.unflatten(0, (-1, heads))
 
 
-def _rule(plan: BlockPlan, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
-    """FlexAttention's ``mask_mod``; places are looked up in the order of the boxes."""
-    mask, q_kind, k_kind = plan.mask, queries[0], keys[0]
+def _lists(kind: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks are marked in each row, and all blocks, those first."""
+    order = torch.argsort(kind.to(torch.uint8), dim=-1, descending=True, stable=True)
+    return kind.sum(-1, dtype=torch.int32), order.int()
+
+
+def _listed_rule(listed: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
+    """FlexAttention's ``mask_mod`` where a block that is seen is seen whole, but for padding."""
+    q_side, k_side = len(queries) // listed.shape[2], len(keys) // listed.shape[3]
+    by_batch, by_head = (n > 1 for n in listed.shape[:2])
+    token = keys != NOTHING
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = listed[b if by_batch else b * 0, h if by_head else h * 0, q // q_side, k // k_side] & token[k]
+        return seen if real is None else seen & real[b, k]
+
+    return sees
+
+
+def _window_rule(mask: WindowMask, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
+    """FlexAttention's ``mask_mod`` of a window; places are looked up in the order of the boxes."""
+    q_kind, k_kind = queries[0], keys[0]
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         near = (q_kind[q] >= 0) & (k_kind[k] >= 0)
-        if mask is not None:
-            for axis, (inside, table) in enumerate(zip(mask.intervals, mask.tables, strict=True)):
-                if inside:
-                    place, other = queries[axis][q].clamp(min=0), keys[axis][k]
-                    near = near & (table[1][place] <= other) & (other <= table[2][place])
-            if mask.weights is not None:
-                cost = sum(w * (queries[i][q] - keys[i][k]).double() ** 2 for i, w in enumerate(mask.weights) if w)
-                near = near & (cost < mask.limit)
+        for axis, (inside, table) in enumerate(zip(mask.intervals, mask.tables, strict=True)):
+            if inside:
+                place, other = queries[axis][q].clamp(min=0), keys[axis][k]
+                near = near & (table[1][place] <= other) & (other <= table[2][place])
+        if mask.weights is not None:
+            cost = sum(w * (queries[i][q] - keys[i][k]).double() ** 2 for i, w in enumerate(mask.weights) if w)
+            near = near & (cost < mask.limit)
         off_grid = (q_kind[q] == OFF_GRID) & (k_kind[k] != POOLED)
         seen = near | off_grid | (k_kind[k] == OFF_GRID) | ((k_kind[k] == POOLED) & (q_kind[q] >= 0))
         seen = seen & (k_kind[k] != NOTHING)

@@ -1,14 +1,15 @@
-"""Windows by torch's FlexAttention: the same plans as the kernels', the same numbers as the torch path."""
+"""Torch's FlexAttention: the same plans as the kernels', the numbers of the torch path and of the references."""
 
 import pytest
 import torch
 
 from dit_accel import TokenLayout
-from dit_accel.functional import clear_attention, gna_attention
+from dit_accel.functional import clear_attention, gna_attention, sla_attention
 from dit_accel.kernels.block_plan import BlockPlan, window_plan
-from dit_accel.kernels.block_sparse_flex import block_sparse_flex
+from dit_accel.kernels.block_sparse_flex import block_sparse_flex, check_compiled, flex_mask, kernel_options
 from dit_accel.kernels.tiling import Tiling
 from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.mechanisms import sla
 
 L = TokenLayout
 CASES = [
@@ -20,6 +21,14 @@ CASES = [
     (clear_attention, L((3, 11, 13), 4), {"radius": (1.5, 4.7, 6)}),
     (clear_attention, L((21, 26), 6), {"radius": 6, "down_factor": 4}),
     (clear_attention, L((90,)), {"radius": 9}),
+]
+SLA_CASES = [
+    (L((203,)), {"critical": 0.4, "negligible": 0.3}),
+    (L((150,), 0, 7), {"block_q": 32, "block_kv": 16, "critical": 0.25, "linear_over": "all", "smooth_key": True}),
+    (L((11, 13), 70, 3), {"block_q": 16, "block_kv": 32, "critical": 0.3, "tile_order": True, "feature_map": "elu"}),
+    (L((5, 7, 9), 5, 66), {"block_q": 128, "block_kv": 64, "critical": 0.3, "tile_order": True}),
+    (L((3, 5, 11), 4), {"block_q": 20, "block_kv": 36, "critical": 0.3, "tile_order": True, "linear_over": "all"}),
+    (L((9, 15), 1, 1), {"block_q": 7, "block_kv": 90, "critical": 0.5, "negligible": 0.0}),
 ]
 
 
@@ -49,6 +58,18 @@ def test_gradients_through_flex_are_those_of_torch():
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("function, options", [(sla_attention, {"critical": 0.3, "block_kv": 16}), CASES[0][::2]])
+def test_flex_in_a_compiled_graph(function, options):
+    layout = L((12, 14), 3)
+
+    def call(*tensors):
+        return function(*tensors, layout, backend="flex", **options)
+
+    torch.testing.assert_close(
+        torch.compile(call, backend="aot_eager", fullgraph=True)(*inputs(layout)), call(*inputs(layout))
+    )
+
+
 def test_grouped_heads():
     plan = window_plan((BallAxis(10, 4, 1.0), BallAxis(12, 4, 1.0)), 16.0, 32, 32, torch.device("cpu"))
     torch.manual_seed(0)
@@ -71,9 +92,121 @@ def test_block_mask_marks_the_plans_tiles():
     assert full is not None and torch.equal(full[0, 0], plan.n_full[0])
 
 
-def test_lists_that_differ_by_head_are_refused():
+def learned(given):
+    torch.manual_seed(1)
+    return {"weight": torch.randn(16, 16).double() / 4, "bias": torch.randn(16).double()} if given else {}
+
+
+def close(out, exact, rows):
+    assert float(torch.where(rows, out - exact, 0).abs().max() / exact.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no projection", "projection"])
+@pytest.mark.parametrize("masked", [False, True], ids=["no padding", "padding"])
+@pytest.mark.parametrize("layout, options", SLA_CASES, ids=str)
+def test_sla_by_flex_agrees_with_the_reference(layout, options, masked, given):
+    tensors, more, mask = inputs(layout, dtype=torch.float64), learned(given), torch.rand(2, layout.seq_len) > 0.3
+    mask[0, layout.seq_len // 3 : layout.seq_len // 2] = mask[1, -layout.seq_len // 5 :] = False
+    mask |= torch.tensor(not masked)
+    more |= {"key_padding_mask": mask} if masked else {}
+    exact = sla.reference(*tensors, layout, **options, **more)
+    rows = mask[:, None, :, None]  # which blocks are near is not defined for a block of queries that are all padding
+    out = sla_attention(*tensors, layout, backend="flex", **options, **more)
+    close(out, exact, rows)
+    torch.testing.assert_close(out, sla_attention(*tensors, layout, backend="torch", **options, **more))
+    single = {name: x.float() if x.is_floating_point() else x for name, x in more.items()}
+    out = sla_attention(*(x.float() for x in tensors), layout, backend="flex", **options, **single)
+    close(out.double(), exact, rows)
+
+
+def test_rows_that_see_no_key_are_0_and_what_is_hidden_does_not_leak():
+    layout, options = L((6, 7), 3), {"block_q": 16, "block_kv": 8, "critical": 0.4, "tile_order": True}
+    tensors, mask = inputs(layout), torch.rand(2, layout.seq_len) > 0.3
+    mask[0] = False
+    spoilt = [tensors[0], *(x.masked_fill(~mask[:, None, :, None], torch.nan) for x in tensors[1:])]
+    more = {name: x.float() for name, x in learned(True).items()} | {"key_padding_mask": mask}
+    out = sla_attention(*spoilt, layout, backend="flex", **options, **more)
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(out, sla.reference(*tensors, layout, **options, **more), atol=1e-5, rtol=1e-5)
+    out = gna_attention(*spoilt, layout, window=3, backend="flex", key_padding_mask=mask)
+    right = gna_attention(*tensors, layout, window=3, backend="torch", key_padding_mask=mask)
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(out, right, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_through_slas_flex_are_those_of_torch():
+    layout, grads = L((10, 9), 4), []
+    for backend in ("flex", "torch"):
+        weight = learned(True)["weight"].float().requires_grad_()
+        tensors = [*(x.requires_grad_() for x in inputs(layout)), weight]
+        sla_attention(
+            *tensors[:3], layout, block_q=16, block_kv=8, critical=0.3, weight=weight, backend=backend
+        ).square().sum().backward()
+        grads.append([x.grad for x in tensors])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no padding", "padding"])
+@pytest.mark.parametrize("layout, options", SLA_CASES, ids=str)
+def test_block_lists_of_sla_hold_what_is_seen(layout, options, masked, monkeypatch):
+    """The compiled kernel visits listed blocks and asks about partial ones; the eager one asks about every logit."""
+    masks = []
+
+    def recorded(query, key, value, plan, *, scale, before, real):
+        masks.append(plan.to_block_mask((layout.seq_len,) * 2, before, real=real, heads=query.shape[1]).block_mask)
+        return block_sparse_flex(query, key, value, plan, scale=scale, before=before, real=real)
+
+    monkeypatch.setattr("dit_accel.kernels.block_sparse_flex.block_sparse_flex", recorded)
+    real = torch.rand(2, layout.seq_len) > 0.3 if masked else None
+    sla_attention(*inputs(layout), layout, key_padding_mask=real, backend="flex", **options)
+    [mask] = masks
+    (q_len, k_len), (q_side, k_side) = mask.seq_lengths, mask.BLOCK_SIZE
+    b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 2, q_len, k_len)), indexing="ij")
+    seen = mask.mask_mod(b, h, q, k).unflatten(3, (-1, k_side)).unflatten(2, (-1, q_side))
+    lists = [(mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)]
+    listed = []
+    for counts, indices in lists:
+        first = torch.arange(indices.shape[-1]) < counts[..., None]
+        listed.append(torch.zeros(first.shape, dtype=torch.bool).scatter_(-1, indices.long(), first))
+    partial, full = listed
+    assert not (partial & full).any() and full.any() == (not masked and k_side == options.get("block_kv", 64))
+    assert torch.equal(full & seen.all(-1).all(-2), full.expand(2, 2, -1, -1))
+    assert not (seen.any(-1).any(-2) & ~(partial | full)).any()
+
+
+def test_the_compiled_kernels_tiles_divide_the_blocks():
+    for volumes in ((64, 64), (128, 64), (20, 36), (7, 200), (129, 2)):
+        for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 40), (torch.float32, 256)):
+            sides = mask_of(volumes).BLOCK_SIZE
+            options = kernel_options(sides, dtype, dim)
+            assert all(side >= volume for side, volume in zip(sides, volumes, strict=True))
+            for side, tile in zip(sides, (options["BLOCK_M"], options["BLOCK_N"]), strict=True):
+                assert tile in (16, 32, 64) and side % tile == 0
+    assert kernel_options((128, 128), torch.bfloat16, 128) is None
+    assert kernel_options((128, 64), torch.bfloat16, 128)["BLOCK_N"] == 64
+
+
+def mask_of(volumes):
+    q, kv = (Tiling.of((500,), (volume,)) for volume in volumes)
+    plan = BlockPlan(
+        q, kv, torch.zeros(1, q.n_tiles, 1, dtype=torch.int32), None, torch.ones(1, q.n_tiles, dtype=torch.int32)
+    )
+    return flex_mask(plan, (500, 500)).block_mask
+
+
+def test_what_flex_cannot_take_is_refused():
     tiling = Tiling.of((64,), (32,))
-    ones = torch.ones(2, 2, dtype=torch.int32)
-    plan = BlockPlan(tiling, tiling, torch.zeros(2, 2, 1, dtype=torch.int32), None, ones)
-    with pytest.raises(ValueError, match="one list for all heads"):
-        plan.to_block_mask((64, 64))
+    ones = torch.ones(6, 2, dtype=torch.int32)
+    plan = BlockPlan(tiling, tiling, torch.zeros(6, 2, 1, dtype=torch.int32), None, ones)
+    for heads in (None, 4):
+        with pytest.raises(ValueError, match=f"6 lists, of each batch element and head: give heads, got {heads}"):
+            plan.to_block_mask((64, 64), heads=heads)
+    assert plan.to_block_mask((64, 64), heads=3).block_mask.shape == (2, 3, 64, 64)
+    window = window_plan((NeighborhoodAxis(64, 9, 1, 1, False),), 1.0, 32, 32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="mask of a window: make one plan for each"):
+        BlockPlan(tiling, tiling, plan.tiles, None, ones, window.mask).to_block_mask((64, 64), heads=3)
+    with pytest.raises(ValueError, match=r"got float64: convert .* or choose backend"):
+        check_compiled(torch.float64, 64)
+    with pytest.raises(ValueError, match="head dims from 16, got 8: pad"):
+        check_compiled(torch.float32, 8)

@@ -14,7 +14,7 @@ from ._boxes import box_blocks, box_shape
 if TYPE_CHECKING:
     from dit_accel.kernels.tiling import Tiling
 
-__all__ = ["sla_attention_triton"]
+__all__ = ["block_tilings", "sla_attention_triton"]
 
 
 def sla_attention_triton(
@@ -42,12 +42,10 @@ def sla_attention_triton(
     from dit_accel.kernels.block_pool_triton import pool_pair
     from dit_accel.kernels.block_select_triton import select_blocks
     from dit_accel.kernels.block_sparse_triton import LinearBranch, block_sparse_attention, check_inputs
-    from dit_accel.kernels.tiling import Tiling
 
     check_inputs(query)
     batch, heads = query.shape[:2]
-    grid = layout.grid if tile_order else (layout.grid_len,)
-    q, kv = (Tiling.of(grid, box_shape(block, grid)) for block in (block_q, block_kv))
+    q, kv = block_tilings(layout, block_q, block_kv, tile_order)
     before, n_blocks, real = layout.before, kv.n_tiles, key_padding_mask
     marginal_only = weight is not None and linear_over == "marginal"
     most, least = max(1, int(critical * n_blocks)), int(negligible * n_blocks)
@@ -81,6 +79,14 @@ def sla_attention_triton(
     return block_sparse_attention(
         query, key, value, plan, scale=scale, before=(before, before), real=real, linear=branch
     )[0]
+
+
+def block_tilings(layout: TokenLayout, block_q: int, block_kv: int, tile_order: bool) -> tuple[Tiling, Tiling]:
+    """The grid in blocks of queries, and in blocks of keys."""
+    from dit_accel.kernels.tiling import Tiling
+
+    grid = layout.grid if tile_order else (layout.grid_len,)
+    return Tiling.of(grid, box_shape(block_q, grid)), Tiling.of(grid, box_shape(block_kv, grid))
 
 
 def _filled_blocks(real: Tensor, kv: Tiling) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from ._common import (
     text_logits,
 )
 from ._operator import define_operator
+from ._sla_flex import critical_by_flex
 from ._sla_triton import sla_attention_triton
 
 __all__ = ["check_options", "count_logits", "fit", "reference", "sla_attention"]
@@ -75,7 +78,7 @@ def sla_attention(
         weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
         scale: factor on the logits; default D**-0.5.
-        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
+        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
     Raises: ValueError: shares out of range, an unknown feature_map or linear_over, a layout that does not match,
         tensors that do not match each other.
@@ -226,7 +229,8 @@ def _blocks(layout: TokenLayout, block: int, tile_order: bool, device: torch.dev
     return box_blocks((layout.grid_len,), (block,), device)
 
 
-def _compute_torch(
+def _compute(
+    critical_part: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -245,6 +249,7 @@ def _compute_torch(
     smooth_key: bool,
     tile_order: bool,
 ) -> Tensor:
+    """Selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical blocks."""
     key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
     q_table, place = _blocks(layout, block_q, tile_order, query.device)
     k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
@@ -255,10 +260,8 @@ def _compute_torch(
         chosen, kept, marginal = _select(
             query.detach(), key.detach(), layout, q_table, k_table, real, critical, negligible, smooth_key
         )
-    whole = key_padding_mask is None and k_table.numel() == layout.grid_len
-    plan = (_critical_tiles(layout, q_table, k_table, chosen, kept, whole), *global_tiles(layout, query.device))
-    hidden = hidden_bias(key_padding_mask)
-    out = tile_attention(query, key, value, plan, scale=scale, key_bias=hidden, hides=hidden is not None, per_head=True)
+    cut: dict[str, Any] = {"layout": layout, "block_q": block_q, "block_kv": block_kv, "tile_order": tile_order}
+    out = critical_part(query, key, value, key_padding_mask, chosen, kept, scale=scale, **cut)
     if weight is None and bias is None:
         return out
     blocks = None if linear_over == "all" else marginal
@@ -267,6 +270,31 @@ def _compute_torch(
         linear = torch.where(key_padding_mask.any(-1)[:, None, None, None], linear, 0)
     linear = F.pad(linear, (0, 0, layout.before, layout.after))
     return (out.to(linear.dtype) + linear).to(query.dtype)
+
+
+def _critical_by_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    chosen: Tensor,
+    kept: Tensor,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+    tile_order: bool,
+) -> Tensor:
+    """As :func:`critical_by_flex`, by gathered tiles."""
+    q_table, _ = _blocks(layout, block_q, tile_order, query.device)
+    k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
+    whole = key_padding_mask is None and k_table.numel() == layout.grid_len
+    plan = (_critical_tiles(layout, q_table, k_table, chosen, kept, whole), *global_tiles(layout, query.device))
+    hidden = hidden_bias(key_padding_mask)
+    return tile_attention(
+        query, key, value, plan, scale=scale, key_bias=hidden, hides=hidden is not None, per_head=True
+    )
 
 
 def _pool(x: Tensor, table: Tensor, real: Tensor) -> Tensor:
@@ -373,7 +401,11 @@ def _linear_part(
     return (out if project is None else out @ project.mT) + (0 if bias is None else bias.to(out.dtype))
 
 
-_COMPUTE = {"torch": _compute_torch, "triton": sla_attention_triton}
+_COMPUTE: dict[str, Callable[..., Tensor]] = {
+    "torch": partial(_compute, _critical_by_tiles),
+    "triton": sla_attention_triton,
+    "flex": partial(_compute, critical_by_flex),
+}
 
 
 define_operator(

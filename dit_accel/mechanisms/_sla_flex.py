@@ -1,0 +1,42 @@
+"""SLA's softmax over the critical blocks by torch's FlexAttention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+
+from ._sla_triton import block_tilings
+
+__all__ = ["critical_by_flex"]
+
+
+def critical_by_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    chosen: Tensor,
+    kept: Tensor,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+    tile_order: bool,
+) -> Tensor:
+    """Softmax attention of each query block over its critical blocks and over the tokens off the grid, which see all.
+
+    Args:
+        query, key, value: (B, H, S, D).
+        chosen: (B*H, query blocks, n) key blocks. kept: (1|B, n) bool, the first of them, which count.
+    """
+    from dit_accel.kernels.block_plan import BlockPlan
+    from dit_accel.kernels.block_sparse_flex import block_sparse_flex
+
+    q, kv = block_tilings(layout, block_q, block_kv, tile_order)
+    counts = kept.sum(-1, dtype=torch.int32).repeat_interleave(len(chosen) // len(kept))
+    plan = BlockPlan(q, kv, chosen.int(), None, counts[:, None].expand(-1, q.n_tiles))
+    before = (layout.before, layout.before)
+    return block_sparse_flex(query, key, value, plan, scale=scale, before=before, real=key_padding_mask)

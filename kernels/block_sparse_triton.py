@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .block_plan import BlockPlan, WindowMask
 from .block_sparse_triton_kernel import block_sparse_fwd_kernel
 from .launch import register_limit
+from .tuning import Config, choose_config, launch_tuned, measured
 
 __all__ = ["Config", "LinearBranch", "block_sparse_attention", "check_inputs", "tile_volumes"]
 
@@ -70,10 +71,12 @@ def block_sparse_attention(
         extra: more keys and values (B, Hk, P, D) that grid queries see, and which of them are real (B, P) or None.
         linear: the linear branch, added to grid queries.
         return_lse: whether to give the log-sum-exp, too.
-        config: how the kernel is built; None = by itself, and on Hopper GPUs with a kernel of their own where it can.
+        config: how the kernel is built; None = as `tuning` knows or finds out, and on Hopper GPUs with a kernel of
+            their own where it can.
     Returns: (B, H, Sq, D) in query.dtype, dense in the order (B, Sq, H, D); (B, H, Sq) float32 log-sum-exp of the
         softmax part, natural log, -inf where a query sees no key; such a row is 0 in the output.
-    Raises: ValueError: a dtype, head dim or device that the kernel does not take.
+    Raises: ValueError: a dtype, head dim or device that the kernel does not take; OutOfResources: the GPU has too
+        little shared memory for it.
     """
     check_inputs(query)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -93,40 +96,51 @@ def block_sparse_attention(
             full_mode=full_mode,
         )  # fmt: skip
         return out, lse
-    config = config or choose_config(query, _kind(plan))
-    block_q, block_k = min(config.block_q, _lanes(q.volume)), min(config.block_k, _lanes(kv.volume))
+    kind = _kind(plan)
+    suited = config or choose_config(query, kind)
+    block_q, block_k = min(suited.block_q, _lanes(q.volume)), min(suited.block_k, _lanes(kv.volume))
     q_parts, k_parts = triton.cdiv(q.volume, block_q), triton.cdiv(kv.volume, block_k)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
     n_text_tiles, n_items = triton.cdiv(n_text_q, block_q), q.n_tiles * q_parts
     k2, v2, real2 = extra if extra else (key, value, None)
     ordered = mask.ordered if mask else (False,) * 3
-    boxes = None if real is not None else _box_descriptors(key, value, kv, before[1], block_k, config, ordered)
+    boxes = None if real is not None else _box_descriptors(key, value, kv, before[1], block_k, ordered)
     intervals = mask.intervals if mask else (False,) * 3
     weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
     state = linear.state if linear else None
     bias = linear.bias.contiguous() if linear and linear.bias is not None else None
-    block_sparse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
-        query, key, value, out, lse, real, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
-        k2, v2, real2, state, linear.norm if linear else None, linear.eps if linear else None,
-        bias, *(boxes or (None, None)),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        0 if real is None else real.stride(0), *k2.stride()[:3], 0 if real2 is None else real2.stride(0),
-        plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
-        k2.shape[2], *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
-        mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0,
-        *q.grid, *kv.grid, D=dim, BLOCK_D=_lanes(dim), BM=block_q, BN=block_k,
-        QB0=q.box[0], QB1=q.box[1], QB2=q.box[2], KB0=kv.box[0], KB1=kv.box[1], KB2=kv.box[2],
-        Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_REAL=real is not None,
-        HAS_PARTIAL=full_mode != 2 and not (full_mode == 1 and plan.all_full), HAS_TEXT_QUERIES=n_text_q > 0,
-        HAS_TEXT_KEYS=n_text_k > 0, HAS_EXTRA=extra is not None, HAS_REAL2=real2 is not None,
-        IN0=intervals[0], IN1=intervals[1], IN2=intervals[2], BALL0=bool(weights[0]), BALL1=bool(weights[1]),
-        BALL2=bool(weights[2]), COST=_cost_mode(mask), OR0=ordered[0], OR1=ordered[1], OR2=ordered[2],
-        HAS_LSE=return_lse, STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
-        HAS_BIAS=bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
-        NEGATE=scale < 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        BOXES=0 if boxes is None else 1 + (boxes[0].shape[0] != batch * kv_heads),
-        num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
-    )  # fmt: skip
+
+    def launch(config: Config) -> None:
+        found = boxes if config.boxes else None
+        block_sparse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
+            query, key, value, out, lse, real, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
+            k2, v2, real2, state, linear.norm if linear else None, linear.eps if linear else None,
+            bias, *(found or (None, None)),
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+            0 if real is None else real.stride(0), *k2.stride()[:3], 0 if real2 is None else real2.stride(0),
+            plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
+            k2.shape[2], *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
+            mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0,
+            *q.grid, *kv.grid, D=dim, BLOCK_D=_lanes(dim), BM=block_q, BN=block_k,
+            QB0=q.box[0], QB1=q.box[1], QB2=q.box[2], KB0=kv.box[0], KB1=kv.box[1], KB2=kv.box[2],
+            Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_REAL=real is not None,
+            HAS_PARTIAL=full_mode != 2 and not (full_mode == 1 and plan.all_full), HAS_TEXT_QUERIES=n_text_q > 0,
+            HAS_TEXT_KEYS=n_text_k > 0, HAS_EXTRA=extra is not None, HAS_REAL2=real2 is not None,
+            IN0=intervals[0], IN1=intervals[1], IN2=intervals[2], BALL0=bool(weights[0]), BALL1=bool(weights[1]),
+            BALL2=bool(weights[2]), COST=_cost_mode(mask), OR0=ordered[0], OR1=ordered[1], OR2=ordered[2],
+            HAS_LSE=return_lse, STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
+            HAS_BIAS=bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
+            NEGATE=scale < 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            BOXES=0 if found is None else 1 + (found[0].shape[0] != batch * kv_heads),
+            num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
+        )  # fmt: skip
+
+    if config or measured(query, kind):
+        launch(suited)
+    else:
+        traits = {"boxes": boxes is not None, "masked": real is not None, "state": state is not None}
+        what = " ".join([kind, f"{block_q}x{block_k}", *(name for name, has in traits.items() if has)])
+        launch_tuned(launch, query, what, suited, boxes is not None)
     return out, lse
 
 
@@ -175,43 +189,12 @@ def check_inputs(query: Tensor) -> None:
         raise ValueError(f"Triton kernels run on CUDA and ROCm GPUs, got a tensor on {query.device}")
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is built: rows of a tile at most, warps, stages of the pipeline, boxes by tensor descriptor,
-    registers a thread at most (so that two programs share a processor)."""
-
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    boxes: bool = False
-    max_registers: int | None = None
-
-
-# The fastest of seven each on an H100 (16-bit, D = 128), by how a plan tells what is seen. With 128 registers a thread
-# two programs share a processor, and one's softmax overlaps the other's matrix products.
-TABLE = {
-    "list": Config(128, 64, 8, 3, True, 128),
-    "interval": Config(128, 64, 8, 2, True, 128),
-    "ball": Config(128, 64, 8, 2, True, 128),
-}
-
-
 def tile_volumes(query: Tensor, kind: str) -> tuple[tuple[int, int], ...]:
-    """Tokens of the boxes of queries and keys that suit a head dim, a dtype and a kind of plan; see `TABLE`."""
+    """Tokens of the boxes of queries and keys that suit a head dim, a dtype and a kind of plan; see `tuning`."""
     if (hopper := _hopper(query.device)) and hopper.suits(query):
         return hopper.VOLUMES
     config = choose_config(query, kind)
     return ((config.block_q, config.block_k),)
-
-
-def choose_config(query: Tensor, kind: str) -> Config:
-    """The configuration for a head dim, a dtype and a kind of plan."""
-    if query.dtype == torch.float32:
-        return Config(32, 32, 4, 1) if query.shape[-1] > 64 else Config(64, 32, 4, 1)
-    if query.shape[-1] > 128:
-        return Config(64, 32, 8, 1)
-    return TABLE[kind] if _has_descriptors(query) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB of shared memory
 
 
 def _kind(plan: BlockPlan) -> str:
@@ -228,17 +211,11 @@ def _has_descriptors(x: Tensor) -> bool:
 
 
 def _box_descriptors(
-    key: Tensor, value: Tensor, kv: Any, before: int, block_k: int, config: Config, ordered: tuple[bool, ...]
+    key: Tensor, value: Tensor, kv: Any, before: int, block_k: int, ordered: tuple[bool, ...]
 ) -> tuple[Any, Any] | None:
     """Tensor descriptors of the grid's keys and values, or None where boxes are fetched by pointers: a descriptor has
     five axes at most, and strides in multiples of 16 bytes. (It cannot leave out hidden rows, where NaN may stand.)"""
-    if (
-        not config.boxes
-        or not _has_descriptors(key)
-        or any(ordered)
-        or kv.volume != block_k
-        or key.shape[-1] != _lanes(key.shape[-1])
-    ):
+    if not _has_descriptors(key) or any(ordered) or kv.volume != block_k or key.shape[-1] != _lanes(key.shape[-1]):
         return None
     batch, heads, _, dim = key.shape
     found = []

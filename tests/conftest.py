@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DIT_ACCEL_AUTOTUNE"] = "0"  # a test that tunes says so
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, also in the processes that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
 

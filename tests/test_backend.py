@@ -15,11 +15,13 @@ import dit_accel
 from dit_accel import TokenLayout
 from dit_accel.backend import resolve
 from dit_accel.functional import clear_attention, gna_attention, llsa_attention, sla_attention
-from dit_accel.mechanisms import clear, gna, sla
+from dit_accel.mechanisms import clear, gna, llsa, sla
+from dit_accel.mechanisms._operator import _check_gpu
 from dit_accel.processor import PROCESSORS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NEEDED = {"sla": {}, "clear": {"radius": 3}, "llsa": {}, "gna": {"window": 3}}
+MODULES = {"sla": sla, "clear": clear, "llsa": llsa, "gna": gna}
 FUNCTIONS = {"sla": sla_attention, "clear": clear_attention, "llsa": llsa_attention, "gna": gna_attention}
 
 
@@ -71,10 +73,9 @@ def test_llsa_has_torch_alone(asked, machine):
         resolve(None, CPU, "llsa")
 
 
-def test_flex_is_for_windows_on_any_device():
-    assert resolve("flex", CPU, "clear") == resolve("flex", GPU, "gna") == "flex"
-    with pytest.raises(ValueError, match="sla has no such backend yet; it has: torch, triton"):
-        resolve("flex", GPU, "sla")
+@pytest.mark.parametrize("name", ["sla", "clear", "gna"])
+def test_flex_is_on_any_device(name):
+    assert resolve("flex", CPU, name) == resolve("flex", GPU, name) == "flex"
 
 
 def test_triton_on_the_cpu_only_in_its_interpreter(machine):
@@ -130,6 +131,97 @@ def test_the_environment_is_read_at_every_call_and_the_backward_is_torch(module,
         torch.testing.assert_close(got, factor * want)
         for mine, right in zip(torch.autograd.grad(got.sum(), qkv), wanted, strict=True):
             assert torch.equal(mine, right)
+
+
+def raising(monkeypatch, name, backend, error):
+    """Calls of this mechanism and backend end with the error."""
+
+    def compute(*args, **options):
+        raise error
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(MODULES[name]._COMPUTE, backend, compute)
+    layout, qkv = TokenLayout((4, 4), 2), [torch.randn(1, 3, 18, 16) for _ in range(3)]
+    return lambda: FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend=backend)
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    "name, backend", [(name, "torch") for name in MODULES] + [("sla", "triton"), ("gna", "triton")]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_out_of_memory_says_what_was_computed_and_stays_what_it_is(name, backend, compiled, monkeypatch):
+    call = raising(monkeypatch, name, backend, FULL)
+    call = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+        call()
+    told = str(caught.value)
+    assert told.startswith(f"{name} (backend {backend})") and "(1, 3, 18, 16) in float32" in told
+    assert told.endswith("Tried to allocate 4.00 GiB.") and caught.value.__cause__ is FULL
+    assert ('backend="triton"' in told) == (backend == "torch" and name != "llsa")
+
+
+def test_out_of_memory_in_the_backward_pass_says_so(monkeypatch):
+    q = torch.randn(1, 3, 16, 16, requires_grad=True)
+    out = gna_attention(q, q, q, TokenLayout((4, 4)), window=3)
+
+    def full(*args, **options):
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        patch.setitem(gna._COMPUTE, "torch", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"gna \(backend torch\).*Tried to allocate 4.00 GiB"):
+            out.sum().backward(retain_graph=True)
+
+    class Leaky(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(full)
+
+    plain = gna._COMPUTE["torch"]
+    monkeypatch.setitem(gna._COMPUTE, "torch", lambda q, *x, **y: plain(Leaky.apply(q), *x, **y))
+    with pytest.raises(torch.OutOfMemoryError, match=r"the backward pass of gna .*\(1, 3, 16, 16\) in float32"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["sla", "gna"])
+def test_a_kernel_that_does_not_fit_says_what_it_needs_and_what_to_change(name, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    call = raising(monkeypatch, name, "triton", OutOfResources(262144, 101376, "shared memory"))
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    told = str(caught.value)
+    assert told.startswith(f"{name}: a Triton kernel for head dim 16 in float32 needs 262144 bytes of shared memory")
+    assert "has 101376: convert to float16 or bfloat16, or choose" in told and "DIT_ACCEL_BACKEND=torch" in told
+    assert 'backend="flex"' in told and isinstance(caught.value.__cause__, OutOfResources)
+
+
+def test_other_errors_pass_as_they_are(monkeypatch):
+    error = RuntimeError("of another kind")
+    with pytest.raises(RuntimeError) as caught:
+        raising(monkeypatch, "gna", "torch", error)()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpus_from_before_ampere_are_refused(dtype, monkeypatch):
+    class OnGpu:
+        device, dtype = GPU, torch.float16
+
+    OnGpu.dtype = dtype
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"sla: .*8\.0 .*Tesla T4 has 7\.5.*DIT_ACCEL_BACKEND=torch") as caught:
+        _check_gpu("sla", "triton", OnGpu)
+    assert ("no bfloat16" in str(caught.value)) == (dtype == torch.bfloat16)
+    _check_gpu("sla", "torch", OnGpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    _check_gpu("sla", "triton", OnGpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    _check_gpu("sla", "triton", OnGpu)
 
 
 def test_the_processor_hands_its_backend_on_and_describe_shows_it():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.backend import resolve
+from dit_accel.backend import VARIABLE, resolve
 from dit_accel.layout import TokenLayout
 
 __all__ = ["define_operator"]
@@ -63,11 +64,16 @@ def define_operator(
         if shrink:
             chosen = fit(layout, **chosen)
         backend = resolve(backend if force is None else force, query.device, mechanism)
+        _check_gpu(mechanism, backend, query)
         if query.numel() == 0:
             return query.clone()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         # kernels are launched on the current device, which need not be the tensors'
-        with torch.cuda.device_of(query), torch.autocast(query.device.type, enabled=False):
+        with (
+            torch.cuda.device_of(query),
+            torch.autocast(query.device.type, enabled=False),
+            _explained(mechanism, backend, compute, query),
+        ):
             return compute[backend](*tensors, layout=layout, scale=scale, **chosen)
 
     def forward(*args: Any) -> Tensor:
@@ -82,7 +88,8 @@ def define_operator(
             filled[i] = leaf
         with _recording():
             out = run(tuple(filled), rest, force="torch")  # what the forward took has no derivative of its own
-            grads = torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
+            with _explained(f"the backward pass of {mechanism}", "torch", ("torch",), leaves[0]):
+                grads = torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
         return [_dense(g) for g in grads]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -107,6 +114,58 @@ def define_operator(
     backward_op.register_fake(lambda grad, *args: [_empty(args[i]) for i in _differentiable(args[:n_tensors])])
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     return forward_op
+
+
+def _check_gpu(mechanism: str, backend: str, query: Tensor) -> None:
+    """Raises: ValueError: an NVIDIA GPU from before Ampere. Triton lists none as supported: since 3.3 it builds kernels
+    for them without matrix units, and ours spill kilobytes a thread then."""
+    if backend != "triton" or query.device.type != "cuda" or torch.version.hip:
+        return
+    major, minor = torch.cuda.get_device_capability(query.device)
+    if major < 8:
+        dtype = ", in float16 or float32: it has no bfloat16 either" if query.dtype == torch.bfloat16 else ""
+        raise ValueError(
+            f"{mechanism}: the Triton kernels need compute capability 8.0 (Ampere) or later, and "
+            f'{torch.cuda.get_device_name(query.device)} has {major}.{minor}: choose backend="torch" '
+            f"({VARIABLE}=torch){dtype}"
+        )
+
+
+@contextmanager
+def _explained(what: str, backend: str, backends: Iterable[str], query: Tensor) -> Iterator[None]:
+    """Errors about memory say what was computed, and what may help.
+
+    Raises: torch.OutOfMemoryError: the GPU's memory is full; RuntimeError: a Triton kernel does not fit the GPU.
+    """
+    dtype, others = str(query.dtype).removeprefix("torch."), [x for x in backends if x != backend]
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        leaner = ', or choose backend="triton", which needs less' if "triton" in others else ""
+        raise torch.OutOfMemoryError(
+            f"{what} (backend {backend}) ran out of memory on {query.device}, with query, key and value of shape "
+            f"{tuple(query.shape)} in {dtype}: make the batch, the picture or the clip smaller, offload what is not in "
+            f"use (pipe.enable_model_cpu_offload()){leaner}. {error}"
+        ) from error
+    except _too_large() as error:
+        unit = "bytes of " if "memory" in error.name else ""
+        narrower = "convert to float16 or bfloat16, or " if query.element_size() > 2 else ""
+        choices = " or ".join(f'backend="{x}"' for x in others)
+        raise RuntimeError(
+            f"{what}: a Triton kernel for head dim {query.shape[-1]} in {dtype} needs {error.required} {unit}"
+            f"{error.name}, and {_name(query.device)} has {error.limit}: {narrower}choose {choices} "
+            f"({VARIABLE}={others[0]})"
+        ) from error
+
+
+def _too_large() -> tuple[type[Any], ...]:
+    """Triton's error for a kernel that does not fit, where Triton was imported."""
+    errors = sys.modules.get("triton.runtime.errors")
+    return () if errors is None else (errors.OutOfResources,)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 @contextmanager
@@ -135,5 +194,4 @@ def _empty(like: Tensor) -> Tensor:
 
 def _dense(x: Tensor) -> Tensor:
     """x in the strides of :func:`_empty`."""
-    like = _empty(x)
-    return x if x.stride() == like.stride() else like.copy_(x)
+    return x if x.stride() == _empty(x.to("meta")).stride() else _empty(x).copy_(x)

@@ -1,0 +1,257 @@
+"""How the block-sparse kernel is built: as was measured before, else by a short search at the first call, kept on disk.
+
+A plan is cut into boxes before any kernel runs, and SLA's blocks are the user's: another size of box would need another
+plan. So a search keeps the boxes that `choose_config` gives, and tries what no plan knows of: warps, stages, boxes by
+descriptor or by pointers, registers. ``DIT_ACCEL_AUTOTUNE=0`` takes the first guess instead.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+
+__all__ = ["Config", "choose_config", "launch_tuned", "measured"]
+
+KERNEL = 1  # raise it when the kernel changes: what was measured for another one no longer counts
+MOST_WAYS = 6
+BUDGET_S = 20.0  # no further way is begun after this
+RUNS = 5  # timed, of each way
+GAIN = 0.97  # share of the guess's time that another way must stay under: the rest is noise
+SWITCH, FOLDER = "DIT_ACCEL_AUTOTUNE", "DIT_ACCEL_CACHE"
+LOG = logging.getLogger("dit_accel")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is built: rows of a tile at most, warps, stages of the pipeline, boxes by tensor descriptor,
+    registers a thread at most (so that two programs share a processor)."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    boxes: bool = False
+    max_registers: int | None = None
+
+    def __str__(self) -> str:
+        limit = "" if self.max_registers is None else f", at most {self.max_registers} registers"
+        return f"{self.num_warps} warps, {self.num_stages} stages, {'boxes' if self.boxes else 'pointers'}{limit}"
+
+
+class Measured(NamedTuple):
+    """A row of the table: what a configuration was measured for, and the configuration."""
+
+    capability: tuple[int, int]
+    kind: str
+    itemsize: int
+    dims: range
+    config: Config
+
+
+# The fastest of seven each on an H100 (16-bit, D = 128), by how a plan tells what is seen. With 128 registers a thread
+# two programs share a processor, and one's softmax overlaps the other's matrix products.
+HOPPER = {
+    "list": Config(128, 64, 8, 3, True, 128),
+    "interval": Config(128, 64, 8, 2, True, 128),
+    "ball": Config(128, 64, 8, 2, True, 128),
+}
+TABLE = [Measured((9, 0), kind, 2, range(128, 129), config) for kind, config in HOPPER.items()]
+
+_chosen: dict[str, Config] = {}
+_lock = Lock()
+
+
+def measured(query: Tensor, kind: str) -> Config | None:
+    """What `TABLE` has for this GPU, kind of plan, dtype and head dim."""
+    if query.device.type != "cuda" or torch.version.hip:
+        return None
+    wanted = (torch.cuda.get_device_capability(query.device), kind, query.element_size())
+    return next((row.config for row in TABLE if row[:3] == wanted and query.shape[-1] in row.dims), None)
+
+
+def choose_config(query: Tensor, kind: str) -> Config:
+    """From the table, else a guess that fits the shared memory of every GPU of its kind."""
+    if known := measured(query, kind):
+        return known
+    if query.dtype == torch.float32:
+        return Config(32, 32, 4, 1) if query.shape[-1] > 64 else Config(64, 32, 4, 1)
+    if query.shape[-1] > 128:
+        return Config(64, 32, 8, 1)
+    return HOPPER[kind] if _is_roomy(query.device) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
+
+
+def _is_roomy(device: torch.device) -> bool:
+    """Whether a processor has 227 KiB of shared memory: Hopper, and Blackwell but for GeForce and RTX. So has what is
+    not here: Triton's interpreter, or building for another machine."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def ways_to_build(guess: Config, itemsize: int, boxes: bool) -> list[Config]:
+    """The guess, and what else is worth a try with its tiles; ``boxes``: descriptors can be had."""
+    ways: list[tuple[int, int, bool, int | None]]
+    if torch.version.hip:
+        ways = [(4, 1, False, None), (8, 1, False, None), (4, 2, False, None), (8, 2, False, None), (2, 1, False, None)]
+    elif itemsize > 2:
+        ways = [(4, 1, False, None), (4, 2, False, None), (8, 1, False, None), (8, 2, False, None), (2, 1, False, None)]
+    else:
+        ways = [(8, 2, boxes, 128), (8, 3, boxes, 128), (4, 2, boxes, None), (8, 2, boxes, None), (4, 3, boxes, None)]
+        ways += [(8, 2, False, 128), (4, 1, boxes, None)]
+    found = [replace(guess, num_warps=w, num_stages=s, boxes=b, max_registers=r) for w, s, b, r in ways]
+    return list(dict.fromkeys([guess, *found]))[:MOST_WAYS]
+
+
+def launch_tuned(launch: Callable[[Config], None], query: Tensor, what: str, guess: Config, boxes: bool) -> None:
+    """Launch the kernel as it is fastest for ``what``. The first call of a kind on a GPU tries a few ways on the
+    caller's tensors, and says so; not in the interpreter, off the GPU, or while a CUDA graph is captured.
+
+    Args:
+        launch: runs the kernel, built so, and overwrites its outputs.
+        query: tells dtype, head dim and device.
+        what: the kind of plan and all that changes which way is fastest.
+        guess: taken where nothing is known or may be tried.
+        boxes: whether boxes can be fetched by descriptor.
+    Raises: OutOfResources: no way fits the GPU.
+    """
+    gpu = _gpu(query.device)
+    if gpu is None or os.environ.get(SWITCH, "").lower() in ("0", "false", "no", "off"):
+        return launch(guess)
+    guess = replace(guess, boxes=guess.boxes and boxes)
+    case = f"{what}, {str(query.dtype).removeprefix('torch.')}, head dim {query.shape[-1]}"
+    key = f"{gpu}, triton {triton.__version__}, kernel {KERNEL}: {case}"
+    config = _chosen.get(key) or _choose(launch, key, ways_to_build(guess, query.element_size(), boxes))
+    try:
+        launch(config)
+    except OutOfResources:
+        if config == guess:
+            raise
+        _chosen[key] = guess  # it was measured in a call that needed less
+        launch(guess)
+
+
+@cache
+def _gpu(device: torch.device) -> str | None:
+    """The GPU's name; None where nothing can be timed."""
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return None
+    return torch.cuda.get_device_name(device)
+
+
+def _choose(launch: Callable[[Config], None], key: str, ways: list[Config]) -> Config:
+    """From memory, else from disk, else by a search, whose result is kept in both."""
+    with _lock:  # searches at the same time would slow one another down
+        if key in _chosen:
+            return _chosen[key]
+        file = _cache_file()
+        entry = _read(file).get(key)
+        kept = [way for way in ways if isinstance(entry, dict) and entry.get("config") == asdict(way)]
+        if kept:
+            return _chosen.setdefault(key, kept[0])
+        if torch.cuda.is_current_stream_capturing():
+            return ways[0]
+        LOG.warning(
+            "Trying %d ways to build an attention kernel, once, for about %.0f s at most (%s). The best is kept in %s; "
+            "%s=0 switches this off.", len(ways), BUDGET_S, key, file, SWITCH,
+        )  # fmt: skip
+        start = perf_counter()
+        times = _search(launch, ways)
+        best = min(times, key=times.__getitem__)
+        if times[best] > GAIN * times.get(ways[0], float("inf")):
+            best = ways[0]
+        untuned = f"{times[ways[0]]:.3g} ms" if ways[0] in times else "does not fit"
+        LOG.warning(
+            "Tried %d in %.1f s; taken: %s, %.3g ms a call (untuned: %s).",
+            len(times), perf_counter() - start, best, times[best], untuned,
+        )  # fmt: skip
+        _chosen[key] = best
+        _write(file, key, {"config": asdict(best), "ms": round(times[best], 5)})
+        return best
+
+
+def _search(launch: Callable[[Config], None], ways: list[Config]) -> dict[Config, float]:
+    """Milliseconds of each way that fits, until the budget is spent.
+
+    Raises: OutOfResources, PTXASError: none fits; why the first does not.
+    """
+    start = perf_counter()
+    times: dict[Config, float] = {}
+    refusals: list[Exception] = []
+    for way in ways:
+        if times and perf_counter() - start > BUDGET_S:
+            break
+        try:
+            times[way] = _milliseconds(partial(launch, way))
+        except (OutOfResources, PTXASError) as error:
+            refusals.append(error)
+    if not times:
+        raise refusals[0]
+    return times
+
+
+def _milliseconds(call: Callable[[], None]) -> float:
+    """Median time of a call on the current stream, after one that compiles."""
+    call()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(RUNS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    marks[-1].synchronize()
+    return sorted(a.elapsed_time(b) for a, b in pairwise(marks))[RUNS // 2]
+
+
+def _cache_file() -> Path:
+    folder = os.environ.get(FOLDER) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dit_accel")
+    return Path(os.path.expanduser(folder)) / "tuning.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What is kept; nothing where the file is not there, or, with a warning, cannot be understood."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _warn_once(f"Ignoring {file}, where tuned kernels are kept: {error}")
+        return {}
+    return content
+
+
+def _write(file: Path, key: str, entry: dict[str, Any]) -> None:
+    """Put an entry beside those that are there by now. The file is replaced whole: of two processes that do so in the
+    same moment one may lose its entry, and measures again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {**_read(file), key: entry}
+        handle, temporary = tempfile.mkstemp(prefix=".tuning.", suffix=".json", dir=file.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                json.dump(content, out, indent=1, sort_keys=True)
+            os.replace(temporary, file)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        _warn_once(f"Cannot keep tuned kernels in {file}, so each process tunes by itself: {error}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    LOG.warning(message)

@@ -1,0 +1,275 @@
+"""How a kernel's configuration is found: table, memory, file, and a search that is bounded and says what it does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from dit_accel.kernels import tuning
+from dit_accel.kernels.block_plan import window_plan
+from dit_accel.kernels.block_sparse_triton import block_sparse_attention
+from dit_accel.kernels.tuning import BUDGET_S, MOST_WAYS, Config, choose_config, launch_tuned, ways_to_build
+from dit_accel.kernels.window import BallAxis
+
+GUESS = Config(64, 64, 4, 2)
+QUERY = torch.empty(1, 1, 1, 96, dtype=torch.float16)
+WAYS = ways_to_build(GUESS, 2, False)
+
+
+class Machine:
+    """A GPU that takes the given times, in seconds, and refuses the rest."""
+
+    def __init__(self, times: dict[Config, float]) -> None:
+        self.times, self.now, self.launched, self.timed = times, 0.0, [], 0
+
+    def launch(self, config: Config) -> None:
+        if config not in self.times:
+            raise OutOfResources(120000, 101376, "shared memory")
+        self.launched.append(config)
+        self.now += self.times[config]
+
+    def milliseconds(self, call) -> float:
+        before = self.now
+        call()
+        self.timed += 1
+        return 1000 * (self.now - before)
+
+    def run(self, what="list 64x64", guess=GUESS, query=QUERY, boxes=False) -> Config:
+        """What the last launch, the one that counts, was built like."""
+        launch_tuned(self.launch, query, what, guess, boxes)
+        return self.launched[-1]
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Makes machines; each is a process of its own, with this folder to keep results in."""
+    monkeypatch.setenv("DIT_ACCEL_CACHE", str(tmp_path))
+    monkeypatch.delenv("DIT_ACCEL_AUTOTUNE", raising=False)
+    monkeypatch.setattr(tuning, "_gpu", lambda device: "NVIDIA A10")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def start(times=None) -> Machine:
+        machine = Machine(dict.fromkeys(WAYS, 1.0) if times is None else times)
+        monkeypatch.setattr(tuning, "_chosen", {})
+        monkeypatch.setattr(tuning, "_milliseconds", machine.milliseconds)
+        monkeypatch.setattr(tuning, "perf_counter", lambda: machine.now)
+        tuning._warn_once.cache_clear()
+        return machine
+
+    return start
+
+
+def lines(caplog) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.name == "dit_accel"]
+    caplog.clear()
+    return found
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_few_ways_are_tried_the_guess_first_and_none_changes_the_plan(itemsize, boxes, hip, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    ways = ways_to_build(GUESS, itemsize, boxes)
+    assert ways[0] == GUESS and 4 <= len(ways) == len(set(ways)) <= MOST_WAYS
+    assert {(way.block_q, way.block_k) for way in ways} == {(64, 64)}
+    assert boxes or not any(way.boxes for way in ways)
+    assert not hip or not any(way.boxes or way.max_registers for way in ways)
+
+
+def test_the_fastest_is_taken_and_tuned_once(gpu, caplog):
+    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.4})
+    assert machine.run() == WAYS[3]
+    assert machine.timed == len(WAYS)
+    first, second = lines(caplog)
+    assert f"Trying {len(WAYS)} ways" in first and "about 20 s at most" in first and "DIT_ACCEL_AUTOTUNE=0" in first
+    assert "NVIDIA A10" in first and "list 64x64, float16, head dim 96" in first and "tuning.json" in first
+    assert str(WAYS[3]) in second and "400 ms a call (untuned: 1e+03 ms)" in second
+    assert machine.run() == WAYS[3] and machine.timed == len(WAYS) and not lines(caplog)
+
+
+def test_every_kind_dtype_and_head_dim_is_tuned_by_itself(gpu):
+    machine = gpu()
+    for what, query in (("list", QUERY), ("ball", QUERY), ("list", QUERY.bfloat16()), ("list", QUERY[..., :64])):
+        before = machine.timed
+        machine.run(what=what, query=query)
+        assert machine.timed > before
+
+
+def test_a_little_faster_is_noise(gpu):
+    assert gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.98}).run() == GUESS
+
+
+def test_no_way_is_begun_when_the_time_is_up(gpu):
+    machine = gpu(dict.fromkeys(WAYS, 0.6 * BUDGET_S))
+    machine.run()
+    assert machine.timed == 2
+    machine = gpu({GUESS: 2 * BUDGET_S})
+    assert machine.run(what="slow") == GUESS and machine.timed == 1
+
+
+def test_the_file_spares_the_next_process_the_search(gpu, tmp_path, caplog):
+    gpu({way: 1.0 for way in WAYS} | {WAYS[2]: 0.5}).run()
+    (key,) = json.loads((tmp_path / "tuning.json").read_text())
+    assert "NVIDIA A10, triton " in key and f"kernel {tuning.KERNEL}" in key
+    lines(caplog)
+    machine = gpu()
+    assert machine.run() == WAYS[2] and machine.timed == 0 and not lines(caplog)
+    assert [x.name for x in tmp_path.iterdir()] == ["tuning.json"]  # no temporary file is left
+
+
+def test_two_processes_keep_one_anothers_results(gpu, tmp_path, monkeypatch):
+    first, second = gpu(), gpu()
+    read = tuning._read
+
+    def read_before_the_other_writes(file):
+        found = read(file)
+        monkeypatch.setattr(tuning, "_read", read)
+        monkeypatch.setattr(tuning, "_milliseconds", second.milliseconds)
+        monkeypatch.setattr(tuning, "_lock", tuning.Lock())
+        second.run(what="ball")
+        return found
+
+    monkeypatch.setattr(tuning, "_read", read_before_the_other_writes)
+    first.run(what="list")
+    assert {key.split(": ")[1].split(",")[0] for key in json.loads((tmp_path / "tuning.json").read_text())} == {
+        "list", "ball",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"a": NaN'])
+def test_a_broken_file_is_told_once_ignored_and_replaced(content, gpu, tmp_path, caplog):
+    file = tmp_path / "tuning.json"
+    file.write_bytes(content)
+    machine = gpu()
+    machine.run()
+    assert sum("Ignoring" in line and str(file) in line for line in lines(caplog)) == 1
+    assert len(json.loads(file.read_text())) == 1
+    machine.run(what="another")
+    assert not any("Ignoring" in line for line in lines(caplog))
+
+
+@pytest.mark.parametrize("entry", [None, 3, {}, {"config": {"num_warps": 3}}, {"config": [1]}])
+def test_an_entry_that_is_no_way_to_build_is_measured_again(entry, gpu, tmp_path):
+    gpu().run()
+    file = tmp_path / "tuning.json"
+    file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), entry)))
+    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[1]: 0.5})
+    assert machine.run() == WAYS[1] and machine.timed == len(WAYS)
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(gpu, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIT_ACCEL_CACHE", str(tmp_path / "file" / "folder"))
+    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[1]: 0.5})
+    assert machine.run() == WAYS[1]
+    machine.run(what="another")
+    assert sum("Cannot keep" in line for line in lines(caplog)) == 1
+
+
+def test_what_does_not_fit_is_left_out(gpu, caplog):
+    machine = gpu({GUESS: 1.0, WAYS[4]: 0.5})
+    assert machine.run() == WAYS[4] and machine.timed == 2
+    machine = gpu({WAYS[5]: 0.5})  # not even the guess fits
+    assert machine.run(what="tight") == WAYS[5]
+    assert "untuned: does not fit" in lines(caplog)[-1]
+    with pytest.raises(OutOfResources):
+        gpu({}).run(what="nothing fits")
+
+
+def test_what_was_tuned_and_does_not_fit_another_call_gives_way_to_the_guess(gpu):
+    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.4})
+    assert machine.run() == WAYS[3]
+    del machine.times[WAYS[3]]
+    assert machine.run() == machine.run() == GUESS
+    del machine.times[GUESS]
+    with pytest.raises(OutOfResources):
+        machine.run()
+
+
+@pytest.mark.parametrize("value", ["0", "false", "OFF"])
+def test_switched_off_the_guess_is_taken_and_nothing_written(value, gpu, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DIT_ACCEL_AUTOTUNE", value)
+    machine = gpu()
+    assert machine.run() == GUESS and machine.launched == [GUESS] and not machine.timed
+    assert not lines(caplog) and not list(tmp_path.iterdir())
+
+
+def test_nothing_is_timed_in_a_graph_capture_but_what_is_known_is_taken(gpu, monkeypatch):
+    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.4})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert machine.run() == GUESS and machine.launched == [GUESS] and not machine.timed
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert machine.run() == WAYS[3]  # the guess was not kept
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert machine.run() == WAYS[3]
+
+
+def test_descriptors_that_cannot_be_had_are_not_told_apart(gpu):
+    guess = replace(GUESS, boxes=True)
+    machine = gpu(dict.fromkeys([*WAYS, *ways_to_build(guess, 2, True)], 1.0))
+    assert not machine.run(guess=guess).boxes
+    assert machine.run(what="with boxes", guess=guess, boxes=True).boxes
+
+
+def test_off_the_gpu_nothing_is_tuned(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("DIT_ACCEL_CACHE", str(tmp_path))
+    monkeypatch.delenv("DIT_ACCEL_AUTOTUNE", raising=False)
+    machine = Machine({GUESS: 1.0})
+    assert machine.run() == GUESS and machine.launched == [GUESS] and not list(tmp_path.iterdir())
+
+
+def test_folders_follow_the_environment(monkeypatch):
+    for name in ("DIT_ACCEL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(tuning._cache_file()) == "/home/someone/.cache/dit_accel/tuning.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert str(tuning._cache_file()) == "/caches/dit_accel/tuning.json"
+    monkeypatch.setenv("DIT_ACCEL_CACHE", "~/mine")
+    assert str(tuning._cache_file()) == "/home/someone/mine/tuning.json"
+
+
+class OnGpu:
+    """As much of a tensor on a GPU as a choice looks at."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.dtype = (1, 1, 1, dim), dtype
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    "capability, dim, known, tile",
+    [((9, 0), 128, True, 128), ((9, 0), 96, False, 128), ((10, 0), 128, False, 128), ((12, 0), 128, False, 64),
+     ((8, 6), 128, False, 64), ((8, 0), 64, False, 64)],
+)  # fmt: skip
+def test_the_table_holds_for_what_it_was_measured_for(capability, dim, known, tile, monkeypatch):
+    """RTX cards of Blackwell have 99 KiB of shared memory: tiles as on the H100 would not fit."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for kind in ("list", "interval", "ball"):
+        assert (tuning.measured(OnGpu(dim), kind) is not None) == known
+        assert choose_config(OnGpu(dim), kind).block_q == tile
+        assert tuning.measured(OnGpu(dim, torch.float32), kind) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
+def test_every_way_computes_the_same_in_the_caller_s_tensors(gpu):
+    """The kernel itself, with a made-up clock: what is left in the outputs is the winner's."""
+    axes = (BallAxis(9, 3, 1.0), BallAxis(13, 3, 1.0))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9 * 13, 32).half() for _ in range(3))
+    plan = window_plan(axes, 9.0, 64, 64, q.device)
+    want, want_lse = block_sparse_attention(q, k, v, plan, scale=0.2, return_lse=True, config=GUESS)
+    machine = gpu()
+    out, lse = block_sparse_attention(q, k, v, plan, scale=0.2, return_lse=True)
+    assert machine.timed >= 4 and len(tuning._chosen) == 1
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=1e-3)

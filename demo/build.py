@@ -112,7 +112,10 @@ class VideoConfig:
         Phase(0.5, 128, 64, 1.7),
         Phase(0.5, 256, 16, 3.0),
     )
-    resume_phases: tuple[Phase, ...] = (Phase(1.0, 256, 16, 3.0),)
+    resume_phases: tuple[Phase, ...] = (
+        Phase(0.35, 128, 64, 1.7),  # six times the clips a second: what words mean together is learned here
+        Phase(0.65, 256, 16, 3.0),
+    )
     lr: float = 1.5e-3
     text_lr: float = 3e-4
     weight_decay: float = 0.01

@@ -20,7 +20,7 @@ __all__ = ["VOLUMES", "block_sparse_hopper", "suits", "takes"]
 QUERIES = 128  # of a program, halved between two groups of warps
 KEYS = 128  # of a step: one box of 128 or two of 64
 VOLUMES = ((QUERIES, 64), (QUERIES, KEYS))  # of boxes to choose from
-STAGES = 2  # steps' keys and values in shared memory
+STAGES = 2  # steps' keys and values in shared memory with heads of 128; twice as many with heads of 64
 IDLE_STEPS = 2  # as long a tile takes beside its steps
 REGISTERS = (240, 24)  # a thread's, where attention is computed and where boxes are fetched
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -175,7 +175,7 @@ def block_sparse_hopper(
             out.stride(1), out.stride(2), mask.tables.shape[2] if mask else 0, *schedule, tiles, n_full, n_tiles,
             tiles.stride(0) if tiles.shape[0] > 1 else 0, tiles.shape[2], n_text_tiles, n_text_before, heads,
             heads // kv_heads, *before, length_q, length_k, length_2, q.n_tiles, *q.grid, *kv.grid, scale, *weights,
-            mask.limit if mask else 0.0, D=dim, N=KEYS, SLOTS=STAGES, S=static, DTYPE=DTYPES[query.dtype],
+            mask.limit if mask else 0.0, D=dim, N=KEYS, SLOTS=STAGES * (KEYS // dim), S=static, DTYPE=DTYPES[query.dtype],
             LAYOUT=LAYOUT, REGISTERS=REGISTERS[0], FETCHER_REGISTERS=REGISTERS[1], num_warps=4,
         )  # fmt: skip
 
@@ -200,7 +200,6 @@ def takes(
         and real is None
         and (extra is None or extra[2] is None)
         and scale > 0
-        and (linear is None or linear.state is None or query.shape[-1] == KEYS)  # its matrix fills a slot
         and not (mask and any(mask.ordered))
         and not (mask and mask.weights and not mask.exact)
         and all(_has_aligned_rows(x) for x in descriptors)

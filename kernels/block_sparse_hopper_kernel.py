@@ -106,9 +106,9 @@ def _corner(tile, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr
 
 
 @gluon.jit
-def _listed(TILES, place, n_tiles, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
-    """Corner of the box at a place of a list; past the list's end the last box stands in."""
-    return _corner(gl.load(TILES + gl.minimum(place, n_tiles - 1)), n1, n2, FLAT, B0, B1, B2)
+def _listed(TILES, place, n_tiles):
+    """The box at a place of a list; past the list's end the last stands in, and for an empty list the first of all."""
+    return gl.load(TILES + gl.minimum(place, n_tiles - 1), mask=n_tiles > 0, other=0)
 
 
 @gluon.jit
@@ -126,6 +126,13 @@ def _tile_of(item, n_text_tiles, n_heads, n_q_tiles):
     per_head = gl.where(is_text, n_text_tiles, n_q_tiles)
     h = local // per_head
     return h, local - h * per_head, is_text
+
+
+@gluon.jit
+def _list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list):
+    """Where the list of a tile begins."""
+    h, tile, _is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+    return TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
 
 
 @gluon.jit
@@ -202,13 +209,20 @@ def _fetch(
     slot, bar = _claim(0, v_full, v_free, SLOTS, BYTES)
     _copy_step(V_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, v_ring.index(slot), BOX)
     turns = gl.load(TURNS + gl.program_id(0))
+    # what a turn or a step needs is loaded in the one before: a load takes as long as half a step
+    item, next_item = _item(ORDER, 0, turns), _item(ORDER, 1, turns)
+    n_tiles, _n_full = _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+    lists = _list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
+    box0, box1 = _listed(lists, 0, n_tiles), _listed(lists, 1, n_tiles)
     state = 0
     has_state = turns < 0
     for turn in range(turns):
-        item = _item(ORDER, turn, turns)
         h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
-        n_tiles, _n_full = _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
-        lists = TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
+        next_n_tiles, _next_n_full = _counts(
+            N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S
+        )
+        next_lists = _list_of(TILES, next_item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
+        after_next = _item(ORDER, turn + 2, turns)
         hk = h // group
         slot, bar = _claim(turn, q_full, q_free, 2, 128 * D * 2)
         if S.HAS_TEXT and is_text:
@@ -227,13 +241,18 @@ def _fetch(
         if not (S.HAS_TEXT or S.HAS_EXTRA):
             n_runs = 0
         for i in range(n_steps + n_runs):
+            x0, x1, x2 = _corner(box0, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+            z0, z1, z2 = _corner(box1, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+            inside = i + 1 < n_steps
+            coming = gl.where(inside, lists, next_lists)
+            n_coming = gl.where(inside, n_tiles, next_n_tiles)
+            place = gl.where(inside, (i + 1) * PER_STEP, 0)
+            box0 = _listed(coming, place, n_coming)
+            if PER_STEP == 2:
+                box1 = _listed(coming, place + 1, n_coming)
             k_slot, k_bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
             kc += 1
             if i < n_steps:
-                x0, x1, x2 = _listed(lists, i * PER_STEP, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
-                z0, z1, z2 = x0, x1, x2
-                if PER_STEP == 2:
-                    z0, z1, z2 = _listed(lists, i * 2 + 1, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                 _copy_step(K_BOXES, hk, x0, x1, x2, z0, z1, z2, k_bar, k_ring.index(k_slot), BOX)
                 v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
                 _copy_step(V_BOXES, hk, x0, x1, x2, z0, z1, z2, v_bar, v_ring.index(v_slot), BOX)
@@ -256,20 +275,22 @@ def _fetch(
             # the linear branch's matrix comes as one more step of keys, behind the next tile's first
             if S.STATE_MODE > 0:  # noqa: SIM102
                 if (i == 0) & has_state:
-                    slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
+                    slot, bar = _claim(kc, k_full, k_free, SLOTS, D * D * 2)
                     _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
                     kc += 1
         has_state = is_text == 0
         state = h
         if S.STATE_MODE == 2:
             state = h * n_q_tiles + tile
+        item, next_item = next_item, after_next
+        n_tiles, lists = next_n_tiles, next_lists
     # keys whose weights nobody will use, so that the last tile is finished as all are
     slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
     _copy_step(K_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, k_ring.index(slot), BOX)
     kc += 1
     if S.STATE_MODE > 0:  # noqa: SIM102
         if has_state:
-            slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
+            slot, bar = _claim(kc, k_full, k_free, SLOTS, D * D * 2)
             _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
 
 
@@ -417,7 +438,7 @@ def _here(x):
 def _finish(
     acc, m, l, q, OUT, LSE, NORM, EPS, BIAS, soh, sor, kc, k_ring, k_full, k_free, q_free, item, n_text_tiles,
     n_text_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
-    OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr,
+    OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """Add the linear branch to half a tile's sum of weighted values, and write it. Returns the registers of the sum, of
     which nothing is needed any more, and the count of keys taken.
@@ -428,6 +449,7 @@ def _finish(
     SLOTS: gl.constexpr = k_ring.shape[0]
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     h, tile, is_text = _tile_of(_here(item), n_text_tiles, n_heads, n_q_tiles)
+    FEATURES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
     total = gl.convert_layout(l, OUT_ROW)
     factor = 1.0 / gl.where(total > 0, total, 1.0)
@@ -442,10 +464,10 @@ def _finish(
             share = gl.where(share == 0, 1.0, share)
             acc = acc * (factor * share)[:, None]
             factor = 1.0 / share
-            phi = gl.convert_layout(phi.to(k_ring.dtype), WEIGHTS)
+            phi = gl.convert_layout(phi.to(k_ring.dtype), FEATURES)
             slot = kc % SLOTS
             mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
-            acc = warpgroup_mma(phi, k_ring.index(slot), acc)
+            acc = warpgroup_mma(phi, k_ring.index(slot).slice(0, D), acc)
             mbarrier.arrive(k_free.index(slot), count=1)
             kc += 1
     mbarrier.arrive(q_free, count=1)
@@ -502,12 +524,12 @@ def _attend(
     l = gl.zeros([64], gl.float32, ROW)
     goes_on = turns < 0  # whether the next product adds to a sum: the first of a tile does not
     for turn in range(turns + 1):  # the last finishes the tile before, and is none itself
-        h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+        _h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
         next_n_tiles, next_n_full = _counts(
             N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S
         )
         after_next = _item(ORDER, turn + 2, turns)
-        lists = TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
+        lists = _list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
         n_clean = n_full // PER_STEP
         n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
         end0, end1, end2, n0, n1, n_runs = _runs(is_text, length_k, k_before, n_grid_k, length_2, N)
@@ -532,10 +554,12 @@ def _attend(
             partial = (i >= n_clean) & (i < n_steps)
             if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before the logits are waited for
                 if partial:
-                    x0, x1, x2 = _listed(lists, i * PER_STEP, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                    box = _listed(lists, i * PER_STEP, n_tiles)
+                    x0, x1, x2 = _corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                     z0, z1, z2 = x0, x1, x2
                     if PER_STEP == 2:
-                        z0, z1, z2 = _listed(lists, i * 2 + 1, n_tiles, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                        box = _listed(lists, i * 2 + 1, n_tiles)
+                        z0, z1, z2 = _corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                         z0 = gl.where(i * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
             # the products of these keys and, behind them, of the last weights with their values
             slot = kc % SLOTS
@@ -571,7 +595,7 @@ def _attend(
                     acc, kc = _finish(
                         acc, m, l, q_ring.index((turn + 1) % 2 * 2 + HALF), OUT, LSE, NORM, EPS, BIAS, soh, sor, kc,
                         k_ring, k_full, k_free, q_free.index((turn + 1) % 2), last_item, n_text_tiles, n_text_before,
-                        n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT, WEIGHTS,
+                        n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT,
                     )  # fmt: skip
             else:
                 acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]

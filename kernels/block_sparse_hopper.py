@@ -4,6 +4,7 @@ boxes of 128 queries. Which program takes which tile of queries is settled here.
 from __future__ import annotations
 
 import heapq
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -115,6 +116,7 @@ def _static(plan: BlockPlan, full_mode: int, has_text: bool, has_extra: bool, li
         IN=mask.intervals if mask else (False,) * 3,
         BALL=(bool(weights[0]), bool(weights[1]), bool(weights[2])),
         ROUND=set(weights) <= {0.0, 1.0},
+        ORDERED=os.environ.get("DIT_ACCEL_ORDERED", "1") == "1",
     )
 
 
@@ -175,8 +177,9 @@ def block_sparse_hopper(
             out.stride(1), out.stride(2), mask.tables.shape[2] if mask else 0, *schedule, tiles, n_full, n_tiles,
             tiles.stride(0) if tiles.shape[0] > 1 else 0, tiles.shape[2], n_text_tiles, n_text_before, heads,
             heads // kv_heads, *before, length_q, length_k, length_2, q.n_tiles, *q.grid, *kv.grid, scale, *weights,
-            mask.limit if mask else 0.0, D=dim, N=KEYS, SLOTS=STAGES * (KEYS // dim), S=static, DTYPE=DTYPES[query.dtype],
-            LAYOUT=LAYOUT, REGISTERS=REGISTERS[0], FETCHER_REGISTERS=REGISTERS[1], num_warps=4,
+            mask.limit if mask else 0.0, D=dim, N=KEYS, SLOTS=STAGES * (KEYS // dim), S=static,
+            DTYPE=DTYPES[query.dtype], LAYOUT=LAYOUT, REGISTERS=REGISTERS[0], FETCHER_REGISTERS=REGISTERS[1],
+            num_warps=4,
         )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ IMAGE = Embedded(
 VIDEO = Embedded(
     folder=_DEMO / "video",
     prompts=(
-        "a red circle moving right on a blue background",
-        "a white square moving left on a red background",
+        "a white cross on the left moving up and a purple circle at the right standing still on a red background",
+        "two blue squares moving right on a gray background",
     ),
 )
 

@@ -29,8 +29,9 @@ HELD_OUT_CAPTIONS = {
     "a cyan striped square at the center on a blue background": 13,
 }
 HELD_OUT_CLIPS = {
-    "a cyan cross moving right on a red background": 1,
-    "an orange triangle moving down on a white background": 4,
+    "a striped black triangle at the right moving down on a cyan background": 1,
+    "a clip of two blue squares moving right with a gray background": 1,
+    "a white cross on the left moving up and a purple circle at the right standing still on a red background": 1,
 }
 
 
@@ -106,7 +107,7 @@ def test_held_out_clip_is_drawn_right_and_altered_captions_are_refused(text, see
     assert clip.shape == (25, 256, 256, 3)
     assert check_clip(clip, text).problems == []
     altered = altered_captions(parse_caption(text), random.Random(13))
-    assert len(altered) == 3
+    assert len(altered) >= 4
     assert not [wrong for wrong in altered.values() if check_clip(clip, wrong).ok]
 
 

@@ -164,7 +164,7 @@ def _launch_pick(
         HAS_FILLED=filled is not None,
         WANT_MARGINAL=marginal is not None,
         BLOCK=block,
-        num_warps=min(16, max(1, block // 2048)),  # 64 scores a thread at most; one warp counts without a barrier
+        num_warps=min(16, max(1, block // 1024)),  # 32 scores a thread; one warp counts without a barrier
     )
 
 

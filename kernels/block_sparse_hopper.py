@@ -4,7 +4,6 @@ boxes of 128 queries. Which program takes which tile of queries is settled here.
 from __future__ import annotations
 
 import heapq
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -116,7 +115,6 @@ def _static(plan: BlockPlan, full_mode: int, has_text: bool, has_extra: bool, li
         IN=mask.intervals if mask else (False,) * 3,
         BALL=(bool(weights[0]), bool(weights[1]), bool(weights[2])),
         ROUND=set(weights) <= {0.0, 1.0},
-        ORDERED=os.environ.get("DIT_ACCEL_ORDERED", "1") == "1",
     )
 
 

@@ -53,7 +53,6 @@ class Static:
     IN: tuple[bool, bool, bool]
     BALL: tuple[bool, bool, bool]
     ROUND: bool
-    ORDERED: bool
 
 
 @gluon.jit
@@ -498,7 +497,7 @@ def _finish(
 def _attend(
     OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
     ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free,
-    v_full, v_free, order, n_text_tiles, n_text_before, n_heads, group, q_before, k_before, length_q, length_k,
+    v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before, length_q, length_k,
     length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """What a group of four warps does: one half of the queries of each tile."""
@@ -562,18 +561,13 @@ def _attend(
                         box = _listed(lists, i * 2 + 1, n_tiles)
                         z0, z1, z2 = _corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                         z0 = gl.where(i * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
-            # the products of these keys and, behind them, of the last weights with their values; the groups take turns,
-            # so that one works out weights while the other multiplies
+            # the products of these keys and, behind them, of the last weights with their values
             slot, last = kc % SLOTS, vc % SLOTS
             mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
             mbarrier.wait(v_full.index(last), vc // SLOTS & 1)
-            if S.ORDERED:
-                mbarrier.wait(order.index(HALF), vc & 1 ^ 1 - HALF)
             none = gl.zeros([64, N], gl.float32, LOGITS)
             s = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
             acc = warpgroup_mma(p, v_ring.index(last), acc, use_acc=goes_on, is_async=True)
-            if S.ORDERED:
-                mbarrier.arrive(order.index(1 - HALF), count=1)
             s = warpgroup_mma_wait(1, deps=[s])
             mbarrier.arrive(k_free.index(slot), count=1)
             kc += 1
@@ -630,9 +624,7 @@ def block_sparse_hopper_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)  # which group's products come next
     for i in gl.static_range(2):
-        mbarrier.init(order.index(i), count=1)
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=2)
     for i in gl.static_range(SLOTS):
@@ -647,13 +639,13 @@ def block_sparse_hopper_kernel(
             (_attend, (
                 OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, order, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
+                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
                 length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 0,
             )),
             (_attend, (
                 OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, order, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
+                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
                 length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 1,
             )),
             (_fetch, (

@@ -137,15 +137,25 @@ def _in_ball(
 
 
 @triton.jit
-def _linear(q, STATE, NORM, EPS, d, D: tl.constexpr, FEATURE_MAP: tl.constexpr, PRECISION: tl.constexpr):
-    """(BM, BLOCK_D) φ(q) state / (φ(q)·norm + eps)."""
+def _store_linear(
+    p_o, m_rows, q, STATE, NORM, EPS, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """φ(q) state / (φ(q)·norm + eps) to rows (BM,) of the output, BLOCK_E columns at a time: in float32 the whole state
+    of a long head is more than a processor holds."""
+    d = tl.arange(0, BLOCK_D)
     phi = feature(q.to(tl.float32), FEATURE_MAP, D)
     norm = tl.load(NORM + d, mask=d < D, other=0.0)
     total = tl.sum(phi * norm[None, :], 1) + tl.load(EPS)
-    m_state = (d < D)[:, None] & (d < D)[None, :]
-    state = tl.load(STATE + d[:, None] * D + d[None, :], mask=m_state, other=0.0)
-    linear = tl.dot(phi.to(state.dtype), state, input_precision=PRECISION)
-    return linear / tl.where(total == 0, 1.0, total)[:, None]
+    total = tl.where(total == 0, 1.0, total)[:, None]
+    phi = phi.to(STATE.dtype.element_ty)
+    for start in range(0, BLOCK_D, BLOCK_E):
+        cols = start + tl.arange(0, BLOCK_E)
+        m_state = (d < D)[:, None] & (cols < D)[None, :]
+        state = tl.load(STATE + d[:, None] * D + cols[None, :], mask=m_state, other=0.0)
+        linear = tl.dot(phi, state, input_precision=PRECISION) / total
+        m_o = m_rows[:, None] & (cols < D)[None, :]
+        tl.store(p_o[:, None] + cols[None, :], linear.to(p_o.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
@@ -154,7 +164,8 @@ def block_sparse_fwd_kernel(
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sob, soh, sor, srb, s2b, s2h, s2r, sr2,
     list_stride, n_q_heads, group, length_q, length_k, length_2, q_before, k_before,
     n_batch_heads, n_text_tiles, n_q_tiles, n_items, n_list, longest, scale, w0, w1, w2, limit,
-    Q0, Q1, Q2, K0, K1, K2_, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    Q0, Q1, Q2, K0, K1, K2_, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
     QB0: tl.constexpr, QB1: tl.constexpr, QB2: tl.constexpr, KB0: tl.constexpr, KB1: tl.constexpr, KB2: tl.constexpr,
     Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr, FULL: tl.constexpr, HAS_REAL: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_TEXT_QUERIES: tl.constexpr, HAS_TEXT_KEYS: tl.constexpr,
@@ -200,15 +211,18 @@ def block_sparse_fwd_kernel(
         row_q = tl.where(is_text, text_row, row_q)
         valid_q = tl.where(is_text, text_row < length_q, valid_q)
     q = _load_rows(Q, row_q, valid_q, sqr, d, D, True)
-    p_o = OUT + b.to(tl.int64) * sob + h.to(tl.int64) * soh + row_q.to(tl.int64)[:, None] * sor + d[None, :]
+    p_rows = OUT + b.to(tl.int64) * sob + h.to(tl.int64) * soh + row_q.to(tl.int64) * sor
+    p_o = p_rows[:, None] + d[None, :]
     m_o = valid_q[:, None] & (d < D)[None, :]
     if STATE_MODE > 0:  # noqa: SIM102
         if not is_text:  # kept where the output will stand: the registers are needed for the softmax
             which = bh.to(tl.int64)
             if STATE_MODE == 2:
                 which = which * n_q_tiles + tile_q
-            linear = _linear(q, STATE + which * D * D, NORM + which * D, EPS + bh, d, D, FEATURE_MAP, PRECISION)
-            tl.store(p_o, linear.to(OUT.dtype.element_ty), mask=m_o)
+            _store_linear(
+                p_rows, valid_q, q, STATE + which * D * D, NORM + which * D, EPS + bh, D, BLOCK_D, BLOCK_E, FEATURE_MAP,
+                PRECISION,
+            )  # fmt: skip
             tl.debug_barrier()
     acc = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
     m = tl.full((BM,), float("-inf"), dtype=tl.float32)

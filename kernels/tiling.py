@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["Tiling"]
 
@@ -25,25 +26,25 @@ class Tiling:
         lead = (1,) * (3 - len(grid))
         return Tiling((*lead, *grid), (*lead, *box))  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, int, int]:
         """Boxes along each axis."""
         return tuple(-(-n // side) for n, side in zip(self.grid, self.box, strict=True))  # type: ignore[return-value]
 
-    @property
+    @cached_property
     def n_tiles(self) -> int:
         return math.prod(self.counts)
 
-    @property
+    @cached_property
     def n_tokens(self) -> int:
         return math.prod(self.grid)
 
-    @property
+    @cached_property
     def volume(self) -> int:
         """Tokens in a whole box."""
         return math.prod(self.box)
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """No box is short."""
         return all(n % side == 0 for n, side in zip(self.grid, self.box, strict=True))

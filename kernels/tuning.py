@@ -89,7 +89,7 @@ def choose_config(query: Tensor, kind: str) -> Config:
     if known := measured(query, kind):
         return known
     if query.dtype == torch.float32:
-        return Config(32, 32, 4, 1) if query.shape[-1] > 64 else Config(64, 32, 4, 1)
+        return Config(32, 32, 8, 1) if query.shape[-1] > 64 else Config(64, 32, 8, 1)
     if query.shape[-1] > 128:
         return Config(64, 32, 8, 1)
     return HOPPER[kind] if _is_roomy(query.device) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB

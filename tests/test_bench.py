@@ -369,7 +369,7 @@ STEP = hand_made("step", [
 
 def test_tables():
     shown = table(ATTENTION).splitlines()
-    assert shown[2] == "| GNA, Hunyuan (24, 115,200, 128) | 275 ms | 25 ms | – | 11.0× | 9.0% | 99% | ≥ 9.7× ✓ |"
+    assert shown[2] == "| GNA, Hunyuan (24, 115,200, 128) | 275 ms | 25 ms | – | 11.00× | 9.0% | 99% | ≥ 9.7× ✓ |"
     assert "| 12.8 ms |" in shown[3] and shown[3].endswith("| 1.8% | 99% | ≥ 25× ✗ |")
     assert "failed: RuntimeError: a / b" in shown[4]
     assert len({line.count("|") for line in shown[:5]}) == 1

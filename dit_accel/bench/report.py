@@ -118,7 +118,7 @@ def _attention_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         peer = row.get("flex")
         cells.append([
             work, _ms(row["dense"]["ms"]), _ms(row["ours"]["ms"]),
-            *([_ms(peer["ms"]) if peer else "–"] if flex else []), f"{row['times_dense']:.1f}×",
+            *([_ms(peer["ms"]) if peer else "–"] if flex else []), f"{row['times_dense']:.2f}×",
             f"{row['fraction']:.1%}", f"{row['efficiency']:.0%}", _goal(row),
         ])  # fmt: skip
     return _markdown(heads, cells)
@@ -172,7 +172,7 @@ def _draw_attention(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.barh(places, [row["times_dense"] for row in rows], color=_OURS, height=0.6, label="measured")
     axes.set_yticks(list(places), [row["work"] for row in rows])
     for place, row in zip(places, rows, strict=True):
-        axes.text(row["times_dense"], place, f" {row['times_dense']:.1f}×", va="center", fontsize=8)
+        axes.text(row["times_dense"], place, f" {row['times_dense']:.2f}×", va="center", fontsize=8)
     ideal = [1 / row["fraction"] for row in rows]
     axes.plot(ideal, list(places), "o", color=_DENSE, markersize=5, label="dense's rate on the needed logits")
     goals = [(place, row["goal"]) for place, row in zip(places, rows, strict=True) if row["goal"] is not None]

@@ -13,7 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_plan import BlockPlan
-from .block_sparse_hopper_kernel import Static, block_sparse_hopper_kernel
+from .block_sparse_hopper_kernel import block_sparse_hopper_kernel
+from .block_sparse_hopper_walk import Static
 
 __all__ = ["VOLUMES", "block_sparse_hopper", "suits", "takes"]
 

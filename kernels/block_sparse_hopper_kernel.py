@@ -12,286 +12,23 @@ ends of lists, most of the time beside the products went into fetching instructi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-__all__ = ["Static", "block_sparse_hopper_kernel"]
+from .block_sparse_hopper_fetch import fetch
+from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, runs, text_row, tile_of
 
-# three names have changed since Triton 3.6
-RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+__all__ = ["block_sparse_hopper_kernel"]
+
 LOG2E = gl.constexpr(1.4426950408889634)
-load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# the name has changed since Triton 3.6
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
-
-
-@dataclass(frozen=True)
-class Static:
-    """What is compiled in. Boxes of queries and keys, whether the grid has one axis, along which axes the last box of
-    keys is short; FULL, IN, BALL, STATE_MODE as in ``block_sparse_triton.py``; ROUND: the ball's weights are one."""
-
-    QB: tuple[int, int, int]
-    KB: tuple[int, int, int]
-    FLAT: bool
-    SHORT: tuple[bool, bool, bool]
-    FULL: int
-    HAS_PARTIAL: bool
-    HAS_TEXT: bool
-    HAS_EXTRA: bool
-    STATE_MODE: int
-    HAS_BIAS: bool
-    HAS_LSE: bool
-    FEATURE_MAP: str
-    IN: tuple[bool, bool, bool]
-    BALL: tuple[bool, bool, bool]
-    ROUND: bool
-
-
-@gluon.jit
-def _view(x, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    if RENAMED:
-        return x.reinterpret(x.dtype, SHAPE, LAYOUT)
-    else:
-        return x._reinterpret(x.dtype, SHAPE, LAYOUT)
-
-
-@gluon.jit
-def _copy(DESC, h, x0, x1, x2, bar, slot, FIRST: gl.constexpr, BOX: gl.constexpr):
-    """A box of a grid (or, three long, rows) to the rows from FIRST on of a slot (rows, D), 64 columns at a time."""
-    N: gl.constexpr = slot.shape[0]
-    PARTS: gl.constexpr = slot.shape[1] // 64
-    TWO: gl.constexpr = slot.layout
-    LAYOUT: gl.constexpr = DESC.layout
-    ROWS: gl.constexpr = BOX[1] * BOX[2] * BOX[3] if len(BOX) == 5 else BOX[1]
-    parts = _view(slot, [PARTS, N, 64], TWO)
-    for part in gl.static_range(PARTS):
-        box = _view(parts.index(part).slice(FIRST, ROWS), BOX, LAYOUT)
-        if len(BOX) == 5:
-            load_box(DESC, [h, x0, x1, x2, part * 64], bar, box)
-        else:
-            load_box(DESC, [h, x0, part * 64], bar, box)
-
-
-@gluon.jit
-def _copy_step(DESC, h, x0, x1, x2, z0, z1, z2, bar, slot, BOX: gl.constexpr):
-    """One box or two fill a slot."""
-    VOLUME: gl.constexpr = BOX[1] * BOX[2] * BOX[3]
-    _copy(DESC, h, x0, x1, x2, bar, slot, 0, BOX)
-    if slot.shape[0] > VOLUME:
-        _copy(DESC, h, z0, z1, z2, bar, slot, VOLUME, BOX)
-
-
-@gluon.jit
-def _quotient(x, n):
-    """x // n of whole numbers below 2**20: (x + 0.5) / n is further from a whole number than float32 errs."""
-    return ((x.to(gl.float32) + 0.5) * (1.0 / n.to(gl.float32))).to(gl.int32)
-
-
-@gluon.jit
-def _corner(tile, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
-    """The first place of a box along each axis. FLAT: there is one axis."""
-    if FLAT:
-        return tile * 0, tile * 0, tile * B2
-    rows = _quotient(tile, n2)
-    x0 = _quotient(rows, n1)
-    return x0 * B0, (rows - x0 * n1) * B1, (tile - rows * n2) * B2
-
-
-@gluon.jit
-def _listed(TILES, place, n_tiles):
-    """The box at a place of a list; past the list's end the last stands in, and for an empty list the first of all."""
-    return gl.load(TILES + gl.minimum(place, n_tiles - 1), mask=n_tiles > 0, other=0)
-
-
-@gluon.jit
-def _item(ORDER, turn, turns):
-    """Which tile a turn takes."""
-    return gl.load(ORDER + gl.minimum(turn, turns - 1) * gl.num_programs(0) + gl.program_id(0))
-
-
-@gluon.jit
-def _tile_of(item, n_text_tiles, n_heads, n_q_tiles):
-    """Head, number in the head, and whether its queries are off the grid."""
-    n_text_items = n_text_tiles * n_heads
-    is_text = item < n_text_items
-    local = gl.where(is_text, item, item - n_text_items)
-    per_head = gl.where(is_text, n_text_tiles, n_q_tiles)
-    h = local // per_head
-    return h, local - h * per_head, is_text
-
-
-@gluon.jit
-def _list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list):
-    """Where the list of a tile begins."""
-    h, tile, _is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
-    return TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
-
-
-@gluon.jit
-def _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S: gl.constexpr):
-    """Key tiles listed for a tile, and those of them that need no mask."""
-    h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
-    g = gl.where(list_stride > 0, h, 0) * n_q_tiles + tile
-    n_tiles = gl.load(N_TILES + g, mask=is_text == 0, other=0)
-    n_full = n_tiles
-    if S.FULL == 0:
-        n_full = n_tiles * 0
-    elif S.FULL == 1:
-        n_full = gl.load(N_FULL + g, mask=is_text == 0, other=0)
-    elif S.FULL == 3:  # all but the very last tile of the grid, which can only stand last
-        n_full = gl.maximum(n_tiles - 1, 0)
-    return n_tiles, n_full
-
-
-@gluon.jit
-def _text_row(tile, n_text_before, q_before, n_grid_q):
-    """First row of a tile of queries off the grid."""
-    row = gl.where(tile < n_text_before, tile, tile - n_text_before) * 128
-    return gl.where(tile < n_text_before, row, row + q_before + n_grid_q)
-
-
-@gluon.jit
-def _runs(is_text, length_k, k_before, n_grid_k, length_2, N: gl.constexpr):
-    """Keys that are seen in the order in which they lie: ends of the runs before the grid (all of the sequence, for
-    queries off the grid), after it, and of the pooled tokens; steps through the first, the first two, and all."""
-    end0 = gl.where(is_text, length_k, k_before)
-    end1 = gl.where(is_text, 0, length_k - k_before - n_grid_k)
-    end2 = gl.where(is_text, 0, length_2)
-    n0 = (end0 + N - 1) // N
-    n1 = n0 + (end1 + N - 1) // N
-    return end0, end1, end2, n0, n1, n1 + (end2 + N - 1) // N
-
-
-@gluon.jit
-def _claim(count, full, free, SLOTS: gl.constexpr, BYTES: gl.constexpr):
-    """The next slot of a ring, once it is free, and its barrier, which waits for so many bytes."""
-    slot = count % SLOTS
-    mbarrier.wait(free.index(slot), (count // SLOTS & 1) ^ 1)
-    mbarrier.expect(full.index(slot), BYTES)
-    return slot, full.index(slot)
-
-
-@gluon.jit
-def _fetch(
-    Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, K2_ROWS, V2_ROWS, STATE,
-    ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free,
-    v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before, length_k, length_2, n_q_tiles,
-    Q0, Q1, Q2, K0, K1, K2, S: gl.constexpr,
-):  # fmt: skip
-    """What the fetching warp does."""
-    D: gl.constexpr = k_ring.shape[2]
-    N: gl.constexpr = k_ring.shape[1]
-    SLOTS: gl.constexpr = k_ring.shape[0]
-    BOX: gl.constexpr = [1, S.KB[0], S.KB[1], S.KB[2], 64]
-    PER_STEP: gl.constexpr = N // (S.KB[0] * S.KB[1] * S.KB[2])
-    BYTES: gl.constexpr = N * D * 2
-    # half of a box of queries, along its first axis that is longer than one
-    H0: gl.constexpr = S.QB[0] // 2 if S.QB[0] > 1 else 1
-    H1: gl.constexpr = S.QB[1] if S.QB[0] > 1 else (S.QB[1] // 2 if S.QB[1] > 1 else 1)
-    H2: gl.constexpr = S.QB[2] if S.QB[0] * S.QB[1] > 1 else S.QB[2] // 2
-    D0: gl.constexpr = H0 if S.QB[0] > 1 else 0
-    D1: gl.constexpr = H1 if S.QB[0] == 1 and S.QB[1] > 1 else 0
-    D2: gl.constexpr = H2 if S.QB[0] * S.QB[1] == 1 else 0
-    qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
-    kn1, kn2 = gl.cdiv(K1, S.KB[1]), gl.cdiv(K2, S.KB[2])
-    n_grid_q, n_grid_k = Q0 * Q1 * Q2, K0 * K1 * K2
-    kc = 0
-    vc = 1
-    # values for the weights before the first, which are zero
-    slot, bar = _claim(0, v_full, v_free, SLOTS, BYTES)
-    _copy_step(V_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, v_ring.index(slot), BOX)
-    turns = gl.load(TURNS + gl.program_id(0))
-    # what a turn or a step needs is loaded in the one before: a load takes as long as half a step
-    item, next_item = _item(ORDER, 0, turns), _item(ORDER, 1, turns)
-    n_tiles, _n_full = _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
-    lists = _list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
-    box0, box1 = _listed(lists, 0, n_tiles), _listed(lists, 1, n_tiles)
-    state = 0
-    has_state = turns < 0
-    for turn in range(turns):
-        h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
-        next_n_tiles, _next_n_full = _counts(
-            N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S
-        )
-        next_lists = _list_of(TILES, next_item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
-        after_next = _item(ORDER, turn + 2, turns)
-        hk = h // group
-        slot, bar = _claim(turn, q_full, q_free, 2, 128 * D * 2)
-        if S.HAS_TEXT and is_text:
-            row = _text_row(tile, n_text_before, q_before, n_grid_q)
-            for half in gl.static_range(2):
-                q = q_ring.index(slot * 2 + half)
-                _copy(Q_ROWS, h, row + half * 64, 0, 0, bar, q, 0, [1, 64, 64])
-        else:
-            x0, x1, x2 = _corner(tile, qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
-            for half in gl.static_range(2):
-                q = q_ring.index(slot * 2 + half)
-                y0, y1, y2 = x0 + half * D0, x1 + half * D1, x2 + half * D2
-                _copy(Q_BOXES, h, y0, y1, y2, bar, q, 0, [1, H0, H1, H2, 64])
-        n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
-        _end0, _end1, _end2, n0, n1, n_runs = _runs(is_text, length_k, k_before, n_grid_k, length_2, N)
-        if not (S.HAS_TEXT or S.HAS_EXTRA):
-            n_runs = 0
-        for i in range(n_steps + n_runs):
-            x0, x1, x2 = _corner(box0, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
-            z0, z1, z2 = _corner(box1, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
-            inside = i + 1 < n_steps
-            coming = gl.where(inside, lists, next_lists)
-            n_coming = gl.where(inside, n_tiles, next_n_tiles)
-            place = gl.where(inside, (i + 1) * PER_STEP, 0)
-            box0 = _listed(coming, place, n_coming)
-            if PER_STEP == 2:
-                box1 = _listed(coming, place + 1, n_coming)
-            k_slot, k_bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
-            kc += 1
-            if i < n_steps:
-                _copy_step(K_BOXES, hk, x0, x1, x2, z0, z1, z2, k_bar, k_ring.index(k_slot), BOX)
-                v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
-                _copy_step(V_BOXES, hk, x0, x1, x2, z0, z1, z2, v_bar, v_ring.index(v_slot), BOX)
-            else:
-                if S.HAS_TEXT or S.HAS_EXTRA:
-                    run = i - n_steps
-                    row = run * N
-                    if run >= n0:
-                        row = k_before + n_grid_k + (run - n0) * N
-                    if S.HAS_EXTRA and run >= n1:
-                        _copy(K2_ROWS, hk, (run - n1) * N, 0, 0, k_bar, k_ring.index(k_slot), 0, [1, N, 64])
-                    else:
-                        _copy(K_ROWS, hk, row, 0, 0, k_bar, k_ring.index(k_slot), 0, [1, N, 64])
-                    v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
-                    if S.HAS_EXTRA and run >= n1:
-                        _copy(V2_ROWS, hk, (run - n1) * N, 0, 0, v_bar, v_ring.index(v_slot), 0, [1, N, 64])
-                    else:
-                        _copy(V_ROWS, hk, row, 0, 0, v_bar, v_ring.index(v_slot), 0, [1, N, 64])
-            vc += 1
-            # the linear branch's matrix comes as one more step of keys, behind the next tile's first
-            if S.STATE_MODE > 0:  # noqa: SIM102
-                if (i == 0) & has_state:
-                    slot, bar = _claim(kc, k_full, k_free, SLOTS, D * D * 2)
-                    _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
-                    kc += 1
-        has_state = is_text == 0
-        state = h
-        if S.STATE_MODE == 2:
-            state = h * n_q_tiles + tile
-        item, next_item = next_item, after_next
-        n_tiles, lists = next_n_tiles, next_lists
-    # keys whose weights nobody will use, so that the last tile is finished as all are
-    slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
-    _copy_step(K_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, k_ring.index(slot), BOX)
-    kc += 1
-    if S.STATE_MODE > 0:  # noqa: SIM102
-        if has_state:
-            slot, bar = _claim(kc, k_full, k_free, SLOTS, D * D * 2)
-            _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
 
 
 @gluon.jit
@@ -315,10 +52,10 @@ def _part(lane, a, b, SPLIT: gl.constexpr):
 @gluon.jit
 def _away(lane, inner, x, z, y, SPLIT: gl.constexpr):
     """(queries, keys) how far the keys of a step are from y along an axis; x, z: where its boxes begin."""
-    corner = (x.to(gl.float32) - y)[:, None]
+    origin = (x.to(gl.float32) - y)[:, None]
     if SPLIT == 2:
-        corner = gl.where((lane < 64)[None, :], corner, (z.to(gl.float32) - y)[:, None])
-    return inner.to(gl.float32)[None, :] + corner
+        origin = gl.where((lane < 64)[None, :], origin, (z.to(gl.float32) - y)[:, None])
+    return inner.to(gl.float32)[None, :] + origin
 
 
 @gluon.jit
@@ -410,7 +147,7 @@ def _run_of(TABLES, AXIS: gl.constexpr, place, length, longest):
 
 @gluon.jit
 def _places(tile, lane, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
-    x0, x1, x2 = _corner(tile, n1, n2, FLAT, B0, B1, B2)
+    x0, x1, x2 = corner(tile, n1, n2, FLAT, B0, B1, B2)
     return x0 + lane // (B1 * B2), x1 + lane // B2 % B1, x2 + lane % B2
 
 
@@ -448,7 +185,7 @@ def _finish(
     D: gl.constexpr = acc.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    h, tile, is_text = _tile_of(_here(item), n_text_tiles, n_heads, n_q_tiles)
+    h, tile, is_text = tile_of(_here(item), n_text_tiles, n_heads, n_q_tiles)
     FEATURES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
     total = gl.convert_layout(l, OUT_ROW)
@@ -482,9 +219,9 @@ def _finish(
     row = q_before + (p0 * Q1 + p1) * Q2 + p2
     if S.HAS_TEXT:
         end = gl.where(tile < n_text_before, q_before, length_q)
-        text_row = _text_row(tile, n_text_before, q_before, Q0 * Q1 * Q2) + lane
-        row = gl.where(is_text, text_row, row)
-        valid = gl.where(is_text, text_row < end, valid)
+        off_row = text_row(tile, n_text_before, q_before, Q0 * Q1 * Q2) + lane
+        row = gl.where(is_text, off_row, row)
+        valid = gl.where(is_text, off_row < end, valid)
     p_o = OUT + h.to(gl.int64) * soh + row.to(gl.int64)[:, None] * sor + d[None, :]
     gl.store(p_o, acc.to(OUT.dtype.element_ty), mask=valid[:, None])
     if S.HAS_LSE:
@@ -516,23 +253,21 @@ def _attend(
     vc = 0
     turns = gl.load(TURNS + gl.program_id(0))
     # what a turn needs is loaded in the turn before and not touched until then: a load takes as long as half a step
-    last_item, item, next_item = turns * 0, _item(ORDER, 0, turns), _item(ORDER, 1, turns)
-    n_tiles, n_full = _counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+    last_item, item, next_item = turns * 0, item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
+    n_tiles, n_full = counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
     acc = gl.zeros([64, D], gl.float32, OUTPUT)
     p = gl.zeros([64, N], k_ring.dtype, WEIGHTS)
     m = gl.full([64], float("-inf"), gl.float32, ROW)
     l = gl.zeros([64], gl.float32, ROW)
     goes_on = turns < 0  # whether the next product adds to a sum: the first of a tile does not
     for turn in range(turns + 1):  # the last finishes the tile before, and is none itself
-        _h, tile, is_text = _tile_of(item, n_text_tiles, n_heads, n_q_tiles)
-        next_n_tiles, next_n_full = _counts(
-            N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S
-        )
-        after_next = _item(ORDER, turn + 2, turns)
-        lists = _list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
+        _h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+        next_n_tiles, next_n_full = counts(N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+        after_next = item_of(ORDER, turn + 2, turns)
+        lists = list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
         n_clean = n_full // PER_STEP
         n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
-        end0, end1, end2, n0, n1, n_runs = _runs(is_text, length_k, k_before, n_grid_k, length_2, N)
+        end0, end1, end2, n0, n1, n_runs = runs(is_text, length_k, k_before, n_grid_k, length_2, N)
         n_all = n_steps
         if S.HAS_TEXT or S.HAS_EXTRA:
             n_all = n_steps + n_runs
@@ -554,12 +289,12 @@ def _attend(
             partial = (i >= n_clean) & (i < n_steps)
             if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before the logits are waited for
                 if partial:
-                    box = _listed(lists, i * PER_STEP, n_tiles)
-                    x0, x1, x2 = _corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                    box = listed(lists, i * PER_STEP, n_tiles)
+                    x0, x1, x2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                     z0, z1, z2 = x0, x1, x2
                     if PER_STEP == 2:
-                        box = _listed(lists, i * 2 + 1, n_tiles)
-                        z0, z1, z2 = _corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
+                        box = listed(lists, i * 2 + 1, n_tiles)
+                        z0, z1, z2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                         z0 = gl.where(i * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
             # the products of these keys and, behind them, of the last weights with their values
             slot, last = kc % SLOTS, vc % SLOTS
@@ -648,7 +383,7 @@ def block_sparse_hopper_kernel(
                 k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
                 length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 1,
             )),
-            (_fetch, (
+            (fetch, (
                 Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, K2_ROWS, V2_ROWS, STATE,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
                 k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,

@@ -1,0 +1,115 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Which tiles the programs of the Hopper kernel take, in which order, and which keys each sees: what its fetching warp
+and its attending groups must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+__all__ = ["Static", "corner", "counts", "item_of", "list_of", "listed", "runs", "text_row", "tile_of"]
+
+
+@dataclass(frozen=True)
+class Static:
+    """What is compiled in. Boxes of queries and keys, whether the grid has one axis, along which axes the last box of
+    keys is short; FULL, IN, BALL, STATE_MODE as in ``block_sparse_triton.py``; ROUND: the ball's weights are one."""
+
+    QB: tuple[int, int, int]
+    KB: tuple[int, int, int]
+    FLAT: bool
+    SHORT: tuple[bool, bool, bool]
+    FULL: int
+    HAS_PARTIAL: bool
+    HAS_TEXT: bool
+    HAS_EXTRA: bool
+    STATE_MODE: int
+    HAS_BIAS: bool
+    HAS_LSE: bool
+    FEATURE_MAP: str
+    IN: tuple[bool, bool, bool]
+    BALL: tuple[bool, bool, bool]
+    ROUND: bool
+
+
+@gluon.jit
+def quotient(x, n):
+    """x // n of whole numbers below 2**20: (x + 0.5) / n is further from a whole number than float32 errs."""
+    return ((x.to(gl.float32) + 0.5) * (1.0 / n.to(gl.float32))).to(gl.int32)
+
+
+@gluon.jit
+def corner(tile, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
+    """The first place of a box along each axis. FLAT: there is one axis."""
+    if FLAT:
+        return tile * 0, tile * 0, tile * B2
+    rows = quotient(tile, n2)
+    x0 = quotient(rows, n1)
+    return x0 * B0, (rows - x0 * n1) * B1, (tile - rows * n2) * B2
+
+
+@gluon.jit
+def listed(TILES, place, n_tiles):
+    """The box at a place of a list; past the list's end the last stands in, and for an empty list the first of all."""
+    return gl.load(TILES + gl.minimum(place, n_tiles - 1), mask=n_tiles > 0, other=0)
+
+
+@gluon.jit
+def item_of(ORDER, turn, turns):
+    """Which tile a turn takes."""
+    return gl.load(ORDER + gl.minimum(turn, turns - 1) * gl.num_programs(0) + gl.program_id(0))
+
+
+@gluon.jit
+def tile_of(item, n_text_tiles, n_heads, n_q_tiles):
+    """Head, number in the head, and whether its queries are off the grid."""
+    n_text_items = n_text_tiles * n_heads
+    is_text = item < n_text_items
+    local = gl.where(is_text, item, item - n_text_items)
+    per_head = gl.where(is_text, n_text_tiles, n_q_tiles)
+    h = local // per_head
+    return h, local - h * per_head, is_text
+
+
+@gluon.jit
+def list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list):
+    """Where the list of a tile begins."""
+    h, tile, _is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+    return TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
+
+
+@gluon.jit
+def counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S: gl.constexpr):
+    """Key tiles listed for a tile, and those of them that need no mask."""
+    h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+    g = gl.where(list_stride > 0, h, 0) * n_q_tiles + tile
+    n_tiles = gl.load(N_TILES + g, mask=is_text == 0, other=0)
+    n_full = n_tiles
+    if S.FULL == 0:
+        n_full = n_tiles * 0
+    elif S.FULL == 1:
+        n_full = gl.load(N_FULL + g, mask=is_text == 0, other=0)
+    elif S.FULL == 3:  # all but the very last tile of the grid, which can only stand last
+        n_full = gl.maximum(n_tiles - 1, 0)
+    return n_tiles, n_full
+
+
+@gluon.jit
+def text_row(tile, n_text_before, q_before, n_grid_q):
+    """First row of a tile of queries off the grid."""
+    row = gl.where(tile < n_text_before, tile, tile - n_text_before) * 128
+    return gl.where(tile < n_text_before, row, row + q_before + n_grid_q)
+
+
+@gluon.jit
+def runs(is_text, length_k, k_before, n_grid_k, length_2, N: gl.constexpr):
+    """Keys that are seen in the order in which they lie: ends of the runs before the grid (all of the sequence, for
+    queries off the grid), after it, and of the pooled tokens; steps through the first, the first two, and all."""
+    end0 = gl.where(is_text, length_k, k_before)
+    end1 = gl.where(is_text, 0, length_k - k_before - n_grid_k)
+    end2 = gl.where(is_text, 0, length_2)
+    n0 = (end0 + N - 1) // N
+    n1 = n0 + (end1 + N - 1) // N
+    return end0, end1, end2, n0, n1, n1 + (end2 + N - 1) // N

@@ -31,7 +31,7 @@ IMAGE = Embedded(
 VIDEO = Embedded(
     folder=_DEMO / "video",
     prompts=(
-        "a white cross on the left moving up and a purple circle at the right standing still on a red background",
+        "a white cross at the left moving up and a purple circle at the right standing still on a red background",
         "two blue squares moving right on a gray background",
     ),
 )

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hopper_cases import HOPPER_CASES, hopper_case
 
 from dit_accel import TokenLayout, functional
-from dit_accel.kernels.block_plan import BlockPlan, window_plan
-from dit_accel.kernels.block_sparse_triton import Config, LinearBranch, _hopper, block_sparse_attention
-from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.kernels.block_plan import window_plan
+from dit_accel.kernels.block_sparse_triton import Config, _hopper, block_sparse_attention
+from dit_accel.kernels.window import BallAxis
 
 L = TokenLayout
 # function, layout, head dim, options; SLA has a learned projection
@@ -111,33 +111,6 @@ def test_log_sum_exp_and_grouped_heads():
     assert error(out, torch.softmax(logits, -1) @ v.double().repeat_interleave(2, 1)) < 1e-3
 
 
-def lists(grid, q_box, k_box, n):
-    """n different key boxes for each query box of two times two heads, in ascending order."""
-    q, kv = Tiling.of(grid, q_box), Tiling.of(grid, k_box)
-    tiles = torch.rand(4, q.n_tiles, kv.n_tiles, device="cuda").topk(n).indices.sort().values.int()
-    return BlockPlan(q, kv, tiles, None, torch.full((4, q.n_tiles), n, dtype=torch.int32, device="cuda"))
-
-
-def window(*axes, limit=1.0, keys=64):
-    return window_plan(axes, limit, 128, keys, torch.device("cuda"))
-
-
-N, B = NeighborhoodAxis, BallAxis
-# the plan, tokens before and after the grid, key heads of two, matrices of the linear branch a head, pooled tokens
-HOPPER_CASES = {
-    "short last box": (lambda: lists((1000,), (128,), (64,), 5), (0, 0), 2, 0, 0),
-    "boxes of 128, one step": (lambda: lists((1000,), (128,), (128,), 1), (0, 0), 1, 0, 0),
-    "ragged boxes of 128": (lambda: lists((30, 30), (8, 16), (8, 16), 3), (0, 0), 2, 0, 0),
-    "linear branch": (lambda: lists((1000,), (128,), (64,), 6), (0, 0), 2, 1, 0),
-    "linear branch by box, text": (lambda: lists((6, 12, 20), (2, 8, 8), (2, 4, 8), 7), (7, 13), 2, 90, 0),
-    "full boxes": (lambda: window(N(6, 4, 2, 1, False), N(16, 8, 8, 1, False), N(24, 8, 8, 1, False)), (0, 0), 1, 0, 0),
-    "run, causal run": (lambda: window(N(40, 15, 2, 1, False), N(56, 17, 3, 1, True), keys=128), (5, 3), 2, 0, 0),
-    "circle": (lambda: window(B(40, 8, 1.0), B(56, 8, 1.0), limit=56.25), (5, 300), 1, 0, 0),
-    "circle, boxes of 128": (lambda: window(B(41, 8, 1.0), B(55, 8, 1.0), limit=56.25, keys=128), (200, 0), 2, 0, 0),
-    "ellipsoid, pooled": (lambda: window(B(5, 2, 1.0), B(19, 5, 0.3), B(23, 6, 0.2), limit=7.3), (5, 3), 1, 0, 70),
-}
-
-
 @pytest.mark.parametrize("processors", [132, 3])
 @pytest.mark.parametrize("dim", [128, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,29 +121,7 @@ def test_hopper_kernel_errs_no_more_than_the_plain_one(case, dtype, dim, process
     if hopper is None:
         pytest.skip("a kernel for Hopper GPUs")
     monkeypatch.setattr(hopper, "_processors", lambda device: processors)
-    torch.manual_seed(0)
-    plan, (before, after), kv_heads, n_states, n_pooled = (x() if callable(x) else x for x in HOPPER_CASES[case])
-    length = before + plan.q.n_tokens + after
-    q = torch.randn(2, length, 2, dim, device="cuda").to(dtype).transpose(1, 2)
-    k, v = (torch.randn(2, length, kv_heads, dim, device="cuda").to(dtype).transpose(1, 2) for _ in range(2))
-    pooled = [torch.randn(2, kv_heads, n_pooled, dim, device="cuda").to(dtype) for _ in range(2)]
-    linear = None
-    if n_states:
-        n_states = min(n_states, plan.q.n_tiles)
-        state = (torch.randn(4, n_states, dim, dim, device="cuda") / 8).to(dtype)
-        norm, eps = torch.rand(4, n_states, dim, device="cuda"), torch.rand(4, device="cuda")
-        linear = LinearBranch(state, norm, eps, torch.randn(dim, device="cuda").to(dtype), "softmax")
-
-    def attend(to=None, config=None):
-        def cast(x):
-            return x if to is None else x.to(to)
-
-        return block_sparse_attention(
-            cast(q), cast(k), cast(v), plan, scale=dim**-0.5, before=(before, before),
-            extra=(*map(cast, pooled), None) if n_pooled else None, return_lse=True, config=config,
-            linear=linear and LinearBranch(cast(state), norm, eps, cast(linear.bias), "softmax"),
-        )  # fmt: skip
-
+    attend = hopper_case(case, dim, dtype, "cuda")
     exact, exact_lse = attend(torch.float32)
     plain, _ = attend(config=Config(64, 64, 4, 2))
     out, lse = attend()

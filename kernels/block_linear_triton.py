@@ -5,26 +5,22 @@ N/c and z/c over some count c, which a half-precision number can hold whatever t
 ``φ(q) @ state / (φ(q)·norm + eps)`` is the same number. [SLA, arXiv 2509.24006, eq. 5-7: H_j, Z_j; W = Proj]
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from .block_linear_triton_kernel import block_state_fwd_kernel, finish_state_fwd_kernel, marginal_norm_fwd_kernel
 from .block_pool_triton import mask_arguments
 from .launch import HOPPER_SHARED, register_limit, shared_memory
 from .tiling import Tiling
-from .tiling_triton import tile_tokens
 
 __all__ = [
     "LinearState",
     "block_states",
-    "feature",
     "linear_state",
     "marginal_linear_state",
     "marginal_states",
@@ -32,7 +28,6 @@ __all__ = [
 
 EPSILON = 1e-5  # on the sums
 PROGRAMS = 264  # that sum over a whole sequence, two for each of the 132 processors of an H100 or H200
-LOG2E = tl.constexpr(1.4426950408889634)
 SCRATCH_BYTES = 512 * 2**20  # block sums are made for as many heads at a time
 
 
@@ -104,7 +99,7 @@ def _finish_state(
     norm = torch.empty(batch, heads, dim, dtype=torch.float32, device=device)
     eps = torch.empty(groups, dtype=torch.float32, device=device)
     rows, block_d = 16, max(16, triton.next_power_of_2(dim))
-    _finish_state_fwd_kernel[(groups, triton.cdiv(dim, rows))](
+    finish_state_fwd_kernel[(groups, triton.cdiv(dim, rows))](
         states,
         norms,
         weight.contiguous(),
@@ -254,7 +249,7 @@ def _launch_block_states(
     n_items = len(states) * tiling.n_tiles
     in_one = tiling.volume <= block_n
     run = max(1, triton.cdiv(n_items, PROGRAMS)) if in_one else 1
-    _block_state_fwd_kernel[(triton.cdiv(n_items, run), triton.cdiv(dim, block_e))](
+    block_state_fwd_kernel[(triton.cdiv(n_items, run), triton.cdiv(dim, block_e))](
         key,
         value,
         weight if fold else key,
@@ -296,205 +291,9 @@ def _stages(key: Tensor, block_n: int, block_d: int, block_e: int, fold: bool) -
     """Blocks of keys and values in flight: three, or as many as leave room for two programs on a Hopper processor and
     for one on any other."""
     size = key.element_size()
-    room = min(shared_memory(key), HOPPER_SHARED // 2) - fold * (block_n + block_d) * block_e * size
+    beside = (block_n + block_d) * block_e if fold else block_n * block_d  # v Wᵀ and W, else φ
+    room = min(shared_memory(key), HOPPER_SHARED // 2) - beside * size
     return max(1, min(3 if size == 2 and block_d <= 128 else 2, room // (block_n * (block_d + block_e) * size)))
-
-
-@triton.jit
-def feature(x, FEATURE_MAP: tl.constexpr, D: tl.constexpr):
-    """φ of the rows of x (rows, BLOCK_D) float32, of which the columns from D on are padding and come out as 0."""
-    cols = tl.arange(0, x.shape[1])
-    real = (cols < D)[None, :]
-    if FEATURE_MAP == "softmax":
-        x = tl.where(real, x * LOG2E, -float("inf"))
-        powers = tl.exp2(x - tl.max(x, 1)[:, None])
-        return powers * (1.0 / tl.sum(powers, 1))[:, None]
-    elif FEATURE_MAP == "elu":
-        return tl.where(real, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
-    else:
-        tl.static_assert(FEATURE_MAP == "relu", "FEATURE_MAP must be softmax, elu or relu")
-        return tl.where(real & ~(x < 0), x, 0.0)
-
-
-@triton.jit(do_not_specialize=["first", "n_items", "run"])
-def _block_state_fwd_kernel(
-    k_ptr,
-    v_ptr,
-    w_ptr,
-    real_ptr,
-    states_ptr,
-    norms_ptr,
-    first,
-    n_heads,
-    n_tiles,
-    n_items,
-    run,
-    n_rows,
-    before,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_vd,
-    stride_mb,
-    stride_ms,
-    G0,
-    G1,
-    G2,
-    scale,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    B2: tl.constexpr,
-    D: tl.constexpr,
-    FEATURE_MAP: tl.constexpr,
-    FOLD: tl.constexpr,
-    HAS_REAL: tl.constexpr,
-    IN_ONE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of ``run`` boxes, one after the other, each of one head; with FOLD, else
-    without W. IN_ONE: a box is BLOCK_N tokens at most; else ``run`` is 1. φ is rounded to the dtype of the keys in
-    state and norm alike, so that the weights of the mean are the same in both."""
-    dims = tl.arange(0, BLOCK_D)
-    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    b_w = tl.zeros([BLOCK_D, BLOCK_E], k_ptr.dtype.element_ty)
-    if FOLD:  # (BLOCK_D, BLOCK_E) Wᵀ
-        p_w = w_ptr + cols[None, :] * D + dims[:, None]
-        b_w = tl.load(p_w, mask=(cols < D)[None, :] & (dims < D)[:, None], other=0.0)
-    begin = tl.program_id(0) * run
-    if IN_ONE:
-        for item in range(begin, tl.minimum(begin + run, n_items)):
-            state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
-            state, b_phi = _add_tokens(
-                state, b_w, k_ptr, v_ptr, real_ptr, item, 0, first, n_heads, n_tiles, before, stride_kb,
-                stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0,
-                G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-            norm = tl.sum(b_phi.to(tl.float32), 0)
-            _store_state(states_ptr, norms_ptr, state * scale, norm * scale, item, n_tiles, n_rows, D, BLOCK_D, BLOCK_E)
-    else:
-        state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
-        norm = tl.zeros([BLOCK_D, 16], tl.float32)
-        for start in range(0, B0 * B1 * B2, BLOCK_N):
-            state, b_phi = _add_tokens(
-                state, b_w, k_ptr, v_ptr, real_ptr, begin, start, first, n_heads, n_tiles, before, stride_kb,
-                stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0,
-                G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-            # a product with ones, whose columns are all the sum: to sum over rows, all warps would wait for one another
-            norm = tl.dot(tl.trans(b_phi), tl.full([BLOCK_N, 16], 1.0, b_phi.dtype), norm, input_precision="ieee")
-        norm = tl.max(norm, 1) * scale
-        _store_state(states_ptr, norms_ptr, state * scale, norm, begin, n_tiles, n_rows, D, BLOCK_D, BLOCK_E)
-
-
-@triton.jit
-def _add_tokens(
-    state, b_w, k_ptr, v_ptr, real_ptr, item, start, first, n_heads, n_tiles, before, stride_kb, stride_kh,
-    stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0, G1, G2,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    FOLD: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """φ(k)ᵀ v Wᵀ of BLOCK_N tokens of a box added to ``state``; and φ(k)."""
-    tile = item % n_tiles
-    i_g = (item // n_tiles).to(tl.int64)
-    i_b = (first + i_g) // n_heads
-    i_h = (first + i_g) % n_heads
-    k_ptr += i_b * stride_kb + i_h * stride_kh
-    v_ptr += i_b * stride_vb + i_h * stride_vh
-    dtype = k_ptr.dtype.element_ty
-    dims = tl.arange(0, BLOCK_D)
-    index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
-    rows = (before + index).to(tl.int64)
-    if HAS_REAL:
-        inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
-    m_rows = inside[:, None] & (dims < D)[None, :]
-    # φ(k): (BLOCK_N, BLOCK_D)
-    p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :].to(tl.int64) * stride_kd
-    b_k = tl.load(p_k, mask=m_rows, other=0.0)
-    b_phi = tl.where(inside[:, None], feature(b_k.to(tl.float32), FEATURE_MAP, D), 0.0).to(dtype)
-    # v Wᵀ: (BLOCK_N, BLOCK_E)
-    if FOLD:
-        p_v = v_ptr + rows[:, None] * stride_vs + dims[None, :].to(tl.int64) * stride_vd
-        b_v = tl.load(p_v, mask=m_rows, other=0.0)
-        b_v = tl.dot(b_v, b_w, input_precision="ieee").to(dtype)
-    else:
-        cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-        p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :].to(tl.int64) * stride_vd
-        b_v = tl.load(p_v, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
-    return tl.dot(tl.trans(b_phi), b_v, state, input_precision="ieee"), b_phi
-
-
-@triton.jit
-def _store_state(
-    states_ptr, norms_ptr, state, norm, item, n_tiles, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    dims = tl.arange(0, BLOCK_D)
-    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    tile = item % n_tiles
-    i_g = (item // n_tiles).to(tl.int64)
-    p_state = states_ptr + (i_g * n_rows + tile) * D * D + dims[:, None] * D + cols[None, :]
-    tl.store(p_state, state.to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & (cols < D)[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(norms_ptr + (i_g * n_tiles + tile) * D + dims, norm, mask=dims < D)
-
-
-@triton.jit
-def _finish_state_fwd_kernel(
-    states_ptr,
-    norms_ptr,
-    w_ptr,
-    counts_ptr,
-    state_ptr,
-    norm_ptr,
-    eps_ptr,
-    n_heads,
-    n_parts,
-    n_grid,
-    volume,
-    epsilon,
-    D: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """BLOCK_M rows of one head's state: the parts' sum times volume / count times Wᵀ; and its norm and eps."""
-    i_g = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    m_rows = (rows < D)[:, None] & (dims < D)[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    norm = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, n_parts, PARTS):
-        for part in tl.static_range(PARTS):  # unrolled: so many loads at a time
-            i_part = i_g * n_parts + tl.minimum(first + part, n_parts - 1)
-            share = tl.where(first + part < n_parts, 1.0, 0.0)
-            p_part = states_ptr + i_part * D * D + rows[:, None] * D + dims[None, :]
-            total += tl.load(p_part, mask=m_rows, other=0.0) * share
-            norm += tl.load(norms_ptr + i_part * D + dims, mask=dims < D, other=0.0) * share
-    count = n_grid.to(tl.float32)
-    if HAS_COUNTS:
-        count = tl.maximum(tl.load(counts_ptr + i_g // n_heads), 1).to(tl.float32)
-    total *= volume / count
-    for start in tl.static_range(0, D, BLOCK_E):
-        cols = start + tl.arange(0, BLOCK_E)
-        m_w = (cols < D)[:, None] & (dims < D)[None, :]
-        b_w = tl.load(w_ptr + cols[:, None] * D + dims[None, :], mask=m_w, other=0.0).to(tl.float32)
-        # (BLOCK_M, BLOCK_E) total Wᵀ
-        folded = tl.dot(total, tl.trans(b_w), input_precision=PRECISION)
-        p_state = state_ptr + i_g * D * D + rows[:, None] * D + cols[None, :]
-        tl.store(p_state, folded.to(state_ptr.dtype.element_ty), mask=(rows < D)[:, None] & (cols < D)[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(norm_ptr + i_g * D + dims, norm * (volume / count), mask=dims < D)
-        tl.store(eps_ptr + i_g, epsilon / count)
 
 
 def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: int) -> None:
@@ -503,7 +302,7 @@ def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_margi
     block_m = 32
     block_d = max(16, triton.next_power_of_2(dim))
     block_e = min(block_d, 64)
-    _marginal_norm_fwd_kernel[(groups * triton.cdiv(n_q, block_m), triton.cdiv(dim, block_e))](
+    marginal_norm_fwd_kernel[(groups * triton.cdiv(n_q, block_m), triton.cdiv(dim, block_e))](
         marginal,
         norms,
         out,
@@ -519,37 +318,3 @@ def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_margi
         BLOCK_E=block_e,
         num_warps=4,
     )
-
-
-@triton.jit
-def _marginal_norm_fwd_kernel(
-    map_ptr,
-    norms_ptr,
-    out_ptr,
-    n_q,
-    n_k,
-    stride_g,
-    stride_m,
-    stride_n,
-    scale,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """BLOCK_E columns of scale map (BLOCK_M, n_k) @ norms (n_k, D) of one head, as accurate as in float32: it is a
-    denominator."""
-    n_tiles = tl.cdiv(n_q, BLOCK_M)
-    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
-    rows = tl.program_id(0) % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for start in range(0, n_k, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        p_map = map_ptr + i_g * stride_g + rows[:, None].to(tl.int64) * stride_m + cols[None, :].to(tl.int64) * stride_n
-        b_map = tl.load(p_map, mask=(rows < n_q)[:, None] & (cols < n_k)[None, :], other=0.0)
-        p_norms = norms_ptr + (i_g * n_k + cols[:, None]) * D + dims[None, :]
-        b_norms = tl.load(p_norms, mask=(cols < n_k)[:, None] & (dims < D)[None, :], other=0.0)
-        acc = tl.dot(b_map.to(tl.float32), b_norms, acc, input_precision="tf32x3")
-    p_out = out_ptr + (i_g * n_q + rows[:, None]) * D + dims[None, :]
-    tl.store(p_out, acc * scale, mask=(rows < n_q)[:, None] & (dims < D)[None, :])

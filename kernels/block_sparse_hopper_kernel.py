@@ -253,6 +253,7 @@ def _attend(
     vc = 0
     turns = gl.load(TURNS + gl.program_id(0))
     # what a turn needs is loaded in the turn before and not touched until then: a load takes as long as half a step
+    # (Variables of a loop must not begin as one object: Gluon would take them for one. So 0 is turns * 0, i * 0.)
     last_item, item, next_item = turns * 0, item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
     n_tiles, n_full = counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
     acc = gl.zeros([64, D], gl.float32, OUTPUT)

@@ -122,7 +122,7 @@ def block_sparse_attention(
             k2.shape[2], *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
             mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0,
             *q.grid, *kv.grid, D=dim, BLOCK_D=_lanes(dim),
-            BLOCK_E=_lanes(dim) if query.element_size() == 2 else min(_lanes(dim), 32), BM=block_q, BN=block_k,
+            BLOCK_E=_state_columns(query), BM=block_q, BN=block_k,
             QB0=q.box[0], QB1=q.box[1], QB2=q.box[2], KB0=kv.box[0], KB1=kv.box[1], KB2=kv.box[2],
             Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_REAL=real is not None,
             HAS_PARTIAL=full_mode != 2 and not (full_mode == 1 and plan.all_full), HAS_TEXT_QUERIES=n_text_q > 0,
@@ -160,6 +160,13 @@ def _hopper(device: torch.device) -> Any:
 def _lanes(n: int) -> int:
     """The least power of two that holds n and that a matrix product takes."""
     return max(16, triton.next_power_of_2(n))
+
+
+def _state_columns(query: Tensor) -> int:
+    """Columns of the linear branch's state at a time: all where that fits a processor of any kind."""
+    lanes = _lanes(query.shape[-1])
+    most = 32 if query.element_size() > 2 else lanes if lanes <= 128 else 64
+    return min(lanes, most)
 
 
 def _cost_mode(mask: WindowMask | None) -> int:

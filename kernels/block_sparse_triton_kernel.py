@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .block_linear_triton import feature
+from .block_linear_triton_kernel import feature
 from .tiling_triton import tile_places
 
 __all__ = ["block_sparse_fwd_kernel"]
@@ -141,8 +141,8 @@ def _store_linear(
     p_o, m_rows, q, STATE, NORM, EPS, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     FEATURE_MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ(q) state / (φ(q)·norm + eps) to rows (BM,) of the output, BLOCK_E columns at a time: in float32 the whole state
-    of a long head is more than a processor holds."""
+    """φ(q) state / (φ(q)·norm + eps) to rows (BM,) of the output, BLOCK_E columns at a time: the whole state of a long
+    head is more than a processor holds."""
     d = tl.arange(0, BLOCK_D)
     phi = feature(q.to(tl.float32), FEATURE_MAP, D)
     norm = tl.load(NORM + d, mask=d < D, other=0.0)

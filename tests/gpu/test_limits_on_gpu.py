@@ -1,5 +1,5 @@
-"""The kernels at their limits: tensors of more than 2**31 elements, memory that is full, heads that do not fit a
-processor, sizes that change under torch.compile, and a head dim that nobody tuned."""
+"""The kernels at their limits: tensors of more than 2**31 elements, memory that is full, the longest heads, sizes that
+change under torch.compile, and a head dim that nobody tuned."""
 
 import itertools
 import json
@@ -160,18 +160,13 @@ def test_full_memory_is_told_and_passes(name):
 
 @pytest.mark.parametrize("linear_over", ["marginal", "all"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_the_largest_heads_with_a_projection_work_or_say_why_not(dtype, tolerance, linear_over):
+def test_the_largest_heads_with_a_projection(dtype, tolerance, linear_over):
     layout, options = TokenLayout((40, 56), 5, 3), {"critical": 0.1, "linear_over": linear_over}
     q, k, v = (torch.randn(1, 2, layout.seq_len, 256, device="cuda", dtype=dtype) for _ in range(3))
     weight = (torch.randn(256, 256, device="cuda") / 16).to(dtype)
     exact = call("sla", [q, k, v], layout, weight=weight, backend="torch", **options)
-    try:
-        out = call("sla", [q, k, v], layout, weight=weight, **options)
-    except RuntimeError as error:
-        assert "head dim 256" in str(error) and "shared memory" in str(error) and 'backend="torch"' in str(error)
-        assert dtype == torch.float32 and "convert to float16 or bfloat16" in str(error)
-    else:
-        assert (out.double() - exact.double()).norm() <= tolerance * exact.double().norm()
+    out = call("sla", [q, k, v], layout, weight=weight, **options)
+    assert (out.double() - exact.double()).norm() <= tolerance * exact.double().norm()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_linear_triton_kernel import block_state_fwd_kernel, finish_state_fwd_kernel, marginal_norm_fwd_kernel
 from .block_pool_triton import mask_arguments
-from .launch import HOPPER_SHARED, register_limit, shared_memory
+from .launch import HOPPER_SHARED, Boxes, box_descriptors, register_limit, shared_memory
 from .tiling import Tiling
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
 
 EPSILON = 1e-5  # on the sums
 PROGRAMS = 264  # that sum over a whole sequence, two for each of the 132 processors of an H100 or H200
+BOX_STAGES = 3  # boxes of keys and values in flight, where the GPU fetches them by itself
 SCRATCH_BYTES = 512 * 2**20  # block sums are made for as many heads at a time
 
 
@@ -245,22 +247,24 @@ def _launch_block_states(
     fold = half and weight is not None and dim <= 128
     weight = None if weight is None else weight.to(key.dtype).contiguous()
     mask, mask_b, mask_s, has_real = mask_arguments(real, key)
-    # boxes that are read at once are taken one after the other, so that the next is fetched while one is summed up
     n_items = len(states) * tiling.n_tiles
     in_one = tiling.volume <= block_n
-    run = max(1, triton.cdiv(n_items, PROGRAMS)) if in_one else 1
-    block_state_fwd_kernel[(triton.cdiv(n_items, run), triton.cdiv(dim, block_e))](
+    boxes = _boxes(key, value, tiling, before) if fold and real is None and tiling.volume == block_n else None
+    # boxes that are read at once are taken one after the other, so that the next is fetched while one is summed up
+    n_programs = min(n_items, PROGRAMS // 2 if boxes else PROGRAMS) if in_one else n_items
+    block_state_fwd_kernel[(n_programs, triton.cdiv(dim, block_e))](
         key,
         value,
         weight if fold else key,
         mask,
         states,
         norms,
+        *(boxes[:2] if boxes else (None, None)),
+        _rows(states, dim) if boxes else None,
         first,
         heads,
         tiling.n_tiles,
         n_items,
-        run,
         states.shape[1],
         before,
         *key.stride(),
@@ -275,25 +279,38 @@ def _launch_block_states(
         FOLD=fold,
         HAS_REAL=has_real,
         IN_ONE=in_one,
+        BOXES=boxes[2] if boxes else 0,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         BLOCK_E=block_e,
-        num_warps=8 if big else 4,
-        num_stages=_stages(key, block_n, block_d, block_e, fold),
+        num_warps=8 if big and not (in_one and half and block_d <= 128) else 4,
+        num_stages=BOX_STAGES if boxes else _stages(key, block_n, block_d, block_e, fold, 2 if in_one else 3),
         # two programs on a processor: one waits, one works
-        **register_limit(key, 128 if big and block_d <= 128 else None),
+        **register_limit(key, 128 if big and block_d <= 128 and not in_one else None),
     )
     if weight is not None and not fold:
         states.copy_(states.to(weight.dtype) @ weight.mT)
 
 
-def _stages(key: Tensor, block_n: int, block_d: int, block_e: int, fold: bool) -> int:
-    """Blocks of keys and values in flight: three, or as many as leave room for two programs on a Hopper processor and
-    for one on any other."""
+def _boxes(key: Tensor, value: Tensor, tiling: Tiling, before: int) -> Boxes | None:
+    """Descriptors of boxes, where boxes in flight, φ, v Wᵀ, W and a state fit a processor."""
+    dim, size = key.shape[3], key.element_size()
+    needed = ((2 * BOX_STAGES + 2) * tiling.volume + 2 * dim) * dim * size
+    return box_descriptors(key, value, tiling, before) if needed <= shared_memory(key) else None
+
+
+def _rows(states: Tensor, dim: int) -> TensorDescriptor:
+    """Of (G, M, D, D), one (D, D) at a time."""
+    return TensorDescriptor(states, [states.shape[0] * states.shape[1] * dim, dim], [dim, 1], [dim, dim])
+
+
+def _stages(key: Tensor, block_n: int, block_d: int, block_e: int, fold: bool, most: int) -> int:
+    """Blocks of keys and values in flight: ``most``, or as many as leave room for two programs on a Hopper processor
+    and for one on any other."""
     size = key.element_size()
     beside = (block_n + block_d) * block_e if fold else block_n * block_d  # v Wᵀ and W, else φ
     room = min(shared_memory(key), HOPPER_SHARED // 2) - beside * size
-    return max(1, min(3 if size == 2 and block_d <= 128 else 2, room // (block_n * (block_d + block_e) * size)))
+    return max(1, min(most if size == 2 and block_d <= 128 else 2, room // (block_n * (block_d + block_e) * size)))
 
 
 def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: int) -> None:

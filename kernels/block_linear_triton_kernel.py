@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiling_triton import tile_tokens
+from .tiling_triton import load_box, tile_tokens
 
 __all__ = ["block_state_fwd_kernel", "feature", "finish_state_fwd_kernel", "marginal_norm_fwd_kernel"]
 
@@ -29,7 +29,7 @@ def feature(x, FEATURE_MAP: tl.constexpr, D: tl.constexpr):
         return tl.where(real & ~(x < 0), x, 0.0)
 
 
-@triton.jit(do_not_specialize=["first", "n_items", "run"])
+@triton.jit(do_not_specialize=["first", "n_items"])
 def block_state_fwd_kernel(
     k_ptr,
     v_ptr,
@@ -37,11 +37,13 @@ def block_state_fwd_kernel(
     real_ptr,
     states_ptr,
     norms_ptr,
+    K_BOXES,
+    V_BOXES,
+    STATES,
     first,
     n_heads,
     n_tiles,
     n_items,
-    run,
     n_rows,
     before,
     stride_kb,
@@ -66,12 +68,14 @@ def block_state_fwd_kernel(
     FOLD: tl.constexpr,
     HAS_REAL: tl.constexpr,
     IN_ONE: tl.constexpr,
+    BOXES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of ``run`` boxes, one after the other, each of one head; with FOLD, else
-    without W. IN_ONE: a box is BLOCK_N tokens at most; else ``run`` is 1. φ is rounded to the dtype of the keys in
+    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of boxes of one head each; with FOLD, else without W. IN_ONE: a box is
+    BLOCK_N tokens at most, and a program takes one after the other; else it takes one. BOXES > 0: boxes are read, and
+    states written, by tensor descriptor, all columns at once. φ is rounded to the dtype of the keys in
     state and norm alike, so that the weights of the mean are the same in both."""
     dims = tl.arange(0, BLOCK_D)
     cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -79,38 +83,42 @@ def block_state_fwd_kernel(
     if FOLD:  # (BLOCK_D, BLOCK_E) Wᵀ
         p_w = w_ptr + cols[None, :] * D + dims[:, None]
         b_w = tl.load(p_w, mask=(cols < D)[None, :] & (dims < D)[:, None], other=0.0)
-    begin = tl.program_id(0) * run
     if IN_ONE:
-        for item in range(begin, tl.minimum(begin + run, n_items)):
+        for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
             state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
             state, b_phi = _add_tokens(
-                state, b_w, k_ptr, v_ptr, real_ptr, item, 0, first, n_heads, n_tiles, before, stride_kb,
-                stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0,
-                G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E,
+                state, b_w, k_ptr, v_ptr, real_ptr, K_BOXES, V_BOXES, item, 0, first, n_heads, n_tiles, before,
+                stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb,
+                stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BOXES, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
             norm = tl.sum(b_phi.to(tl.float32), 0)
-            _store_state(states_ptr, norms_ptr, state * scale, norm * scale, item, n_tiles, n_rows, D, BLOCK_D, BLOCK_E)
+            _store_state(
+                states_ptr, norms_ptr, STATES, state * scale, norm * scale, item, n_tiles, n_rows, D, BOXES, BLOCK_D,
+                BLOCK_E,
+            )  # fmt: skip
     else:
+        begin = tl.program_id(0)
         state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
         norm = tl.zeros([BLOCK_D, 16], tl.float32)
         for start in range(0, B0 * B1 * B2, BLOCK_N):
             state, b_phi = _add_tokens(
-                state, b_w, k_ptr, v_ptr, real_ptr, begin, start, first, n_heads, n_tiles, before, stride_kb,
-                stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0,
-                G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BLOCK_N, BLOCK_D, BLOCK_E,
+                state, b_w, k_ptr, v_ptr, real_ptr, K_BOXES, V_BOXES, begin, start, first, n_heads, n_tiles, before,
+                stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb,
+                stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, 0, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
             # a product with ones, whose columns are all the sum: to sum over rows, all warps would wait for one another
             norm = tl.dot(tl.trans(b_phi), tl.full([BLOCK_N, 16], 1.0, b_phi.dtype), norm, input_precision="ieee")
         norm = tl.max(norm, 1) * scale
-        _store_state(states_ptr, norms_ptr, state * scale, norm, begin, n_tiles, n_rows, D, BLOCK_D, BLOCK_E)
+        _store_state(states_ptr, norms_ptr, STATES, state * scale, norm, begin, n_tiles, n_rows, D, 0, BLOCK_D, BLOCK_E)
 
 
 @triton.jit
 def _add_tokens(
-    state, b_w, k_ptr, v_ptr, real_ptr, item, start, first, n_heads, n_tiles, before, stride_kb, stride_kh,
-    stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0, G1, G2,
+    state, b_w, k_ptr, v_ptr, real_ptr, K_BOXES, V_BOXES, item, start, first, n_heads, n_tiles, before, stride_kb,
+    stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0, G1, G2,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    FOLD: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    FOLD: tl.constexpr, HAS_REAL: tl.constexpr, BOXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """φ(k)ᵀ v Wᵀ of BLOCK_N tokens of a box added to ``state``; and φ(k)."""
     tile = item % n_tiles
@@ -127,13 +135,23 @@ def _add_tokens(
         inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
     m_rows = inside[:, None] & (dims < D)[None, :]
     # φ(k): (BLOCK_N, BLOCK_D)
-    p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :].to(tl.int64) * stride_kd
-    b_k = tl.load(p_k, mask=m_rows, other=0.0)
+    if BOXES > 0:
+        b_k = load_box(
+            K_BOXES, BOXES, i_b.to(tl.int32), i_h.to(tl.int32), n_heads, tile, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D
+        )
+    else:
+        p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :].to(tl.int64) * stride_kd
+        b_k = tl.load(p_k, mask=m_rows, other=0.0)
     b_phi = tl.where(inside[:, None], feature(b_k.to(tl.float32), FEATURE_MAP, D), 0.0).to(dtype)
     # v Wᵀ: (BLOCK_N, BLOCK_E)
     if FOLD:
-        p_v = v_ptr + rows[:, None] * stride_vs + dims[None, :].to(tl.int64) * stride_vd
-        b_v = tl.load(p_v, mask=m_rows, other=0.0)
+        if BOXES > 0:
+            b_v = load_box(
+                V_BOXES, BOXES, i_b.to(tl.int32), i_h.to(tl.int32), n_heads, tile, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D
+            )
+        else:
+            p_v = v_ptr + rows[:, None] * stride_vs + dims[None, :].to(tl.int64) * stride_vd
+            b_v = tl.load(p_v, mask=m_rows, other=0.0)
         b_v = tl.dot(b_v, b_w, input_precision="ieee").to(dtype)
     else:
         cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -144,15 +162,18 @@ def _add_tokens(
 
 @triton.jit
 def _store_state(
-    states_ptr, norms_ptr, state, norm, item, n_tiles, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    states_ptr, norms_ptr, STATES, state, norm, item, n_tiles, n_rows, D: tl.constexpr, BOXES: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     tile = item % n_tiles
     i_g = (item // n_tiles).to(tl.int64)
-    p_state = states_ptr + (i_g * n_rows + tile) * D * D + dims[:, None] * D + cols[None, :]
-    tl.store(p_state, state.to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & (cols < D)[None, :])
+    if BOXES > 0:
+        STATES.store([(item // n_tiles * n_rows + tile) * D, 0], state.to(STATES.dtype))
+    else:
+        p_state = states_ptr + (i_g * n_rows + tile) * D * D + dims[:, None] * D + cols[None, :]
+        tl.store(p_state, state.to(states_ptr.dtype.element_ty), mask=(dims < D)[:, None] & (cols < D)[None, :])
     if tl.program_id(1) == 0:
         tl.store(norms_ptr + (i_g * n_tiles + tile) * D + dims, norm, mask=dims < D)
 

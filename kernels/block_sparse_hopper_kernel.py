@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .block_sparse_hopper_fetch import fetch
-from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, runs, text_row, tile_of
+from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, place_of, runs, text_row, tile_of
 
 __all__ = ["block_sparse_hopper_kernel"]
 
@@ -38,7 +38,14 @@ def _softmax(s, m, l, scale):
     shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet
     p = gl.exp2(s * scale - shift[:, None])
     alpha = gl.exp2(m - shift)
-    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+    own = _own_sum(p)
+    return p, m_new, l * gl.convert_layout(alpha, gl.SliceLayout(1, own.type.layout))[:, None] + own, alpha
+
+
+@gluon.jit
+def _own_sum(p):
+    """(rows, 4): of each row what a thread holds, summed up. Threads are asked for their sums once, at the end."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -188,7 +195,7 @@ def _finish(
     h, tile, is_text = tile_of(_here(item), n_text_tiles, n_heads, n_q_tiles)
     FEATURES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
-    total = gl.convert_layout(l, OUT_ROW)
+    total = gl.convert_layout(gl.sum(l, 1), OUT_ROW)
     factor = 1.0 / gl.where(total > 0, total, 1.0)
     if S.STATE_MODE > 0:  # noqa: SIM102
         if is_text == 0:
@@ -259,7 +266,7 @@ def _attend(
     acc = gl.zeros([64, D], gl.float32, OUTPUT)
     p = gl.zeros([64, N], k_ring.dtype, WEIGHTS)
     m = gl.full([64], float("-inf"), gl.float32, ROW)
-    l = gl.zeros([64], gl.float32, ROW)
+    l = _own_sum(gl.zeros([64, N], gl.float32, LOGITS))
     goes_on = turns < 0  # whether the next product adds to a sum: the first of a tile does not
     for turn in range(turns + 1):  # the last finishes the tile before, and is none itself
         _h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
@@ -287,16 +294,17 @@ def _attend(
         for i in range(n_all):
             x0, x1, x2 = i * 0, i * 0, i * 0
             z0, z1, z2 = i * 0, i * 0, i * 0
-            partial = (i >= n_clean) & (i < n_steps)
+            at = place_of(i, n_steps, turn)
+            partial = (at >= n_clean) & (i < n_steps)
             if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before the logits are waited for
                 if partial:
-                    box = listed(lists, i * PER_STEP, n_tiles)
+                    box = listed(lists, at * PER_STEP, n_tiles)
                     x0, x1, x2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                     z0, z1, z2 = x0, x1, x2
                     if PER_STEP == 2:
-                        box = listed(lists, i * 2 + 1, n_tiles)
+                        box = listed(lists, at * 2 + 1, n_tiles)
                         z0, z1, z2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
-                        z0 = gl.where(i * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
+                        z0 = gl.where(at * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
             # the products of these keys and, behind them, of the last weights with their values
             slot, last = kc % SLOTS, vc % SLOTS
             mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
@@ -318,7 +326,7 @@ def _attend(
                     s = _hide_run(s, i - n_steps, end0, end1, end2, n0, n1, LOGITS)
             first = i == 0
             weights, m_new, l_new, alpha = _softmax(
-                s, gl.where(first, float("-inf"), m), gl.where(first, 0.0, l), scale
+                s, gl.where(first, float("-inf"), m), gl.where(first, l * 0.0, l), scale
             )
             p_new = gl.convert_layout(weights.to(k_ring.dtype), WEIGHTS)
             # passes at once; but for the branch in it, all since the logits came would be done after the products

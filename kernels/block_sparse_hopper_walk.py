@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["Static", "corner", "counts", "item_of", "list_of", "listed", "runs", "text_row", "tile_of"]
+__all__ = ["Static", "corner", "counts", "item_of", "list_of", "listed", "place_of", "runs", "text_row", "tile_of"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,13 @@ def corner(tile, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr,
 def listed(TILES, place, n_tiles):
     """The box at a place of a list; past the list's end the last stands in, and for an empty list the first of all."""
     return gl.load(TILES + gl.minimum(place, n_tiles - 1), mask=n_tiles > 0, other=0)
+
+
+@gluon.jit
+def place_of(i, n_steps, turn):
+    """Which step of a list comes as the i-th. Every second turn goes through its list from the end: programs walk more
+    or less abreast, and so find in the L2 cache what the turn before has read last."""
+    return gl.where(turn % 2 == 0, i, n_steps - 1 - i)
 
 
 @gluon.jit

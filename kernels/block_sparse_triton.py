@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_plan import BlockPlan, WindowMask
 from .block_sparse_triton_kernel import block_sparse_fwd_kernel
-from .launch import register_limit
+from .launch import Boxes, box_descriptors, lanes, register_limit
 from .tuning import Config, choose_config, launch_tuned, measured
 
 __all__ = ["Config", "LinearBranch", "block_sparse_attention", "check_inputs", "tile_volumes"]
@@ -98,13 +97,15 @@ def block_sparse_attention(
         return out, lse
     kind = _kind(plan)
     suited = config or choose_config(query, kind)
-    block_q, block_k = min(suited.block_q, _lanes(q.volume)), min(suited.block_k, _lanes(kv.volume))
+    block_q, block_k = min(suited.block_q, lanes(q.volume)), min(suited.block_k, lanes(kv.volume))
     q_parts, k_parts = triton.cdiv(q.volume, block_q), triton.cdiv(kv.volume, block_k)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
     n_text_tiles, n_items = triton.cdiv(n_text_q, block_q), q.n_tiles * q_parts
     k2, v2, real2 = extra if extra else (key, value, None)
     ordered = mask.ordered if mask else (False,) * 3
-    boxes = None if real is not None else _box_descriptors(key, value, kv, before[1], block_k, ordered)
+    boxes: Boxes | None = None
+    if real is None and not any(ordered) and kv.volume == block_k:
+        boxes = box_descriptors(key, value, kv, before[1])
     intervals = mask.intervals if mask else (False,) * 3
     weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
     state = linear.state if linear else None
@@ -115,13 +116,13 @@ def block_sparse_attention(
         block_sparse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
             query, key, value, out, lse, real, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
             k2, v2, real2, state, linear.norm if linear else None, linear.eps if linear else None,
-            bias, *(found or (None, None)),
+            bias, *(found[:2] if found else (None, None)),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             0 if real is None else real.stride(0), *k2.stride()[:3], 0 if real2 is None else real2.stride(0),
             plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
             k2.shape[2], *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
             mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0,
-            *q.grid, *kv.grid, D=dim, BLOCK_D=_lanes(dim),
+            *q.grid, *kv.grid, D=dim, BLOCK_D=lanes(dim),
             BLOCK_E=_state_columns(query), BM=block_q, BN=block_k,
             QB0=q.box[0], QB1=q.box[1], QB2=q.box[2], KB0=kv.box[0], KB1=kv.box[1], KB2=kv.box[2],
             Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_REAL=real is not None,
@@ -132,7 +133,7 @@ def block_sparse_attention(
             HAS_LSE=return_lse, STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
             HAS_BIAS=bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
             NEGATE=scale < 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            BOXES=0 if found is None else 1 + (found[0].shape[0] != batch * kv_heads),
+            BOXES=found[2] if found else 0,
             num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
         )  # fmt: skip
 
@@ -157,16 +158,11 @@ def _hopper(device: torch.device) -> Any:
     return block_sparse_hopper
 
 
-def _lanes(n: int) -> int:
-    """The least power of two that holds n and that a matrix product takes."""
-    return max(16, triton.next_power_of_2(n))
-
-
 def _state_columns(query: Tensor) -> int:
     """Columns of the linear branch's state at a time: all where that fits a processor of any kind."""
-    lanes = _lanes(query.shape[-1])
-    most = 32 if query.element_size() > 2 else lanes if lanes <= 128 else 64
-    return min(lanes, most)
+    columns = lanes(query.shape[-1])
+    most = 32 if query.element_size() > 2 else columns if columns <= 128 else 64
+    return min(columns, most)
 
 
 def _cost_mode(mask: WindowMask | None) -> int:
@@ -209,36 +205,3 @@ def _kind(plan: BlockPlan) -> str:
     if plan.mask is None:
         return "list"
     return "interval" if plan.mask.weights is None else "ball"
-
-
-def _has_descriptors(x: Tensor) -> bool:
-    """Whether the GPU fetches boxes by itself: NVIDIA's from Hopper on."""
-    if x.device.type != "cuda":
-        return True  # Triton's interpreter, or building for another machine
-    return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
-
-
-def _box_descriptors(
-    key: Tensor, value: Tensor, kv: Any, before: int, block_k: int, ordered: tuple[bool, ...]
-) -> tuple[Any, Any] | None:
-    """Tensor descriptors of the grid's keys and values, or None where boxes are fetched by pointers: a descriptor has
-    five axes at most, and strides in multiples of 16 bytes. (It cannot leave out hidden rows, where NaN may stand.)"""
-    if not _has_descriptors(key) or any(ordered) or kv.volume != block_k or key.shape[-1] != _lanes(key.shape[-1]):
-        return None
-    batch, heads, _, dim = key.shape
-    found = []
-    for x in (key, value):
-        sb, sh, sr, _ = x.stride()
-        g0, g1, g2 = kv.grid
-        rows = (g1 * g2 * sr, g2 * sr, sr, 1)
-        if batch == 1 or sb == heads * sh:
-            shape, strides, box = (batch * heads, *kv.grid, dim), (sh, *rows), (1, *kv.box, dim)
-        elif g0 == 1:
-            shape, strides, box = (batch, heads, g1, g2, dim), (sb, sh, *rows[1:]), (1, 1, *kv.box[1:], dim)
-        else:
-            return None
-        base = x[:, :, before:]
-        if any(s * x.element_size() % 16 for s in strides[:-1]) or base.data_ptr() % 16:
-            return None
-        found.append(TensorDescriptor(base, list(shape), list(strides), list(box)))
-    return found[0], found[1]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .block_linear_triton_kernel import feature
-from .tiling_triton import tile_places
+from .tiling_triton import load_box, tile_places
 
 __all__ = ["block_sparse_fwd_kernel"]
 
@@ -76,17 +76,6 @@ def _token(
     if OR2:
         x2 = tl.load(TABLES + 6 * longest + x2, mask=valid, other=0)
     return tl.where(valid, (x0 * G1 + x1) * G2 + x2, 0)
-
-
-@triton.jit
-def _box(DESC, BOXES: tl.constexpr, b, hk, n_heads, tile, n1, n2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
-         BN: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """(BN, BLOCK_D): a box through a tensor descriptor; zeros off the grid."""
-    x1 = tile // n2 % n1 * B1
-    x2 = tile % n2 * B2
-    if BOXES == 1:
-        return DESC.load([b * n_heads + hk, tile // (n1 * n2) * B0, x1, x2, 0]).reshape(BN, BLOCK_D)
-    return DESC.load([b, hk, x1, x2, 0]).reshape(BN, BLOCK_D)
 
 
 @triton.jit
@@ -261,8 +250,8 @@ def block_sparse_fwd_kernel(
                 tile = tl.load(p_list + i // K_PARTS)
                 x0, x1, x2, valid = tile_places(tile, i % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
                 if BOXES > 0:
-                    k = _box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
-                    v = _box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
+                    k = load_box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+                    v = load_box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
                 else:
                     row = k_before + _token(TABLES, x0, x1, x2, valid, longest, K1, K2_, OR0, OR1, OR2)
                     k = _load_rows(K, row, valid, skr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
@@ -292,8 +281,8 @@ def block_sparse_fwd_kernel(
                 if HAS_REAL:
                     valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
                 if BOXES > 0:
-                    k = _box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
-                    v = _box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, n1, n2, KB0, KB1, KB2, BN, BLOCK_D)
+                    k = load_box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+                    v = load_box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
                 else:
                     k = _load_rows(K, row, valid, skr, d, D, True)
                     v = _load_rows(V, row, valid, svr, d, D, True)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["register_limit", "shared_memory"]
+from .tiling import Tiling
+
+__all__ = ["Boxes", "box_descriptors", "lanes", "register_limit", "shared_memory"]
+
+Boxes = tuple[TensorDescriptor, TensorDescriptor, int]
 
 HOPPER_SHARED = 227 * 1024
 
@@ -23,3 +29,45 @@ def shared_memory(like: Tensor) -> int:
         return HOPPER_SHARED
     properties = torch.cuda.get_device_properties(like.device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def lanes(n: int) -> int:
+    """The least power of two that holds n and that a matrix product takes."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int) -> Boxes | None:
+    """Tensor descriptors by which the GPU itself fetches boxes of the grid's keys and values, and the number that
+    ``tiling_triton.load_box`` is told; None where boxes must be fetched by pointers: a descriptor has five axes at
+    most, strides in multiples of 16 bytes, and boxes of a power of two. (Nor can it leave out hidden rows, where NaN
+    may stand.)"""
+    if not _has_descriptors(key) or any(n != triton.next_power_of_2(n) for n in (tiling.volume, key.shape[-1])):
+        return None
+    if min(tiling.volume, key.shape[-1]) < 16:
+        return None
+    batch, heads, _, dim = key.shape
+    by_element = False
+    found = []
+    for x in (key, value):
+        sb, sh, sr, _ = x.stride()
+        g0, g1, g2 = tiling.grid
+        rows = (g1 * g2 * sr, g2 * sr, sr, 1)
+        if batch == 1 or sb == heads * sh:
+            shape, strides, box = (batch * heads, *tiling.grid, dim), (sh, *rows), (1, *tiling.box, dim)
+        elif g0 == 1:
+            by_element = True
+            shape, strides, box = (batch, heads, g1, g2, dim), (sb, sh, *rows[1:]), (1, 1, *tiling.box[1:], dim)
+        else:
+            return None
+        base = x[:, :, before:]
+        if any(s * x.element_size() % 16 for s in strides[:-1]) or base.data_ptr() % 16:
+            return None
+        found.append(TensorDescriptor(base, list(shape), list(strides), list(box)))
+    return found[0], found[1], 1 + by_element
+
+
+def _has_descriptors(x: Tensor) -> bool:
+    """Whether the GPU fetches boxes by itself: NVIDIA's from Hopper on."""
+    if x.device.type != "cuda":
+        return True  # Triton's interpreter, or building for another machine
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["tile_places", "tile_size", "tile_tokens"]
+__all__ = ["load_box", "tile_places", "tile_size", "tile_tokens"]
 
 
 @triton.jit
@@ -36,3 +36,16 @@ def tile_size(tile, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.const
     side0 = tl.minimum(G0 - tile // (n1 * n2) * B0, B0)
     side1 = tl.minimum(G1 - tile // n2 % n1 * B1, B1)
     return side0 * side1 * tl.minimum(G2 - tile % n2 * B2, B2)
+
+
+@triton.jit
+def load_box(DESC, BOXES: tl.constexpr, i_b, i_h, n_heads, tile, G1, G2, B0: tl.constexpr, B1: tl.constexpr,
+             B2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """(BLOCK_N, BLOCK_D): a box through a descriptor of ``launch.box_descriptors``; zeros off the grid."""
+    n1 = tl.cdiv(G1, B1)
+    n2 = tl.cdiv(G2, B2)
+    x1 = tile // n2 % n1 * B1
+    x2 = tile % n2 * B2
+    if BOXES == 1:
+        return DESC.load([i_b * n_heads + i_h, tile // (n1 * n2) * B0, x1, x2, 0]).reshape(BLOCK_N, BLOCK_D)
+    return DESC.load([i_b, i_h, x1, x2, 0]).reshape(BLOCK_N, BLOCK_D)

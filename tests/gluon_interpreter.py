@@ -21,6 +21,8 @@ PATIENCE = 20.0  # seconds that a barrier may take
 class Value(np.ndarray):
     """A number or a block of numbers in a kernel."""
 
+    type = types.SimpleNamespace(layout=None)
+
     def to(self, kind: Any) -> Value:
         return self.astype(kind if isinstance(kind, type) else np.float32).view(Value)
 

@@ -50,9 +50,10 @@ def linear_state(
     before: int,
     n_grid: int,
     feature_map: str,
-    weight: Tensor,
+    weight: Tensor | None,
     real: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    shares: Tensor | None = None,
 ) -> LinearState:
     """Means over all real grid keys. The order of the tokens does not matter, so there is no tiling.
 
@@ -60,14 +61,16 @@ def linear_state(
         key, value: (B, H, S, D) float16/bfloat16/float32, any strides, D at most 256.
         before, n_grid: the grid's tokens stand in rows before to before + n_grid - 1.
         feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu", in float32.
-        weight: (D, D), any floating dtype; it is applied to the finished mean, in float32.
+        weight: (D, D), any floating dtype; it is applied to the finished mean, in float32. None = no projection.
         real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
         dtype: of the state; None = float32.
+        shares: (B, H, S) float32, by which each token counts in the norm; None = 1.
     Returns: state (B, H, D, D), norm (B, H, D), eps (B*H,), float32 but for the state: means over the count of real
         grid keys of that batch element (eps = 1e-5 / count; where there is no real key: 0, 0, and 1e-5).
     """
     parts, states, norms = _parts(key, n_grid)
-    _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0)
+    _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0, shares)
+    weight = torch.eye(key.shape[-1], device=key.device) if weight is None else weight
     return _finish_state(states, norms, len(key), before, n_grid, parts.volume, weight, real, dtype)
 
 
@@ -132,9 +135,10 @@ def block_states(
     tiling: Tiling,
     before: int,
     feature_map: str,
-    weight: Tensor,
+    weight: Tensor | None,
     out_dtype: torch.dtype,
     real: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """φ(k)ᵀ v Wᵀ and φ(k) summed over the real tokens of each box, divided by the volume of a whole box.
 
@@ -148,12 +152,12 @@ def block_states(
     batch, heads, _, dim = key.shape
     states = torch.empty(batch * heads, tiling.n_tiles, dim, dim, dtype=out_dtype, device=key.device)
     norms = torch.empty(batch * heads, tiling.n_tiles, dim, dtype=torch.float32, device=key.device)
-    _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms, 0)
+    _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms, 0, shares)
     return states.unflatten(0, (batch, heads)), norms.unflatten(0, (batch, heads))
 
 
 def marginal_states(
-    marginal: Tensor, states: Tensor, norms: Tensor, volume: int, n_marginal: int | None = None
+    marginal: Tensor, states: Tensor, norms: Tensor, volume: int, n_marginal: float | None = None
 ) -> LinearState:
     """Block sums added up over the marginal blocks of each query block.
 
@@ -167,7 +171,7 @@ def marginal_states(
         ``count = volume * n_marginal`` places (eps = 1e-5 / count); 0 where a row marks no block.
     """
     states, norms = states.flatten(0, 1), norms.flatten(0, 1)
-    n_marginal = max(1, states.shape[1] if n_marginal is None else n_marginal)
+    n_marginal = states.shape[1] if n_marginal is None else n_marginal
     out = _empty_marginal(marginal, states.shape[-1], states.dtype, volume * n_marginal)
     _add_marginal(marginal, states, out.state, n_marginal)
     _launch_marginal_norms(marginal, norms, out.norm, n_marginal)
@@ -181,7 +185,7 @@ def marginal_linear_state(
     tiling: Tiling,
     before: int,
     feature_map: str,
-    weight: Tensor,
+    weight: Tensor | None,
     real: Tensor | None = None,
     n_marginal: int | None = None,
 ) -> LinearState:
@@ -201,7 +205,7 @@ def marginal_linear_state(
     n_padded = marginal.shape[2]
     scratch = torch.empty(step, n_padded, dim, dim, dtype=key.dtype, device=key.device)
     scratch[:, tiling.n_tiles :].zero_()
-    weight = weight.to(key.dtype).contiguous()
+    weight = None if weight is None else weight.to(key.dtype).contiguous()
     for first in range(0, batch * heads, step):
         run = slice(first, min(first + step, batch * heads))
         states = scratch[: run.stop - first]
@@ -211,7 +215,7 @@ def marginal_linear_state(
     return out
 
 
-def _empty_marginal(marginal: Tensor, dim: int, dtype: torch.dtype, count: int) -> LinearState:
+def _empty_marginal(marginal: Tensor, dim: int, dtype: torch.dtype, count: float) -> LinearState:
     groups, n_q, _ = marginal.shape
     return LinearState(
         torch.empty(groups, n_q, dim, dim, dtype=dtype, device=marginal.device),
@@ -220,7 +224,7 @@ def _empty_marginal(marginal: Tensor, dim: int, dtype: torch.dtype, count: int) 
     )
 
 
-def _add_marginal(marginal: Tensor, states: Tensor, out: Tensor, n_marginal: int) -> None:
+def _add_marginal(marginal: Tensor, states: Tensor, out: Tensor, n_marginal: float) -> None:
     """out (G, Mq, D, D) = marginal (G, Mq, Mk) @ states (G, Mk, D, D) / n_marginal, divided before it is rounded."""
     out.flatten(2).baddbmm_(marginal, states.flatten(2), beta=0, alpha=1 / n_marginal)
 
@@ -236,6 +240,7 @@ def _launch_block_states(
     states: Tensor,
     norms: Tensor,
     first: int,
+    shares: Tensor | None = None,
 ) -> None:
     """Writes states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = none."""
     heads, dim = key.shape[1], key.shape[3]
@@ -261,11 +266,13 @@ def _launch_block_states(
         norms,
         *(boxes[:2] if boxes else (None, None)),
         _rows(states, dim) if boxes else None,
+        shares,
         first,
         heads,
         tiling.n_tiles,
         n_items,
         states.shape[1],
+        key.shape[2],
         before,
         *key.stride(),
         *value.stride(),
@@ -278,6 +285,7 @@ def _launch_block_states(
         FEATURE_MAP=feature_map,
         FOLD=fold,
         HAS_REAL=has_real,
+        HAS_SHARES=shares is not None,
         IN_ONE=in_one,
         BOXES=boxes[2] if boxes else 0,
         BLOCK_N=block_n,
@@ -313,7 +321,7 @@ def _stages(key: Tensor, block_n: int, block_d: int, block_e: int, fold: bool, m
     return max(1, min(most if size == 2 and block_d <= 128 else 2, room // (block_n * (block_d + block_e) * size)))
 
 
-def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: int) -> None:
+def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: float) -> None:
     groups, n_q, n_k = marginal.shape
     dim = norms.shape[-1]
     block_m = 32

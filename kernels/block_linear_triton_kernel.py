@@ -40,11 +40,13 @@ def block_state_fwd_kernel(
     K_BOXES,
     V_BOXES,
     STATES,
+    SHARES,
     first,
     n_heads,
     n_tiles,
     n_items,
     n_rows,
+    length,
     before,
     stride_kb,
     stride_kh,
@@ -67,6 +69,7 @@ def block_state_fwd_kernel(
     FEATURE_MAP: tl.constexpr,
     FOLD: tl.constexpr,
     HAS_REAL: tl.constexpr,
+    HAS_SHARES: tl.constexpr,
     IN_ONE: tl.constexpr,
     BOXES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,7 +78,8 @@ def block_state_fwd_kernel(
 ):
     """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of boxes of one head each; with FOLD, else without W. IN_ONE: a box is
     BLOCK_N tokens at most, and a program takes one after the other; else it takes one. BOXES > 0: boxes are read, and
-    states written, by tensor descriptor, all columns at once. φ is rounded to the dtype of the keys in
+    states written, by tensor descriptor, all columns at once. HAS_SHARES: in the sum of φ(k) alone each token counts
+    by its share. φ is rounded to the dtype of the keys in
     state and norm alike, so that the weights of the mean are the same in both."""
     dims = tl.arange(0, BLOCK_D)
     cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -91,7 +95,12 @@ def block_state_fwd_kernel(
                 stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb,
                 stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BOXES, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
-            norm = tl.sum(b_phi.to(tl.float32), 0)
+            b_phi = b_phi.to(tl.float32)
+            if HAS_SHARES:
+                b_phi *= _shares(SHARES, item, 0, first, n_tiles, length, before, G0, G1, G2, B0, B1, B2, BLOCK_N)[
+                    :, None
+                ]
+            norm = tl.sum(b_phi, 0)
             _store_state(
                 states_ptr, norms_ptr, STATES, state * scale, norm * scale, item, n_tiles, n_rows, D, BOXES, BLOCK_D,
                 BLOCK_E,
@@ -107,9 +116,24 @@ def block_state_fwd_kernel(
                 stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, 0, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
             # a product with ones, whose columns are all the sum: to sum over rows, all warps would wait for one another
-            norm = tl.dot(tl.trans(b_phi), tl.full([BLOCK_N, 16], 1.0, b_phi.dtype), norm, input_precision="ieee")
+            b_ones = tl.full([BLOCK_N, 16], 1.0, b_phi.dtype)
+            if HAS_SHARES:
+                share = _shares(SHARES, begin, start, first, n_tiles, length, before, G0, G1, G2, B0, B1, B2, BLOCK_N)
+                b_ones = (b_ones * share[:, None]).to(b_phi.dtype)
+            norm = tl.dot(tl.trans(b_phi), b_ones, norm, input_precision="ieee")
         norm = tl.max(norm, 1) * scale
         _store_state(states_ptr, norms_ptr, STATES, state * scale, norm, begin, n_tiles, n_rows, D, 0, BLOCK_D, BLOCK_E)
+
+
+@triton.jit
+def _shares(
+    SHARES, item, start, first, n_tiles, length, before, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr,
+    B2: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N,) float32 shares of tokens of a box."""
+    index, inside = tile_tokens(item % n_tiles, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
+    i_g = (first + item // n_tiles).to(tl.int64)
+    return tl.load(SHARES + i_g * length + before + index, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from functools import cache, cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .window import BallAxis, Geometry, NeighborhoodAxis
 if TYPE_CHECKING:
     from .block_sparse_flex import FlexMask
 
-__all__ = ["BlockPlan", "WindowMask", "cheapest_window_plan", "window_plan"]
+__all__ = ["BlockPlan", "KeyLists", "WindowMask", "cheapest_window_plan", "window_plan"]
 
 # Cost of a visit to a partial tile beside a full one: coordinates are compared (measured: H100, D = 128, bf16). With
 # tiles of 128 keys Hopper's kernel compares those of one box a step, not of two.
@@ -51,6 +51,19 @@ class WindowMask:
     exact: bool
 
 
+class KeyLists(NamedTuple):
+    """A plan turned over: for each tile of keys the tiles of queries that see it, full ones first.
+
+    tiles: (1 or G, n) int32, the lists one after the other. first: (1 or G, kv.n_tiles) int32, where each begins.
+    n_full, n_tiles: (1 or G, kv.n_tiles) int32.
+    """
+
+    tiles: Tensor
+    first: Tensor
+    n_full: Tensor
+    n_tiles: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
     """For each tile of ``q`` the tiles of ``kv`` that it sees.
@@ -70,6 +83,23 @@ class BlockPlan:
     mask: WindowMask | None = None
     all_full: bool = False
     work: float = 0.0
+
+    @cached_property
+    def key_lists(self) -> KeyLists:
+        """By a stable sort on the device: query tiles ascend, so sums over them have one order."""
+        groups, _, n_list = self.tiles.shape
+        n_k, device = self.kv.n_tiles, self.tiles.device
+        place = torch.arange(n_list, dtype=torch.int32, device=device)
+        n_full = self.n_tiles if self.n_full is None else self.n_full
+        kind = self.tiles * 2 + (place >= n_full[..., None]).int()
+        kind = torch.where(place < self.n_tiles[..., None], kind, 2 * n_k).flatten(1)  # past the end: after all others
+        found = kind.sort(dim=1, stable=True)
+        tiles = (found.indices // n_list).int()
+        ends = torch.searchsorted(
+            found.values, torch.arange(2 * n_k + 1, dtype=torch.int32, device=device).expand(groups, -1).contiguous()
+        ).int()
+        first, full_end, end = ends[:, :-1:2], ends[:, 1::2], ends[:, 2::2]
+        return KeyLists(tiles, first.contiguous(), (full_end - first).contiguous(), (end - first).contiguous())
 
     def to_block_mask(
         self,

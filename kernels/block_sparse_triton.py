@@ -20,7 +20,15 @@ from .block_sparse_triton_kernel import block_sparse_fwd_kernel
 from .launch import Boxes, box_descriptors, lanes, register_limit
 from .tuning import Config, choose_config, launch_tuned, measured
 
-__all__ = ["Config", "LinearBranch", "block_sparse_attention", "check_inputs", "tile_volumes"]
+__all__ = [
+    "Config",
+    "LinearBranch",
+    "block_sparse_attention",
+    "check_inputs",
+    "cost_mode",
+    "log2_scale",
+    "tile_volumes",
+]
 
 LOG2E = 1.4426950408889634
 TINY_SCALE = 1e-30  # stands for 0: -inf times 0 would be NaN
@@ -87,7 +95,7 @@ def block_sparse_attention(
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=query.device) if return_lse else None
     if extra:
         extra = (extra[0].contiguous(), extra[1].contiguous(), extra[2])
-    full_mode, magnitude = _full_mode(plan, real), max(abs(scale) * LOG2E, TINY_SCALE)
+    full_mode, magnitude = _full_mode(plan, real), log2_scale(scale)
     hopper = None if config else _hopper(query.device)
     if hopper and hopper.takes(query, key, value, plan, scale, real, extra, linear):
         hopper.block_sparse_hopper(
@@ -129,7 +137,7 @@ def block_sparse_attention(
             HAS_PARTIAL=full_mode != 2 and not (full_mode == 1 and plan.all_full), HAS_TEXT_QUERIES=n_text_q > 0,
             HAS_TEXT_KEYS=n_text_k > 0, HAS_EXTRA=extra is not None, HAS_REAL2=real2 is not None,
             IN0=intervals[0], IN1=intervals[1], IN2=intervals[2], BALL0=bool(weights[0]), BALL1=bool(weights[1]),
-            BALL2=bool(weights[2]), COST=_cost_mode(mask), OR0=ordered[0], OR1=ordered[1], OR2=ordered[2],
+            BALL2=bool(weights[2]), COST=cost_mode(mask), OR0=ordered[0], OR1=ordered[1], OR2=ordered[2],
             HAS_LSE=return_lse, STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
             HAS_BIAS=bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
             NEGATE=scale < 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -165,8 +173,13 @@ def _state_columns(query: Tensor) -> int:
     return min(columns, most)
 
 
-def _cost_mode(mask: WindowMask | None) -> int:
-    """How the kernel compares distances with a ball; see `_in_ball`."""
+def log2_scale(scale: float) -> float:
+    """The magnitude of a scale, in units of log2."""
+    return max(abs(scale) * LOG2E, TINY_SCALE)
+
+
+def cost_mode(mask: WindowMask | None) -> int:
+    """How the kernel compares distances with a ball; see `in_ball`."""
     if mask is None or mask.weights is None or (mask.exact and set(mask.weights) <= {0.0, 1.0}):
         return 0
     return 1 if mask.exact else 2

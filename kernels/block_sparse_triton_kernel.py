@@ -8,15 +8,16 @@ import triton.language as tl
 
 from .block_linear_triton_kernel import feature
 from .tiling_triton import load_box, tile_places
+from .window_triton import in_ball, in_run, query_run, token_at
 
-__all__ = ["block_sparse_fwd_kernel"]
+__all__ = ["block_sparse_fwd_kernel", "load_rows", "logits"]
 
 HIDDEN = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load_rows(x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr):
     """Rows (n, BLOCK_D) of x; zeros where not valid and past D."""
     p_x = x + row.to(tl.int64)[:, None] * stride + d[None, :]
     if MASKED:
@@ -27,7 +28,7 @@ def _load_rows(x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _logits(q, k, NEGATE: tl.constexpr, PRECISION: tl.constexpr):
+def logits(q, k, NEGATE: tl.constexpr, PRECISION: tl.constexpr):
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if NEGATE:
         s = -s
@@ -56,73 +57,12 @@ def _run(
     """Keys at the given rows, seen by every query where they are valid and real."""
     if HAS_REAL:
         valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
-    k = _load_rows(K, row, valid, skr, d, D, MASKED)
-    v = _load_rows(V, row, valid, svr, d, D, MASKED)
-    s = _logits(q, k, NEGATE, PRECISION)
+    k = load_rows(K, row, valid, skr, d, D, MASKED)
+    v = load_rows(V, row, valid, svr, d, D, MASKED)
+    s = logits(q, k, NEGATE, PRECISION)
     if MASKED:
         s = tl.where(valid[None, :], s, float("-inf"))
     return _update(acc, m, l, s, v, scale, MASKED, PRECISION)
-
-
-@triton.jit
-def _token(
-    TABLES, x0, x1, x2, valid, longest, G1, G2, OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr
-):  # fmt: skip
-    """Raster index of the token at these places; under dilation a table tells the coordinate at a place."""
-    if OR0:
-        x0 = tl.load(TABLES + x0, mask=valid, other=0)
-    if OR1:
-        x1 = tl.load(TABLES + 3 * longest + x1, mask=valid, other=0)
-    if OR2:
-        x2 = tl.load(TABLES + 6 * longest + x2, mask=valid, other=0)
-    return tl.where(valid, (x0 * G1 + x1) * G2 + x2, 0)
-
-
-@triton.jit
-def _query_run(TABLES, axis: tl.constexpr, place, length, longest):
-    """Middle and half length of the run of places that queries see along an axis (halves are exact)."""
-    first = tl.load(TABLES + (3 * axis + 1) * longest + place, mask=place < length, other=0).to(tl.float32)
-    last = tl.load(TABLES + (3 * axis + 2) * longest + place, mask=place < length, other=0).to(tl.float32)
-    return (first + last) * 0.5, (last - first) * 0.5
-
-
-@triton.jit
-def _in_ball(
-    x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, COST: tl.constexpr
-):
-    """(n, m): whether w·(x - y)² < limit, for keys at x (m,) and queries at y (n,).
-
-    COST 0: the weights are one; the square is multiplied out, x² - 2 x y < limit - y², two operations an axis and
-    exact in float32. COST 1 in float32, COST 2 in float64, as it stands.
-    """
-    if COST == 0:
-        near = x1 * 0.0
-        left = limit - y1 * 0.0
-        if B0:
-            near += x0 * x0
-            left -= y0 * y0
-        if B1:
-            near += x1 * x1
-            left -= y1 * y1
-        if B2:
-            near += x2 * x2
-            left -= y2 * y2
-        cost = near[None, :]
-        if B0:
-            cost = x0[None, :] * (-2 * y0)[:, None] + cost
-        if B1:
-            cost = x1[None, :] * (-2 * y1)[:, None] + cost
-        if B2:
-            cost = x2[None, :] * (-2 * y2)[:, None] + cost
-        return cost < left[:, None]
-    cost = (x1 * 0.0)[None, :]
-    if B0:
-        cost = cost + (x0[None, :] - y0[:, None]) * (x0[None, :] - y0[:, None]) * w0
-    if B1:
-        cost = cost + (x1[None, :] - y1[:, None]) * (x1[None, :] - y1[:, None]) * w1
-    if B2:
-        cost = cost + (x2[None, :] - y2[:, None]) * (x2[None, :] - y2[:, None]) * w2
-    return cost < limit
 
 
 @triton.jit
@@ -193,13 +133,13 @@ def block_sparse_fwd_kernel(
     box_lane = item % Q_PARTS * BM + lane_q
     # (BM,) row of each query in the sequence
     q0, q1, q2, valid_q = tile_places(tile_q, box_lane, Q0, Q1, Q2, QB0, QB1, QB2)
-    row_q = q_before + _token(TABLES, q0, q1, q2, valid_q, longest, Q1, Q2, OR0, OR1, OR2)
+    row_q = q_before + token_at(TABLES, q0, q1, q2, valid_q, longest, Q1, Q2, OR0, OR1, OR2)
     if HAS_TEXT_QUERIES:
         off_grid = item * BM + lane_q
         text_row = tl.where(off_grid < q_before, off_grid, off_grid + n_grid_q)
         row_q = tl.where(is_text, text_row, row_q)
         valid_q = tl.where(is_text, text_row < length_q, valid_q)
-    q = _load_rows(Q, row_q, valid_q, sqr, d, D, True)
+    q = load_rows(Q, row_q, valid_q, sqr, d, D, True)
     p_rows = OUT + b.to(tl.int64) * sob + h.to(tl.int64) * soh + row_q.to(tl.int64) * sor
     p_o = p_rows[:, None] + d[None, :]
     m_o = valid_q[:, None] & (d < D)[None, :]
@@ -253,10 +193,10 @@ def block_sparse_fwd_kernel(
                     k = load_box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
                     v = load_box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
                 else:
-                    row = k_before + _token(TABLES, x0, x1, x2, valid, longest, K1, K2_, OR0, OR1, OR2)
-                    k = _load_rows(K, row, valid, skr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
-                    v = _load_rows(V, row, valid, svr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
-                s = _logits(q, k, NEGATE, PRECISION)
+                    row = k_before + token_at(TABLES, x0, x1, x2, valid, longest, K1, K2_, OR0, OR1, OR2)
+                    k = load_rows(K, row, valid, skr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
+                    v = load_rows(V, row, valid, svr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
+                s = logits(q, k, NEGATE, PRECISION)
                 if K_PARTS * BN != KB0 * KB1 * KB2:
                     s = tl.where(valid[None, :], s, float("-inf"))
                 acc, m, l = _update(acc, m, l, s, v, scale, K_PARTS > 1, PRECISION)
@@ -264,11 +204,11 @@ def block_sparse_fwd_kernel(
         if HAS_PARTIAL:
             # (BM,) the middle and half the length of the run that a query sees along each axis
             if IN0:
-                middle0, half0 = _query_run(TABLES, 0, q0, Q0, longest)
+                middle0, half0 = query_run(TABLES, 0, q0, Q0, longest)
             if IN1:
-                middle1, half1 = _query_run(TABLES, 1, q1, Q1, longest)
+                middle1, half1 = query_run(TABLES, 1, q1, Q1, longest)
             if IN2:
-                middle2, half2 = _query_run(TABLES, 2, q2, Q2, longest)
+                middle2, half2 = query_run(TABLES, 2, q2, Q2, longest)
             # small whole numbers, in a type that holds them and their squares: from the first query of the box on
             o0, o1, o2, _ = tile_places(tile_q, 0, Q0, Q1, Q2, QB0, QB1, QB2)
             TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32
@@ -277,27 +217,27 @@ def block_sparse_fwd_kernel(
                 tile = tl.load(p_list + i // K_PARTS)
                 part = i % K_PARTS * BN + lane_k
                 k0, k1, k2, valid = tile_places(tile, part, K0, K1, K2_, KB0, KB1, KB2)
-                row = k_before + _token(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
+                row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
                 if HAS_REAL:
                     valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
                 if BOXES > 0:
                     k = load_box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
                     v = load_box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
                 else:
-                    k = _load_rows(K, row, valid, skr, d, D, True)
-                    v = _load_rows(V, row, valid, svr, d, D, True)
-                s = _logits(q, k, NEGATE, PRECISION)
+                    k = load_rows(K, row, valid, skr, d, D, True)
+                    v = load_rows(V, row, valid, svr, d, D, True)
+                s = logits(q, k, NEGATE, PRECISION)
                 s += tl.where(valid, 0.0, float("-inf"))[None, :]
                 if IN0:
-                    s = tl.where(tl.abs(k0.to(tl.float32)[None, :] - middle0[:, None]) <= half0[:, None], s, HIDDEN)
+                    s = tl.where(in_run(k0, middle0, half0, False), s, HIDDEN)
                 if IN1:
-                    s = tl.where(tl.abs(k1.to(tl.float32)[None, :] - middle1[:, None]) <= half1[:, None], s, HIDDEN)
+                    s = tl.where(in_run(k1, middle1, half1, False), s, HIDDEN)
                 if IN2:
-                    s = tl.where(tl.abs(k2.to(tl.float32)[None, :] - middle2[:, None]) <= half2[:, None], s, HIDDEN)
+                    s = tl.where(in_run(k2, middle2, half2, False), s, HIDDEN)
                 if BALL0 or BALL1 or BALL2:
                     x0, x1, x2 = (k0 - o0).to(TYPE), (k1 - o1).to(TYPE), (k2 - o2).to(TYPE)
                     s = tl.where(
-                        _in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST), s, HIDDEN
+                        in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST), s, HIDDEN
                     )
                 acc, m, l = _update(acc, m, l, s, v, scale, True, PRECISION)
 

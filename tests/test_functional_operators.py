@@ -40,13 +40,14 @@ def test_opcheck(name, masked):
     tensors = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     grad = torch.randn_like(tensors[0])
     backward = getattr(operators, f"{name}_attention_backward").default
-    torch.library.opcheck(backward, (grad, *tensors))
+    torch.library.opcheck(backward, (grad, torch.randn_like(grad), torch.empty(0), *tensors))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_backward_leaves_its_arguments_alone(name):
     layout = TokenLayout((6, 7), 3, 2)
-    arguments = [torch.randn(2, 2, layout.seq_len, 16), *inputs(layout, requires_grad=False), None]
+    arguments = [*(torch.randn(2, 2, layout.seq_len, 16) for _ in range(2)), torch.empty(0)]
+    arguments += [*inputs(layout, requires_grad=False), None]
     arguments += [x.clone() for x in CASES[name][2].values()]
     before = [x if x is None else x.clone() for x in arguments]
     grads = getattr(torch.ops.dit_accel, f"{name}_attention_backward")(

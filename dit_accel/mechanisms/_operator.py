@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_accel.backend import VARIABLE, resolve
 from dit_accel.layout import TokenLayout
 
-__all__ = ["define_operator"]
+__all__ = ["define_operator", "recording"]
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask"
 _LAYOUT = "SymInt[] grid, SymInt before, SymInt after"
@@ -21,18 +21,20 @@ _LAYOUT = "SymInt[] grid, SymInt before, SymInt after"
 
 def define_operator(
     name: str,
-    compute: dict[str, Callable[..., Tensor]],
+    compute: dict[str, Callable[..., Any]],
     fit: Callable[..., dict[str, Any]],
     *,
     learned: tuple[str, ...],
     options: str,
-) -> Callable[..., Tensor]:
+    derive: dict[str, Callable[..., Sequence[Tensor]]] | None = None,
+) -> None:
     """Register ``dit_accel::<name>`` and ``dit_accel::<name>_backward``.
 
-    The operator's arguments are, in order: query, key, value, key_padding_mask, the learned tensors, grid, before,
-    after, the options, scale, fit, backend (optional). Grid lengths may be symbolic while tracing: here, inside, they
-    are numbers, so what depends on them (is the window larger than its axis?) is checked here, and with ``fit`` options
-    are shrunk first.
+    The operator gives the output and, of backends with a derivative of their own, the log-sum-exp (B, H, S) that this
+    needs; of others a tensor without elements. Its arguments are, in order: query, key, value, key_padding_mask, the
+    learned tensors, grid, before, after, the options, scale, fit, backend (optional). Grid lengths may be symbolic
+    while tracing: here, inside, they are numbers, so what depends on them (is the window larger than its axis?) is
+    checked here, and with ``fit`` options are shrunk first.
 
     Args:
         name: the operator's name.
@@ -40,7 +42,11 @@ def define_operator(
         fit: the mechanism's ``fit``.
         learned: names of the learned tensors.
         options: the options as operator schema, such as ``"float critical, bool smooth_key"``.
+        derive: for a backend, ``derive(grad, out, lse, <as compute>)``: the gradients of query, key, value and of the
+            learned tensors that were given. Its compute returns (output, log-sum-exp). The others' output alone is
+            computed once more in the backward pass, and derived by autograd.
     """
+    derive = derive or {}
     n_tensors = 4 + len(learned)
     tensors = ", ".join([_TENSORS, *(f"Tensor? {x}" for x in learned)])
     option_names = [x.split()[-1] for x in options.split(", ")]
@@ -49,7 +55,11 @@ def define_operator(
     mechanism = name.removesuffix("_attention")
     n_rest = 3 + len(option_names) + 3
 
-    def run(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], force: str | None = None) -> Tensor:
+    def run(
+        tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], forward: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Any:
+        """What compute returns, for the backend; or, where the gradient, the output and the log-sum-exp are given, the
+        gradients."""
         query = tensors[0]
         assert query is not None
         rest += (None,) * (n_rest - len(rest))  # the dispatcher leaves out a last argument at its default
@@ -63,57 +73,83 @@ def define_operator(
         chosen = dict(zip(option_names, values, strict=True))
         if shrink:
             chosen = fit(layout, **chosen)
-        backend = resolve(backend if force is None else force, query.device, mechanism)
+        backend = resolve(backend, query.device, mechanism)
+        if forward is not None and backend not in derive:
+            backend = "torch"
         _check_gpu(mechanism, backend, query)
-        if query.numel() == 0:
-            return query.clone()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         # kernels are launched on the current device, which need not be the tensors'
         with (
             torch.cuda.device_of(query),
             torch.autocast(query.device.type, enabled=False),
-            _explained(mechanism, backend, compute, query),
+            _explained(mechanism if forward is None else f"the backward pass of {mechanism}", backend, compute, query),
         ):
-            return compute[backend](*tensors, layout=layout, scale=scale, **chosen)
+            given = {"layout": layout, "scale": scale, **chosen}
+            if forward is None:
+                return compute[backend](*tensors, **given)
+            if backend in derive:
+                return derive[backend](*forward, *tensors, **given)
+            return _by_autograd(compute[backend], forward[0], tensors, given)
 
-    def forward(*args: Any) -> Tensor:
-        return _dense(run(args[:n_tensors], args[n_tensors:]))
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        query = args[0]
+        if query.numel() == 0:
+            return fake(*args)
+        found = run(args[:n_tensors], args[n_tensors:])
+        out, lse = found if isinstance(found, tuple) else (found, query.new_empty(0, dtype=torch.float32))
+        return _dense(out), lse
 
-    def backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    def fake(*args: Any) -> tuple[Tensor, Tensor]:
+        query, backend = args[0], args[-1] if len(args) == n_tensors + n_rest else None
+        has_lse = resolve(backend, query.device, mechanism) in derive
+        return _empty(query), query.new_empty(query.shape[:3] if has_lse else (0,), dtype=torch.float32)
+
+    def backward(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
         tensors, rest = args[:n_tensors], args[n_tensors:]
-        places = _differentiable(tensors)
-        leaves = [tensors[i].detach().requires_grad_() for i in places]
-        filled = list(tensors)
-        for i, leaf in zip(places, leaves, strict=True):
-            filled[i] = leaf
-        with _recording():
-            out = run(tuple(filled), rest, force="torch")  # what the forward took has no derivative of its own
-            with _explained(f"the backward pass of {mechanism}", "torch", ("torch",), leaves[0]):
-                grads = torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
-        return [_dense(g) for g in grads]
+        if grad.numel() == 0:
+            return [torch.zeros_like(tensors[i]) for i in _differentiable(tensors)]
+        return [_dense(g) for g in run(tensors, rest, (grad, out, lse))]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:n_tensors])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output, *inputs[:n_tensors])
         ctx.rest = inputs[n_tensors:]
+        ctx.mark_non_differentiable(output[1])
 
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        grads = backward_op(grad, *tensors, *ctx.rest)
+    def differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        grads = backward_op(grad, out, lse, *tensors, *ctx.rest)
         given: list[Tensor | None] = [None] * (n_tensors + len(ctx.rest))
         for i, g in zip(_differentiable(tensors), grads, strict=True):
             given[i] = g
         return tuple(given)
 
     forward_op = torch.library.custom_op(
-        f"dit_accel::{name}", forward, mutates_args=(), schema=f"({arguments}) -> Tensor"
+        f"dit_accel::{name}", forward, mutates_args=(), schema=f"({arguments}) -> (Tensor, Tensor)"
     )
-    forward_op.register_fake(lambda *args: _empty(args[0]))
+    forward_op.register_fake(fake)
     backward_op = torch.library.custom_op(
-        f"dit_accel::{name}_backward", backward, mutates_args=(), schema=f"(Tensor grad, {arguments}) -> Tensor[]"
+        f"dit_accel::{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"(Tensor grad, Tensor out, Tensor lse, {arguments}) -> Tensor[]",
     )
-    backward_op.register_fake(lambda grad, *args: [_empty(args[i]) for i in _differentiable(args[:n_tensors])])
+    backward_op.register_fake(lambda _g, _o, _l, *args: [_empty(args[i]) for i in _differentiable(args[:n_tensors])])
     forward_op.register_autograd(differentiate, setup_context=setup_context)
-    return forward_op
+
+
+def _by_autograd(
+    compute: Callable[..., Tensor], grad: Tensor, tensors: tuple[Tensor | None, ...], given: dict[str, Any]
+) -> Sequence[Tensor]:
+    """Gradients of the tensors that have one, through what plain torch computes once more."""
+    filled = list(tensors)
+    leaves = []
+    for i in _differentiable(tensors):
+        leaf = filled[i].detach().requires_grad_()  # type: ignore[union-attr]
+        filled[i] = leaf
+        leaves.append(leaf)
+    with recording():
+        out = compute(*filled, **given)
+        return torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
 
 
 def _check_gpu(mechanism: str, backend: str, query: Tensor) -> None:
@@ -169,7 +205,7 @@ def _name(device: torch.device) -> str:
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Autograd inside an operator: there it is shut off not by the grad mode alone but below the dispatcher, too."""
     keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
     with ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from dit_accel.layout import TokenLayout
 from ._boxes import box_blocks, box_shape
 
 if TYPE_CHECKING:
+    from dit_accel.kernels.block_linear_triton import LinearState
+    from dit_accel.kernels.block_plan import BlockPlan
     from dit_accel.kernels.tiling import Tiling
 
-__all__ = ["block_tilings", "sla_attention_triton"]
+__all__ = ["block_tilings", "sla_attention_triton", "sla_attention_triton_backward"]
 
 
 def sla_attention_triton(
@@ -27,27 +29,109 @@ def sla_attention_triton(
     *,
     layout: TokenLayout,
     scale: float,
+    feature_map: str,
+    linear_over: str,
+    **cut: Any,
+) -> tuple[Tensor, Tensor]:
+    """``sla_attention`` on a GPU, and its log-sum-exp (B, H, S) float32."""
+    from dit_accel.kernels.block_sparse_triton import LinearBranch, block_sparse_attention
+
+    real, before = key_padding_mask, layout.before
+    marginal_only = weight is not None and linear_over == "marginal"
+    chosen = _choose(query, key, real, layout, marginal_only, **cut)
+    branch = None
+    if weight is not None:
+        sums = _sums(key, value, real, layout, chosen, feature_map, weight)
+        state, norm = sums.state.flatten(0, -4), sums.norm.flatten(0, -3)
+        branch = LinearBranch(state, norm, sums.eps, bias, feature_map)
+    elif bias is not None:
+        branch = LinearBranch(None, None, None, bias, feature_map)
+    return block_sparse_attention(
+        query, key, value, chosen.plan, scale=scale, before=(before, before), real=real, linear=branch, return_lse=True
+    )  # type: ignore[return-value]
+
+
+def sla_attention_triton_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    feature_map: str,
+    linear_over: str,
+    **cut: Any,
+) -> list[Tensor]:
+    """Gradients of query, key, value, and of weight and bias where they are given. The selection, which costs little,
+    is made once more; two runs of it are alike to the bit."""
+    from dit_accel.kernels.block_linear_bwd_triton import linear_backward
+    from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
+
+    real, before = key_padding_mask, layout.before
+    if real is not None:  # a row that sees no key has no linear part
+        grad = torch.where((lse > -torch.inf)[..., None], grad, 0)
+    marginal_only = weight is not None and linear_over == "marginal"
+    chosen = _choose(query, key, real, layout, marginal_only, **cut)
+    plan = chosen.plan
+    share, added, learned = None, None, []
+    if weight is not None:
+        sums = _sums(key, value, real, layout, chosen, feature_map, None)
+        linear = linear_backward(
+            grad, query, key, value, sums, weight, bias, feature_map, plan.q, plan.kv, before, real, chosen.marginal,
+            chosen.n_marginal,
+        )  # fmt: skip
+        share, added = linear.share, linear[:3]
+        learned.append(linear.weight.to(weight.dtype))
+    elif bias is not None:
+        share = torch.zeros(grad.shape[:3], device=grad.device)
+        share[:, :, layout.grid_slice] = grad[:, :, layout.grid_slice].float() @ bias.float()
+    if bias is not None:
+        learned.append(grad[:, :, layout.grid_slice].sum((0, 1, 2), dtype=torch.float32).to(bias.dtype))
+    found = block_sparse_attention_backward(
+        grad, out, lse, query, key, value, plan, scale=scale, before=(before, before), real=real, share=share,
+        added=added,
+    )  # fmt: skip
+    return [*found[:3], *learned]
+
+
+class _Chosen(NamedTuple):
+    """The plan of the critical blocks, the map of the marginal ones where it is wanted, and about how many a row has."""
+
+    plan: BlockPlan
+    marginal: Tensor | None
+    n_marginal: int
+
+
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    real: Tensor | None,
+    layout: TokenLayout,
+    want_marginal: bool,
+    *,
     critical: float,
     negligible: float,
     block_q: int,
     block_kv: int,
-    feature_map: str,
-    linear_over: str,
     smooth_key: bool,
     tile_order: bool,
-) -> Tensor:
-    """``sla_attention`` on a GPU. ``smooth_key`` moves all scores of a query block alike, so it changes no choice."""
-    from dit_accel.kernels.block_linear_triton import linear_state, marginal_linear_state
+) -> _Chosen:
+    """``smooth_key`` moves all scores of a query block alike, so it changes no choice."""
     from dit_accel.kernels.block_plan import BlockPlan
     from dit_accel.kernels.block_pool_triton import pool_pair
     from dit_accel.kernels.block_select_triton import select_blocks
-    from dit_accel.kernels.block_sparse_triton import LinearBranch, block_sparse_attention, check_inputs
+    from dit_accel.kernels.block_sparse_triton import check_inputs
 
     check_inputs(query)
     batch, heads = query.shape[:2]
     q, kv = block_tilings(layout, block_q, block_kv, tile_order)
-    before, n_blocks, real = layout.before, kv.n_tiles, key_padding_mask
-    marginal_only = weight is not None and linear_over == "marginal"
+    n_blocks = kv.n_tiles
     most, least = max(1, int(critical * n_blocks)), int(negligible * n_blocks)
     counts: tuple[int | Tensor, int | Tensor] = (most, least)
     filled = None
@@ -55,30 +139,37 @@ def sla_attention_triton(
         filled = _filled_blocks(real[:, layout.grid_slice], kv)
         n_filled = filled.sum(-1).double()
         counts = ((critical * n_filled).int().clamp(min=1), (negligible * n_filled).int())
-    pooled_q, pooled_k = pool_pair(query, key, q, kv, before, real)
+    pooled_q, pooled_k = pool_pair(query, key, q, kv, layout.before, real)
     lists, marginal = select_blocks(
-        pooled_q, pooled_k, *counts, filled, marginal_only, map_dtype=query.dtype, n_max=most
+        pooled_q, pooled_k, *counts, filled, want_marginal, map_dtype=query.dtype, n_max=most
     )
     shape = (batch * heads, q.n_tiles)
     if isinstance(counts[0], Tensor):
         n_tiles = counts[0].repeat_interleave(heads)[:, None].expand(shape).contiguous()
     else:
         n_tiles = torch.full(shape, most, dtype=torch.int32, device=query.device)
-    branch = None
-    if weight is not None and marginal is not None:
-        n_marginal = max(1, n_blocks - most - least)
-        sums = marginal_linear_state(marginal, key, value, kv, before, feature_map, weight, real, n_marginal)
-        branch = LinearBranch(*sums, bias, feature_map)
-    elif weight is not None:
-        state = linear_state(key, value, before, layout.grid_len, feature_map, weight, real, query.dtype)
-        whole, norm = (x.flatten(0, 1)[:, None] for x in (state.state, state.norm))
-        branch = LinearBranch(whole, norm, state.eps, bias, feature_map)
-    elif bias is not None:
-        branch = LinearBranch(None, None, None, bias, feature_map)
-    plan = BlockPlan(q, kv, lists, None, n_tiles)
-    return block_sparse_attention(
-        query, key, value, plan, scale=scale, before=(before, before), real=real, linear=branch
-    )[0]
+    return _Chosen(BlockPlan(q, kv, lists, None, n_tiles), marginal, max(1, n_blocks - most - least))
+
+
+def _sums(
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
+    layout: TokenLayout,
+    chosen: _Chosen,
+    feature_map: str,
+    weight: Tensor | None,
+) -> LinearState:
+    """The linear branch's sums, with the projection where it is given: (B, H, 1, D, D) over all keys, or (B*H, query
+    blocks, D, D) over marginal blocks, in the keys' dtype."""
+    from dit_accel.kernels.block_linear_triton import LinearState, linear_state, marginal_linear_state
+
+    more = (feature_map, weight, real)
+    if chosen.marginal is not None:
+        kv = chosen.plan.kv
+        return marginal_linear_state(chosen.marginal, key, value, kv, layout.before, *more, chosen.n_marginal)
+    state, norm, eps = linear_state(key, value, layout.before, layout.grid_len, *more, key.dtype)
+    return LinearState(state[:, :, None], norm[:, :, None], eps)
 
 
 def block_tilings(layout: TokenLayout, block_q: int, block_kv: int, tile_order: bool) -> tuple[Tiling, Tiling]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,11 @@ from dit_accel.layout import TokenLayout
 
 from ._common import global_rows, global_tiles, hidden_bias, hide
 
-__all__ = ["window_attention"]
+if TYPE_CHECKING:
+    from dit_accel.kernels.block_plan import BlockPlan
+    from dit_accel.kernels.block_sparse_bwd_triton import Gradients
+
+__all__ = ["window_attention", "window_attention_backward"]
 
 Axes = tuple[NeighborhoodAxis | BallAxis, ...]
 Extra = tuple[Tensor, Tensor, Tensor | None]
@@ -29,9 +35,9 @@ def window_attention(
     layout: TokenLayout,
     scale: float,
     extra: Extra | None = None,
-) -> Tensor:
+) -> Any:
     """Attention in the window that the axes describe; grid queries see the keys of ``extra``, too (keys, values, and
-    which are real or None where there is no padding mask)."""
+    which are real or None where there is no padding mask). By Triton: the log-sum-exp, too."""
     if backend == "torch":
         return _by_tiles(query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
     from dit_accel.kernels.block_plan import cheapest_window_plan
@@ -42,12 +48,41 @@ def window_attention(
 
         plan = cheapest_window_plan(axes, limit, FLEX_VOLUMES, query.device)
         return block_sparse_flex(query, key, value, plan, **more)  # type: ignore[arg-type]
-    from dit_accel.kernels.block_sparse_triton import block_sparse_attention, check_inputs, tile_volumes
+    from dit_accel.kernels.block_sparse_triton import block_sparse_attention
+
+    return block_sparse_attention(query, key, value, _triton_plan(query, axes, limit), return_lse=True, **more)  # type: ignore[arg-type]
+
+
+def window_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    axes: Axes,
+    limit: float,
+    layout: TokenLayout,
+    scale: float,
+    extra: Extra | None = None,
+) -> Gradients:
+    """Of :func:`window_attention` by Triton, from its output and log-sum-exp."""
+    from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
+
+    plan, before = _triton_plan(query, axes, limit), (layout.before, layout.before)
+    return block_sparse_attention_backward(
+        grad, out, lse, query, key, value, plan, scale=scale, before=before, real=key_padding_mask, extra=extra
+    )
+
+
+def _triton_plan(query: Tensor, axes: Axes, limit: float) -> BlockPlan:
+    from dit_accel.kernels.block_plan import cheapest_window_plan
+    from dit_accel.kernels.block_sparse_triton import check_inputs, tile_volumes
 
     check_inputs(query)
     kind = "ball" if any(isinstance(axis, BallAxis) for axis in axes) else "interval"
-    plan = cheapest_window_plan(axes, limit, tile_volumes(query, kind), query.device)
-    return block_sparse_attention(query, key, value, plan, **more)[0]  # type: ignore[arg-type]
+    return cheapest_window_plan(axes, limit, tile_volumes(query, kind), query.device)
 
 
 def _by_tiles(

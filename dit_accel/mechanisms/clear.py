@@ -26,8 +26,8 @@ from ._common import (
     softmax_rows,
     text_logits,
 )
-from ._operator import define_operator
-from ._windows import window_attention
+from ._operator import define_operator, recording
+from ._windows import window_attention, window_attention_backward
 
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
 
@@ -119,7 +119,7 @@ def _attend(
         scale,
         fit,
         backend,
-    )
+    )[0]
 
 
 def check_options(
@@ -259,21 +259,68 @@ def _compute(
     radius: Radius,
     down_factor: int,
     train_tokens: int | None = None,
-) -> Tensor:
+) -> Any:
     axes, limit = _axes(layout, radius)
-    n_pooled = _n_pooled(layout, down_factor)
-    if train_tokens is not None:
-        scale = _resolution_scale(layout, train_tokens, n_pooled > 0, query.shape[-1])
-    extra = None
-    if n_pooled:
-        key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
-        weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
-        hidden = None if key_padding_mask is None else seen.expand(len(key), -1)
-        extra = (_pool(key, weights, layout), _pool(value, weights, layout), hidden)
+    scale = _scale(layout, scale, down_factor, train_tokens, query)
+    extra = _pooled_tokens(key, value, key_padding_mask, pool_weight, layout, down_factor)
     return window_attention(backend, query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
 
 
-_COMPUTE: dict[str, Callable[..., Tensor]] = {backend: partial(_compute, backend) for backend in BACKENDS}
+def _scale(layout: TokenLayout, scale: float, down_factor: int, train_tokens: int | None, query: Tensor) -> float:
+    if train_tokens is None:
+        return scale
+    return _resolution_scale(layout, train_tokens, _n_pooled(layout, down_factor) > 0, query.shape[-1])
+
+
+def _pooled_tokens(
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    pool_weight: Tensor | None,
+    layout: TokenLayout,
+    down_factor: int,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Pooled keys and values, and which hold a real token (None: all do)."""
+    if not _n_pooled(layout, down_factor):
+        return None
+    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
+    weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
+    hidden = None if key_padding_mask is None else seen.expand(len(key), -1)
+    return _pool(key, weights, layout), _pool(value, weights, layout), hidden
+
+
+def _derive(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    pool_weight: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    radius: Radius,
+    down_factor: int,
+    train_tokens: int | None = None,
+) -> Sequence[Tensor]:
+    axes, limit = _axes(layout, radius)
+    scale = _scale(layout, scale, down_factor, train_tokens, query)
+    leaves = [x.detach().requires_grad_() for x in (key, value, pool_weight) if x is not None]
+    with recording():
+        extra = _pooled_tokens(*leaves[:2], key_padding_mask, *(leaves[2:] or [None]), layout, down_factor)
+    pooled = None if extra is None else (extra[0].detach(), extra[1].detach(), extra[2])
+    found = window_attention_backward(
+        grad, out, lse, query, key, value, key_padding_mask, axes, limit, layout, scale, pooled
+    )
+    if extra is None:
+        return [*found[:3], *(torch.zeros_like(x) for x in leaves[2:])]
+    more = torch.autograd.grad(extra[:2], leaves, found[3:], allow_unused=True, materialize_grads=True)
+    return [found.query, found.key + more[0], found.value + more[1], *more[2:]]
+
+
+_COMPUTE: dict[str, Callable[..., Any]] = {backend: partial(_compute, backend) for backend in BACKENDS}
 
 define_operator(
     "clear_attention",
@@ -281,6 +328,7 @@ define_operator(
     fit,
     learned=("pool_weight",),
     options="float[] radius, int down_factor, int? train_tokens",
+    derive={"triton": _derive},
 )
 
 

@@ -25,7 +25,7 @@ from ._common import (
     text_logits,
 )
 from ._operator import define_operator
-from ._windows import window_attention
+from ._windows import window_attention, window_attention_backward
 
 __all__ = ["check_options", "count_logits", "fit", "gna_attention", "reference"]
 
@@ -100,7 +100,7 @@ def _attend(
     lists = [list(as_tuple(x)) for x in (window, stride, dilation, is_causal)]
     return torch.ops.dit_accel.gna_attention(
         query, key, value, key_padding_mask, list(layout.grid), layout.before, layout.after, *lists, scale, fit, backend
-    )
+    )[0]
 
 
 def check_options(
@@ -198,12 +198,31 @@ def _compute(
     layout: TokenLayout,
     scale: float,
     **options: Any,
-) -> Tensor:
+) -> Any:
     axes = _axes(layout, **options)
     return window_attention(backend, query, key, value, key_padding_mask, axes, 1.0, layout, scale)
 
 
-_COMPUTE: dict[str, Callable[..., Tensor]] = {backend: partial(_compute, backend) for backend in BACKENDS}
+def _derive(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    **options: Any,
+) -> Sequence[Tensor]:
+    axes = _axes(layout, **options)
+    return window_attention_backward(
+        grad, out, lse, query, key, value, key_padding_mask, axes, 1.0, layout, scale
+    )[:3]  # fmt: skip
+
+
+_COMPUTE: dict[str, Callable[..., Any]] = {backend: partial(_compute, backend) for backend in BACKENDS}
 
 define_operator(
     "gna_attention",
@@ -211,6 +230,7 @@ define_operator(
     fit,
     learned=(),
     options="int[] window, int[] stride, int[] dilation, bool[] is_causal",
+    derive={"triton": _derive},
 )
 
 

@@ -117,7 +117,7 @@ def _attend(
         scale,
         fit,
         backend,
-    )
+    )[0]
 
 
 def check_options(

@@ -32,7 +32,7 @@ from ._common import (
 )
 from ._operator import define_operator
 from ._sla_flex import critical_by_flex
-from ._sla_triton import sla_attention_triton
+from ._sla_triton import sla_attention_triton, sla_attention_triton_backward
 
 __all__ = ["check_options", "count_logits", "fit", "reference", "sla_attention"]
 
@@ -164,7 +164,7 @@ def _attend(
         scale,
         fit,
         backend,
-    )
+    )[0]
 
 
 def check_options(
@@ -401,7 +401,7 @@ def _linear_part(
     return (out if project is None else out @ project.mT) + (0 if bias is None else bias.to(out.dtype))
 
 
-_COMPUTE: dict[str, Callable[..., Tensor]] = {
+_COMPUTE: dict[str, Callable[..., Any]] = {
     "torch": partial(_compute, _critical_by_tiles),
     "triton": sla_attention_triton,
     "flex": partial(_compute, critical_by_flex),
@@ -415,6 +415,7 @@ define_operator(
     learned=("weight", "bias"),
     options="float critical, float negligible, int block_q, int block_kv, str feature_map, str linear_over, "
     "bool smooth_key, bool tile_order",
+    derive={"triton": sla_attention_triton_backward},
 )
 
 

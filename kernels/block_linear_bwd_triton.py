@@ -1,0 +1,123 @@
+"""Gradients of SLA's linear branch, by Triton: of queries and the projection through each row, of keys and values
+through the gradients of the sums that they went into. [SLA, arXiv 2509.24006, eq. 5-7 and their derivatives]
+
+With the sums A = Σ φ(k)ᵀ v and z = Σ φ(k) of :mod:`block_linear_triton` without the projection, u = φ(q) A / t with
+t = φ(q)·z + eps, and g = dO W: dW = dOᵀ u, dA = Σ φ(q)ᵀ g / t, dz = -Σ φ(q) g·u / t.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .block_linear_bwd_triton_kernel import linear_rows_bwd_kernel
+from .block_linear_triton import EPSILON, LinearState, block_states, linear_state, marginal_states
+from .block_pool_triton import mask_arguments
+from .block_sparse_bwd_triton import empty_rows
+from .launch import lanes
+from .tiling import Tiling
+
+__all__ = ["LinearGradients", "linear_backward"]
+
+
+class LinearGradients(NamedTuple):
+    """Of query, key and value (set for tokens on the grid alone), and of the projection; and (B, H, S) float32 what of
+    Σ dO O over the head dim is the linear branch's."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    share: Tensor
+
+
+def linear_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sums: LinearState,
+    weight: Tensor,
+    bias: Tensor | None,
+    feature_map: str,
+    q_tiling: Tiling,
+    k_tiling: Tiling,
+    before: int,
+    real: Tensor | None = None,
+    marginal: Tensor | None = None,
+    n_marginal: int = 1,
+) -> LinearGradients:
+    """Gradients of φ(q) A Wᵀ / t + bias at the grid's queries.
+
+    Args:
+        grad: (B, H, S, D) gradient of the output, 0 in rows that see no key.
+        query, key, value: (B, H, S, D).
+        sums: the means A and z without the projection: over all keys, as :func:`linear_state` makes them, or of each
+            query box over its marginal ones, as :func:`marginal_linear_state` does.
+        weight, bias: (D, D), and (D,) or None.
+        q_tiling, k_tiling: boxes of queries and of keys.
+        before, real: as in :func:`linear_state`.
+        marginal, n_marginal: as in :func:`marginal_linear_state`; None = the sums are over all keys.
+    """
+    batch, heads, length, dim = query.shape
+    n_grid = q_tiling.n_tokens
+    by_row = grad.transpose(1, 2)
+    g = (by_row @ weight.to(grad.dtype)).transpose(1, 2)
+    d_query, product, quotient = (empty_rows(query) for _ in range(3))
+    d_total, share = (torch.zeros(batch, heads, length, device=query.device) for _ in range(2))
+    state, norm = sums.state.flatten(0, -3), sums.norm.flatten(0, -2)
+    of_queries = (sums.eps, quotient, d_total, share, grad, bias)
+    _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
+    for rows in (slice(0, before), slice(before + n_grid, length)):
+        product[:, :, rows] = 0
+    d_weight = by_row.reshape(-1, dim).mT @ product.transpose(1, 2).reshape(-1, dim)
+    if marginal is None:  # means over the grid; the forward's are over its real tokens
+        d_sums = linear_state(query, quotient, before, n_grid, feature_map, None, shares=d_total)
+        more = (sums.eps * (n_grid / EPSILON)).view(batch, heads, 1)
+        state, norm = (d_sums.state * more[..., None]).to(key.dtype), d_sums.norm * more
+    else:
+        states, norms = block_states(query, quotient, q_tiling, before, feature_map, None, key.dtype, shares=d_total)
+        count = n_marginal * k_tiling.volume / q_tiling.volume
+        turned = marginal.mT[:, : k_tiling.n_tiles]
+        state, norm, _ = marginal_states(turned, states, norms, q_tiling.volume, count)
+    d_key, d_value = empty_rows(key), empty_rows(value)
+    state, norm = state.flatten(0, -3), norm.flatten(0, -2)
+    _launch_rows(key, value, state, norm, d_key, d_value, feature_map, k_tiling, before, real, None)
+    return LinearGradients(d_query, d_key, d_value, d_weight, share)
+
+
+def _launch_rows(
+    x: Tensor,
+    y: Tensor,
+    state: Tensor,
+    norm: Tensor,
+    d_x: Tensor,
+    product: Tensor,
+    feature_map: str,
+    tiling: Tiling,
+    before: int,
+    real: Tensor | None,
+    of_queries: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None] | None,
+) -> None:
+    """Of queries, or of keys; see the kernel. state: (B*H or B*H*tiles, D, D)."""
+    batch, heads, length, dim = x.shape
+    x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
+    eps, quotient, d_total, share, grad, bias = of_queries or (norm, product, norm, norm, x, None)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    half = x.element_size() == 2
+    block_d = lanes(dim)
+    block_m = min(64 if half and dim <= 128 else 32, lanes(tiling.volume))
+    parts = triton.cdiv(tiling.volume, block_m)
+    mask, mask_b, mask_s, has_real = mask_arguments(real, x)
+    linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * parts,)](
+        x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, share, grad,
+        None if bias is None else bias.contiguous(), *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
+        *grad.stride()[:3], mask_b, mask_s, heads, tiling.n_tiles, length, before, *tiling.grid, *tiling.box,
+        PARTS=parts, D=dim, FEATURE_MAP=feature_map, OF_QUERIES=of_queries is not None,
+        BY_TILE=len(state) > batch * heads, HAS_REAL=has_real, HAS_BIAS=bias is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d,
+        BLOCK_E=min(block_d, 64 if half else 32), num_warps=4, num_stages=1,
+    )  # fmt: skip

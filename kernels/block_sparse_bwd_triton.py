@@ -1,0 +1,165 @@
+"""Gradients of the attention of ``block_sparse_triton.py``, by two Triton kernels over a plan and the plan turned over.
+
+Deterministic: no program adds to what another wrote.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .block_plan import BlockPlan
+from .block_sparse_bwd_triton_kernel import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
+from .block_sparse_triton import check_inputs, cost_mode, log2_scale
+from .launch import lanes
+
+__all__ = ["Gradients", "block_sparse_attention_backward", "empty_rows"]
+
+
+class Gradients(NamedTuple):
+    """Of query, key, value, and of the extra keys and values where there are any."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    extra_key: Tensor | None
+    extra_value: Tensor | None
+
+
+class _Build(NamedTuple):
+    """Rows of the tile that a program stays with, and of those that it goes through; warps, stages."""
+
+    own: int
+    other: int
+    num_warps: int
+    num_stages: int
+
+
+def block_sparse_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float,
+    before: tuple[int, int] = (0, 0),
+    real: Tensor | None = None,
+    extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    share: Tensor | None = None,
+    added: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Gradients:
+    """Gradients of :func:`block_sparse_attention`.
+
+    Args:
+        grad: (B, H, Sq, D) gradient of the output.
+        out, lse: what the forward gave.
+        query, key, value, plan, scale, before, real, extra: as there.
+        share: (B, H, Sq) float32, Σ over the head dim of ``grad`` times what in ``out`` is not the softmax's; None = 0.
+        added: gradients of query, key and value by another way, in rows as :func:`empty_rows` makes them, to which
+            those of grid tokens are added (what stands there for other tokens is overwritten).
+    Returns: gradients in the dtypes of what they belong to; those of hidden keys are 0.
+    """
+    check_inputs(query)
+    query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
+    real = real if real is None or real.stride(-1) == 1 else real.contiguous()
+    batch, heads, length_q, dim = query.shape
+    kv_heads, length_k = key.shape[1:3]
+    q, kv, mask = plan.q, plan.kv, plan.mask
+    extra_k, extra_v, real2 = extra if extra else (None, None, None)
+    length_2 = 0 if extra_k is None else extra_k.shape[2]
+    if extra_k is not None and extra_v is not None:
+        extra_k, extra_v = extra_k.contiguous(), extra_v.contiguous()
+    d_q, d_k, d_v = added or (empty_rows(x) for x in (query, key, value))
+    d_extra = (None, None) if extra_k is None else (torch.empty_like(extra_k), torch.empty_like(extra_k))
+    delta = _delta(grad, out, share)
+    k2, v2 = (key, value) if extra_k is None else (extra_k, extra_v)
+    n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
+    intervals = mask.intervals if mask else (False,) * 3
+    weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
+    ordered = mask.ordered if mask else (False,) * 3
+    magnitude = log2_scale(scale)
+    window = plan.n_full is not None and not plan.all_full
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3])
+    common = {
+        "D": dim, "BLOCK_D": lanes(dim), "QB0": q.box[0], "QB1": q.box[1], "QB2": q.box[2], "KB0": kv.box[0],
+        "KB1": kv.box[1], "KB2": kv.box[2], "HAS_REAL": real is not None, "HAS_WINDOW": window,
+        "HAS_TEXT_QUERIES": n_text_q > 0, "HAS_REAL2": real2 is not None, "IN0": intervals[0], "IN1": intervals[1],
+        "IN2": intervals[2], "BALL0": bool(weights[0]), "BALL1": bool(weights[1]), "BALL2": bool(weights[2]),
+        "COST": cost_mode(mask), "OR0": ordered[0], "OR1": ordered[1], "OR2": ordered[2], "HAS_ADD": added is not None,
+        "NEGATE": scale < 0, "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    tables, longest = (mask.tables, mask.tables.shape[2]) if mask else (None, 0)
+    ball = (*weights, mask.limit if mask else 0.0)
+    mask_strides = 0 if real is None else real.stride(0), 0 if real2 is None else real2.stride(0)
+
+    build = _build(query)
+    block_m, block_n = min(build.own, lanes(q.volume)), min(build.other, lanes(kv.volume))
+    q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
+    n_text_tiles, n_items = triton.cdiv(n_text_q, block_m), q.n_tiles * q_parts
+    whole = kv.is_whole and k_parts * block_n == kv.volume and real is None
+    block_sparse_bwd_dq_kernel[((n_text_tiles + n_items) * batch * heads,)](
+        query, key, value, grad, lse, delta, d_q, real, plan.tiles, plan.n_full, plan.n_tiles, tables, k2, v2, real2,
+        *strides, *d_q.stride()[:3], mask_strides[0], *k2.stride()[:3], mask_strides[1],
+        plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k, length_2,
+        *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2], longest, magnitude, scale, *ball,
+        *q.grid, *kv.grid, BM=block_m, BN=block_n, Q_PARTS=q_parts, K_PARTS=k_parts, WHOLE=whole,
+        HAS_TEXT_KEYS=n_text_k > 0, HAS_EXTRA=extra is not None, num_warps=build.num_warps,
+        num_stages=build.num_stages, **common,
+    )  # fmt: skip
+
+    lists = plan.key_lists
+    block_n, block_m = min(build.own, lanes(kv.volume)), min(build.other, lanes(q.volume))
+    q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
+    n_text_tiles, n_extra_tiles = triton.cdiv(n_text_k, block_n), triton.cdiv(length_2, block_n)
+    n_items = kv.n_tiles * k_parts
+    d_k2, d_v2 = (d_k, d_v) if d_extra[0] is None else d_extra
+    assert d_k2 is not None
+    block_sparse_bwd_dkv_kernel[((n_text_tiles + n_extra_tiles + n_items) * batch * kv_heads,)](
+        query, key, value, grad, lse, delta, d_k, d_v, real, lists.tiles, lists.first, lists.n_full, lists.n_tiles,
+        tables, k2, v2, d_k2, d_v2, real2, *strides, *d_k.stride()[:3], mask_strides[0], *k2.stride()[:3],
+        *d_k2.stride()[:3], mask_strides[1], lists.tiles.stride(0) if lists.tiles.shape[0] > 1 else 0, kv_heads,
+        heads // kv_heads, length_q, length_k, length_2, *before, batch * kv_heads, n_text_tiles, n_extra_tiles,
+        kv.n_tiles, n_items, longest, magnitude, scale, *ball, *q.grid, *kv.grid, BM=block_m, BN=block_n,
+        Q_PARTS=q_parts, K_PARTS=k_parts, num_warps=4 if block_n <= 64 else 8, num_stages=build.num_stages, **common,
+    )  # fmt: skip
+    return Gradients(d_q, d_k, d_v, *d_extra)
+
+
+def empty_rows(x: Tensor) -> Tensor:
+    """For (B, H, S, D), unset, dense in the order (B, S, H, D)."""
+    batch, heads, length, dim = x.shape
+    return torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def _delta(grad: Tensor, out: Tensor, share: Tensor | None) -> Tensor:
+    batch, heads, length, dim = grad.shape
+    out = out if out.stride(-1) == 1 else out.contiguous()
+    delta = torch.empty(batch, heads, length, dtype=torch.float32, device=grad.device)
+    block_m = 64
+    delta_bwd_kernel[(batch * heads * triton.cdiv(length, block_m),)](
+        grad, out, share, delta, *grad.stride()[:3], *out.stride()[:3], heads, length, D=dim,
+        HAS_SHARE=share is not None, BLOCK_M=block_m, BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+def _build(query: Tensor) -> _Build:
+    """What fits the shared memory and registers of every GPU of its kind."""
+    dim, half = query.shape[-1], query.element_size() == 2
+    if not half:
+        return _Build(32, 32, 4, 1) if dim <= 128 else _Build(16, 16, 4, 1)
+    if dim > 128:
+        return _Build(32, 32, 4, 1)
+    return _Build(128, 64, 8, 2) if dim <= 128 and _is_roomy(query) else _Build(64, 32, 4, 2)
+
+
+def _is_roomy(query: Tensor) -> bool:
+    from .launch import HOPPER_SHARED, shared_memory
+
+    return shared_memory(query) >= HOPPER_SHARED

@@ -1,0 +1,358 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The kernels of ``block_sparse_bwd_triton.py``.
+
+With S = scale q kᵀ, P = exp(S - lse) and Δ = Σ dO O over the head dim: dV = Pᵀ dO, dS = P (dO vᵀ - Δ),
+dQ = scale dS k, dK = scale dSᵀ q. One kernel goes with the queries through the keys, one with the keys through the
+queries; neither adds to what another program wrote, so sums have one order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .block_sparse_triton_kernel import load_rows, logits
+from .tiling_triton import tile_places
+from .window_triton import in_ball, in_run, query_run, token_at
+
+__all__ = ["block_sparse_bwd_dkv_kernel", "block_sparse_bwd_dq_kernel", "delta_bwd_kernel"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+BLIND = tl.constexpr(float("inf"))  # stands for the log-sum-exp of a row that sees no key: its weights are then 0
+
+
+@triton.jit
+def delta_bwd_kernel(
+    DO, OUT, SHARE, DELTA, sgb, sgh, sgr, sob, soh, sor, n_heads, length, D: tl.constexpr, HAS_SHARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Σ dO O over the head dim, less what of it is not the softmax's (SHARE)."""
+    n_tiles = tl.cdiv(length, BLOCK_M)
+    bh = (tl.program_id(0) // n_tiles).to(tl.int64)
+    b, h = bh // n_heads, bh % n_heads
+    row = tl.program_id(0) % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    g = load_rows(DO + b * sgb + h * sgh, row, row < length, sgr, d, D, True).to(tl.float32)
+    o = load_rows(OUT + b * sob + h * soh, row, row < length, sor, d, D, True).to(tl.float32)
+    delta = tl.sum(g * o, 1)
+    if HAS_SHARE:
+        delta -= tl.load(SHARE + bh * length + row, mask=row < length, other=0.0)
+    tl.store(DELTA + bh * length + row, delta, mask=row < length)
+
+
+@triton.jit
+def _load_lse(LSE, row, valid):
+    """Log-sum-exp of rows in units of log2."""
+    lse = tl.load(LSE + row, mask=valid, other=0.0)
+    return tl.where(lse == -float("inf"), BLIND, lse * LOG2E)
+
+
+@triton.jit
+def _add_dq(
+    dq, q, do, lse, delta, k, v, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dS k of a tile of keys. seen: (queries, keys), or (1, keys)."""
+    p = tl.exp2(logits(q, k, NEGATE, PRECISION) * scale - lse[:, None])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _run_dq(
+    dq, q, do, lse, delta, K, V, REAL, row, valid, skr, svr, scale, d,
+    D: tl.constexpr, HAS_REAL: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys at the given rows, seen by every query where they are valid and real."""
+    if HAS_REAL:
+        valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
+    k = load_rows(K, row, valid, skr, d, D, True)
+    v = load_rows(V, row, valid, svr, d, D, True)
+    return _add_dq(dq, q, do, lse, delta, k, v, valid[None, :], scale, True, NEGATE, PRECISION)
+
+
+@triton.jit
+def block_sparse_bwd_dq_kernel(
+    Q, K, V, DO, LSE, DELTA, DQ, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2,
+    sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, sr2,
+    list_stride, n_q_heads, group, length_q, length_k, length_2, q_before, k_before,
+    n_batch_heads, n_text_tiles, n_q_tiles, n_items, n_list, longest, scale, grad_scale, w0, w1, w2, limit,
+    Q0, Q1, Q2, K0, K1, K2_, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    QB0: tl.constexpr, QB1: tl.constexpr, QB2: tl.constexpr, KB0: tl.constexpr, KB1: tl.constexpr, KB2: tl.constexpr,
+    Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr, WHOLE: tl.constexpr, HAS_REAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_TEXT_QUERIES: tl.constexpr, HAS_TEXT_KEYS: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    HAS_REAL2: tl.constexpr, IN0: tl.constexpr, IN1: tl.constexpr, IN2: tl.constexpr,
+    BALL0: tl.constexpr, BALL1: tl.constexpr, BALL2: tl.constexpr, COST: tl.constexpr,
+    OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_ADD: tl.constexpr, NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, in the order of the forward kernel. HAS_ADD: to that of grid queries is added
+    what stands in DQ."""
+    pid = tl.program_id(0)
+    if HAS_TEXT_QUERIES:  # they come first: they take longest
+        is_text = pid < n_text_tiles * n_batch_heads
+        local = tl.where(is_text, pid, pid - n_text_tiles * n_batch_heads)
+        per_head = tl.where(is_text, n_text_tiles, n_items)
+    else:
+        is_text: tl.constexpr = False  # type: ignore[no-redef]
+        local = pid
+        per_head = n_items
+    bh = local // per_head
+    item = local % per_head
+    b, h = bh // n_q_heads, bh % n_q_heads
+    hk = h // group
+    K += b.to(tl.int64) * skb + hk.to(tl.int64) * skh
+    V += b.to(tl.int64) * svb + hk.to(tl.int64) * svh
+    if HAS_REAL:
+        REAL += b.to(tl.int64) * srb
+    lane_k = tl.arange(0, BN)
+    d = tl.arange(0, BLOCK_D)
+    n_grid_q = Q0 * Q1 * Q2
+    n_grid_k = K0 * K1 * K2_
+    tile_q = item // Q_PARTS
+    box_lane = item % Q_PARTS * BM + tl.arange(0, BM)
+    q0, q1, q2, valid_q = tile_places(tile_q, box_lane, Q0, Q1, Q2, QB0, QB1, QB2)
+    row_q = q_before + token_at(TABLES, q0, q1, q2, valid_q, longest, Q1, Q2, OR0, OR1, OR2)
+    if HAS_TEXT_QUERIES:
+        off_grid = item * BM + tl.arange(0, BM)
+        text_row = tl.where(off_grid < q_before, off_grid, off_grid + n_grid_q)
+        row_q = tl.where(is_text, text_row, row_q)
+        valid_q = tl.where(is_text, text_row < length_q, valid_q)
+    q = load_rows(Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh, row_q, valid_q, sqr, d, D, True)
+    do = load_rows(DO + b.to(tl.int64) * sgb + h.to(tl.int64) * sgh, row_q, valid_q, sgr, d, D, True).to(q.dtype)
+    lse = _load_lse(LSE + bh.to(tl.int64) * length_q, row_q, valid_q)
+    delta = tl.load(DELTA + bh.to(tl.int64) * length_q + row_q, mask=valid_q, other=0.0)
+    dq = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
+    if is_text:
+        for i in range(tl.cdiv(length_k, BN)):
+            row = i * BN + lane_k
+            dq = _run_dq(
+                dq, q, do, lse, delta, K, V, REAL, row, row < length_k, skr, svr, scale, d, D, HAS_REAL, NEGATE,
+                PRECISION,
+            )  # fmt: skip
+    else:
+        p_list = TILES + bh.to(tl.int64) * list_stride + tile_q.to(tl.int64) * n_list
+        g_list = tl.where(list_stride > 0, bh, 0) * n_q_tiles + tile_q
+        n_tiles = tl.load(N_TILES + g_list)
+        n_full = n_tiles
+        if HAS_WINDOW:
+            n_full = tl.load(N_FULL + g_list)
+        for i in range(n_full * K_PARTS):
+            tile = tl.load(p_list + i // K_PARTS)
+            k0, k1, k2, valid = tile_places(tile, i % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
+            row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
+            if HAS_REAL:
+                valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
+            k = load_rows(K, row, valid, skr, d, D, not WHOLE)
+            v = load_rows(V, row, valid, svr, d, D, not WHOLE)
+            dq = _add_dq(dq, q, do, lse, delta, k, v, valid[None, :], scale, not WHOLE, NEGATE, PRECISION)
+        if HAS_WINDOW:
+            if IN0:
+                middle0, half0 = query_run(TABLES, 0, q0, Q0, longest)
+            if IN1:
+                middle1, half1 = query_run(TABLES, 1, q1, Q1, longest)
+            if IN2:
+                middle2, half2 = query_run(TABLES, 2, q2, Q2, longest)
+            o0, o1, o2, _ = tile_places(tile_q, 0, Q0, Q1, Q2, QB0, QB1, QB2)
+            TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32
+            y0, y1, y2 = (q0 - o0).to(TYPE), (q1 - o1).to(TYPE), (q2 - o2).to(TYPE)
+            for i in range(n_full * K_PARTS, n_tiles * K_PARTS):
+                tile = tl.load(p_list + i // K_PARTS)
+                k0, k1, k2, valid = tile_places(tile, i % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
+                row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
+                if HAS_REAL:
+                    valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
+                k = load_rows(K, row, valid, skr, d, D, True)
+                v = load_rows(V, row, valid, svr, d, D, True)
+                seen = valid[None, :]
+                if IN0:
+                    seen = seen & in_run(k0, middle0, half0, False)
+                if IN1:
+                    seen = seen & in_run(k1, middle1, half1, False)
+                if IN2:
+                    seen = seen & in_run(k2, middle2, half2, False)
+                if BALL0 or BALL1 or BALL2:
+                    x0, x1, x2 = (k0 - o0).to(TYPE), (k1 - o1).to(TYPE), (k2 - o2).to(TYPE)
+                    seen = seen & in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST)
+                dq = _add_dq(dq, q, do, lse, delta, k, v, seen, scale, True, NEGATE, PRECISION)
+        if HAS_TEXT_KEYS:
+            n_text = length_k - n_grid_k
+            for i in range(tl.cdiv(n_text, BN)):
+                row = i * BN + lane_k
+                valid = row < n_text
+                row = tl.where(row < k_before, row, row + n_grid_k)
+                dq = _run_dq(
+                    dq, q, do, lse, delta, K, V, REAL, row, valid, skr, svr, scale, d, D, HAS_REAL, NEGATE, PRECISION
+                )
+        if HAS_EXTRA:
+            K2 += b.to(tl.int64) * s2b + hk.to(tl.int64) * s2h
+            V2 += b.to(tl.int64) * s2b + hk.to(tl.int64) * s2h
+            if HAS_REAL2:
+                REAL2 += b.to(tl.int64) * sr2
+            for i in range(tl.cdiv(length_2, BN)):
+                row = i * BN + lane_k
+                dq = _run_dq(
+                    dq, q, do, lse, delta, K2, V2, REAL2, row, row < length_2, s2r, s2r, scale, d, D, HAS_REAL2, NEGATE,
+                    PRECISION,
+                )  # fmt: skip
+    dq *= grad_scale
+    p_dq = DQ + b.to(tl.int64) * sdb + h.to(tl.int64) * sdh + row_q.to(tl.int64)[:, None] * sdr + d[None, :]
+    m_dq = valid_q[:, None] & (d < D)[None, :]
+    if HAS_ADD:  # noqa: SIM102
+        if not is_text:
+            dq += tl.load(p_dq, mask=m_dq, other=0.0).to(tl.float32)
+    tl.store(p_dq, dq.to(DQ.dtype.element_ty), mask=m_dq)
+
+
+@triton.jit
+def _add_dkv(
+    dk, dv, k, v, Q, DO, LSE, DELTA, row, valid, sqr, sgr, seen, scale, d,
+    D: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dSᵀ q and Pᵀ dO of queries at the given rows. Keys are the rows of all products, so that weights go from one to
+    the next in registers. seen: (keys, queries)."""
+    q = load_rows(Q, row, valid, sqr, d, D, True)
+    do = load_rows(DO, row, valid, sgr, d, D, True).to(q.dtype)
+    lse = _load_lse(LSE, row, valid)
+    delta = tl.load(DELTA + row, mask=valid, other=0.0)
+    p = tl.exp2(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit
+def block_sparse_bwd_dkv_kernel(
+    Q, K, V, DO, LSE, DELTA, DK, DV, REAL, TILES, FIRST, N_FULL, N_TILES, TABLES, K2, V2, DK2, DV2, REAL2,
+    sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, s3b, s3h, s3r, sr2,
+    list_stride, n_kv_heads, group, length_q, length_k, length_2, q_before, k_before,
+    n_batch_heads, n_text_tiles, n_extra_tiles, n_k_tiles, n_items, longest, scale, grad_scale, w0, w1, w2, limit,
+    Q0, Q1, Q2, K0, K1, K2_, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    QB0: tl.constexpr, QB1: tl.constexpr, QB2: tl.constexpr, KB0: tl.constexpr, KB1: tl.constexpr, KB2: tl.constexpr,
+    Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_TEXT_QUERIES: tl.constexpr, HAS_REAL2: tl.constexpr, IN0: tl.constexpr, IN1: tl.constexpr, IN2: tl.constexpr,
+    BALL0: tl.constexpr, BALL1: tl.constexpr, BALL2: tl.constexpr, COST: tl.constexpr,
+    OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_ADD: tl.constexpr, NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values. Keys off the grid come first, then the extra ones: they take longest.
+    HAS_ADD: to those of grid keys is added what stands in DK and DV."""
+    pid = tl.program_id(0)
+    n_off = n_text_tiles + n_extra_tiles
+    is_off = pid < n_off * n_batch_heads
+    local = tl.where(is_off, pid, pid - n_off * n_batch_heads)
+    per_head = tl.where(is_off, n_off, n_items)
+    bh = local // per_head
+    item = local % per_head
+    is_extra = is_off & (item >= n_text_tiles)
+    b, hk = (bh // n_kv_heads).to(tl.int64), (bh % n_kv_heads).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    lane_q = tl.arange(0, BM)
+    lane_k = tl.arange(0, BN)
+    n_grid_q = Q0 * Q1 * Q2
+    n_grid_k = K0 * K1 * K2_
+    # the keys: on the grid, off it, or extra
+    tile_k = item // K_PARTS
+    k0, k1, k2, valid_k = tile_places(tile_k, item % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
+    row_k = k_before + token_at(TABLES, k0, k1, k2, valid_k, longest, K1, K2_, OR0, OR1, OR2)
+    text = item * BN + lane_k
+    text_row = tl.where(text < k_before, text, text + n_grid_k)
+    row_k = tl.where(is_off, text_row, row_k)
+    valid_k = tl.where(is_off, text_row < length_k, valid_k)
+    extra_row = (item - n_text_tiles) * BN + lane_k
+    row_k = tl.where(is_extra, extra_row, row_k)
+    valid_k = tl.where(is_extra, extra_row < length_2, valid_k)
+    K += b * skb + hk * skh
+    V += b * svb + hk * svh
+    DK += b * sdb + hk * sdh
+    DV += b * sdb + hk * sdh
+    kr, vr, dr = tl.where(is_extra, s2r, skr), tl.where(is_extra, s2r, svr), tl.where(is_extra, s3r, sdr)
+    real = valid_k
+    if HAS_REAL:
+        of_sequence = tl.where(is_extra, text < 0, valid_k)
+        hidden = tl.load(REAL + b * srb + row_k, mask=of_sequence, other=1) == 0
+        real = tl.where(hidden, text < 0, real)
+    if is_extra:
+        K = K2 + b * s2b + hk * s2h
+        V = V2 + b * s2b + hk * s2h
+        DK = DK2 + b * s3b + hk * s3h
+        DV = DV2 + b * s3b + hk * s3h
+        if HAS_REAL2:
+            real = real & (tl.load(REAL2 + b * sr2 + row_k, mask=valid_k, other=0) != 0)
+    k = load_rows(K, row_k, real, kr, d, D, True)
+    v = load_rows(V, row_k, real, vr, d, D, True)
+    dk = tl.zeros((BN, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BN, BLOCK_D), dtype=tl.float32)
+    for i_head in range(group):
+        h = hk * group + i_head
+        bhq = b * n_kv_heads * group + h
+        p_q = Q + b * sqb + h * sqh
+        p_do = DO + b * sgb + h * sgh
+        p_lse = LSE + bhq * length_q
+        p_delta = DELTA + bhq * length_q
+        # queries that see all of these keys, in the order in which they lie: those off the grid, all, or the grid's
+        begin = tl.where(is_extra, q_before, 0)
+        n_rows = tl.where(is_extra, n_grid_q, tl.where(is_off, length_q, length_q - n_grid_q))
+        if HAS_TEXT_QUERIES or is_off:
+            for i in range(tl.cdiv(n_rows, BM)):
+                row = begin + i * BM + lane_q
+                valid = i * BM + lane_q < n_rows
+                row = tl.where(is_off | (row < q_before), row, row + n_grid_q)
+                dk, dv = _add_dkv(
+                    dk, dv, k, v, p_q, p_do, p_lse, p_delta, row, valid, sqr, sgr, valid[None, :], scale, d, D, False,
+                    NEGATE, PRECISION,
+                )  # fmt: skip
+        if is_off == 0:
+            g_list = tl.where(list_stride > 0, bhq, 0) * n_k_tiles + tile_k
+            p_list = TILES + tl.where(list_stride > 0, bhq, 0) * list_stride + tl.load(FIRST + g_list)
+            n_tiles = tl.load(N_TILES + g_list)
+            n_full = n_tiles
+            if HAS_WINDOW:
+                n_full = tl.load(N_FULL + g_list)
+            for i in range(n_full * Q_PARTS):
+                tile = tl.load(p_list + i // Q_PARTS)
+                q0, q1, q2, valid = tile_places(tile, i % Q_PARTS * BM + lane_q, Q0, Q1, Q2, QB0, QB1, QB2)
+                row = q_before + token_at(TABLES, q0, q1, q2, valid, longest, Q1, Q2, OR0, OR1, OR2)
+                dk, dv = _add_dkv(
+                    dk, dv, k, v, p_q, p_do, p_lse, p_delta, row, valid, sqr, sgr, valid[None, :], scale, d, D, False,
+                    NEGATE, PRECISION,
+                )  # fmt: skip
+            if HAS_WINDOW:
+                o0, o1, o2, _ = tile_places(tile_k, 0, K0, K1, K2_, KB0, KB1, KB2)
+                TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32
+                y0, y1, y2 = (k0 - o0).to(TYPE), (k1 - o1).to(TYPE), (k2 - o2).to(TYPE)
+                for i in range(n_full * Q_PARTS, n_tiles * Q_PARTS):
+                    tile = tl.load(p_list + i // Q_PARTS)
+                    q0, q1, q2, valid = tile_places(tile, i % Q_PARTS * BM + lane_q, Q0, Q1, Q2, QB0, QB1, QB2)
+                    row = q_before + token_at(TABLES, q0, q1, q2, valid, longest, Q1, Q2, OR0, OR1, OR2)
+                    seen = valid[None, :]
+                    if IN0:
+                        middle, half = query_run(TABLES, 0, q0, Q0, longest)
+                        seen = seen & in_run(k0, middle, half, True)
+                    if IN1:
+                        middle, half = query_run(TABLES, 1, q1, Q1, longest)
+                        seen = seen & in_run(k1, middle, half, True)
+                    if IN2:
+                        middle, half = query_run(TABLES, 2, q2, Q2, longest)
+                        seen = seen & in_run(k2, middle, half, True)
+                    if BALL0 or BALL1 or BALL2:
+                        x0, x1, x2 = (q0 - o0).to(TYPE), (q1 - o1).to(TYPE), (q2 - o2).to(TYPE)
+                        seen = seen & in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST)
+                    dk, dv = _add_dkv(
+                        dk, dv, k, v, p_q, p_do, p_lse, p_delta, row, valid, sqr, sgr, seen, scale, d, D, True, NEGATE,
+                        PRECISION,
+                    )  # fmt: skip
+    # a hidden key was not seen: zeros were read for it, and what they gave is dropped
+    dk = tl.where(real[:, None], dk * grad_scale, 0.0)
+    dv = tl.where(real[:, None], dv, 0.0)
+    offset = row_k.to(tl.int64)[:, None] * dr + d[None, :]
+    m_d = valid_k[:, None] & (d < D)[None, :]
+    if HAS_ADD:  # noqa: SIM102
+        if is_off == 0:
+            dk += tl.load(DK + offset, mask=m_d, other=0.0).to(tl.float32)
+            dv += tl.load(DV + offset, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(DK + offset, dk.to(DK.dtype.element_ty), mask=m_d)
+    tl.store(DV + offset, dv.to(DV.dtype.element_ty), mask=m_d)

@@ -161,7 +161,7 @@ def _add_tokens(
     # φ(k): (BLOCK_N, BLOCK_D)
     if BOXES > 0:
         b_k = load_box(
-            K_BOXES, BOXES, i_b.to(tl.int32), i_h.to(tl.int32), n_heads, tile, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D
+            K_BOXES, BOXES, i_b.to(tl.int32), i_h.to(tl.int32), n_heads, tile, 0, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D
         )
     else:
         p_k = k_ptr + rows[:, None] * stride_ks + dims[None, :].to(tl.int64) * stride_kd
@@ -171,7 +171,20 @@ def _add_tokens(
     if FOLD:
         if BOXES > 0:
             b_v = load_box(
-                V_BOXES, BOXES, i_b.to(tl.int32), i_h.to(tl.int32), n_heads, tile, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D
+                V_BOXES,
+                BOXES,
+                i_b.to(tl.int32),
+                i_h.to(tl.int32),
+                n_heads,
+                tile,
+                0,
+                G1,
+                G2,
+                B0,
+                B1,
+                B2,
+                BLOCK_N,
+                BLOCK_D,
             )
         else:
             p_v = v_ptr + rows[:, None] * stride_vs + dims[None, :].to(tl.int64) * stride_vd

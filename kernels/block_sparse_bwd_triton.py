@@ -14,7 +14,7 @@ from torch import Tensor
 from .block_plan import BlockPlan
 from .block_sparse_bwd_triton_kernel import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
 from .block_sparse_triton import check_inputs, cost_mode, log2_scale
-from .launch import lanes
+from .launch import box_descriptors, lanes
 
 __all__ = ["Gradients", "block_sparse_attention_backward", "empty_rows"]
 
@@ -103,14 +103,17 @@ def block_sparse_attention_backward(
     q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
     n_text_tiles, n_items = triton.cdiv(n_text_q, block_m), q.n_tiles * q_parts
     whole = kv.is_whole and k_parts * block_n == kv.volume and real is None
+    fetched = real is None and not any(ordered)
+    boxes = box_descriptors(key, value, kv, before[1], block_n) if fetched else None
     block_sparse_bwd_dq_kernel[((n_text_tiles + n_items) * batch * heads,)](
         query, key, value, grad, lse, delta, d_q, real, plan.tiles, plan.n_full, plan.n_tiles, tables, k2, v2, real2,
+        *(boxes[:2] if boxes else (None, None)),
         *strides, *d_q.stride()[:3], mask_strides[0], *k2.stride()[:3], mask_strides[1],
         plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k, length_2,
         *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2], longest, magnitude, scale, *ball,
         *q.grid, *kv.grid, BM=block_m, BN=block_n, Q_PARTS=q_parts, K_PARTS=k_parts, WHOLE=whole,
-        HAS_TEXT_KEYS=n_text_k > 0, HAS_EXTRA=extra is not None, num_warps=build.num_warps,
-        num_stages=build.num_stages, **common,
+        HAS_TEXT_KEYS=n_text_k > 0, HAS_EXTRA=extra is not None, BOXES=boxes[2] if boxes else 0,
+        num_warps=build.num_warps, num_stages=build.num_stages, **common,
     )  # fmt: skip
 
     lists = plan.key_lists
@@ -118,15 +121,19 @@ def block_sparse_attention_backward(
     q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
     n_text_tiles, n_extra_tiles = triton.cdiv(n_text_k, block_n), triton.cdiv(length_2, block_n)
     n_items = kv.n_tiles * k_parts
+    fetched = not any(ordered) and grad.dtype == query.dtype
+    boxes = box_descriptors(query, grad, q, before[0], block_m) if fetched else None
     d_k2, d_v2 = (d_k, d_v) if d_extra[0] is None else d_extra
     assert d_k2 is not None
     block_sparse_bwd_dkv_kernel[((n_text_tiles + n_extra_tiles + n_items) * batch * kv_heads,)](
         query, key, value, grad, lse, delta, d_k, d_v, real, lists.tiles, lists.first, lists.n_full, lists.n_tiles,
-        tables, k2, v2, d_k2, d_v2, real2, *strides, *d_k.stride()[:3], mask_strides[0], *k2.stride()[:3],
+        tables, k2, v2, d_k2, d_v2, real2, *(boxes[:2] if boxes else (None, None)),
+        *strides, *d_k.stride()[:3], mask_strides[0], *k2.stride()[:3],
         *d_k2.stride()[:3], mask_strides[1], lists.tiles.stride(0) if lists.tiles.shape[0] > 1 else 0, kv_heads,
         heads // kv_heads, length_q, length_k, length_2, *before, batch * kv_heads, n_text_tiles, n_extra_tiles,
         kv.n_tiles, n_items, longest, magnitude, scale, *ball, *q.grid, *kv.grid, BM=block_m, BN=block_n,
-        Q_PARTS=q_parts, K_PARTS=k_parts, num_warps=4 if block_n <= 64 else 8, num_stages=build.num_stages, **common,
+        Q_PARTS=q_parts, K_PARTS=k_parts, BOXES=boxes[2] if boxes else 0,
+        num_warps=4 if block_n <= 64 else 8, num_stages=build.num_stages, **common,
     )  # fmt: skip
     return Gradients(d_q, d_k, d_v, *d_extra)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .block_sparse_triton_kernel import load_rows, logits
-from .tiling_triton import tile_places
+from .tiling_triton import load_box, tile_places
 from .window_triton import in_ball, in_run, query_run, token_at
 
 __all__ = ["block_sparse_bwd_dkv_kernel", "block_sparse_bwd_dq_kernel", "delta_bwd_kernel"]
@@ -74,7 +74,7 @@ def _run_dq(
 
 @triton.jit
 def block_sparse_bwd_dq_kernel(
-    Q, K, V, DO, LSE, DELTA, DQ, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2,
+    Q, K, V, DO, LSE, DELTA, DQ, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2, K_BOXES, V_BOXES,
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, sr2,
     list_stride, n_q_heads, group, length_q, length_k, length_2, q_before, k_before,
     n_batch_heads, n_text_tiles, n_q_tiles, n_items, n_list, longest, scale, grad_scale, w0, w1, w2, limit,
@@ -85,7 +85,7 @@ def block_sparse_bwd_dq_kernel(
     HAS_REAL2: tl.constexpr, IN0: tl.constexpr, IN1: tl.constexpr, IN2: tl.constexpr,
     BALL0: tl.constexpr, BALL1: tl.constexpr, BALL2: tl.constexpr, COST: tl.constexpr,
     OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_ADD: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, in the order of the forward kernel. HAS_ADD: to that of grid queries is added
     what stands in DQ."""
@@ -144,8 +144,14 @@ def block_sparse_bwd_dq_kernel(
             row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
             if HAS_REAL:
                 valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
-            k = load_rows(K, row, valid, skr, d, D, not WHOLE)
-            v = load_rows(V, row, valid, svr, d, D, not WHOLE)
+            if BOXES > 0:
+                part = i % K_PARTS
+                n_heads = n_q_heads // group
+                k = load_box(K_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+                v = load_box(V_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+            else:
+                k = load_rows(K, row, valid, skr, d, D, not WHOLE)
+                v = load_rows(V, row, valid, svr, d, D, not WHOLE)
             dq = _add_dq(dq, q, do, lse, delta, k, v, valid[None, :], scale, not WHOLE, NEGATE, PRECISION)
         if HAS_WINDOW:
             if IN0:
@@ -163,8 +169,14 @@ def block_sparse_bwd_dq_kernel(
                 row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
                 if HAS_REAL:
                     valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
-                k = load_rows(K, row, valid, skr, d, D, True)
-                v = load_rows(V, row, valid, svr, d, D, True)
+                if BOXES > 0:
+                    part = i % K_PARTS
+                    n_heads = n_q_heads // group
+                    k = load_box(K_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+                    v = load_box(V_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+                else:
+                    k = load_rows(K, row, valid, skr, d, D, True)
+                    v = load_rows(V, row, valid, svr, d, D, True)
                 seen = valid[None, :]
                 if IN0:
                     seen = seen & in_run(k0, middle0, half0, False)
@@ -207,13 +219,11 @@ def block_sparse_bwd_dq_kernel(
 
 @triton.jit
 def _add_dkv(
-    dk, dv, k, v, Q, DO, LSE, DELTA, row, valid, sqr, sgr, seen, scale, d,
-    D: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, q, do, LSE, DELTA, row, valid, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dSᵀ q and Pᵀ dO of queries at the given rows. Keys are the rows of all products, so that weights go from one to
     the next in registers. seen: (keys, queries)."""
-    q = load_rows(Q, row, valid, sqr, d, D, True)
-    do = load_rows(DO, row, valid, sgr, d, D, True).to(q.dtype)
     lse = _load_lse(LSE, row, valid)
     delta = tl.load(DELTA + row, mask=valid, other=0.0)
     p = tl.exp2(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
@@ -225,8 +235,24 @@ def _add_dkv(
 
 
 @triton.jit
+def _queries(
+    Q, DO, Q_BOXES, DO_BOXES, b, h, n_heads, tile, part, Q1, Q2, row, valid, sqr, sgr, d, QB0: tl.constexpr,
+    QB1: tl.constexpr, QB2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
+    BOXES: tl.constexpr,
+):  # fmt: skip
+    """Part of a box of queries, and the gradient of their output."""
+    if BOXES > 0:
+        b, h = b.to(tl.int32), h.to(tl.int32)
+        q = load_box(Q_BOXES, BOXES, b, h, n_heads, tile, part, Q1, Q2, QB0, QB1, QB2, BM, BLOCK_D)
+        return q, load_box(DO_BOXES, BOXES, b, h, n_heads, tile, part, Q1, Q2, QB0, QB1, QB2, BM, BLOCK_D)
+    q = load_rows(Q, row, valid, sqr, d, D, True)
+    return q, load_rows(DO, row, valid, sgr, d, D, True).to(q.dtype)
+
+
+@triton.jit
 def block_sparse_bwd_dkv_kernel(
     Q, K, V, DO, LSE, DELTA, DK, DV, REAL, TILES, FIRST, N_FULL, N_TILES, TABLES, K2, V2, DK2, DV2, REAL2,
+    Q_BOXES, DO_BOXES,
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, s3b, s3h, s3r, sr2,
     list_stride, n_kv_heads, group, length_q, length_k, length_2, q_before, k_before,
     n_batch_heads, n_text_tiles, n_extra_tiles, n_k_tiles, n_items, longest, scale, grad_scale, w0, w1, w2, limit,
@@ -236,7 +262,7 @@ def block_sparse_bwd_dkv_kernel(
     HAS_TEXT_QUERIES: tl.constexpr, HAS_REAL2: tl.constexpr, IN0: tl.constexpr, IN1: tl.constexpr, IN2: tl.constexpr,
     BALL0: tl.constexpr, BALL1: tl.constexpr, BALL2: tl.constexpr, COST: tl.constexpr,
     OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_ADD: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values. Keys off the grid come first, then the extra ones: they take longest.
     HAS_ADD: to those of grid keys is added what stands in DK and DV."""
@@ -301,10 +327,11 @@ def block_sparse_bwd_dkv_kernel(
                 row = begin + i * BM + lane_q
                 valid = i * BM + lane_q < n_rows
                 row = tl.where(is_off | (row < q_before), row, row + n_grid_q)
+                q = load_rows(p_q, row, valid, sqr, d, D, True)
+                do = load_rows(p_do, row, valid, sgr, d, D, True).to(q.dtype)
                 dk, dv = _add_dkv(
-                    dk, dv, k, v, p_q, p_do, p_lse, p_delta, row, valid, sqr, sgr, valid[None, :], scale, d, D, False,
-                    NEGATE, PRECISION,
-                )  # fmt: skip
+                    dk, dv, k, v, q, do, p_lse, p_delta, row, valid, valid[None, :], scale, False, NEGATE, PRECISION
+                )
         if is_off == 0:
             g_list = tl.where(list_stride > 0, bhq, 0) * n_k_tiles + tile_k
             p_list = TILES + tl.where(list_stride > 0, bhq, 0) * list_stride + tl.load(FIRST + g_list)
@@ -316,10 +343,13 @@ def block_sparse_bwd_dkv_kernel(
                 tile = tl.load(p_list + i // Q_PARTS)
                 q0, q1, q2, valid = tile_places(tile, i % Q_PARTS * BM + lane_q, Q0, Q1, Q2, QB0, QB1, QB2)
                 row = q_before + token_at(TABLES, q0, q1, q2, valid, longest, Q1, Q2, OR0, OR1, OR2)
-                dk, dv = _add_dkv(
-                    dk, dv, k, v, p_q, p_do, p_lse, p_delta, row, valid, sqr, sgr, valid[None, :], scale, d, D, False,
-                    NEGATE, PRECISION,
+                q, do = _queries(
+                    p_q, p_do, Q_BOXES, DO_BOXES, b, h, n_kv_heads * group, tile, i % Q_PARTS, Q1, Q2, row, valid, sqr,
+                    sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES,
                 )  # fmt: skip
+                dk, dv = _add_dkv(
+                    dk, dv, k, v, q, do, p_lse, p_delta, row, valid, valid[None, :], scale, False, NEGATE, PRECISION
+                )
             if HAS_WINDOW:
                 o0, o1, o2, _ = tile_places(tile_k, 0, K0, K1, K2_, KB0, KB1, KB2)
                 TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32
@@ -341,10 +371,13 @@ def block_sparse_bwd_dkv_kernel(
                     if BALL0 or BALL1 or BALL2:
                         x0, x1, x2 = (q0 - o0).to(TYPE), (q1 - o1).to(TYPE), (q2 - o2).to(TYPE)
                         seen = seen & in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST)
-                    dk, dv = _add_dkv(
-                        dk, dv, k, v, p_q, p_do, p_lse, p_delta, row, valid, sqr, sgr, seen, scale, d, D, True, NEGATE,
-                        PRECISION,
+                    q, do = _queries(
+                        p_q, p_do, Q_BOXES, DO_BOXES, b, h, n_kv_heads * group, tile, i % Q_PARTS, Q1, Q2, row, valid,
+                        sqr, sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES,
                     )  # fmt: skip
+                    dk, dv = _add_dkv(
+                        dk, dv, k, v, q, do, p_lse, p_delta, row, valid, seen, scale, True, NEGATE, PRECISION
+                    )
     # a hidden key was not seen: zeros were read for it, and what they gave is dropped
     dk = tl.where(real[:, None], dk * grad_scale, 0.0)
     dv = tl.where(real[:, None], dv, 0.0)

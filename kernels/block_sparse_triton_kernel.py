@@ -190,8 +190,12 @@ def block_sparse_fwd_kernel(
                 tile = tl.load(p_list + i // K_PARTS)
                 x0, x1, x2, valid = tile_places(tile, i % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
                 if BOXES > 0:
-                    k = load_box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
-                    v = load_box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+                    k = load_box(
+                        K_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
+                    )
+                    v = load_box(
+                        V_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
+                    )
                 else:
                     row = k_before + token_at(TABLES, x0, x1, x2, valid, longest, K1, K2_, OR0, OR1, OR2)
                     k = load_rows(K, row, valid, skr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
@@ -221,8 +225,12 @@ def block_sparse_fwd_kernel(
                 if HAS_REAL:
                     valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
                 if BOXES > 0:
-                    k = load_box(K_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
-                    v = load_box(V_BOXES, BOXES, b, hk, n_q_heads // group, tile, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
+                    k = load_box(
+                        K_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
+                    )
+                    v = load_box(
+                        V_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
+                    )
                 else:
                     k = load_rows(K, row, valid, skr, d, D, True)
                     v = load_rows(V, row, valid, svr, d, D, True)

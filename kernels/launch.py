@@ -36,34 +36,44 @@ def lanes(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int) -> Boxes | None:
+def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int, rows: int | None = None) -> Boxes | None:
     """Tensor descriptors by which the GPU itself fetches boxes of the grid's keys and values, and the number that
     ``tiling_triton.load_box`` is told; None where boxes must be fetched by pointers: a descriptor has five axes at
     most, strides in multiples of 16 bytes, and boxes of a power of two. (Nor can it leave out hidden rows, where NaN
-    may stand.)"""
-    if not _has_descriptors(key) or any(n != triton.next_power_of_2(n) for n in (tiling.volume, key.shape[-1])):
+    may stand.) ``rows``: so many of a box at a time."""
+    rows = tiling.volume if rows is None else rows
+    if not _has_descriptors(key) or any(n != triton.next_power_of_2(n) for n in (*tiling.box, key.shape[-1])):
         return None
-    if min(tiling.volume, key.shape[-1]) < 16:
+    if not 16 <= rows <= tiling.volume or key.shape[-1] < 16:
         return None
+    sides = _first_rows(tiling.box, rows)
     batch, heads, _, dim = key.shape
-    by_element = False
+    g0, g1, g2 = tiling.grid
+    in_one = batch == 1 or all(x.stride(0) == heads * x.stride(1) for x in (key, value))  # elements and heads: one axis
+    if not in_one and g0 > 1:
+        return None
     found = []
     for x in (key, value):
         sb, sh, sr, _ = x.stride()
-        g0, g1, g2 = tiling.grid
-        rows = (g1 * g2 * sr, g2 * sr, sr, 1)
-        if batch == 1 or sb == heads * sh:
-            shape, strides, box = (batch * heads, *tiling.grid, dim), (sh, *rows), (1, *tiling.box, dim)
-        elif g0 == 1:
-            by_element = True
-            shape, strides, box = (batch, heads, g1, g2, dim), (sb, sh, *rows[1:]), (1, 1, *tiling.box[1:], dim)
+        steps = (g1 * g2 * sr, g2 * sr, sr, 1)
+        if in_one:
+            shape, strides, box = (batch * heads, *tiling.grid, dim), (sh, *steps), (1, *sides, dim)
         else:
-            return None
+            shape, strides, box = (batch, heads, g1, g2, dim), (sb, sh, *steps[1:]), (1, 1, *sides[1:], dim)
         base = x[:, :, before:]
         if any(s * x.element_size() % 16 for s in strides[:-1]) or base.data_ptr() % 16:
             return None
         found.append(TensorDescriptor(base, list(shape), list(strides), list(box)))
-    return found[0], found[1], 1 + by_element
+    return found[0], found[1], 1 if in_one else 2
+
+
+def _first_rows(box: tuple[int, int, int], rows: int) -> tuple[int, ...]:
+    """The box of the first so many tokens of a box; both are powers of two."""
+    sides = list(box)
+    for i in range(3):
+        while sides[0] * sides[1] * sides[2] > rows and sides[i] > 1:
+            sides[i] //= 2
+    return tuple(sides)
 
 
 def _has_descriptors(x: Tensor) -> bool:

@@ -39,13 +39,20 @@ def tile_size(tile, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.const
 
 
 @triton.jit
-def load_box(DESC, BOXES: tl.constexpr, i_b, i_h, n_heads, tile, G1, G2, B0: tl.constexpr, B1: tl.constexpr,
+def load_box(DESC, BOXES: tl.constexpr, i_b, i_h, n_heads, tile, part, G1, G2, B0: tl.constexpr, B1: tl.constexpr,
              B2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """(BLOCK_N, BLOCK_D): a box through a descriptor of ``launch.box_descriptors``; zeros off the grid."""
+    """(BLOCK_N, BLOCK_D): a box, or a part of one, through a descriptor of ``launch.box_descriptors``; zeros off the
+    grid."""
     n1 = tl.cdiv(G1, B1)
     n2 = tl.cdiv(G2, B2)
+    x0 = tile // (n1 * n2) * B0
     x1 = tile // n2 % n1 * B1
     x2 = tile % n2 * B2
+    if BLOCK_N < B0 * B1 * B2:
+        lane = part * BLOCK_N
+        x0 += lane // (B1 * B2)
+        x1 += lane // B2 % B1
+        x2 += lane % B2
     if BOXES == 1:
-        return DESC.load([i_b * n_heads + i_h, tile // (n1 * n2) * B0, x1, x2, 0]).reshape(BLOCK_N, BLOCK_D)
+        return DESC.load([i_b * n_heads + i_h, x0, x1, x2, 0]).reshape(BLOCK_N, BLOCK_D)
     return DESC.load([i_b, i_h, x1, x2, 0]).reshape(BLOCK_N, BLOCK_D)

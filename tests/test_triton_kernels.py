@@ -86,6 +86,18 @@ def test_boxes_are_fetched_alike_by_descriptor_and_by_pointer(boxes, ragged):
     assert (out.double() - exact).norm() <= 2e-3 * exact.norm()
 
 
+def test_keys_and_values_may_lie_in_memory_differently():
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 64, 2, 32).half().transpose(1, 2) for _ in range(2))
+    v = torch.randn(2, 2, 64, 32).half()
+    lists, counts = torch.arange(4, dtype=torch.int32).expand(1, 4, 4), torch.full((1, 4), 4, dtype=torch.int32)
+    plan = BlockPlan(Tiling.of((64,), (16,)), Tiling.of((64,), (16,)), lists.contiguous(), None, counts)
+    for key, value in ((k, v), (v, k)):
+        out, _ = block_sparse_attention(q, key, value, plan, scale=0.2, config=Config(16, 16, 4, 1, boxes=True))
+        exact = (q.double() @ key.double().mT * 0.2).softmax(-1) @ value.double()
+        assert (out.double() - exact).norm() <= 2e-3 * exact.norm()
+
+
 def test_log_sum_exp_grouped_heads_and_lengths_that_differ():
     torch.manual_seed(0)
     q, (k, v) = torch.randn(2, 4, 50, 32), (torch.randn(2, 2, 90, 32) for _ in range(2))

@@ -101,7 +101,7 @@ def sla_attention_triton_backward(
 
 
 class _Chosen(NamedTuple):
-    """The plan of the critical blocks, the map of the marginal ones where it is wanted, and about how many a row has."""
+    """The plan of the critical blocks, a map of the marginal ones where it is wanted, about how many a row has."""
 
     plan: BlockPlan
     marginal: Tensor | None

@@ -48,11 +48,17 @@ def _load_lse(LSE, row, valid):
 
 
 @triton.jit
+def _weights(x):
+    """2**x, which is no more than 1: with logits of 1e9, where float32 counts in steps of 64, x may say otherwise."""
+    return tl.exp2(tl.minimum(x, 0.0))
+
+
+@triton.jit
 def _add_dq(
     dq, q, do, lse, delta, k, v, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr
 ):
     """dS k of a tile of keys. seen: (queries, keys), or (1, keys)."""
-    p = tl.exp2(logits(q, k, NEGATE, PRECISION) * scale - lse[:, None])
+    p = _weights(logits(q, k, NEGATE, PRECISION) * scale - lse[:, None])
     if MASKED:
         p = tl.where(seen, p, 0.0)
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -226,7 +232,7 @@ def _add_dkv(
     the next in registers. seen: (keys, queries)."""
     lse = _load_lse(LSE, row, valid)
     delta = tl.load(DELTA + row, mask=valid, other=0.0)
-    p = tl.exp2(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
+    p = _weights(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
     if MASKED:
         p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)

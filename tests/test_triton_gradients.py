@@ -1,10 +1,12 @@
-"""Gradients by the Triton kernels, in Triton's interpreter (tests/gpu has the GPU): against the torch path's in float64,
-which test_functional_gradients.py holds against finite differences.
+"""Gradients by the Triton kernels, in Triton's interpreter (tests/gpu has the GPU): against those of the torch path in
+float64, which test_functional_gradients.py holds against finite differences; and built for GPUs that are not here.
 """
 
 import pytest
 import torch
-from test_triton_kernels import CASES, L, call
+from test_triton_kernels import CASES, build
+
+from dit_accel import functional
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels on the GPU")
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3}
@@ -12,11 +14,9 @@ NAMES = [name for name in CASES if "zero scale" not in name]
 
 
 def gradients(name, layout, tensors, options, mask, backend, grad):
-    """Of query, key, value and the learned tensors; and how many there are."""
+    """Of query, key, value and the learned tensors."""
     learned = {"sla": ["weight", "bias"], "clear": ["pool_weight"] if "down_factor" in options else []}.get(name, [])
     leaves = [x.detach().requires_grad_() for x in tensors[: 3 + len(learned)]]
-    from dit_accel import functional
-
     function = getattr(functional, f"{name}_attention")
     more = dict(zip(learned, leaves[3:], strict=True))
     out = function(*leaves[:3], layout, key_padding_mask=mask, backend=backend, **more, **options)
@@ -44,3 +44,69 @@ def test_gradients_agree_with_the_torch_path(case, dtype, masked):
     for x, y, of in zip(found, exact, ("query", "key", "value", "first learned", "second"), strict=False):
         assert x.shape == y.shape and x.dtype == dtype
         assert (x.double() - y).norm() <= TOLERANCE[dtype] * y.norm(), of
+
+
+@pytest.mark.parametrize("case", ["gna 2-D with text", "clear pooled", "sla marginal"])
+@pytest.mark.parametrize("kind", ["all equal", "very large"])
+def test_gradients_of_extreme_inputs_are_finite(case, kind):
+    """Logits of 1e9, where float32 counts in steps of 64, and of rows that are all alike."""
+    name, layout, dim, options = CASES[case]
+    torch.manual_seed(0)
+    tensors = [torch.ones(1, 1, layout.seq_len, dim) for _ in range(3)]
+    if kind == "very large":
+        tensors = [torch.randn(1, 1, layout.seq_len, dim).sign() * 1e4 for _ in range(3)]
+    tensors += [torch.eye(dim), torch.ones(dim)] if name == "sla" else [torch.ones(4, 4) / 16]
+    grad = torch.randn(1, 1, layout.seq_len, dim)
+    assert all(x.isfinite().all() for x in gradients(name, layout, tensors, options, None, "triton", grad))
+
+
+BUILD = """
+import sys, torch, offline_gpu
+from dit_accel.kernels import block_linear_bwd_triton as l, block_linear_triton as s, block_sparse_bwd_triton as b
+from dit_accel.kernels.block_plan import BlockPlan, window_plan
+from dit_accel.kernels.tiling import Tiling
+from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+built = []
+def offline(module, name):
+    kernel = getattr(module, name)
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
+    setattr(module, name, Launch())
+for name in ("delta_bwd_kernel", "block_sparse_bwd_dq_kernel", "block_sparse_bwd_dkv_kernel"):
+    offline(b, name)
+offline(l, "linear_rows_bwd_kernel")
+for name in ("block_state_fwd_kernel", "finish_state_fwd_kernel", "marginal_norm_fwd_kernel"):
+    offline(s, name)
+b.check_inputs = lambda query: None
+q = torch.empty(1, 2, 16 * 32 + 8, 64, dtype=torch.bfloat16)
+lse, real = torch.empty(1, 2, 520), torch.ones(1, 520, dtype=torch.bool)
+extra = (torch.empty(1, 2, 70, 64, dtype=q.dtype),) * 2
+def window(*axes, limit=1.0):
+    return window_plan(axes, limit, 64, 32, q.device)
+lists, counts = torch.zeros(2, 8, 3, dtype=torch.int32), torch.full((2, 8), 3, dtype=torch.int32)
+boxes = Tiling.of((512,), (64,)), Tiling.of((512,), (32,))
+variants = {
+    "clear": (window(BallAxis(16, 4, 1.0), BallAxis(32, 4, 1.0), limit=16.0), {}),
+    "pooled": (window(BallAxis(16, 3, 1.0), BallAxis(32, 4, 0.7), limit=9.0), {"extra": (*extra, None), "real": real}),
+    "gna": (window(NeighborhoodAxis(16, 5, 2, 1, False), NeighborhoodAxis(32, 6, 1, 3, True)), {}),
+    "sla": (BlockPlan(*boxes, lists, None, counts), {"added": (q, q, q), "share": lse}),
+}
+with offline_gpu.target(sys.argv[1]):
+    for name in sys.argv[2:]:
+        plan, options = variants[name]
+        b.block_sparse_attention_backward(q, q, lse, q, q, q, plan, scale=0.1, before=(8, 8), **options)
+        if name == "sla":
+            weight, state = torch.empty(64, 64), torch.empty(2, 8, 64, 64, dtype=q.dtype)
+            sums = s.LinearState(state, torch.empty(2, 8, 64), torch.empty(2))
+            marginal = torch.empty(2, 8, 16, dtype=q.dtype)
+            l.linear_backward(q, q, q, q, sums, weight, None, "softmax", *boxes, 8, None, marginal)
+print(len(built), sorted(built[-1].asm))
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_kernels_build_for(target):
+    told = build(BUILD, target, *(("clear", "pooled", "gna", "sla") if target == "sm_90" else ("sla",)))
+    assert told.startswith("16 " if target == "sm_90" else "7 "), told
+    assert ("hsaco" if target.startswith("gfx") else "cubin") in told

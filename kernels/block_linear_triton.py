@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_linear_triton_kernel import block_state_fwd_kernel, finish_state_fwd_kernel, marginal_norm_fwd_kernel
 from .block_pool_triton import mask_arguments
+from .block_select_triton import exact_products
 from .launch import HOPPER_SHARED, Boxes, box_descriptors, register_limit, shared_memory
 from .tiling import Tiling
 
@@ -119,7 +120,7 @@ def _finish_state(
         EPSILON,
         D=dim,
         HAS_COUNTS=counts is not None,
-        PRECISION="ieee" if state.dtype == torch.float32 else "tf32x3",
+        PRECISION="ieee" if state.dtype == torch.float32 else exact_products(),
         BLOCK_M=rows,
         BLOCK_D=block_d,
         BLOCK_E=min(block_d, 32),
@@ -338,6 +339,7 @@ def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_margi
         marginal.stride(2),
         1 / n_marginal,
         D=dim,
+        PRECISION=exact_products(),
         BLOCK_M=block_m,
         BLOCK_N=64,
         BLOCK_E=block_e,

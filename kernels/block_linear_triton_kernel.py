@@ -280,6 +280,7 @@ def marginal_norm_fwd_kernel(
     stride_n,
     scale,
     D: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -297,6 +298,6 @@ def marginal_norm_fwd_kernel(
         b_map = tl.load(p_map, mask=(rows < n_q)[:, None] & (cols < n_k)[None, :], other=0.0)
         p_norms = norms_ptr + (i_g * n_k + cols[:, None]) * D + dims[None, :]
         b_norms = tl.load(p_norms, mask=(cols < n_k)[:, None] & (dims < D)[None, :], other=0.0)
-        acc = tl.dot(b_map.to(tl.float32), b_norms, acc, input_precision="tf32x3")
+        acc = tl.dot(b_map.to(tl.float32), b_norms, acc, input_precision=PRECISION)
     p_out = out_ptr + (i_g * n_q + rows[:, None]) * D + dims[None, :]
     tl.store(p_out, acc * scale, mask=(rows < n_q)[:, None] & (dims < D)[None, :])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_BLOCKS", "select_blocks"]
+__all__ = ["MAX_BLOCKS", "exact_products", "ordered", "select_blocks"]
 
 MAX_BLOCKS = 16384  # key blocks whose scores the registers of one program hold
 SCRATCH_BYTES = 256 * 2**20  # scores are made for as many heads at a time
@@ -93,8 +93,15 @@ def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=min(32, triton.next_power_of_2(dim)),
+        PRECISION=exact_products(),
         num_warps=4,
     )
+
+
+def exact_products() -> str:
+    """Products on the matrix units with the accuracy of float32, so that the choice is that of float32: three of TF32
+    on NVIDIA's, and on AMD's, for which Triton has not got them, those of float32."""
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
 @triton.jit
@@ -109,6 +116,7 @@ def _block_scores_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A (BLOCK_M, BLOCK_N) tile of q kᵀ of one head."""
     n_cols = tl.cdiv(n_k, BLOCK_N)
@@ -124,8 +132,7 @@ def _block_scores_fwd_kernel(
         b_q = tl.load(p_q, mask=(rows < n_q)[:, None] & (dims < D)[None, :], other=0.0)
         p_k = k_ptr + (i_g * n_k + cols[:, None]) * D + dims[None, :]
         b_k = tl.load(p_k, mask=(cols < n_k)[:, None] & (dims < D)[None, :], other=0.0)
-        # three products on the matrix units: the accuracy of float32, so that the choice is that of float32
-        acc = tl.dot(b_q, tl.trans(b_k), acc, input_precision="tf32x3")
+        acc = tl.dot(b_q, tl.trans(b_k), acc, input_precision=PRECISION)
     p_scores = scores_ptr + (i_g * n_q + rows[:, None]) * pitch + cols[None, :]
     tl.store(p_scores, acc, mask=(rows < n_q)[:, None] & (cols < pitch)[None, :])  # padding as well
 
@@ -201,7 +208,7 @@ def _pick_blocks_fwd_kernel(
     if PER_BATCH:
         n_critical = tl.load(n_critical + i_b)
         n_negligible = tl.load(n_negligible + i_b)
-    image = tl.where(live, tl.maximum(_ordered(b_scores), 1), 0)
+    image = tl.where(live, tl.maximum(ordered(b_scores), 1), 0)
     critical = _highest(image, n_critical)
     place = tl.cumsum(critical.to(tl.int32), 0) - 1
     n_chosen = tl.sum(critical.to(tl.int32), 0)
@@ -217,7 +224,7 @@ def _pick_blocks_fwd_kernel(
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """uint32 in the order of the floats x; -0 becomes 0, and NaN is above all."""
     x = tl.where(x == 0.0, 0.0, x)
     bits = x.to(tl.uint32, bitcast=True)

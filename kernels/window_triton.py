@@ -37,7 +37,8 @@ def in_run(k, middle, half, KEYS_FIRST: tl.constexpr):
     k = k.to(tl.float32)
     if KEYS_FIRST:
         return tl.abs(k[:, None] - middle[None, :]) <= half[None, :]
-    return tl.abs(k[None, :] - middle[:, None]) <= half[:, None]
+    else:
+        return tl.abs(k[None, :] - middle[:, None]) <= half[:, None]
 
 
 @triton.jit

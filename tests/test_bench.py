@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,17 @@ import torch
 from PIL import Image
 
 from dit_accel import cli
-from dit_accel.bench import attention, models, step
-from dit_accel.bench.cases import CASES, select, smoke
+from dit_accel.backend import _BUILT
+from dit_accel.bench import attention, models, scaling, step, train, versus
+from dit_accel.bench.cases import BACKWARD, CASES, SCALING, select, small, smoke
 from dit_accel.bench.command import bench
 from dit_accel.bench.flex import check_rows, mask_of
-from dit_accel.bench.report import fill, table
+from dit_accel.bench.report import fill
 from dit_accel.bench.request import dense_attention
-from dit_accel.bench.results import Results, read_results
+from dit_accel.bench.results import KEYS, Results, read_results
+from dit_accel.bench.tables import table
 from dit_accel.bench.timing import _short_name as short_name
-from dit_accel.bench.timing import peak_memory, summarise, time_calls
+from dit_accel.bench.timing import fit_growth, peak_memory, summarise, time_calls
 from dit_accel.command import BadInput, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +87,33 @@ def test_cases_are_those_of_the_issue():
     assert [round(ideals[r], 1) for r in (8, 16, 32)] == [54.7, 37.4, 17.1]
     assert CASES["gna-hunyuan"].fraction == pytest.approx(18 * 24 * 24 / 115200)
     assert CASES["sla-wan1.3b-480p-all"].fraction == pytest.approx(0.05, rel=0.03)
-    assert {case.mechanism for case in select([])} == {"sla", "clear", "gna"}  # LLSA only when named
+
+
+def test_cases_without_kernels_are_measured_only_when_named(monkeypatch):
+    monkeypatch.setitem(_BUILT, "llsa", ("torch",))
+    assert {case.mechanism for case in select([])} == {"sla", "clear", "gna"}
+    assert len(select([], SCALING)) == len(SCALING)  # nothing else is there
+    monkeypatch.setitem(_BUILT, "llsa", ("torch", "triton"))
+    assert {case.mechanism for case in select([])} == {"sla", "clear", "gna", "llsa"}
+    assert [case.goal for case in select(["llsa-256", "llsa-256-wide"])] == [30.0, 30.0]
+
+
+def test_backward_cases_are_those_of_the_issue():
+    goals = {name: case.goal for name, case in BACKWARD.items()}
+    assert goals == {
+        "sla-wan1.3b-480p-10-all": 5.0, "sla-wan1.3b-480p-10-marginal": 5.0, "clear-flux-4096-r16": 10.0,
+        "gna-hunyuan": 6.0, "llsa-256": 20.0, "llsa-256-wide": None,
+    }  # fmt: skip
+    assert BACKWARD["sla-wan1.3b-480p-10-all"].fraction == pytest.approx(0.10, rel=0.03)
+    assert all(case.options == small(case).options for case in BACKWARD.values())
+    assert all(small(case).layout.seq_len < 2**15 and 0 < small(case).fraction < 1 for case in BACKWARD.values())
+
+
+def test_sizes_go_from_4k_to_1m_tokens():
+    sizes = [case.layout.seq_len for case in SCALING.values()]
+    assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (2**12, 2**20) and len(sizes) == 9
+    assert all((case.heads, case.head_dim, case.options["topk"]) == (8, 64, 8) for case in SCALING.values())
+    assert len({smoke(case).layout.seq_len for case in SCALING.values()}) == 9
 
 
 def test_cases_are_chosen_by_name_or_beginning():
@@ -146,6 +176,98 @@ def test_attention_at_tiny_sizes(tmp_path, capsys):
     assert "gna-hunyuan (torch): dense" in capsys.readouterr().out
 
 
+def test_backward_at_tiny_sizes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # its own file by default
+    chosen = ["--case", "sla-wan1.3b-480p-10-all", "--case", "llsa-256"]
+    assert bench(["attention", *TRIAL, *chosen, "--backward"], "b") == 0
+    content = read_results(tmp_path / "benchmarks" / "backward.json")
+    assert content["kind"] == "backward" and [row["case"] for row in content["rows"]] == chosen[1::2]
+    for row in content["rows"]:
+        dense, ours = row["dense"], row["ours"]
+        assert row["status"] == "complete" and row["pass"] == "backward"
+        assert row["times_dense"] == pytest.approx(dense["ms"] / ours["ms"])
+        assert dense["ms"] == pytest.approx((dense["before"]["ms"] + dense["after"]["ms"]) / 2)
+        assert min(dense["both_ms"], ours["both_ms"], ours["forward_ms"]) > 0
+        assert any("backward" in name.lower() for name in ours["by_kernel"])
+        names = ["query", "key", "value", *(["weight", "bias"] if row["mechanism"] == "sla" else [])]
+        assert list(row["checked_gradients"]["errors"]) == names
+        assert max(row["checked_gradients"]["errors"].values()) < 1e-5
+    assert "sla-wan1.3b-480p-10-all (torch), backward: dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor, message", [(1.1, "the gradient of query is off by 0.1"), (torch.nan, "off by nan")])
+def test_no_speed_of_wrong_gradients(factor, message, tmp_path, monkeypatch):
+    case, call = smoke(BACKWARD["clear-flux-4096-r16"]), versus._call
+
+    def wrong(case, leaves, backend):
+        return call(case, leaves, "torch") * (1 if backend == "torch" else factor)
+
+    monkeypatch.setattr(versus, "_call", wrong)
+    request = make_trial(tmp_path, ())
+    assert versus.check_gradients(case, "torch", request)["errors"]["query"] == 0
+    with pytest.raises(ArithmeticError, match=message):
+        versus.check_gradients(case, "another", request)
+    monkeypatch.setattr(versus, "check_gradients", lambda *_: {})
+    if factor != factor:
+        with pytest.raises(ArithmeticError, match="the gradient of query holds NaN"):
+            versus.PASSES["backward"](case, "another", request, Silent(), False)
+
+
+def test_gradients_in_low_precision_are_near_enough(tmp_path):
+    """bfloat16 against float32 in plain torch, at the sizes of the check: far inside what it allows."""
+    request = replace(make_trial(tmp_path, ()), dtype=torch.bfloat16)
+    for name in ("sla-wan1.3b-480p-10-marginal", "llsa-256"):
+        checked = versus.check_gradients(BACKWARD[name], "torch", request)
+        assert 0 < max(checked["errors"].values()) < checked["allowed"] / 4
+
+
+def test_scaling_at_tiny_sizes(tmp_path):
+    out = tmp_path / "scaling.json"
+    chosen = ["--case", "llsa-64x64", "--case", "llsa-96x96"]
+    assert bench(["scaling", *TRIAL, *chosen, "--out", str(out)], "b") == 0
+    assert read_results(out)["growth"] == []
+    assert bench(["scaling", *TRIAL, "--case", "llsa-128x128", "--keep", str(out), "--out", str(out)], "b") == 0
+    content = read_results(out)
+    assert [(row["tokens"], row["pass"]) for row in content["rows"]] == [
+        (tokens, which) for tokens in (16, 36, 64) for which in ("forward", "backward")
+    ]
+    assert all(row["status"] == "complete" and row["dense"]["ms"] > 0 for row in content["rows"])
+    assert [(fit["pass"], fit["from"], fit["to"], fit["sizes"]) for fit in content["growth"]] == [
+        ("forward", 16, 64, 3), ("backward", 16, 64, 3),
+    ]  # fmt: skip
+    assert table(content).count("its time grows as") == 2
+
+
+def scaling_row(tokens, which="forward", ms=1.0, dense=1.0):
+    row = attention_row(case=f"llsa-{tokens}", work="LLSA", tokens=tokens, goal=None, ours={"ms": ms, "peak_bytes": 0})
+    return {**row, "pass": which, "dense": None if dense is None else {"ms": dense}}
+
+
+def test_dense_is_left_out_where_it_would_take_more_than_a_second():
+    quick = scaling._dense_is_quick
+    next_one = scaling_row(2000)
+    assert quick([], next_one) and quick([scaling_row(4000, dense=9e9)], next_one)
+    assert quick([scaling_row(1000, dense=250.0)], next_one) and not quick([scaling_row(1000, dense=251.0)], next_one)
+    assert not quick([scaling_row(1000, dense=None)], next_one)
+    assert quick([scaling_row(1000, "backward", dense=9e9)], next_one)
+
+
+def test_exponents():
+    fit = fit_growth([(x, 3 * x**1.25) for x in (2, 8, 4)])
+    assert fit == {"exponent": pytest.approx(1.25), "from": 2, "to": 8, "sizes": 3}
+    assert fit_growth([(1, 1), (2, 2), (2, 3)]) is None and fit_growth([]) is None
+    rows = [scaling_row(2**i, ms=max(2.0**14, 2.0**i) ** 1.2) for i in range(12, 18)]  # flat until 16k
+    failed = {name: x for name, x in scaling_row(2**18).items() if name != "ours"}
+    growth = scaling.summarise_growth([*rows, failed])["growth"]
+    assert [(fit["from"], fit["reached"]) for fit in growth] == [(2**12, True), (2**14, False)]
+    assert growth[1]["exponent"] == pytest.approx(1.2) and growth[0]["exponent"] < 1
+    rows = [train_row(tokens=n, peak_bytes=7 * n, variant=v) for v in ("dense", "sla") for n in (10, 20, 40)]
+    memory = train.summarise_memory([*rows, train_row(tokens=5, peak_bytes=None)])["memory"]
+    assert [(fit["variant"], fit["exponent"]) for fit in memory] == [
+        ("dense", pytest.approx(1)), ("sla", pytest.approx(1)),
+    ]  # fmt: skip
+
+
 def test_steps_at_tiny_sizes(tmp_path):
     out = tmp_path / "step.json"
     chosen = ["--model", "wan1.3b-480p", "--model", "flux-4096"]
@@ -165,20 +287,72 @@ def test_steps_at_tiny_sizes(tmp_path):
             assert row["drift"] == pytest.approx(row["again_ms"] / row["ms"])
 
 
-def test_a_step_leaves_the_model_as_it_was(monkeypatch, tmp_path):
-    """dense after ours is dense: the same output, nothing installed, nothing compiled."""
+def test_training_steps_at_tiny_sizes(tmp_path):
+    """Without and with checkpointing: rows of both stand beside each other."""
+    out = tmp_path / "train.json"
+    chosen = ["--model", "wan1.3b-480p", "--out", str(out)]
+    assert bench(["train", *TRIAL, *chosen], "b") == 0
+    eager = ["--variant", "dense-eager", "--variant", "sla-eager"]
+    assert bench(["train", *TRIAL, *chosen, *eager, "--checkpointing", "--keep", str(out)], "b") == 0
+    content = read_results(out)
+    rows = content["rows"]
+    assert [(row["variant"], row["checkpointing"]) for row in rows] == [
+        ("dense-eager", False), ("dense", False), ("sla", False), ("sla-eager", False),
+        ("dense-eager", True), ("sla-eager", True),
+    ]  # fmt: skip
+    assert all(row["status"] == "complete" and row["tokens"] == 60 for row in rows)
+    assert [row["compile"] for row in rows[:4]] == [None, "aot_eager", "aot_eager", None]
+    assert rows[2]["baseline"] == "dense" and rows[2]["times_dense"] == pytest.approx(rows[1]["ms"] / rows[2]["ms"])
+    assert rows[3]["baseline"] == rows[5]["baseline"] == "dense-eager"
+    assert "critical=0.1" in rows[2]["options"] and "block_q=128" in rows[2]["options"]
+    assert "| sla, eager, checkpointing |" in table(content)
+
+
+def test_lengths_of_training_steps():
+    tokens = [math.prod(model.grid) for model in models.TRAINING.values()]
+    assert tokens[2] == 32760 and tokens[0] / tokens[2] == pytest.approx(0.24, abs=0.01)
+    assert tokens[1] / tokens[2] == pytest.approx(0.52, abs=0.01)
+    blocks = models.TRAINING["wan1.3b-480p"].build(torch.device("meta"), torch.bfloat16, 0).blocks
+    assert len(blocks) == 4 and sum(p.numel() for p in blocks[0].parameters()) / 1e6 == pytest.approx(46, abs=1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_reaches_every_weight(checkpointing, tmp_path, monkeypatch):
+    made, kind = [], torch.optim.AdamW
+
+    def optimizer(*arguments, **options):
+        made.append(kind(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    tiny = models.smoke(models.TRAINING["wan1.3b-480p"])
+    model, inputs = tiny.build(CPU, torch.float32, 0), tiny.inputs(CPU, torch.float32, 0)
+    model.set_attn_processor(tiny.ours["sla"][0])
+    step._randomise(model, 0)
+    request = replace(make_trial(tmp_path, ()), checkpointing=checkpointing)
+    with train._training(model, inputs, request) as call:
+        assert model.is_gradient_checkpointing == checkpointing and call() == call() > 0
+    moments = {name: made[0].state[p]["exp_avg"] for name, p in model.named_parameters()}
+    assert all(x.abs().max() > 0 for x in moments.values() if x.numel() > 1)
+    assert any("dit_accel.weight" in name for name in moments)
+
+
+@pytest.mark.parametrize("kind", [step.KIND, train.KIND], ids=["step", "train"])
+def test_a_step_leaves_the_model_as_it_was(kind, tmp_path):
+    """dense after ours is dense: the same output, nothing installed, nothing compiled, nothing learned."""
     small = models.smoke(models.MODELS["wan1.3b-480p"])
     model = small.build(CPU, torch.float32, 0)
     inputs = small.inputs(CPU, torch.float32, 0)
     with torch.no_grad():
         before = model(**inputs, return_dict=False)[0]
     keys = list(model.state_dict())
-    request = make_trial(tmp_path, ("wan1.3b-480p",))
-    figures = step._measure(small, model, "sla", request, Silent())
+    request = replace(make_trial(tmp_path, ("wan1.3b-480p",)), checkpointing=True)
+    figures = step._measure(small, model, "sla", kind, request, Silent())
     assert 0 < figures["fraction"] <= 1 and figures["compile"] == "aot_eager"
     with torch.no_grad():
         assert torch.equal(model(**inputs, return_dict=False)[0], before)
-    assert list(model.state_dict()) == keys
+    assert list(model.state_dict()) == keys and not model.training and not model.is_gradient_checkpointing
+    assert all(not p.requires_grad and p.grad is None for p in model.parameters())
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
@@ -247,9 +421,18 @@ def test_a_backend_that_is_not_here_is_told_by_the_row(tmp_path, monkeypatch):
     assert second["status"] == "complete" and second["backend"] == "torch"
 
 
-@pytest.mark.parametrize("what", ["attention", "step"])
+INTERRUPTED = {
+    "attention": (attention, ["attention", "--case", "sla-wan1.3b-480p"]),
+    "backward": (attention, ["attention", "--backward", "--case", "sla-wan1.3b-480p"]),
+    "scaling": (attention, ["scaling", "--case", "llsa-64x64"]),
+    "step": (step, ["step", "--model", "wan1.3b-480p"]),
+    "train": (step, ["train", "--model", "wan1.3b-480p-half"]),
+}
+
+
+@pytest.mark.parametrize("what", INTERRUPTED)
 def test_an_interrupted_run_keeps_what_it_finished(what, tmp_path, monkeypatch, capsys):
-    module = {"attention": attention, "step": step}[what]
+    module, words = INTERRUPTED[what]
     measure, seen = module._measure, []
 
     def stopping(*arguments):
@@ -261,10 +444,9 @@ def test_an_interrupted_run_keeps_what_it_finished(what, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(module, "_measure", stopping)
     out = tmp_path / f"{what}.json"
-    names = {"attention": ["--case", "sla-wan1.3b-480p"], "step": ["--model", "wan1.3b-480p"]}[what]
-    assert bench([what, *TRIAL, *names, "--out", str(out)], "b") == 143
+    assert bench([*words, *TRIAL, "--out", str(out)], "b") == 143
     content = read_results(out)
-    assert content["status"] == "interrupted" and len(content["rows"]) == 1
+    assert content["kind"] == what and content["status"] == "interrupted" and len(content["rows"]) == 1
     assert "not finished: interrupted" in table(content)
     assert f"stopped by SIGTERM; what was finished is in {out}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [out]
@@ -299,6 +481,12 @@ def test_rows_of_an_earlier_run_are_kept_when_asked(tmp_path):
         (["step", *TRIAL, "--variant", "gna"], "has no variant 'gna'; there are: dense-eager, dense, sla"),
         (["attention", *TRIAL, "--repeats", "0"], "takes a whole number from 1, got '0'"),
         (["attention", *TRIAL, "--out", "/proc/none/a.json"], "cannot write into /proc/none"),
+        (["attention", *TRIAL, "--backward", "--flex"], "leave out --flex or --backward"),
+        (["attention", *TRIAL, "--backward", "--case", "gna-flux-256"], "There are: sla-wan1.3b-480p-10-all"),
+        (["scaling", *TRIAL, "--case", "llsa-256"], "unknown case 'llsa-256'; did you mean 'llsa-256x256'"),
+        (["train", "--device", "cpu"], "bench needs a CUDA GPU; found cpu"),
+        (["train", *TRIAL, "--model", "flux-1024"], "There are: wan1.3b-480p-quarter, wan1.3b-480p-half"),
+        (["train", *TRIAL, "--variant", "gna"], "has no variant 'gna'; there are: dense-eager, dense, sla, sla-eager"),
         (["nothing"], "invalid choice: 'nothing'"),
         ([], "required: attention"),
         (["report", "--folder", "/nowhere"], "no results in /nowhere"),
@@ -367,6 +555,49 @@ STEP = hand_made("step", [
 ])  # fmt: skip
 
 
+def train_row(**changes):
+    row = {
+        "model": "wan1.3b-480p", "variant": "sla-eager", "checkpointing": False, "work": "4 blocks", "tokens": 32760,
+        "ms": 100.0, "peak_bytes": 2**30, "goal": None, "status": "complete", "times_dense": 2.5, "fraction": 0.1,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def backward_row(**changes):
+    sides = {
+        "dense": {"ms": 31.6, "both_ms": 43.0, "peak_bytes": 2**30},
+        "ours": {"ms": 5.0, "both_ms": 7.0, "peak_bytes": 2**29},
+    }
+    return attention_row(
+        **{**sides, "pass": "backward", "work": "SLA 10 %", "times_dense": 6.32, "goal": 5.0}, **changes
+    )
+
+
+BACKWARD_RESULTS = hand_made("backward", [backward_row(), backward_row(status="failed", error="ValueError: no")])
+_PASSES = ("forward", "backward")
+_SIZES = [scaling_row(2**i, x, 2.0**i, 4.0**i if i < 14 else None) for i in (12, 13, 14) for x in _PASSES]
+SCALING_RESULTS = hand_made("scaling", _SIZES, **scaling.summarise_growth(_SIZES))
+_LENGTHS = [train_row(variant="dense", times_dense=None), *(train_row(tokens=n, peak_bytes=n) for n in (1, 2, 4))]
+TRAIN = hand_made("train", _LENGTHS, **train.summarise_memory(_LENGTHS))
+EVERYTHING = (ATTENTION, BACKWARD_RESULTS, SCALING_RESULTS, STEP, TRAIN)
+
+
+def test_tables_of_training_and_scaling():
+    backward = table(BACKWARD_RESULTS).splitlines()
+    assert backward[2].startswith(
+        "| SLA 10 % (24, 115,200, 128) | 31.6 ms | 5 ms | 6.32× | ≥ 5× ✓ | 43 ms | 7 ms | 6.14× |"
+    )
+    assert backward[2].endswith("| 1.00 GiB | 0.50 GiB |") and "failed: ValueError: no" in backward[3]
+    sizes = table(SCALING_RESULTS)
+    assert "| LLSA (24, 16,384, 128) | backward | – | 16.4 s |" in sizes
+    assert "Forward pass, triton, 4,096 to 16,384 tokens: its time grows as tokens^1.00, to reach ≤ 1.15 ✓." in sizes
+    steps = table(TRAIN)
+    assert "| 4 blocks (32,760) | dense, compiled | 100 ms | – | 10.0% | 1.00 GiB |\n" in steps
+    assert "sla, eager, 1 to 4 tokens: its peak memory grows as tokens^1.00." in steps
+    for lines in (backward[:4], sizes.split("\n\n")[0].splitlines(), steps.split("\n\n")[0].splitlines()):
+        assert len({line.count("|") for line in lines}) == 1
+
+
 def test_tables():
     shown = table(ATTENTION).splitlines()
     assert shown[2] == "| GNA, Hunyuan (24, 115,200, 128) | 275 ms | 25 ms | – | 11.00× | 9.0% | 99% | ≥ 9.7× ✓ |"
@@ -381,7 +612,7 @@ def test_tables():
 
 
 def test_report_fills_the_readme_and_draws(tmp_path, capsys):
-    for content in (ATTENTION, STEP):
+    for content in EVERYTHING:
         (tmp_path / f"{content['kind']}.json").write_text(json.dumps(content))
     readme = tmp_path / "README.md"
     readme.write_text("Before\n<!-- bench:attention -->\nold\n<!-- /bench:attention -->\nafter\n")
@@ -391,7 +622,7 @@ def test_report_fills_the_readme_and_draws(tmp_path, capsys):
         assert readme.read_text() == filled
     told = capsys.readouterr().out
     assert "has no <!-- bench:step -->" in told and table(STEP) in told
-    for kind in ("attention", "step"):
+    for kind in KEYS:
         with Image.open(tmp_path / f"{kind}.png") as picture:
             assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
     readme.write_text(readme.read_text() * 2)
@@ -410,7 +641,7 @@ def test_report_says_what_it_lacks_without_matplotlib(tmp_path, monkeypatch):
         bench(["report", "--folder", str(tmp_path), "--readme", str(tmp_path / "README.md")], "b")
 
 
-@pytest.mark.parametrize("kind", ["attention", "step"])
+@pytest.mark.parametrize("kind", KEYS)
 def test_the_readme_has_the_tables_of_the_results(kind):
     results = ROOT / "benchmarks" / f"{kind}.json"
     if not results.is_file():

@@ -1,1 +1,1 @@
-"""``dit-accel bench``: attention calls and whole denoiser steps, timed against dense attention in the same run."""
+"""``dit-accel bench``: attention calls, denoiser and training steps, timed against dense attention in the same run."""

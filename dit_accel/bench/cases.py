@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..backend import _BUILT
 from ..layout import TokenLayout
 from ..processor import PROCESSORS
 
-__all__ = ["CASES", "Case", "select", "smoke"]
+__all__ = ["BACKWARD", "CASES", "SCALING", "Case", "select", "small", "smoke"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. ``goal``: times dense that it is to be faster; ``default``: measured when none is named."""
+    """One attention call. ``goal``: times dense that it is to be faster."""
 
     name: str
     work: str
@@ -30,7 +31,11 @@ class Case:
     options: Mapping[str, Any]
     goal: float | None
     learned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the learned tensors
-    default: bool = True
+
+    @property
+    def default(self) -> bool:
+        """Whether it is measured when none is named: in plain torch the real sizes take too long."""
+        return "triton" in _BUILT[self.mechanism]
 
     @property
     def fraction(self) -> float:
@@ -75,28 +80,33 @@ _HUNYUAN = TokenLayout((30, 48, 80))
 _FLUX_4096 = TokenLayout((256, 256), before=512)
 
 
-def _sla(name: str, work: str, heads: int, layout: TokenLayout, goals: tuple[float, float]) -> list[Case]:
-    """Critical 5 % in blocks of 128×64; over all keys as the authors' later release has it, smooth keys included."""
+def _sla(
+    name: str, work: str, heads: int, layout: TokenLayout, goals: tuple[float, float], critical: float = 0.05
+) -> list[Case]:
+    """In blocks of 128×64; over all keys as the authors' later release has it, smooth keys included."""
     learned = {"weight": (128, 128), "bias": (128,)}
-    common: dict[str, Any] = {"critical": 0.05, "negligible": 0.10, "block_q": 128, "block_kv": 64}
+    common: dict[str, Any] = {"critical": critical, "negligible": 0.10, "block_q": 128, "block_kv": 64}
     forms: tuple[tuple[str, dict[str, Any]], ...] = (
         ("all", {"linear_over": "all", "smooth_key": True}),
         ("marginal", {"linear_over": "marginal"}),
     )
+    title = f"SLA {100 * critical:g} %"
     return [
-        Case(f"{name}-{form}", f"SLA 5 %, {form}, {work}", "sla", heads, 128, layout, common | options, goal, learned)
+        Case(f"{name}-{form}", f"{title}, {form}, {work}", "sla", heads, 128, layout, common | options, goal, learned)
         for (form, options), goal in zip(forms, goals, strict=True)
     ]
 
 
 def _llsa(name: str, heads: int, head_dim: int) -> Case:
     options = {"block_size": 16, "topk": 8, "levels": 2}
-    return Case(
-        name, "LLSA, 256×256 pixels", "llsa", heads, head_dim, TokenLayout((256, 256)), options, 30.0, default=False
-    )
+    return Case(name, "LLSA, 256×256 pixels", "llsa", heads, head_dim, TokenLayout((256, 256)), options, 30.0)
 
 
-_ALL = [
+def _named(cases: Sequence[Case]) -> dict[str, Case]:
+    return {case.name: case for case in cases}
+
+
+CASES = _named([
     *_sla("sla-wan1.3b-480p", "Wan2.1-1.3B 480p", 12, _WAN_480P, (12.0, 9.0)),
     *_sla("sla-wan14b-720p", "Wan-14B 720p", 40, _WAN_720P, (15.0, 12.0)),
     *_sla("sla-hunyuan-720p", "Hunyuan 720p", 24, _HUNYUAN, (15.5, 12.5)),
@@ -117,26 +127,40 @@ _ALL = [
     ),
     _llsa("llsa-256", 12, 64),
     _llsa("llsa-256-wide", 24, 128),
-]  # fmt: skip
-CASES: dict[str, Case] = {case.name: case for case in _ALL}
+])  # fmt: skip
+BACKWARD = _named([
+    *_sla("sla-wan1.3b-480p-10", "Wan2.1-1.3B 480p", 12, _WAN_480P, (5.0, 5.0), critical=0.10),
+    replace(CASES["clear-flux-4096-r16"], goal=10.0),
+    replace(CASES["gna-hunyuan"], goal=6.0),
+    replace(CASES["llsa-256"], goal=20.0),
+    replace(CASES["llsa-256-wide"], goal=None),
+])  # fmt: skip
+SCALING = _named([  # as many levels as each size asks for
+    Case(
+        f"llsa-{side}x{side}", f"LLSA, {side}×{side}", "llsa", 8, 64, TokenLayout((side, side)),
+        {"block_size": 16, "topk": 8}, None,
+    )
+    for side in (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+])  # fmt: skip
 
 
-def select(names: Sequence[str]) -> list[Case]:
-    """Cases by name, or by how their names begin (``sla-wan1.3b-480p``); none named: the default ones.
+def select(names: Sequence[str], cases: Mapping[str, Case] = CASES) -> list[Case]:
+    """Cases by name, or by how their names begin (``sla-wan1.3b-480p``); none named: the default ones, or all where
+    none is a default one.
 
     Raises: ValueError: a name that nothing has, with the nearest and all.
     """
     if not names:
-        return [case for case in CASES.values() if case.default]
+        return [case for case in cases.values() if case.default] or list(cases.values())
     chosen: dict[str, Case] = {}
     for name in names:
-        found = {key: case for key, case in CASES.items() if key == name or key.startswith(f"{name}-")}
-        if name in CASES:
-            found = {name: CASES[name]}
+        found = {key: case for key, case in cases.items() if key == name or key.startswith(f"{name}-")}
+        if name in cases:
+            found = {name: cases[name]}
         if not found:
-            close = get_close_matches(name, CASES, n=1, cutoff=0.3)
+            close = get_close_matches(name, cases, n=1, cutoff=0.3)
             hint = f"; did you mean {close[0]!r}?" if close else ";"
-            raise ValueError(f"unknown case {name!r}{hint} There are: {', '.join(CASES)}")
+            raise ValueError(f"unknown case {name!r}{hint} There are: {', '.join(cases)}")
         chosen |= found
     return list(chosen.values())
 
@@ -152,6 +176,8 @@ _SMOKE: dict[str, dict[str, Any]] = {
 def smoke(case: Case) -> Case:
     """The same case so small that it runs anywhere: its figures mean nothing."""
     grid = {1: (64,), 2: (12, 16), 3: (4, 6, 8)}[len(case.layout.grid)]
+    if case.name in SCALING:
+        grid = tuple(n // 16 for n in case.layout.grid)  # sizes that differ
     layout = TokenLayout(grid, before=min(case.layout.before, 5))
     options = dict(case.options) | _SMOKE[case.mechanism]
     if case.mechanism == "clear":
@@ -160,3 +186,13 @@ def smoke(case: Case) -> Case:
         options = {"window": tuple(n // 2 for n in grid), "stride": tuple(n // 4 for n in grid)}
     learned = {name: (16,) * len(shape) for name, shape in case.learned.items()}
     return replace(case, heads=2, head_dim=16, layout=layout, options=options, learned=learned, goal=None)
+
+
+_SMALL = {"sla": (6, 16, 16), "clear": (64, 64), "gna": (20, 32, 32), "llsa": (64, 64)}
+
+
+def small(case: Case) -> Case:
+    """The same options on so few tokens that plain torch computes it in float32: to compare results, not to time."""
+    most = _SMALL[case.mechanism]
+    grid = tuple(min(n, limit) for n, limit in zip(case.layout.grid, most, strict=True))
+    return replace(case, heads=2, layout=TokenLayout(grid, before=min(case.layout.before, 64)))

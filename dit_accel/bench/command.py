@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,31 +31,59 @@ def _positive(text: str) -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description="Time attention calls and whole denoiser steps against dense attention.")
-    commands = parser.add_subparsers(dest="what", required=True, parser_class=_Parser, metavar="attention|step|report")
+    parser = _Parser(
+        prog=prog, description="Time attention calls, denoiser steps and training steps against dense attention."
+    )
+    commands = parser.add_subparsers(
+        dest="what", required=True, parser_class=_Parser, metavar="attention|step|train|scaling|report"
+    )
     attention = commands.add_parser(
         "attention",
         help="single attention calls",
-        description="Time single attention calls against dense. LLSA's cases (llsa-256, llsa-256-wide) are measured "
-        "only when named: until LLSA has kernels they run on the torch backend.",
+        description="Time single attention calls against dense: the forward pass, or the backward pass. Cases of "
+        "mechanisms that have no Triton kernels are measured only when named: they run on the torch backend.",
     )
     attention.add_argument("--case", metavar="NAME", action="append", default=[],
-                           help="a case, or how cases' names begin; repeatable; default all but LLSA's")  # fmt: skip
-    attention.add_argument("--backend", metavar="NAME", action="append", default=[],
-                           help="torch, triton or flex; repeatable; default what is taken on this machine")  # fmt: skip
+                           help="a case, or how cases' names begin; repeatable; default all with kernels")  # fmt: skip
+    attention.add_argument("--backward", action="store_true",
+                           help="the backward pass instead, of other cases")  # fmt: skip
     attention.add_argument("--flex", action="store_true",
                            help="time FlexAttention too where the mask is static (takes seconds)")  # fmt: skip
-    attention.add_argument("--order", choices=("tokens-first", "heads-first"), default="tokens-first",
-                           help="how inputs lie in memory; models have tokens-first")  # fmt: skip
-    _common(attention, 20, _FOLDER / "attention.json")
+    _calls(attention)
+    _common(attention, 20, "benchmarks/attention.json, or benchmarks/backward.json")
     step = commands.add_parser(
         "step", help="whole denoiser steps", description="Time whole denoiser steps with random weights."
     )
     step.add_argument("--model", metavar="NAME", action="append", default=[],
                       help="wan1.3b-480p, flux-2048 and so on; repeatable; default all")  # fmt: skip
     step.add_argument("--variant", metavar="NAME", action="append", default=[],
-                      help="dense, dense-eager, sla, clear-r8 …; repeatable; default all but dense-eager")  # fmt: skip
-    _common(step, 5, _FOLDER / "step.json")
+                      help="dense, dense-eager, sla, clear-r8 …; repeatable; default the compiled ones")  # fmt: skip
+    _common(step, 5, "benchmarks/step.json")
+    train = commands.add_parser(
+        "train",
+        help="training steps",
+        description="Time training steps (forward, backward, AdamW) of four Wan blocks with random weights, and "
+        "measure the memory they take with a quarter, half and all of a clip.",
+    )
+    train.add_argument("--model", metavar="NAME", action="append", default=[],
+                       help="wan1.3b-480p, or that with -half or -quarter; repeatable; default all")  # fmt: skip
+    train.add_argument("--variant", metavar="NAME", action="append", default=[],
+                       help="dense, dense-eager, sla, sla-eager; repeatable; default all, eager ones for the shorter "
+                       "clips")  # fmt: skip
+    train.add_argument("--checkpointing", action="store_true",
+                       help="compute blocks anew in the backward pass; its rows stand beside those without in --keep's "
+                       "results")  # fmt: skip
+    _common(train, 5, "benchmarks/train.json")
+    scaling = commands.add_parser(
+        "scaling",
+        help="time against the number of tokens",
+        description="Time LLSA's forward and backward pass from 4,096 to 1,048,576 tokens, beside dense attention as "
+        "long as that takes no more than a second, and fit how they grow.",
+    )
+    scaling.add_argument("--case", metavar="NAME", action="append", default=[],
+                         help="llsa-64x64 to llsa-1024x1024; repeatable; default all")  # fmt: skip
+    _calls(scaling)
+    _common(scaling, 10, "benchmarks/scaling.json")
     report = commands.add_parser(
         "report", help="plots, and README.md's tables", description="Draw what was measured; fill README.md's tables."
     )
@@ -63,8 +92,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, repeats: int, out: Path) -> None:
-    parser.add_argument("--out", metavar="FILE", type=Path, default=out, help=f"default {out}")
+def _calls(parser: argparse.ArgumentParser) -> None:
+    """What commands that time single calls have in common."""
+    parser.add_argument("--backend", metavar="NAME", action="append", default=[],
+                        help="torch, triton or flex; repeatable; default what is taken on this machine")  # fmt: skip
+    parser.add_argument("--order", choices=("tokens-first", "heads-first"), default="tokens-first",
+                        help="how inputs lie in memory; models have tokens-first")  # fmt: skip
+
+
+def _common(parser: argparse.ArgumentParser, repeats: int, out: str) -> None:
+    parser.add_argument("--out", metavar="FILE", type=Path, help=f"default {out}")
     parser.add_argument("--keep", metavar="FILE", type=Path,
                         help="take the other rows of these results over (same GPU and versions)")  # fmt: skip
     parser.add_argument("--repeats", metavar="N", type=_positive, default=repeats, help=f"samples; default {repeats}")
@@ -85,13 +122,8 @@ def bench(arguments: Sequence[str], prog: str) -> int:
 
         return report(given.folder, given.readme)
     request = _request(given, (prog, *arguments))
-    run: Any
-    if given.what == "attention":
-        from .attention import run
-    else:
-        from .step import run
     try:
-        return run(request)
+        return import_module(f".{given.what}", __package__).run(request)
     except Stopped as stop:
         print(f"dit-accel: stopped by {stop}; what was finished is in {request.out}", file=sys.stderr)
         return stop.status
@@ -99,12 +131,20 @@ def bench(arguments: Sequence[str], prog: str) -> int:
 
 def _request(given: argparse.Namespace, command: tuple[str, ...]) -> Request:
     rest: dict[str, Any] = {"repeats": given.repeats, "seed": given.seed, "keep": given.keep, "command": command}
-    if given.what == "attention":
+    kind = given.what
+    if "case" in given:
         backends = tuple(dict.fromkeys(given.backend)) or (None,)
-        rest |= {"names": tuple(given.case), "backends": backends, "flex": given.flex, "order": given.order}
+        rest |= {"names": tuple(given.case), "backends": backends, "order": given.order}
     else:
         rest |= {"names": tuple(given.model), "variants": tuple(given.variant)}
-    return make_request(given.device, given.dtype, given.smoke, given.out, **rest)
+    if kind == "attention":
+        if given.backward and given.flex:
+            raise BadInput("--flex times FlexAttention's forward pass: leave out --flex or --backward")
+        rest |= {"flex": given.flex, "backward": given.backward}
+        kind = "backward" if given.backward else kind
+    elif kind == "train":
+        rest |= {"checkpointing": given.checkpointing}
+    return make_request(given.device, given.dtype, given.smoke, given.out or _FOLDER / f"{kind}.json", **rest)
 
 
 def main() -> None:

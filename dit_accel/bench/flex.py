@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .timing import synchronize, time_calls
+from .timing import time_calls, time_once
 
 __all__ = ["check_rows", "mask_of", "time_flex"]
 
@@ -101,16 +100,12 @@ def time_flex(case: Case, tensors: Sequence[Tensor], samples: int) -> dict[str, 
     def build() -> Any:
         return create_block_mask(mask, None, None, length, length, device=device, _compile=on_gpu)
 
-    blocks = build()
-    synchronize(device)
-    began = time.perf_counter()
-    blocks = build()  # once more: the first time may have compiled
-    synchronize(device)
-    build_ms = (time.perf_counter() - began) * 1e3
+    build()
+    blocks, build_s = time_once(build, device)  # once more: the first time may have compiled
     attend = torch.compile(flex_attention, dynamic=False) if on_gpu else flex_attention
     attend(query, key, value, block_mask=blocks)
     times = time_calls(lambda: attend(query, key, value, block_mask=blocks), device, samples=samples)
-    return {"mask_ms": build_ms, **times.as_row(), "visited": 1 - blocks.sparsity() / 100}
+    return {"mask_ms": build_s * 1e3, **times.as_row(), "visited": 1 - blocks.sparsity() / 100}
 
 
 def check_rows(case: Case, tensors: Sequence[Tensor], out: Tensor, rows: int = 64) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..processor import AcceleratedAttnProcessor, CLEARAttnProcessor, SLAAttnProcessor
 
-__all__ = ["MODELS", "StepModel", "select", "smoke"]
+__all__ = ["MODELS", "TRAINING", "StepModel", "select", "smoke"]
 
 _WAN: dict[str, Any] = {
     "patch_size": (1, 2, 2), "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096,
@@ -37,7 +37,10 @@ _CLEAR_8, _CLEAR_16 = CLEARAttnProcessor(radius=8), CLEARAttnProcessor(radius=16
 
 @dataclass(frozen=True)
 class StepModel:
-    """A denoiser, the token grid of its step, and by variant what is set on it and how much faster it is to be."""
+    """A denoiser, the token grid of its step, and by variant what is set on it and how much faster it is to be.
+
+    Every variant is compiled, unless its name ends in "-eager".
+    """
 
     name: str
     work: str
@@ -50,7 +53,14 @@ class StepModel:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        return ("dense-eager", "dense", *self.ours)
+        return ("dense-eager", "dense", *self.ours, *(f"{name}-eager" for name in self.ours))
+
+    def processor(self, variant: str) -> AcceleratedAttnProcessor | None:
+        """What is set on the model; None for the dense variants."""
+        return self.ours.get(variant.removesuffix("-eager"), (None, None))[0]
+
+    def goal(self, variant: str) -> float | None:
+        return self.ours.get(variant, (None, None))[1]
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
         """The model with random weights, made where and as it will be, so that no float32 copy is needed."""
@@ -106,7 +116,11 @@ def _flux(side: int, **goals: float) -> StepModel:
     return StepModel(f"flux-{side}", f"Flux.1-dev {side}²", "flux", _FLUX, (side // 16, side // 16), ours, variants)
 
 
-_ALL = [
+def _named(models: Sequence[StepModel]) -> dict[str, StepModel]:
+    return {model.name: model for model in models}
+
+
+MODELS = _named([
     _wan("wan1.3b-480p", "Wan2.1-1.3B 480p, 81 frames", _WAN_1_3B, (21, 30, 52), 2.3),
     _wan("wan1.3b-720p", "Wan2.1-1.3B 720p, 81 frames", _WAN_1_3B, (21, 45, 80), 4.0),
     _wan("wan14b-720p", "Wan2.1-14B 720p, 81 frames", _WAN_14B, (21, 45, 80), 3.0),
@@ -114,21 +128,36 @@ _ALL = [
     _flux(2048, r8=1.65, r16=1.5),
     _flux(4096, r16=4.0),
     _flux(8192, r16=10.0),
-]
-MODELS: dict[str, StepModel] = {model.name: model for model in _ALL}
+])  # fmt: skip
 
 
-def select(names: tuple[str, ...]) -> list[StepModel]:
+def _training(name: str, frames: int, variants: tuple[str, ...]) -> StepModel:
+    """Four of Wan's blocks, for training needs no more to tell a block's time; SLA with 10 % critical blocks."""
+    config = {**_WAN_1_3B, "num_layers": 4}
+    work = f"4 blocks of Wan2.1-1.3B 480p, {4 * frames - 3} frames"
+    ours = {"sla": (replace(_SLA, critical=0.10), None)}
+    return StepModel(name, work, "wan", config, (frames, 30, 52), ours, variants)
+
+
+_EAGER = ("dense-eager", "sla-eager")
+TRAINING = _named([
+    _training("wan1.3b-480p-quarter", 5, _EAGER),
+    _training("wan1.3b-480p-half", 11, _EAGER),
+    _training("wan1.3b-480p", 21, ("dense-eager", "dense", "sla", "sla-eager")),
+])  # fmt: skip
+
+
+def select(names: tuple[str, ...], models: Mapping[str, StepModel] = MODELS) -> list[StepModel]:
     """Models by name; none named: all.
 
     Raises: ValueError: a name that nothing has, with the nearest and all.
     """
     for name in names:
-        if name not in MODELS:
-            close = get_close_matches(name, MODELS, n=1, cutoff=0.3)
+        if name not in models:
+            close = get_close_matches(name, models, n=1, cutoff=0.3)
             hint = f"; did you mean {close[0]!r}?" if close else ";"
-            raise ValueError(f"unknown model {name!r}{hint} There are: {', '.join(MODELS)}")
-    return [MODELS[name] for name in names] or list(MODELS.values())
+            raise ValueError(f"unknown model {name!r}{hint} There are: {', '.join(models)}")
+    return [models[name] for name in names] or list(models.values())
 
 
 def smoke(model: StepModel) -> StepModel:

@@ -1,4 +1,4 @@
-"""What ``dit-accel bench`` was asked for, and the checks that both benchmarks share."""
+"""What ``dit-accel bench`` was asked for, and the checks that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class Request:
     backends: tuple[str | None, ...] = (None,)
     order: str = "tokens-first"
     flex: bool = False
+    backward: bool = False
+    checkpointing: bool = False
     variants: tuple[str, ...] = ()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,16 @@ from ..command import undisturbed
 from ..files import write_json
 from ..machine import about_machine, about_versions
 
-__all__ = ["KINDS", "Results", "about", "now", "read_results"]
+__all__ = ["KEYS", "Results", "Row", "about", "now", "read_results"]
 
-KINDS = ("attention", "step")
+Row = dict[str, Any]
+KEYS = {
+    "attention": ("case", "backend"),
+    "backward": ("case", "backend"),
+    "scaling": ("case", "backend", "pass"),
+    "step": ("model", "variant"),
+    "train": ("model", "variant", "checkpointing"),
+}  # what names a row, by kind of results
 
 
 def now() -> str:
@@ -58,17 +66,18 @@ def _driver() -> str | None:
 
 @dataclass
 class Results:
-    """A benchmark's rows. status: running, complete, failed (in part), interrupted."""
+    """A benchmark's rows. status: running, complete, failed (in part), interrupted; summary: what follows from them."""
 
     kind: str
     path: Path
     about: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: Callable[[list[Row]], Row] = lambda rows: {}
+    rows: list[Row] = field(default_factory=list)
     status: str = "running"
     kept: int = 0  # rows of earlier results, in front
 
-    def keep_earlier(self, path: Path, replaced: set[tuple[str, ...]], key: tuple[str, ...]) -> None:
-        """Take over rows of other results, but those that are measured anew (by their values of ``key``).
+    def keep_earlier(self, path: Path, replaced: Iterable[Row]) -> None:
+        """Take over rows of other results, but those that are measured anew (by what names them, as in ``KEYS``).
 
         Raises: ValueError: no results of this kind, or of another GPU, precision or other versions.
         """
@@ -81,10 +90,12 @@ class Results:
                 raise ValueError(
                     f"--keep: {path} has another {what} ({theirs.get(what)}, here {ours.get(what)}): leave --keep out"
                 )
-        self.rows += [row for row in earlier["rows"] if tuple(row[name] for name in key) not in replaced]
+        names = itemgetter(*KEYS[self.kind])
+        anew = {names(row) for row in replaced}
+        self.rows += [row for row in earlier["rows"] if names(row) not in anew]
         self.kept = len(self.rows)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """A finished row, on disk at once."""
         self.rows.append(row)
         self.save()
@@ -112,7 +123,8 @@ class Results:
 
     def save(self) -> None:
         """Write all, whole, in the place of what was there."""
-        write_json(self.path, {"kind": self.kind, "status": self.status, **self.about, "rows": self.rows})
+        content = {"kind": self.kind, "status": self.status, **self.about, **self.summary(self.rows)}
+        write_json(self.path, {**content, "rows": self.rows})
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -124,6 +136,6 @@ def read_results(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read results from {path}: {error}") from None
-    if not isinstance(content, dict) or content.get("kind") not in KINDS or not isinstance(content.get("rows"), list):
+    if not isinstance(content, dict) or content.get("kind") not in KEYS or not isinstance(content.get("rows"), list):
         raise ValueError(f"{path} was not written by dit-accel bench")
     return content

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,15 +15,15 @@ from torch import Tensor, nn
 from ..command import BadInput
 from ..describe import describe, logit_fraction
 from ..install import attention, installed_layers
-from .models import StepModel, select, smoke
+from .models import MODELS, StepModel, select, smoke
 from .progress import Progress
 from .request import Request, dense_attention
-from .results import Results, about, now
-from .timing import TIMING, peak_memory, split_by_kernel, summarise, synchronize, time_calls
+from .results import Row
+from .runner import Kind, Runner, forget, recording
+from .timing import peak_memory, split_by_kernel, summarise, time_calls, time_once
 
-__all__ = ["run"]
+__all__ = ["KIND", "StepKind", "measure_steps", "run", "tell", "title"]
 
-KEY = ("model", "variant")
 _SLOW_MS = 10_000.0  # steps that take longer are timed once, and dense not once more at the end
 _FIGURES = (
     "One forward of the denoiser, batch 1, in torch.no_grad. dense: compile_repeated_blocks(fullgraph=True) on the "
@@ -33,6 +35,38 @@ _FIGURES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepKind(Kind):
+    """A benchmark of whole steps, and what a step is: ``with prepare(model, inputs, request) as step: step()``.
+
+    ``facts``: what a row says of the request, as far as it names the row.
+    """
+
+    prepare: Callable[[nn.Module, dict[str, Any], Request], AbstractContextManager[Callable[[], Tensor]]]
+    facts: Callable[[Request], Row] = lambda request: {}
+
+
+@contextmanager
+def _denoising(model: nn.Module, inputs: dict[str, Any], request: Request) -> Iterator[Callable[[], Tensor]]:
+    with torch.no_grad():
+        yield lambda: model(**inputs, return_dict=False)[0]
+
+
+def title(row: Row) -> str:
+    return f"{row['model']}, {row['variant']}"
+
+
+def tell(row: Row) -> str:
+    times = f", {row['times_dense']:.2f}× {row['baseline']}" if "times_dense" in row else ""
+    goal = "" if row["goal"] is None else f", to reach {row['goal']:g}×"
+    peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**30:.2f} GiB"
+    compiled = f", compilation {row['compile_s']:.3g} s" if row["compile"] else ""
+    return f"{row['ms']:.4g} ms{times}{goal}{peak}{compiled}"
+
+
+KIND = StepKind("step", _FIGURES, title, tell, prepare=_denoising)
+
+
 def run(request: Request) -> int:
     """Measure the models, one after the other; every finished variant is on disk at once.
 
@@ -41,21 +75,24 @@ def run(request: Request) -> int:
         BadInput: unknown model or variant; nothing was measured.
         KeyboardInterrupt: stopped; what was finished is on disk.
     """
+    return measure_steps(KIND, MODELS, request)
+
+
+def measure_steps(kind: StepKind, models: Mapping[str, StepModel], request: Request) -> int:
+    """Measure the variants of the chosen models. Returns, Raises: as :func:`run`."""
     try:
-        jobs = [(model, _variants(model, request)) for model in select(request.names)]
-        facts = about(request.device, request.dtype, list(request.command))
-        facts |= {"smoke": request.smoke, "timing": TIMING, "figures": _FIGURES}
-        results = Results("step", request.out, facts)
-        if request.keep is not None:
-            results.keep_earlier(
-                request.keep, {(model.name, variant) for model, names in jobs for variant in names}, KEY
-            )
+        jobs = [(model, _variants(model, request)) for model in select(request.names, models)]
     except ValueError as error:
         raise BadInput(str(error)) from None
-    with results.recording(), Progress(sum(len(names) for _, names in jobs)) as progress:
-        for model, names in jobs:
-            _measure_model(smoke(model) if request.smoke else model, names, request, results, progress)
-    return int(results.failed)
+    rows = [
+        {"model": model.name, "variant": variant, **kind.facts(request)}
+        for model, variants in jobs
+        for variant in variants
+    ]
+    with recording(kind, request, rows) as runner:
+        for model, variants in jobs:
+            _measure_model(smoke(model) if request.smoke else model, variants, kind, runner)
+    return int(runner.results.failed)
 
 
 def _variants(model: StepModel, request: Request) -> tuple[str, ...]:
@@ -67,120 +104,103 @@ def _variants(model: StepModel, request: Request) -> tuple[str, ...]:
     return tuple(name for name in model.variants if name in wanted)
 
 
-def _measure_model(
-    step: StepModel, variants: tuple[str, ...], request: Request, results: Results, progress: Progress
-) -> None:
+def _measure_model(step: StepModel, variants: tuple[str, ...], kind: StepKind, runner: Runner) -> None:
     """Add the rows of one model."""
-    model: nn.Module | None = None
-    rows: dict[str, dict[str, Any]] = {}
+    request, progress = runner.request, runner.progress
     progress.doing(f"{step.name}: building")
-    try:
-        for variant in variants:
-            row: dict[str, Any] = {
-                "model": step.name, "variant": variant, "work": step.work, "grid": list(step.grid), "date": now(),
-                "goal": step.ours[variant][1] if variant in step.ours else None,
-            }  # fmt: skip
-            try:
-                if model is None:
-                    model = step.build(request.device, request.dtype, request.seed)
-                row |= _measure(step, model, variant, request, progress) | {"status": "complete"}
-                _compare(row, rows)
-            except Exception as error:
-                row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                _forget(request.device)
-            rows[variant] = row
-            results.add(row)
-            progress.done(_line(row))
-        if model is not None:
-            _measure_drift(step, model, rows, request, results, progress)
-    finally:
-        del model
-        _forget(request.device)
+    build = cache(partial(step.build, request.device, request.dtype, request.seed))
+    rows: dict[str, Row] = {}
+
+    def figures(variant: str) -> Row:
+        found = _measure(step, build(), variant, kind, request, progress)
+        return {**found, **_worth(variant, found["ms"], step.goal(variant), rows)}
+
+    for variant in variants:
+        row = {
+            "model": step.name, "variant": variant, **kind.facts(request), "work": step.work, "grid": list(step.grid),
+            "tokens": math.prod(step.grid), "goal": step.goal(variant),
+        }  # fmt: skip
+        rows[variant] = runner.measure(row, partial(figures, variant))
+    _measure_drift(step, build, rows, kind, runner)
+    build.cache_clear()
+    forget(request.device)
 
 
-def _measure(step: StepModel, model: nn.Module, variant: str, request: Request, progress: Progress) -> dict[str, Any]:
+def _measure(
+    step: StepModel, model: nn.Module, variant: str, kind: StepKind, request: Request, progress: Progress
+) -> Row:
     """Figures of one variant; the model is as it was afterwards."""
     inputs = step.inputs(request.device, request.dtype, request.seed)
-    ours = variant in step.ours
-    figures: dict[str, Any] = {"compile": None if variant == "dense-eager" else _compiler(request), "options": None}
-    with attention(model, step.ours[variant][0]) if ours else nullcontext(), torch.no_grad():
-        if ours:
-            figures["options"] = str(step.ours[variant][0])
+    processor = step.processor(variant)
+    figures: Row = {
+        "compile": None if variant.endswith("-eager") else _compiler(request),
+        "options": None if processor is None else str(processor),
+    }
+    with nullcontext() if processor is None else attention(model, processor):
+        if processor is not None:
             _randomise(model, request.seed)
         try:
             if figures["compile"]:
                 _compile(model, figures["compile"])
-            figures |= _time_steps(step, model, inputs, variant, request, progress)
+            strict = processor is None
+            with kind.prepare(model, inputs, request) as call, dense_attention(request.device, strict) as name:
+                figures |= _time_steps(f"{step.name}, {variant}", call, request, progress)
         finally:
             _uncompile(model)
-        if ours:
+        figures["dense_attention"] = name
+        if processor is not None:
             figures |= {"fraction": logit_fraction(model), "installed": describe(model)}
     return figures
 
 
-def _time_steps(
-    step: StepModel, model: nn.Module, inputs: dict[str, Any], variant: str, request: Request, progress: Progress
-) -> dict[str, Any]:
+def _time_steps(title: str, call: Callable[[], Tensor], request: Request, progress: Progress) -> Row:
     device = request.device
-
-    def forward() -> Tensor:
-        return model(**inputs, return_dict=False)[0]
-
-    with dense_attention(device, strict=variant not in step.ours) as name:
-        progress.doing(f"{step.name}, {variant}: first step")
-        synchronize(device)
-        began = time.perf_counter()
-        out = forward()
-        synchronize(device)
-        first = time.perf_counter() - began
-        if not bool(torch.isfinite(out).all()):
-            raise ArithmeticError(f"{step.name}, {variant}: the output holds NaN or infinity")
-        del out
-        progress.doing(f"{step.name}, {variant}: timing")
-        began = time.perf_counter()
-        peak = peak_memory(forward, device)  # waits for the device before and after
-        once = (time.perf_counter() - began) * 1e3
-        if once > _SLOW_MS:
-            times = summarise([once])
-        else:
-            times = time_calls(forward, device, samples=request.repeats, warm_up_ms=0.0, most_calls=1)
-        kernels = None if once > _SLOW_MS else split_by_kernel(forward, device, calls=1)
+    progress.doing(f"{title}: first step")
+    out, first = time_once(call, device)
+    if not bool(torch.isfinite(out).all()):
+        raise ArithmeticError(f"{title}: the output holds NaN or infinity")
+    del out
+    progress.doing(f"{title}: timing")
+    peak, once_s = time_once(lambda: peak_memory(call, device), device)
+    once = once_s * 1e3
+    if once > _SLOW_MS:
+        times = summarise([once])
+    else:
+        times = time_calls(call, device, samples=request.repeats, warm_up_ms=0.0, most_calls=1)
     return {
         **times.as_row(),
         "first_step_s": first,
         "compile_s": first - times.ms / 1e3,
         "peak_bytes": peak,
-        "by_kernel": kernels,
-        "dense_attention": name,
+        "by_kernel": None if once > _SLOW_MS else split_by_kernel(call, device, calls=1),
     }
 
 
-def _compare(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-    """× dense, from what was measured before in this run."""
-    measured = [name for name in ("dense", "dense-eager") if rows.get(name, {}).get("status") == "complete"]
-    if row["variant"].startswith("dense") or not measured:
-        return
-    row["baseline"] = measured[0]
-    row["times_dense"] = rows[measured[0]]["ms"] / row["ms"]
-    row["reached"] = None if row["goal"] is None else row["times_dense"] >= row["goal"]
+def _worth(variant: str, ms: float, goal: float | None, rows: Mapping[str, Row]) -> Row:
+    """× dense, from what was measured before in this run; eager against eager where both were."""
+    baselines = ["dense", "dense-eager"]
+    if variant in baselines:
+        return {}
+    if variant.endswith("-eager"):
+        baselines.reverse()
+    measured = [name for name in baselines if rows.get(name, {}).get("status") == "complete"]
+    if not measured:
+        return {}
+    times = rows[measured[0]]["ms"] / ms
+    return {"baseline": measured[0], "times_dense": times, "reached": None if goal is None else times >= goal}
 
 
 def _measure_drift(
-    step: StepModel,
-    model: nn.Module,
-    rows: dict[str, dict[str, Any]],
-    request: Request,
-    results: Results,
-    progress: Progress,
+    step: StepModel, build: Callable[[], nn.Module], rows: Mapping[str, Row], kind: StepKind, runner: Runner
 ) -> None:
     """Dense once more, where others came after it and it is quick enough."""
     dense = rows.get("dense", {})
     if dense.get("status") != "complete" or len(rows) < 2 or dense["ms"] > _SLOW_MS:
         return
-    again = _measure(step, model, "dense", request, progress)
+    again = _measure(step, build(), "dense", kind, runner.request, runner.progress)
     dense["again_ms"], dense["drift"] = again["ms"], again["ms"] / dense["ms"]
-    results.save()
-    progress.say(f"{step.name}, dense once more: {again['ms']:.4g} ms, drift {dense['drift']:.3f}")
+    runner.results.save()
+    runner.progress.say(f"{step.name}, dense once more: {again['ms']:.4g} ms, drift {dense['drift']:.3f}")
 
 
 def _compiler(request: Request) -> str:
@@ -204,20 +224,5 @@ def _randomise(model: nn.Module, seed: int) -> None:
     for i, layer in enumerate(installed_layers(model).values()):
         for parameter in layer.parameters():
             generator = torch.Generator(parameter.device).manual_seed(seed + i)
-            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-
-
-def _forget(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _line(row: dict[str, Any]) -> str:
-    head = f"{row['model']}, {row['variant']}"
-    if row["status"] == "failed":
-        return f"{head}: failed: {row['error'].splitlines()[0]}"
-    times = f", {row['times_dense']:.2f}× {row['baseline']}" if "times_dense" in row else ""
-    goal = "" if row["goal"] is None else f", to reach {row['goal']:g}×"
-    peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**30:.2f} GiB"
-    return f"{head}: {row['ms']:.4g} ms{times}{goal}{peak}, compilation {row['compile_s']:.3g} s"
+            with torch.no_grad():
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["TIMING", "Times", "peak_memory", "split_by_kernel", "summarise", "synchronize", "time_calls"]
+__all__ = [
+    "TIMING",
+    "Times",
+    "fit_growth",
+    "peak_memory",
+    "split_by_kernel",
+    "summarise",
+    "synchronize",
+    "time_calls",
+    "time_once",
+]
 
 TIMING = (
     "ms: median over samples of the mean time of the calls in a sample, after a warm-up; q1 and q3: quartiles. On CUDA "
@@ -20,6 +31,7 @@ TIMING = (
 _SAMPLE_MS = 20.0  # a sample has as many calls as take about so long
 _MOST_CALLS = 20
 _BUDGET_MS = 10_000.0  # samples are left out, down to 3, where they would take longer than this
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def time_once(call: Callable[[], _T], device: torch.device) -> tuple[_T, float]:
+    """What a call gives, and its seconds by the clock: compilation, tuning and plans of a first call included."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - began
+
+
 def time_calls(
     call: Callable[[], Any],
     device: torch.device,
@@ -82,6 +103,15 @@ def time_calls(
         flush()
         taken.append(_sample(call, device, calls))
     return summarise(taken, calls)
+
+
+def fit_growth(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """The exponent e of y ~ xᵉ by least squares on the logarithms, and the range of x; None under three different x."""
+    if len({x for x, _ in points}) < 3:
+        return None
+    xs, ys = zip(*points, strict=True)
+    slope = statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys]).slope
+    return {"exponent": slope, "from": min(xs), "to": max(xs), "sizes": len(set(xs))}
 
 
 def _sample(call: Callable[[], Any], device: torch.device, calls: int) -> float:

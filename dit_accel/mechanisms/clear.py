@@ -308,8 +308,9 @@ def _derive(
     axes, limit = _axes(layout, radius)
     scale = _scale(layout, scale, down_factor, train_tokens, query)
     leaves = [x.detach().requires_grad_() for x in (key, value, pool_weight) if x is not None]
+    learned = None if pool_weight is None else leaves[2]
     with recording():
-        extra = _pooled_tokens(*leaves[:2], key_padding_mask, *(leaves[2:] or [None]), layout, down_factor)
+        extra = _pooled_tokens(leaves[0], leaves[1], key_padding_mask, learned, layout, down_factor)
     pooled = None if extra is None else (extra[0].detach(), extra[1].detach(), extra[2])
     found = window_attention_backward(
         grad, out, lse, query, key, value, key_padding_mask, axes, limit, layout, scale, pooled

@@ -18,7 +18,7 @@ _BUILT = {
     "sla": BACKENDS,
     "clear": BACKENDS,
     "gna": BACKENDS,
-    "llsa": ("torch",),
+    "llsa": ("torch", "triton"),
 }  # the backends a mechanism has
 
 

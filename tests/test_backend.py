@@ -43,7 +43,7 @@ def machine(monkeypatch):
 def test_torch_off_the_gpu_and_triton_on_it(name, machine):
     assert resolve(None, CPU, name) == "torch"
     assert resolve(None, torch.device("mps"), name) == "torch"
-    assert resolve(None, GPU, name) == ("torch" if name == "llsa" else "triton")
+    assert resolve(None, GPU, name) == "triton"
 
 
 def test_the_argument_goes_before_the_environment(machine):
@@ -64,12 +64,11 @@ def test_unknown_names_say_the_nearest_and_all(monkeypatch):
         resolve(3, CPU, "sla")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("asked", ["triton", "flex"])
-def test_llsa_has_torch_alone(asked, machine):
-    with pytest.raises(ValueError, match=rf"backend={asked}: llsa has no such backend yet; it has: torch"):
-        resolve(asked, GPU, "llsa")
-    machine.setenv("DIT_ACCEL_BACKEND", asked)
-    with pytest.raises(ValueError, match=rf"DIT_ACCEL_BACKEND={asked}: llsa has no such backend"):
+def test_llsa_has_no_flex(machine):
+    with pytest.raises(ValueError, match=r"backend=flex: llsa has no such backend yet; it has: torch, triton"):
+        resolve("flex", GPU, "llsa")
+    machine.setenv("DIT_ACCEL_BACKEND", "flex")
+    with pytest.raises(ValueError, match=r"DIT_ACCEL_BACKEND=flex: llsa has no such backend"):
         resolve(None, CPU, "llsa")
 
 
@@ -110,7 +109,7 @@ def test_functions_and_processors_check_the_name(name):
         FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend="troch")
     with pytest.raises(ValueError, match="did you mean 'torch'"):
         PROCESSORS[name](**NEEDED[name], backend="troch")
-    with pytest.raises(ValueError, match="no such backend" if name == "llsa" else "needs a GPU"):
+    with pytest.raises(ValueError, match="needs a GPU"):
         FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend="triton")
     assert "backend" not in PROCESSORS[name](**NEEDED[name], backend="torch").options()
 
@@ -160,7 +159,7 @@ def test_out_of_memory_says_what_was_computed_and_stays_what_it_is(name, backend
     told = str(caught.value)
     assert told.startswith(f"{name} (backend {backend})") and "(1, 3, 18, 16) in float32" in told
     assert told.endswith("Tried to allocate 4.00 GiB.") and caught.value.__cause__ is FULL
-    assert ('backend="triton"' in told) == (backend == "torch" and name != "llsa")
+    assert ('backend="triton"' in told) == (backend == "torch")
 
 
 def test_out_of_memory_in_the_backward_pass_says_so(monkeypatch):

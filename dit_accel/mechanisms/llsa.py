@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from ._common import (
     softmax_rows,
     text_logits,
 )
+from ._llsa_triton import llsa_attention_triton
 from ._operator import define_operator
 from ._tree import Level, default_levels, level_grids, make_tree, patch_shapes
 
@@ -282,7 +283,7 @@ def _tiles(
     return Tiles(count=n_blocks, n_queries=block, n_keys=n_keys, rows=rows)
 
 
-_COMPUTE = {"torch": _compute_torch}
+_COMPUTE: dict[str, Callable[..., Any]] = {"torch": _compute_torch, "triton": llsa_attention_triton}
 
 
 define_operator(

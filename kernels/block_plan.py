@@ -24,7 +24,7 @@ from .window import BallAxis, Geometry, NeighborhoodAxis
 if TYPE_CHECKING:
     from .block_sparse_flex import FlexMask
 
-__all__ = ["BlockPlan", "KeyLists", "WindowMask", "cheapest_window_plan", "window_plan"]
+__all__ = ["BlockPlan", "KeyLists", "WindowMask", "cheapest_window_plan", "turn_over", "window_plan"]
 
 # Cost of a visit to a partial tile beside a full one: coordinates are compared (measured: H100, D = 128, bf16). With
 # tiles of 128 keys Hopper's kernel compares those of one box a step, not of two.
@@ -49,6 +49,17 @@ class WindowMask:
     weights: tuple[float, float, float] | None
     limit: float
     exact: bool
+
+
+def turn_over(lists: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Who lists whom, turned over, by a stable sort on the device: who lists ascends, so sums over them have one order.
+
+    Args: lists: (G, M, m) int32, whom each of M lists, of n; n stands for nobody.
+    Returns: (G, M*m) int32 who lists them, one after the other; (G, n + 1) int32 where each one's begin and end.
+    """
+    found = lists.flatten(1).sort(dim=1, stable=True)
+    every = torch.arange(n + 1, dtype=lists.dtype, device=lists.device).expand(len(lists), -1).contiguous()
+    return (found.indices // lists.shape[2]).int(), torch.searchsorted(found.values, every).int()
 
 
 class KeyLists(NamedTuple):
@@ -86,18 +97,12 @@ class BlockPlan:
 
     @cached_property
     def key_lists(self) -> KeyLists:
-        """By a stable sort on the device: query tiles ascend, so sums over them have one order."""
-        groups, _, n_list = self.tiles.shape
-        n_k, device = self.kv.n_tiles, self.tiles.device
-        place = torch.arange(n_list, dtype=torch.int32, device=device)
+        """The lists turned over."""
+        n_k = self.kv.n_tiles
+        place = torch.arange(self.tiles.shape[2], dtype=torch.int32, device=self.tiles.device)
         n_full = self.n_tiles if self.n_full is None else self.n_full
         kind = self.tiles * 2 + (place >= n_full[..., None]).int()
-        kind = torch.where(place < self.n_tiles[..., None], kind, 2 * n_k).flatten(1)  # past the end: after all others
-        found = kind.sort(dim=1, stable=True)
-        tiles = (found.indices // n_list).int()
-        ends = torch.searchsorted(
-            found.values, torch.arange(2 * n_k + 1, dtype=torch.int32, device=device).expand(groups, -1).contiguous()
-        ).int()
+        tiles, ends = turn_over(torch.where(place < self.n_tiles[..., None], kind, 2 * n_k), 2 * n_k)
         first, full_end, end = ends[:, :-1:2], ends[:, 1::2], ends[:, 2::2]
         return KeyLists(tiles, first.contiguous(), (full_end - first).contiguous(), (end - first).contiguous())
 

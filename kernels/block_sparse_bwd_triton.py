@@ -14,9 +14,9 @@ from torch import Tensor
 from .block_plan import BlockPlan
 from .block_sparse_bwd_triton_kernel import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
 from .block_sparse_triton import check_inputs, cost_mode, log2_scale
-from .launch import box_descriptors, lanes
+from .launch import box_descriptors, is_roomy, lanes
 
-__all__ = ["Gradients", "block_sparse_attention_backward", "empty_rows"]
+__all__ = ["Gradients", "block_sparse_attention_backward", "delta_of", "empty_rows"]
 
 
 class Gradients(NamedTuple):
@@ -77,7 +77,7 @@ def block_sparse_attention_backward(
         extra_k, extra_v = extra_k.contiguous(), extra_v.contiguous()
     d_q, d_k, d_v = added or (empty_rows(x) for x in (query, key, value))
     d_extra = (None, None) if extra_k is None else (torch.empty_like(extra_k), torch.empty_like(extra_k))
-    delta = _delta(grad, out, share)
+    delta = delta_of(grad, out, share)
     k2, v2 = (key, value) if extra_k is None else (extra_k, extra_v)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
     intervals = mask.intervals if mask else (False,) * 3
@@ -144,7 +144,8 @@ def empty_rows(x: Tensor) -> Tensor:
     return torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
-def _delta(grad: Tensor, out: Tensor, share: Tensor | None) -> Tensor:
+def delta_of(grad: Tensor, out: Tensor, share: Tensor | None = None) -> Tensor:
+    """(B, H, S) float32: Σ grad · out over the head dim, less the share."""
     batch, heads, length, dim = grad.shape
     out = out if out.stride(-1) == 1 else out.contiguous()
     delta = torch.empty(batch, heads, length, dtype=torch.float32, device=grad.device)
@@ -163,10 +164,4 @@ def _build(query: Tensor) -> _Build:
         return _Build(32, 32, 4, 1) if dim <= 128 else _Build(16, 16, 4, 1)
     if dim > 128:
         return _Build(32, 32, 4, 1)
-    return _Build(128, 64, 8, 2) if dim <= 128 and _is_roomy(query) else _Build(64, 32, 4, 2)
-
-
-def _is_roomy(query: Tensor) -> bool:
-    from .launch import HOPPER_SHARED, shared_memory
-
-    return shared_memory(query) >= HOPPER_SHARED
+    return _Build(128, 64, 8, 2) if dim <= 128 and is_roomy(query) else _Build(64, 32, 4, 2)

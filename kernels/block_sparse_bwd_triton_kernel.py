@@ -15,7 +15,13 @@ from .block_sparse_triton_kernel import load_rows, logits
 from .tiling_triton import load_box, tile_places
 from .window_triton import in_ball, in_run, query_run, token_at
 
-__all__ = ["block_sparse_bwd_dkv_kernel", "block_sparse_bwd_dq_kernel", "delta_bwd_kernel"]
+__all__ = [
+    "block_sparse_bwd_dkv_kernel",
+    "block_sparse_bwd_dq_kernel",
+    "delta_bwd_kernel",
+    "load_lse",
+    "weights",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLIND = tl.constexpr(float("inf"))  # stands for the log-sum-exp of a row that sees no key: its weights are then 0
@@ -41,14 +47,14 @@ def delta_bwd_kernel(
 
 
 @triton.jit
-def _load_lse(LSE, row, valid):
+def load_lse(LSE, row, valid):
     """Log-sum-exp of rows in units of log2."""
     lse = tl.load(LSE + row, mask=valid, other=0.0)
     return tl.where(lse == -float("inf"), BLIND, lse * LOG2E)
 
 
 @triton.jit
-def _weights(x):
+def weights(x):
     """2**x, which is no more than 1: with logits of 1e9, where float32 counts in steps of 64, x may say otherwise."""
     return tl.exp2(tl.minimum(x, 0.0))
 
@@ -58,7 +64,7 @@ def _add_dq(
     dq, q, do, lse, delta, k, v, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr
 ):
     """dS k of a tile of keys. seen: (queries, keys), or (1, keys)."""
-    p = _weights(logits(q, k, NEGATE, PRECISION) * scale - lse[:, None])
+    p = weights(logits(q, k, NEGATE, PRECISION) * scale - lse[:, None])
     if MASKED:
         p = tl.where(seen, p, 0.0)
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -127,7 +133,7 @@ def block_sparse_bwd_dq_kernel(
         valid_q = tl.where(is_text, text_row < length_q, valid_q)
     q = load_rows(Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh, row_q, valid_q, sqr, d, D, True)
     do = load_rows(DO + b.to(tl.int64) * sgb + h.to(tl.int64) * sgh, row_q, valid_q, sgr, d, D, True).to(q.dtype)
-    lse = _load_lse(LSE + bh.to(tl.int64) * length_q, row_q, valid_q)
+    lse = load_lse(LSE + bh.to(tl.int64) * length_q, row_q, valid_q)
     delta = tl.load(DELTA + bh.to(tl.int64) * length_q + row_q, mask=valid_q, other=0.0)
     dq = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
     if is_text:
@@ -230,9 +236,9 @@ def _add_dkv(
 ):  # fmt: skip
     """dSᵀ q and Pᵀ dO of queries at the given rows. Keys are the rows of all products, so that weights go from one to
     the next in registers. seen: (keys, queries)."""
-    lse = _load_lse(LSE, row, valid)
+    lse = load_lse(LSE, row, valid)
     delta = tl.load(DELTA + row, mask=valid, other=0.0)
-    p = _weights(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
+    p = weights(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
     if MASKED:
         p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)

@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiling import Tiling
 
-__all__ = ["Boxes", "box_descriptors", "lanes", "register_limit", "shared_memory"]
+__all__ = ["Boxes", "box_descriptors", "is_roomy", "lanes", "register_limit", "shared_memory"]
 
 Boxes = tuple[TensorDescriptor, TensorDescriptor, int]
 
@@ -29,6 +29,11 @@ def shared_memory(like: Tensor) -> int:
         return HOPPER_SHARED
     properties = torch.cuda.get_device_properties(like.device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def is_roomy(like: Tensor) -> bool:
+    """Whether a program may have Hopper's shared memory, 227 KiB."""
+    return shared_memory(like) >= HOPPER_SHARED
 
 
 def lanes(n: int) -> int:

@@ -115,19 +115,26 @@ def test_functions_and_processors_check_the_name(name):
 
 
 @pytest.mark.parametrize("module", [sla, clear, gna])
-def test_the_environment_is_read_at_every_call_and_the_backward_is_torch(module, monkeypatch):
-    """Each backend is told apart by its own factor on the output: the gradients must not have it."""
+def test_the_environment_is_read_at_every_call_and_what_has_no_derivative_takes_that_of_torch(module, monkeypatch):
+    """Each backend is told apart by its own factor on the output: gradients of flex must not have it."""
     name = module.__name__.rpartition(".")[2]
     plain = module._COMPUTE["torch"]
-    monkeypatch.setitem(module._COMPUTE, "triton", lambda *x, **y: 2 * plain(*x, **y))
+    lse = torch.zeros(1, 1, 16)
+    monkeypatch.setitem(module._COMPUTE, "triton", lambda *x, **y: (2 * plain(*x, **y), lse))
+    if "flex" in module._COMPUTE:
+        monkeypatch.setitem(module._COMPUTE, "flex", lambda *x, **y: 3 * plain(*x, **y))
     layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16, requires_grad=True) for _ in range(3)]
     want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
     wanted = torch.autograd.grad(want.sum(), qkv)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for factor, backend in ((2, "triton"), (1, "torch")):
+    for factor, backend in ((2, "triton"), (3, "flex"), (1, "torch")):
+        if backend not in module._COMPUTE:
+            continue
         monkeypatch.setenv("DIT_ACCEL_BACKEND", backend)
         got = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
         torch.testing.assert_close(got, factor * want)
+        if backend == "triton":
+            continue
         for mine, right in zip(torch.autograd.grad(got.sum(), qkv), wanted, strict=True):
             assert torch.equal(mine, right)
 

@@ -26,7 +26,7 @@ from ._common import (
     softmax_rows,
     text_logits,
 )
-from ._llsa_triton import llsa_attention_triton
+from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
 from ._operator import define_operator
 from ._tree import Level, default_levels, level_grids, make_tree, patch_shapes
 
@@ -292,6 +292,7 @@ define_operator(
     fit,
     learned=(),
     options="int block_size, int topk, int? levels, bool enrich",
+    derive={"triton": llsa_attention_triton_backward},
 )
 
 

@@ -1,0 +1,130 @@
+"""LLSA on the Triton kernels: pool the levels, select from the top down, attend to what is coarse and what is fine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+
+from ._tree import Level, default_levels, make_tree
+
+if TYPE_CHECKING:
+    from dit_accel.kernels.llsa_tree_triton import PooledTree
+    from dit_accel.kernels.llsa_triton import Pooled
+
+__all__ = ["llsa_attention_triton", "llsa_attention_triton_backward"]
+
+
+def llsa_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    block_size: int,
+    topk: int,
+    levels: int | None,
+    enrich: bool,
+) -> tuple[Tensor, Tensor]:
+    """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf where a row sees nothing."""
+    from dit_accel.kernels.llsa_triton import llsa_blocks_attention
+
+    real = key_padding_mask
+    chosen = _choose(query, key, value, real, layout, block_size, topk, levels, enrich)
+    return llsa_blocks_attention(
+        query,
+        key,
+        value,
+        chosen.kept[0],
+        [level.children for level in chosen.tree],
+        scale=scale,
+        before=layout.before,
+        n_grid=layout.grid_len,
+        pooled=chosen.pooled,
+        real=real,
+        whole=real is None and all(level.full for level in chosen.tree),
+        return_lse=True,
+    )  # type: ignore[return-value]
+
+
+def llsa_attention_triton_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    layout: TokenLayout,
+    scale: float,
+    block_size: int,
+    topk: int,
+    levels: int | None,
+    enrich: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. Pooling and selection, which cost little, are made once more; two runs of them
+    are alike to the bit."""
+    from dit_accel.kernels.llsa_bwd_triton import llsa_blocks_attention_backward
+
+    real = key_padding_mask
+    chosen = _choose(query, key, value, real, layout, block_size, topk, levels, enrich)
+    return llsa_blocks_attention_backward(
+        grad,
+        out,
+        lse,
+        query,
+        key,
+        value,
+        chosen.kept,
+        [level.children for level in chosen.tree],
+        [level.place for level in chosen.tree],
+        scale=scale,
+        before=layout.before,
+        n_grid=layout.grid_len,
+        pooled=chosen.pooled,
+        number=chosen.pool.number,
+        rows=chosen.pool.rows,
+        real=real,
+    )
+
+
+class _Chosen(NamedTuple):
+    """The tree, its pooled tokens, what each of them keeps, level by level, and those that are attended to."""
+
+    tree: tuple[Level, ...]
+    pool: PooledTree
+    kept: list[Tensor]
+    pooled: Pooled | None
+
+
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
+    layout: TokenLayout,
+    block_size: int,
+    topk: int,
+    levels: int | None,
+    enrich: bool,
+) -> _Chosen:
+    from dit_accel.kernels.block_sparse_triton import check_inputs
+    from dit_accel.kernels.llsa_select_triton import select_tree
+    from dit_accel.kernels.llsa_tree_triton import pool_tree
+    from dit_accel.kernels.llsa_triton import Pooled
+
+    check_inputs(query)
+    levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
+    tree = make_tree(layout.grid, block_size, levels, query.device)
+    children, places = [level.children for level in tree], [level.place for level in tree]
+    pool = pool_tree(query, key, value if enrich else None, children, layout.before, real)
+    kept, met = select_tree(pool, children, places, topk, enrich)
+    pooled = None
+    if pool.all_keys is not None and pool.all_values is not None:
+        pooled = Pooled(pool.all_keys, pool.all_values, pool.weight, met, pool.rows[-1])
+    return _Chosen(tree, pool, kept, pooled)

@@ -1,0 +1,269 @@
+"""Gradients of LLSA's attention, by Triton: queries through the keys, keys through the queries that list them, pooled
+tokens down to the tokens that they stand for. [LLSA, arXiv 2512.16615]
+
+Deterministic: no program adds to what another wrote. Selection has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .block_plan import turn_over
+from .block_sparse_bwd_triton import delta_of, empty_rows
+from .block_sparse_triton import LOG2E, check_inputs
+from .launch import is_roomy, lanes
+from .llsa_bwd_triton_kernel import llsa_coarse_bwd_dq_kernel, llsa_dkv_kernel, llsa_fine_bwd_dq_kernel
+from .llsa_triton import Pooled
+
+__all__ = ["llsa_blocks_attention_backward"]
+
+PROGRAMS = 528  # that share a walk through all queries, four for each processor of an H100 or H200
+
+
+class _Call(NamedTuple):
+    """What all launches of one backward pass are given."""
+
+    grad: Tensor
+    query: Tensor
+    lse: Tensor
+    delta: Tensor
+    scale: float
+    before: int
+    n_grid: int
+    children: Sequence[Tensor]
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile that suit registers and shared memory of every GPU."""
+        half, dim = self.query.element_size() == 2, self.query.shape[-1]
+        return (64 if dim <= 128 else 32) if half else (32 if dim <= 128 else 16)
+
+    @property
+    def stages(self) -> int:
+        return 2 if self.tile == 64 and is_roomy(self.query) else 1
+
+    @property
+    def precision(self) -> str:
+        return "ieee" if self.query.dtype == torch.float32 else "tf32"
+
+
+class _Keys(NamedTuple):
+    """Keys and values (B, H, n, D), where their gradients go (splits, B, H, m, D), and which of them are real (B, n);
+    weight: (1|B, n) of pooled ones."""
+
+    key: Tensor
+    value: Tensor
+    d_key: Tensor
+    d_value: Tensor
+    real: Tensor | None
+    weight: Tensor | None
+
+
+def llsa_blocks_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Sequence[Tensor],
+    children: Sequence[Tensor],
+    places: Sequence[Tensor],
+    *,
+    scale: float,
+    before: int,
+    n_grid: int,
+    pooled: Pooled | None = None,
+    number: Tensor | None = None,
+    rows: Sequence[int] = (),
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`llsa_blocks_attention` with respect to query, key and value, through pooled ones, too.
+
+    Args:
+        grad: (B, H, S, D) gradient of the output.
+        out, lse: what the forward gave.
+        kept: of each level l = 1 … L (B*H, n_l, k) int32, tokens of that level that each of them keeps, -1 for none.
+        children, places, number, rows: of the tree, as in ``llsa_tree_triton``.
+        query, key, value, scale, before, n_grid, pooled, real: as in the forward.
+    """
+    check_inputs(query)
+    query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
+    real = real if real is None or real.stride(-1) == 1 else real.contiguous()
+    batch, length = query.shape[0], query.shape[2]
+    call = _Call(grad, query, lse, delta_of(grad, out), scale, before, n_grid, children)
+    d_query = _queries(call, key, value, kept[0], pooled, real)
+    above = None
+    if pooled is not None:
+        assert number is not None
+        d_pooled = _pooled(call, kept, places, pooled, rows)
+        above = [_spread(x, number, children, places, rows, batch) for x in d_pooled]
+    d_key, d_value = empty_rows(key), empty_rows(value)
+    n_text = length - n_grid
+    tokens = _Keys(key, value, d_key[None], d_value[None], real, None)
+    n_blocks = len(children[0])
+    lists, ends = turn_over(torch.where(kept[0] < 0, n_blocks, kept[0]), n_blocks)
+    _launch_dkv(
+        call, tokens, n_blocks, table=children[0], first_key=before, lists=(lists, ends), above=above, n_rows=n_text,
+        row_cut=before, row_skip=n_grid,
+    )  # fmt: skip
+    if n_text:
+        _whole_run(call, tokens, n_text, (before, n_grid), length, (0, 0))
+    return d_query, d_key, d_value
+
+
+def _queries(
+    call: _Call, key: Tensor, value: Tensor, kept: Tensor, pooled: Pooled | None, real: Tensor | None
+) -> Tensor:
+    query, grad, children = call.query, call.grad, call.children
+    batch, heads, length, dim = query.shape
+    d_query = empty_rows(query)
+    n_blocks, block = children[0].shape
+    strides = [s for x in (query, key, value, grad, d_query) for s in x.stride()[:3]]
+    strides.append(0 if real is None else real.stride(0))
+    given = (query, key, value, grad, call.lse, call.delta, d_query, real)
+    scales = (call.scale * LOG2E, call.scale)
+    common: dict[str, Any] = {
+        "D": dim, "BLOCK_D": lanes(dim), "BLOCK": block, "HAS_REAL": real is not None, "PRECISION": call.precision,
+        "num_warps": 4, "num_stages": call.stages,
+    }  # fmt: skip
+    n_text, has_coarse = length - call.n_grid, pooled is not None or length > call.n_grid
+    if has_coarse:
+        met = None if pooled is None else pooled.met
+        n_slots, n_nodes = (n_blocks * block, 1) if met is None else (block * block, met.shape[1])
+        block_q = min(call.tile, lanes(n_slots))
+        n_text_tiles, n_items = triton.cdiv(n_text, block_q), n_nodes * triton.cdiv(n_slots, block_q)
+        weight = pooled.weight if pooled else None
+        llsa_coarse_bwd_dq_kernel[((n_text_tiles + n_items) * batch * heads,)](
+            *given, *((pooled.keys, pooled.values) if pooled else (None, None)), weight, met, children[0],
+            None if met is None else children[1], *strides,
+            0 if weight is None or len(weight) == 1 else weight.stride(0),
+            heads, length, call.before, call.n_grid, pooled.keys.shape[1] if pooled else 0, pooled.top if pooled else 0,
+            0 if met is None else met.shape[2], n_nodes, n_slots, batch * heads, n_text_tiles, n_items, *scales,
+            BM=block_q, BN=call.tile, HAS_NODES=met is not None, HAS_POOLED=pooled is not None, HAS_TEXT=n_text > 0,
+            **common,
+        )  # fmt: skip
+    block_q = min(call.tile, lanes(block))
+    llsa_fine_bwd_dq_kernel[(batch * heads * n_blocks * triton.cdiv(block, block_q),)](
+        *given, kept, children[0], *strides, heads, n_blocks, length, call.before, *scales,
+        BM=block_q, BN=min(call.tile, lanes(kept.shape[2] * block)), N_KEPT=kept.shape[2], HAS_COARSE=has_coarse,
+        **common,
+    )  # fmt: skip
+    return d_query
+
+
+def _pooled(
+    call: _Call, kept: Sequence[Tensor], places: Sequence[Tensor], pooled: Pooled, rows: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B*H, P + 1, D) float32 of pooled keys and values; of the last, which stands for nothing, unset."""
+    batch, heads = call.query.shape[:2]
+    d_key, d_value = (torch.empty_like(pooled.keys, dtype=torch.float32) for _ in range(2))
+    key, value, to_key, to_value = (
+        x.unflatten(0, (batch, heads)) for x in (pooled.keys, pooled.values, d_key, d_value)
+    )
+    keys = _Keys(key, value, to_key[None], to_value[None], None, pooled.weight)
+    block = call.children[0].shape[1]
+    ancestor = torch.arange(len(call.children[1]) if len(call.children) > 1 else 0, device=call.query.device)
+    for level in range(1, len(call.children)):  # seen by whose ancestor kept the token over them
+        if level > 1:
+            ancestor = places[level][ancestor] // block
+        listed = kept[level][:, ancestor]
+        n = len(call.children[level])
+        lists = turn_over(torch.where(listed < 0, n, listed), n)
+        _launch_dkv(call, keys, n, table=call.children[level], first_key=rows[level - 1], lists=lists, nodes=True)
+    n_top = len(call.children[-1])
+    _whole_run(call, keys, n_top, (0, pooled.top), call.n_grid, (0, call.before))
+    return d_key, d_value
+
+
+def _whole_run(
+    call: _Call, keys: _Keys, n_keys: int, key_run: tuple[int, int], n_rows: int, row_run: tuple[int, int]
+) -> None:
+    """Keys that all queries of a run see: the run is split between programs, whose sums are added up in order. Runs:
+    (cut, rows left out from there on)."""
+    batch, heads, _, dim = call.query.shape
+    tile = min(32, call.tile)
+    n_tiles = triton.cdiv(n_keys, tile)
+    n_splits = max(1, min(triton.cdiv(n_rows, 1024), PROGRAMS // (n_tiles * batch * heads)))
+    split_rows = triton.cdiv(triton.cdiv(n_rows, n_splits), call.tile) * call.tile
+    n_splits = triton.cdiv(n_rows, split_rows)
+    shape = (n_splits, batch, heads, n_keys, dim)
+    parts = [torch.empty(shape, dtype=torch.float32, device=call.query.device) for _ in range(2)]
+    cut, skip = key_run
+    _launch_dkv(
+        call, keys._replace(d_key=parts[0], d_value=parts[1]), n_tiles, n_keys=n_keys, key_run=key_run, n_rows=n_rows,
+        row_cut=row_run[0], row_skip=row_run[1], split_rows=split_rows, tile=tile,
+    )  # fmt: skip
+    for to, part in zip((keys.d_key, keys.d_value), parts, strict=True):
+        total = part.sum(0).to(to.dtype)
+        to[0][:, :, :cut] = total[:, :, :cut]
+        to[0][:, :, cut + skip : skip + n_keys] = total[:, :, cut:]
+
+
+def _launch_dkv(
+    call: _Call,
+    keys: _Keys,
+    n_tiles: int,
+    *,
+    table: Tensor | None = None,
+    first_key: int = 0,
+    lists: tuple[Tensor, Tensor] | None = None,
+    nodes: bool = False,
+    above: Sequence[Tensor] | None = None,
+    n_keys: int = 0,
+    key_run: tuple[int, int] = (0, 0),
+    n_rows: int = 0,
+    row_cut: int = 0,
+    row_skip: int = 0,
+    split_rows: int | None = None,
+    tile: int | None = None,
+) -> None:
+    """See the kernel."""
+    query, grad, children = call.query, call.grad, call.children
+    batch, heads, length, dim = query.shape
+    block = children[0].shape[1]
+    block_k = min(call.tile, lanes(block)) if tile is None else tile
+    parts = triton.cdiv(block, block_k) if table is not None else 1
+    n_splits = len(keys.d_key)
+    split_rows = max(1, n_rows) if split_rows is None else split_rows
+    strides = [s for x in (query, keys.key, keys.value, grad) for s in x.stride()[:3]]
+    d_strides = keys.d_key.stride()[:4]
+    weight, real = keys.weight, keys.real
+    llsa_dkv_kernel[(n_tiles * parts * batch * heads * n_splits,)](
+        query, keys.key, keys.value, grad, call.lse, call.delta, real, weight, *(lists or (None, None)), table,
+        children[0], children[1] if nodes else None, *(above or (None, None)), keys.d_key, keys.d_value,
+        *strides, *d_strides, 0 if real is None else real.stride(0),
+        0 if weight is None or len(weight) == 1 else weight.stride(0), lists[0].stride(0) if lists else 0,
+        heads, batch * heads, length, n_tiles, n_keys, first_key, *key_run, n_rows, row_cut, row_skip,
+        split_rows, call.before, call.scale * LOG2E, call.scale, D=dim, BLOCK_D=lanes(dim), BK=block_k, BN=call.tile,
+        BLOCK=block, BY_TABLE=table is not None, HAS_LISTS=lists is not None, HAS_NODES=nodes, HAS_ROWS=n_rows > 0,
+        HAS_WEIGHT=weight is not None, HAS_REAL=real is not None, HAS_ABOVE=above is not None,
+        PRECISION=call.precision, num_warps=4, num_stages=call.stages,
+    )  # fmt: skip
+
+
+def _spread(
+    d_pooled: Tensor,
+    number: Tensor,
+    children: Sequence[Tensor],
+    places: Sequence[Tensor],
+    rows: Sequence[int],
+    batch: int,
+) -> Tensor:
+    """(B*H, n_1, D) float32 what each real token of a level-1 block has through all pooled tokens over it: a mean gives
+    each of the tokens that it covers its share."""
+    block = children[0].shape[1]
+    share = d_pooled[:, :-1] / number[:, :-1].clamp(min=1).expand(batch, -1).repeat_interleave(
+        len(d_pooled) // batch, 0
+    ).unsqueeze(-1)
+    total: Tensor | None = None
+    for level in reversed(range(len(children))):
+        own = share[:, rows[level] : rows[level] + len(children[level])]
+        total = own if total is None else own + total[:, places[level + 1] // block]
+    assert total is not None
+    return total.contiguous()

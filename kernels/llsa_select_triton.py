@@ -1,0 +1,180 @@
+"""Which blocks each block of LLSA keeps, from the top of the tree down, in Triton.
+
+The children of a pooled token all choose among the children of what it kept: a program reads those candidates once.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .block_select_triton import exact_products, ordered, select_blocks
+from .llsa_tree_triton import PooledTree
+
+__all__ = ["MAX_CANDIDATES", "select_tree"]
+
+MAX_CANDIDATES = 16384  # of one block, whose scores the registers of one program hold
+MAX_TILE = 1024  # candidates that 16 blocks at a time are scored against; where there are more, one block at a time
+
+
+def select_tree(
+    pooled: PooledTree, children: Sequence[Tensor], places: Sequence[Tensor], topk: int, want_met: bool = True
+) -> tuple[list[Tensor], Tensor | None]:
+    """What every pooled token keeps, and the pooled tokens met on the way to them. [LLSA, arXiv 2512.16615]
+
+    Scores are as accurate as in float32. Nothing here has (S/block)² entries where there are two levels or more.
+
+    Args:
+        pooled: of the tree. children: as in ``pool_tree``.
+        places: of each level (n_below,) int64, where each token of the level below stands in children, flattened.
+        topk: blocks to keep at each level.
+        want_met: whether to list the pooled tokens met.
+    Returns: of each level (B*H, n_l, k) int32, tokens of that level kept, -1 for none; (B*H, n_2, m) int32, of each
+        token of level 2 the candidates at level 1 and those of its ancestors at the levels above but for the top, as
+        places among all pooled tokens, P where there is none, or none with a real token. None for a tree of one level.
+    Raises: ValueError: more than MAX_CANDIDATES candidates at a level.
+    """
+    kept = [_select_top(pooled, topk)]
+    met = None
+    for level in reversed(range(len(children) - 1)):
+        above, place = children[level + 1], places[level + 2] if level + 2 < len(places) else None
+        below, met = _launch_select(pooled, level, kept[-1], above, met, place, topk, want_met)
+        kept.append(below)
+    return kept[::-1], met
+
+
+def _select_top(pooled: PooledTree, topk: int) -> Tensor:
+    query, key = pooled.query[-1], pooled.key[-1]
+    topk = min(topk, key.shape[2])
+    if not pooled.masked:
+        return select_blocks(query, key, topk, 0, want_marginal=False)[0]
+    filled = pooled.number[:, pooled.rows[-1] : -1] > 0
+    lists, _ = select_blocks(query, key, topk, 0, filled, want_marginal=False)
+    missing = torch.arange(topk, device=lists.device) >= filled.sum(-1)[:, None]  # (B, k)
+    return lists.masked_fill_(missing.repeat_interleave(query.shape[1], 0)[:, None], -1)
+
+
+def _launch_select(
+    pooled: PooledTree,
+    level: int,
+    kept_above: Tensor,
+    above: Tensor,
+    met_above: Tensor | None,
+    place: Tensor | None,
+    topk: int,
+    want_met: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What the tokens of this level keep, and what each token of the level above has met down to here."""
+    query, key, first = pooled.query[level], pooled.key[level], pooled.rows[level]
+    batch, heads, n, dim = query.shape
+    (n_above, block), n_kept = above.shape, kept_above.shape[2]
+    n_candidates, n_inherited = n_kept * block, 0 if met_above is None else met_above.shape[2]
+    topk = min(topk, n_candidates)
+    kept = torch.empty(batch * heads, n, topk, dtype=torch.int32, device=query.device)
+    met = None
+    if want_met:
+        shape = (batch * heads, n_above, n_candidates + n_inherited)
+        met = torch.empty(shape, dtype=torch.int32, device=query.device)
+    lanes = max(16, triton.next_power_of_2(n_candidates))
+    if lanes > MAX_CANDIDATES:
+        raise ValueError(
+            f"topk blocks of the level above hold {n_candidates} candidates, and the Triton kernel takes "
+            f"{MAX_CANDIDATES}: make topk or block_size smaller, or use backend='torch'"
+        )
+    rows = 16 if lanes <= MAX_TILE else 1
+    number = pooled.number
+    llsa_select_fwd_kernel[(batch * heads * n_above * triton.cdiv(block, rows),)](
+        query, key, number, kept_above, above, kept, met, met_above, place, heads, n, n_above, number.shape[1], first,
+        0 if place is None or met_above is None else met_above.shape[1], n_inherited,
+        TOPK=topk, N_KEPT=n_kept, BLOCK=block, D=dim, ROWS=rows, LANES=lanes,
+        BLOCK_D=min(triton.next_power_of_2(max(dim, 16)), 16 if rows > 1 else max(1, 65536 // lanes)),
+        BLOCK_K=triton.next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_MET=want_met,
+        INHERITS=n_inherited > 0, PRECISION=exact_products(), num_warps=min(16, max(1, rows * lanes // 1024)),
+    )  # fmt: skip
+    return kept, met
+
+
+@triton.jit
+def llsa_select_fwd_kernel(
+    Q, K, NUMBER, KEPT_ABOVE, ABOVE, KEPT, MET, MET_ABOVE, PLACE, n_heads, n, n_above, n_all, first, n_above2,
+    n_inherited, TOPK: tl.constexpr, N_KEPT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, HAS_EMPTY: tl.constexpr,
+    WANT_MET: tl.constexpr, INHERITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS children of one token of the level above."""
+    PARTS: tl.constexpr = (BLOCK + ROWS - 1) // ROWS
+    part = tl.program_id(0) % PARTS
+    parent = tl.program_id(0) // PARTS % n_above
+    g = (tl.program_id(0) // (PARTS * n_above)).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    p_kept = KEPT_ABOVE + (g * n_above + parent) * N_KEPT + lane // BLOCK
+    node = tl.load(p_kept, mask=lane < N_KEPT * BLOCK, other=-1)
+    p_found = ABOVE + node.to(tl.int64) * BLOCK + lane % BLOCK
+    found = tl.load(p_found, mask=node >= 0, other=-1)  # (LANES,) candidates
+    if HAS_EMPTY:
+        p_number = NUMBER + g // n_heads * n_all + first + found
+        found = tl.where(tl.load(p_number, mask=found >= 0, other=0.0) > 0, found, -1)
+    slot = part * ROWS + tl.arange(0, ROWS)
+    p_own = ABOVE + parent.to(tl.int64) * BLOCK + slot
+    own = tl.load(p_own, mask=slot < BLOCK, other=-1)  # (ROWS,) tokens that choose
+
+    scores = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        p_q = Q + (g * n + own[:, None]) * D + d[None, :]
+        b_q = tl.load(p_q, mask=(own >= 0)[:, None] & (d < D)[None, :], other=0.0)
+        p_k = K + (g * n + found[:, None]) * D + d[None, :]
+        b_k = tl.load(p_k, mask=(found >= 0)[:, None] & (d < D)[None, :], other=0.0)
+        if ROWS > 1:
+            scores = tl.dot(b_q, tl.trans(b_k), scores, input_precision=PRECISION)
+        else:
+            scores += tl.sum(b_q * b_k, 1)[None, :]
+
+    image = tl.where((found >= 0)[None, :], tl.maximum(ordered(scores), 1), 0)
+    chosen = _highest_of_rows(image, TOPK)
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    p_row = KEPT + (g * n + own) * TOPK
+    tl.store(p_row[:, None] + place, tl.broadcast_to(found[None, :], place.shape).to(tl.int32),
+             mask=chosen & (own >= 0)[:, None])  # fmt: skip
+    room = tl.arange(0, BLOCK_K)
+    missing = room[None, :] >= tl.sum(chosen.to(tl.int32), 1)[:, None]
+    none = tl.full((ROWS, BLOCK_K), -1, tl.int32)
+    tl.store(p_row[:, None] + room[None, :], none, mask=missing & (room < TOPK)[None, :] & (own >= 0)[:, None])
+
+    if WANT_MET:  # noqa: SIM102
+        if part == 0:
+            p_met = MET + (g * n_above + parent) * (N_KEPT * BLOCK + n_inherited)
+            b_met = tl.where(found < 0, n_all - 1, found + first).to(tl.int32)
+            tl.store(p_met + lane, b_met, mask=lane < N_KEPT * BLOCK)
+            if INHERITS:
+                ancestor = tl.load(PLACE + parent) // BLOCK
+                p_from = MET_ABOVE + (g * n_above2 + ancestor) * n_inherited
+                for start in range(0, n_inherited, LANES):
+                    m = start + lane < n_inherited
+                    b_met = tl.load(p_from + start + lane, mask=m, other=0)
+                    tl.store(p_met + N_KEPT * BLOCK + start + lane, b_met, mask=m)
+
+
+@triton.jit
+def _highest_of_rows(image, n):
+    """Which elements of each row are its n highest, equal ones in the order of their index; 0 stands for no element.
+
+    As ``block_select_triton`` does it for one row, here with all 32 bits, for the rows need different ones."""
+    bit = tl.full([], 0x80000000, tl.uint32)
+    none = tl.full([], 0, tl.uint32)
+    least = tl.zeros((image.shape[0],), tl.uint32)
+    while bit > none:
+        trial = least | bit
+        count = tl.sum((image >= trial[:, None]).to(tl.int32), 1)
+        least = tl.where(count >= n, trial, least)
+        bit = bit >> 1
+    higher = image > least[:, None]
+    tie = (image == least[:, None]) & (image > 0)
+    room = n - tl.sum(higher.to(tl.int32), 1)
+    return higher | (tie & (tl.cumsum(tie.to(tl.int32), 1) <= room[:, None]))

@@ -1,0 +1,185 @@
+"""Means of LLSA's pooled tokens, level by level, in Triton: the first level is bound by the memory that is read."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .block_pool_triton import mask_arguments
+
+__all__ = ["PooledTree", "pool_tree"]
+
+
+class PooledTree(NamedTuple):
+    """Means over the real tokens that each pooled token covers; 0 where there is none. P tokens in all, level 1 first,
+    and one more, that covers nothing: whoever has to name a pooled token and has none names it.
+
+    query, key: of each level, (B, H, n, D) float32.
+    number: (1|B, P + 1) float32, the real tokens that each covers; its first axis is 1 where there is no mask.
+    weight: (1|B, P + 1) float32, log2 of the number.
+    masked: whether there is a mask, and so perhaps pooled tokens that cover nothing real.
+    rows: where the tokens of each level begin among all.
+    all_keys, all_values: (B*H, P + 1, D) in the keys' dtype; None if no values were given.
+    """
+
+    query: list[Tensor]
+    key: list[Tensor]
+    number: Tensor
+    weight: Tensor
+    masked: bool
+    rows: list[int]
+    all_keys: Tensor | None
+    all_values: Tensor | None
+
+
+def pool_tree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    children: Sequence[Tensor],
+    before: int,
+    real: Tensor | None = None,
+) -> PooledTree:
+    """Pool query, key and value to the levels of a tree, one launch a level. [LLSA, arXiv 2512.16615]
+
+    Args:
+        query, key, value: (B, H, S, D) of one shape, any floating dtype, any strides, D at most 256; value None = only
+            what the selection needs.
+        children: of each level (n, block) int64, tokens of the level below (below the first: places on the grid), -1
+            where there is none.
+        before: rows ahead of the grid.
+        real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
+    """
+    batch, heads, _, dim = query.shape
+    sizes = [len(x) for x in children]
+    rows = [sum(sizes[:i]) for i in range(len(sizes))]
+    shape: tuple[int, ...] = (2, 1 if real is None else batch, sum(sizes) + 1)
+    numbers = torch.empty(shape, dtype=torch.float32, device=query.device)
+    all_keys = all_values = None
+    if value is not None:
+        shape = (batch * heads, sum(sizes) + 1, dim)
+        all_keys, all_values = (torch.empty(shape, dtype=key.dtype, device=key.device) for _ in range(2))
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    below: tuple[Tensor, Tensor, Tensor | None] = (query, key, value)
+    for level, (table, n) in enumerate(zip(children, sizes, strict=True)):
+        shape = (2 if value is None else 3, batch, heads, n, dim)
+        means = torch.empty(shape, dtype=torch.float32, device=query.device)
+        firsts = (-1 if level == 0 else rows[level - 1], rows[level])
+        _launch_pool(below, means, table, numbers, firsts, before, real, all_keys, all_values)
+        queries.append(means[0])
+        keys.append(means[1])
+        below = (means[0], means[1], None if value is None else means[2])
+    return PooledTree(queries, keys, numbers[0], numbers[1], real is not None, rows, all_keys, all_values)
+
+
+def _launch_pool(
+    below: tuple[Tensor, Tensor, Tensor | None],
+    means: Tensor,
+    table: Tensor,
+    numbers: Tensor,
+    firsts: tuple[int, int],
+    before: int,
+    real: Tensor | None,
+    all_keys: Tensor | None,
+    all_values: Tensor | None,
+) -> None:
+    query, key, value = below
+    batch, heads, _, dim = query.shape
+    n, block = table.shape
+    is_first, is_last = firsts[0] < 0, firsts[1] + n + 1 == numbers.shape[2]
+    mask, mask_b, mask_s, has_real = mask_arguments(real if is_first else None, query)
+    given = key if value is None else value
+    block_d = triton.next_power_of_2(dim)
+    nodes = max(1, 2048 // query.element_size() // block_d)  # a node and 16 bytes of its rows a thread, of 128
+    n_made = n + is_last
+    nodes = min(nodes, triton.next_power_of_2(n_made))
+    llsa_pool_fwd_kernel[(batch * heads * triton.cdiv(n_made, nodes),)](
+        query, key, given, mask, table, means, numbers[0], numbers[1], all_keys, all_values,
+        *query.stride(), *key.stride(), *given.stride(), mask_b, mask_s,
+        numbers.stride(1) if numbers.shape[1] > 1 else 0, heads, n, n_made, before if is_first else 0, *firsts,
+        numbers.shape[2], batch * heads,
+        BLOCK=block, UNROLL=4, NODES=nodes, D=dim, BLOCK_D=block_d, HEADS_LAST=query.stride(1) < query.stride(2),
+        IS_FIRST=is_first, HAS_REAL=has_real, HAS_VALUE=value is not None, SHARED=numbers.shape[1] == 1, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def llsa_pool_fwd_kernel(
+    Q, K, V, REAL, CHILDREN, MEANS, NUMBER, WEIGHT, ALL_KEYS, ALL_VALUES, sqb, sqh, sqr, sqd, skb, skh, skr, skd,
+    svb, svh, svr, svd, srb, srr, snb, n_heads, n, n_made, before, first_below, first, n_all, n_groups,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NODES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS_LAST: tl.constexpr, IS_FIRST: tl.constexpr, HAS_REAL: tl.constexpr, HAS_VALUE: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """A program makes NODES pooled tokens of one head. HEADS_LAST: heads lie beside one another in memory, and programs
+    that run at the same time take the same tokens of each. SHARED: the numbers are those of every batch element.
+    n_made: one more than n at the top, the one that covers nothing."""
+    if HEADS_LAST:
+        h = (tl.program_id(0) % n_heads).to(tl.int64)
+        rest = tl.program_id(0) // n_heads
+        part = rest % tl.cdiv(n_made, NODES)
+        b = (rest // tl.cdiv(n_made, NODES)).to(tl.int64)
+    else:
+        part = tl.program_id(0) % tl.cdiv(n_made, NODES)
+        group = (tl.program_id(0) // tl.cdiv(n_made, NODES)).to(tl.int64)
+        b, h = group // n_heads, group % n_heads
+    g = b * n_heads + h
+    node = part * NODES + tl.arange(0, NODES)
+    total_q = tl.zeros((NODES, BLOCK_D), tl.float32)
+    total_k = tl.zeros((NODES, BLOCK_D), tl.float32)
+    total_v = tl.zeros((NODES, BLOCK_D), tl.float32)
+    count = tl.zeros((NODES,), tl.float32)
+    for start in range(0, BLOCK, UNROLL):
+        for i in tl.static_range(UNROLL):
+            # (NODES,): a row of the level below, and how much it weighs
+            inside = (node < n) & (start + i < BLOCK)
+            child = tl.load(CHILDREN + node.to(tl.int64) * BLOCK + start + i, mask=inside, other=-1)
+            inside = child >= 0
+            row = child + before
+            if IS_FIRST:
+                if HAS_REAL:
+                    inside = inside & (tl.load(REAL + b * srb + row * srr, mask=inside, other=0) != 0)
+                weight = inside.to(tl.float32)
+            else:
+                weight = tl.load(NUMBER + b * snb + first_below + child, mask=inside, other=0.0)
+            count += weight
+            total_q += _weighted(Q + b * sqb + h * sqh, sqr, sqd, row, inside, weight, D, BLOCK_D, IS_FIRST)
+            total_k += _weighted(K + b * skb + h * skh, skr, skd, row, inside, weight, D, BLOCK_D, IS_FIRST)
+            if HAS_VALUE:
+                total_v += _weighted(V + b * svb + h * svh, svr, svd, row, inside, weight, D, BLOCK_D, IS_FIRST)
+    if (h == 0) & ((b == 0) | (not SHARED)):
+        tl.store(NUMBER + b * snb + first + node, count, mask=node < n_made)
+        weight = tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), float("-inf"))
+        tl.store(WEIGHT + b * snb + first + node, weight, mask=node < n_made)
+    share = 1.0 / tl.maximum(count, 1.0)[:, None]
+    d = tl.arange(0, BLOCK_D)
+    m_o = (node < n)[:, None] & (d < D)[None, :]
+    o_mean = (g * n + node)[:, None] * D + d[None, :]
+    whole = n_groups.to(tl.int64) * n * D
+    tl.store(MEANS + o_mean, total_q * share, mask=m_o)
+    tl.store(MEANS + whole + o_mean, total_k * share, mask=m_o)
+    if HAS_VALUE:
+        tl.store(MEANS + 2 * whole + o_mean, total_v * share, mask=m_o)
+        o_all = (g * n_all + first + node)[:, None] * D + d[None, :]
+        m_all = (node < n_made)[:, None] & (d < D)[None, :]
+        tl.store(ALL_KEYS + o_all, (total_k * share).to(ALL_KEYS.dtype.element_ty), mask=m_all)
+        tl.store(ALL_VALUES + o_all, (total_v * share).to(ALL_VALUES.dtype.element_ty), mask=m_all)
+
+
+@triton.jit
+def _weighted(
+    x, stride_r, stride_d, row, inside, weight, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_FIRST: tl.constexpr
+):
+    """Rows (NODES, BLOCK_D) float32 times their weights: on the first level 1, and 0 where nothing is read."""
+    d = tl.arange(0, BLOCK_D)
+    p_x = x + row[:, None] * stride_r + d[None, :].to(tl.int64) * stride_d
+    b_x = tl.load(p_x, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    return b_x if IS_FIRST else b_x * weight[:, None]

@@ -1,0 +1,209 @@
+"""LLSA's attention in two Triton kernels that share one softmax.
+
+The coarse kernel takes tiles of queries through what all of them see: pooled tokens and tokens off the grid. The fine
+kernel takes one block of queries at a time through the tokens of the blocks that it alone kept, and merges what the
+first left where the output goes, by their log-sum-exps. Tokens are fetched from where they lie: nothing is permuted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from .block_sparse_triton import LOG2E, check_inputs
+from .launch import HOPPER_SHARED, lanes, register_limit, shared_memory
+from .llsa_triton_kernel import llsa_coarse_fwd_kernel, llsa_fine_fwd_kernel
+
+__all__ = ["Build", "Pooled", "llsa_blocks_attention"]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Pooled tokens to attend to, in the weight of the tokens that each stands for; the last one stands for nothing.
+
+    keys, values: (B*H, P + 1, D) dense, of all levels. weight: (1|B, P + 1) float32, log2 of the real tokens of each.
+    met: (B*H, n_2, m) int32, places of those seen from each token of level 2, P for none; None = one level alone.
+    top: where the tokens of the top level begin, which everything on the grid sees.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weight: Tensor
+    met: Tensor | None
+    top: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a kernel is built: queries and keys of a tile, warps, stages of the pipeline, registers a thread at most."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def llsa_blocks_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    children: Sequence[Tensor],
+    *,
+    scale: float,
+    before: int,
+    n_grid: int,
+    pooled: Pooled | None = None,
+    real: Tensor | None = None,
+    whole: bool = False,
+    return_lse: bool = False,
+    coarse: Build | None = None,
+    fine: Build | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of each block of grid queries over the blocks that it kept, the pooled tokens met on the way to
+    them and the tokens off the grid; queries off the grid see every token. [LLSA, arXiv 2512.16615]
+
+    Args:
+        query, key, value: (B, H, S, D) float16, bfloat16 or float32, D at most 256, any strides.
+        kept: (B*H, n_1, k) int32, blocks kept by each block, -1 for none.
+        children: of each level (n, block) int64, tokens of the level below (below the first: places on the grid), -1
+            where there is none.
+        scale: factor on the logits.
+        before, n_grid: the grid's tokens stand in rows before to before + n_grid - 1.
+        pooled: pooled tokens; None = they are not attended to.
+        real: (B, S) bool, False hides a key; what lies there is not read.
+        whole: known to have no -1 in kept and children, and no P in pooled.met.
+        return_lse: whether to give the log-sum-exp, too.
+        coarse, fine: how the kernels are built; None = as suits the GPU.
+    Returns: (B, H, S, D) in query.dtype, dense in the order (B, S, H, D); (B, H, S) float32 log-sum-exp, natural log,
+        -inf where a query sees no key; such a row is 0 in the output.
+    Raises: ValueError: a dtype, head dim or device that the kernels do not take; OutOfResources: the GPU has too little
+        shared memory for them.
+    """
+    check_inputs(query)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    real = real if real is None or real.stride(-1) == 1 else real.contiguous()
+    batch, heads, length, dim = query.shape
+    out = torch.empty(batch, length, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+    has_coarse = pooled is not None or length > n_grid
+    lse = None
+    if return_lse or has_coarse:
+        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
+    tensors = (query, key, value, out, lse, real)
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3])
+    strides = (*strides, 0 if real is None else real.stride(0))
+    if has_coarse:
+        build = coarse or _coarse_build(query, whole and len(children) <= 2)
+        _launch_coarse(build, tensors, strides, children, scale * LOG2E, before, n_grid, pooled, whole)
+    build = fine or _fine_build(query, children[0].shape[1])
+    flags = (whole, has_coarse, return_lse)
+    _launch_fine(build, tensors, strides, kept, children[0], scale * LOG2E, before, *flags)
+    return out, lse if return_lse else None
+
+
+def _launch_coarse(
+    build: Build,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+    children: Sequence[Tensor],
+    scale: float,
+    before: int,
+    n_grid: int,
+    pooled: Pooled | None,
+    whole: bool,
+) -> None:
+    query = tensors[0]
+    assert query is not None
+    batch, heads, length, dim = query.shape
+    n_blocks, block = children[0].shape
+    met = None if pooled is None else pooled.met
+    n_slots = n_blocks * block if met is None else block * block
+    n_nodes = 1 if met is None else met.shape[1]
+    build = _fitting(build, n_slots)
+    block_q = build.block_q
+    n_text_tiles, n_items = triton.cdiv(length - n_grid, block_q), n_nodes * triton.cdiv(n_slots, block_q)
+    n_met, n_pooled = 0 if met is None else met.shape[2], 0 if pooled is None else pooled.keys.shape[1]
+    top, weight = (pooled.top, pooled.weight) if pooled else (0, None)
+    met_whole, top_whole = (n % build.block_k == 0 for n in (n_met, n_pooled - 1 - top))
+    llsa_coarse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
+        *tensors, pooled and pooled.keys, pooled and pooled.values, weight, met, children[0],
+        None if met is None else children[1], *strides, 0 if weight is None or len(weight) == 1 else weight.stride(0),
+        heads, length, before, n_grid, n_pooled, top, n_met, n_nodes, n_slots, batch * heads, n_text_tiles, n_items,
+        scale, math.log2(block), len(children) * math.log2(block),
+        D=dim, BLOCK_D=lanes(dim), BM=block_q, BN=build.block_k, BLOCK=block, HAS_NODES=met is not None,
+        HAS_POOLED=pooled is not None, HAS_TEXT=length > n_grid, HAS_REAL=tensors[5] is not None,
+        MET_WHOLE=met_whole, TOP_WHOLE=top_whole, MET_BY_ROW=not (whole and met_whole and len(children) == 2),
+        TOP_BY_ROW=not (whole and top_whole), ALL_SLOTS=whole and n_slots % block_q == 0 and length == n_grid,
+        PRECISION=_precision(query), num_warps=build.num_warps, num_stages=build.num_stages,
+        **register_limit(query, build.max_registers),
+    )  # fmt: skip
+
+
+def _launch_fine(
+    build: Build,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+    kept: Tensor,
+    blocks: Tensor,
+    scale: float,
+    before: int,
+    whole: bool,
+    has_coarse: bool,
+    has_lse: bool,
+) -> None:
+    query = tensors[0]
+    assert query is not None
+    batch, heads, length, dim = query.shape
+    n_blocks, block = blocks.shape
+    block_q = min(build.block_q, lanes(block))
+    block_k = min(build.block_k, lanes(kept.shape[2] * block))
+    llsa_fine_fwd_kernel[(batch * heads * n_blocks * triton.cdiv(block, block_q),)](
+        *tensors, kept, blocks, *strides, heads, n_blocks, length, before, scale,
+        D=dim, BLOCK_D=lanes(dim), BM=block_q, BN=block_k, BLOCK=block, N_KEPT=kept.shape[2],
+        MASKED=not whole or kept.shape[2] * block % block_k != 0, HAS_REAL=tensors[5] is not None,
+        HAS_COARSE=has_coarse, HAS_LSE=has_lse, PRECISION=_precision(query),
+        num_warps=build.num_warps, num_stages=build.num_stages, **register_limit(query, build.max_registers),
+    )  # fmt: skip
+
+
+def _fitting(build: Build, n_slots: int) -> Build:
+    """With half the queries a tile, where that leaves fewer places empty."""
+    half = build.block_q // 2
+    if half < 16 or triton.cdiv(n_slots, half) * half >= triton.cdiv(n_slots, build.block_q) * build.block_q:
+        return build
+    return replace(build, block_q=half, num_warps=max(4, build.num_warps // 2))
+
+
+def _precision(query: Tensor) -> str:
+    return "ieee" if query.dtype == torch.float32 else "tf32"
+
+
+def _coarse_build(query: Tensor, uniform: bool) -> Build:
+    """With 128 registers a thread two programs or more share a processor of Hopper's; weights that differ from key to
+    key need so many that tiles must be smaller."""
+    dim = query.shape[-1]
+    if query.dtype == torch.float32:
+        return Build(32, 32, 8, 1) if dim > 64 else Build(64, 32, 8, 1)
+    if dim > 128:
+        return Build(64, 32, 8, 1)
+    if shared_memory(query) < HOPPER_SHARED:
+        return Build(64, 64, 4, 1 if torch.version.hip else 2)
+    if not uniform:
+        return Build(128, 32, 8, 3, 128) if dim <= 64 else Build(64, 32, 4, 3, 128)
+    return Build(128, 64, 8, 3 if dim <= 64 else 2, 128)
+
+
+def _fine_build(query: Tensor, block: int) -> Build:
+    """The 128 keys of 8 blocks of 16 at once, where registers allow it; many programs share a processor."""
+    dim = query.shape[-1]
+    if query.dtype == torch.float32:
+        return Build(min(16 if dim > 64 else 32, lanes(block)), 32, 4, 1)
+    block_q = min(32 if dim > 128 else 64, lanes(block))
+    block_k = 128 if dim <= 64 else 64 if dim <= 128 else 32
+    return Build(block_q, min(block_k, 4096 // block_q), 4, 1)

@@ -1,0 +1,241 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The kernels of ``llsa_triton.py``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .block_sparse_triton_kernel import load_rows
+
+__all__ = ["llsa_coarse_fwd_kernel", "llsa_fine_fwd_kernel", "query_rows"]
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _update(acc, m, l, q, k, v, bias, scale, PRECISION: tl.constexpr):
+    """One step of the online softmax over keys (BN, BLOCK_D); logits are in units of log2, bias (BN,) hides by -inf."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+    m_new = tl.maximum(m, tl.max(s, 1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # where no key was seen yet
+    p = tl.exp2(s - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def _pooled(
+    acc, m, l, q, K, V, WEIGHT, row, weight, scale, d, D: tl.constexpr, BN: tl.constexpr, BY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pooled keys at the given rows, with a weight on their logits: each its own, or all the same."""
+    bias = tl.load(WEIGHT + row) if BY_ROW else tl.zeros((BN,), tl.float32) + weight
+    k = load_rows(K, row, row >= 0, D, d, D, False)
+    v = load_rows(V, row, row >= 0, D, d, D, False)
+    return _update(acc, m, l, q, k, v, bias, scale, PRECISION)
+
+
+@triton.jit
+def _tokens(
+    acc, m, l, q, K, V, REAL, row, valid, skr, svr, scale, d, D: tl.constexpr, HAS_REAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys of the sequence at the given rows, where they are valid and real."""
+    if HAS_REAL:
+        valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
+    k = load_rows(K, row, valid, skr, d, D, True)
+    v = load_rows(V, row, valid, svr, d, D, True)
+    return _update(acc, m, l, q, k, v, tl.where(valid, 0.0, float("-inf")), scale, PRECISION)
+
+
+@triton.jit
+def query_rows(
+    BLOCKS, NODES, item, is_text, before, n_grid, length, n_slots, BM: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_NODES: tl.constexpr, HAS_TEXT: tl.constexpr,
+):  # fmt: skip
+    """(BM,) row in the sequence of each query of a tile, and whether there is one."""
+    parts = tl.cdiv(n_slots, BM)
+    on_grid = tl.where(is_text, 0, item)  # there may be more tiles of text than of the grid
+    slot = on_grid % parts * BM + tl.arange(0, BM)
+    valid = slot < n_slots
+    block = slot // BLOCK
+    if HAS_NODES:
+        p_block = NODES + (on_grid // parts).to(tl.int64) * BLOCK + block
+        block = tl.load(p_block, mask=valid, other=-1).to(tl.int32)
+        valid = block >= 0
+    place = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + slot % BLOCK, mask=valid, other=-1).to(tl.int32)
+    valid = place >= 0
+    row = place + before
+    if HAS_TEXT:
+        off_grid = item * BM + tl.arange(0, BM)
+        text_row = tl.where(off_grid < before, off_grid, off_grid + n_grid)
+        row = tl.where(is_text, text_row, row)
+        valid = tl.where(is_text, text_row < length, valid)
+    return row, valid
+
+
+@triton.jit
+def llsa_coarse_fwd_kernel(
+    Q, K, V, OUT, LSE, REAL, K_POOL, V_POOL, WEIGHT, MET, BLOCKS, NODES, sqb, sqh, sqr, skb, skh, skr, svb, svh, svr,
+    sob, soh, sor, srb, swb, n_heads, length, before, n_grid, n_pooled, first_top, n_met, n_nodes, n_slots,
+    n_groups, n_text_tiles, n_items, scale, met_weight, top_weight, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, HAS_NODES: tl.constexpr, HAS_POOLED: tl.constexpr,
+    HAS_TEXT: tl.constexpr, HAS_REAL: tl.constexpr, MET_WHOLE: tl.constexpr, TOP_WHOLE: tl.constexpr,
+    MET_BY_ROW: tl.constexpr, TOP_BY_ROW: tl.constexpr, ALL_SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries in tree order through the pooled tokens that they all see, and the keys off the grid; the first
+    programs take queries off the grid through every key. HAS_NODES: there is a second level, and a tile lies within
+    one token of it, of n_slots places; else it lies anywhere in the n_slots places of all blocks. The last pooled token
+    stands for nothing: its weight is -inf. MET_WHOLE, TOP_WHOLE: no tile is short."""
+    pid = tl.program_id(0)
+    if HAS_TEXT:  # they come first: they take longest
+        is_text = pid < n_text_tiles * n_groups
+        local = tl.where(is_text, pid, pid - n_text_tiles * n_groups)
+        per_head = tl.where(is_text, n_text_tiles, n_items)
+    else:
+        is_text: tl.constexpr = False  # type: ignore[no-redef]
+        local = pid
+        per_head = n_items
+    g = (local // per_head).to(tl.int64)
+    item = local % per_head
+    b, h = g // n_heads, g % n_heads
+    K += b * skb + h * skh
+    V += b * svb + h * svh
+    if HAS_REAL:
+        REAL += b * srb
+    d = tl.arange(0, BLOCK_D)
+    lane_k = tl.arange(0, BN)
+
+    row_q, valid_q = query_rows(
+        BLOCKS, NODES, item, is_text, before, n_grid, length, n_slots, BM, BLOCK, HAS_NODES, HAS_TEXT
+    )
+    q = load_rows(Q + b * sqb + h * sqh, row_q, valid_q, sqr, d, D, not ALL_SLOTS)
+    acc = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
+    m = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    l = tl.zeros((BM,), dtype=tl.float32)
+
+    if is_text:
+        for start in range(0, length, BN):
+            row = start + lane_k
+            acc, m, l = _tokens(
+                acc, m, l, q, K, V, REAL, row, row < length, skr, svr, scale, d, D, HAS_REAL, PRECISION
+            )  # fmt: skip
+    else:
+        if HAS_POOLED:
+            K_POOL += g * n_pooled * D
+            V_POOL += g * n_pooled * D
+            WEIGHT += b * swb
+            if HAS_NODES:
+                p_met = MET + (g * n_nodes + item // tl.cdiv(n_slots, BM)) * n_met
+                for start in range(0, n_met, BN):
+                    if MET_WHOLE:
+                        row = tl.load(p_met + start + lane_k)
+                    else:
+                        row = tl.load(p_met + start + lane_k, mask=start + lane_k < n_met, other=n_pooled - 1)
+                    acc, m, l = _pooled(
+                        acc, m, l, q, K_POOL, V_POOL, WEIGHT, row, met_weight, scale, d, D, BN, MET_BY_ROW, PRECISION
+                    )
+            for start in range(first_top, n_pooled - 1, BN):
+                row = start + lane_k
+                if not TOP_WHOLE:
+                    row = tl.minimum(row, n_pooled - 1)
+                acc, m, l = _pooled(
+                    acc, m, l, q, K_POOL, V_POOL, WEIGHT, row, top_weight, scale, d, D, BN, TOP_BY_ROW, PRECISION
+                )
+        if HAS_TEXT:
+            n_text = length - n_grid
+            for start in tl.range(0, n_text, BN, num_stages=1):
+                row = start + lane_k
+                valid = row < n_text
+                row = tl.where(row < before, row, row + n_grid)
+                acc, m, l = _tokens(acc, m, l, q, K, V, REAL, row, valid, skr, svr, scale, d, D, HAS_REAL, PRECISION)
+
+    tl.debug_barrier()  # keeps the compiler from holding the rows in registers all the while
+    row_q, valid_q = query_rows(
+        BLOCKS, NODES, item, is_text, before, n_grid, length, n_slots, BM, BLOCK, HAS_NODES, HAS_TEXT
+    )
+    o = acc / tl.where(l > 0, l, 1.0)[:, None]
+    p_o = OUT + b * sob + h * soh + row_q.to(tl.int64)[:, None] * sor + d[None, :]
+    tl.store(p_o, o.to(OUT.dtype.element_ty), mask=valid_q[:, None] & (d < D)[None, :])
+    lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
+    tl.store(LSE + g * length + row_q, lse, mask=valid_q)
+
+
+@triton.jit
+def llsa_fine_fwd_kernel(
+    Q, K, V, OUT, LSE, REAL, KEPT, BLOCKS, sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sob, soh, sor, srb,
+    n_heads, n_blocks, length, before, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, N_KEPT: tl.constexpr, MASKED: tl.constexpr, HAS_REAL: tl.constexpr,
+    HAS_COARSE: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM queries of a level-1 block through the tokens of the blocks that it kept. They are few, so they are the
+    columns: keys are the rows of the matrix units. HAS_COARSE: what the coarse kernel left in OUT and LSE is merged."""
+    PARTS: tl.constexpr = (BLOCK + BM - 1) // BM
+    part = tl.program_id(0) % PARTS
+    i_q = tl.program_id(0) // PARTS % n_blocks
+    g = (tl.program_id(0) // (PARTS * n_blocks)).to(tl.int64)
+    b, h = g // n_heads, g % n_heads
+    K += b * skb + h * skh
+    V += b * svb + h * svh
+    d = tl.arange(0, BLOCK_D)
+    lane_k = tl.arange(0, BN)
+
+    # (BM,) row of each query in the sequence
+    slot = part * BM + tl.arange(0, BM)
+    row_q = tl.load(BLOCKS + i_q.to(tl.int64) * BLOCK + slot, mask=slot < BLOCK, other=-1)
+    valid_q = row_q >= 0
+    row_q += before
+    q = load_rows(Q + b * sqb + h * sqh, row_q, valid_q, sqr, d, D, MASKED or BLOCK % BM != 0)
+    p_o = OUT + b * sob + h * soh + row_q.to(tl.int64)[:, None] * sor + d[None, :]
+    m_o = valid_q[:, None] & (d < D)[None, :]
+    if HAS_COARSE:  # fetched now, for use at the end
+        m_coarse = tl.load(LSE + g * length + row_q, mask=valid_q, other=float("-inf")) * LOG2E
+        o_coarse = tl.load(p_o, mask=m_o, other=0.0)
+    m = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    l = tl.zeros((BM,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_D, BM), dtype=tl.float32)
+
+    p_kept = KEPT + (g * n_blocks + i_q) * N_KEPT
+    for start in range(0, N_KEPT * BLOCK, BN):
+        # (BN,) row of each key in the sequence
+        place = start + lane_k
+        if MASKED:
+            block = tl.load(p_kept + place // BLOCK, mask=place < N_KEPT * BLOCK, other=-1)
+            row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK, mask=block >= 0, other=-1)
+            valid = row >= 0
+            row += before
+            if HAS_REAL:
+                valid = valid & (tl.load(REAL + b * srb + row, mask=valid, other=0) != 0)
+        else:
+            block = tl.load(p_kept + place // BLOCK)
+            row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK) + before
+            valid = row >= 0
+        k = load_rows(K, row, valid, skr, d, D, MASKED)
+        v = load_rows(V, row, valid, svr, d, D, MASKED)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # (BN, BM)
+        if MASKED:
+            s = tl.where(valid[:, None], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 0))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - shift[None, :])
+        alpha = tl.exp2(m - shift)
+        l = l * alpha + tl.sum(p, 0)
+        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :], input_precision=PRECISION)
+        m = m_new
+
+    if HAS_COARSE:
+        m_fine = m
+        m = tl.maximum(m, m_coarse)
+        shift = tl.where(m == float("-inf"), 0.0, m)
+        alpha, beta = tl.exp2(m_fine - shift), tl.exp2(m_coarse - shift)
+        l = l * alpha + beta
+        acc = acc * alpha[None, :] + tl.trans(o_coarse).to(tl.float32) * beta[None, :]
+    o = tl.trans(acc / tl.where(l > 0, l, 1.0)[None, :])
+    tl.store(p_o, o.to(OUT.dtype.element_ty), mask=m_o)
+    if HAS_LSE:
+        lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
+        tl.store(LSE + g * length + row_q, lse, mask=valid_q)

@@ -1,0 +1,387 @@
+"""LLSA's stages as Triton kernels, and the whole: on a GPU where there is one, else in Triton's interpreter. Against
+``llsa.reference`` in float64, which test_functional_agreement.py holds against an independent oracle.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, on import
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dit_accel import TokenLayout
+from dit_accel.functional import llsa_attention
+from dit_accel.kernels import llsa_select_triton
+from dit_accel.kernels.llsa_select_triton import select_tree
+from dit_accel.kernels.llsa_tree_triton import pool_tree
+from dit_accel.kernels.llsa_triton import Build, llsa_blocks_attention
+from dit_accel.mechanisms import llsa
+from dit_accel.mechanisms._llsa_triton import llsa_attention_triton
+from dit_accel.mechanisms._tree import make_tree, patch_shapes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter's bf16 dot is wrong
+L = TokenLayout
+# layout, head dim, heads, tokens first in memory, options
+CASES = {
+    "whole, 2 levels": (L((16, 16)), 64, 1, True, {"block_size": 16, "topk": 8, "levels": 2}),
+    "whole, uneven lists": (L((16, 8)), 16, 2, False, {"block_size": 8, "topk": 3, "levels": 2}),
+    "whole, 3 levels": (L((64,)), 16, 2, True, {"block_size": 4, "topk": 3, "levels": 3}),
+    "2-D, text": (L((9, 11), 3, 2), 40, 2, True, {"block_size": 8, "topk": 3, "levels": 3}),
+    "3-D, text before": (L((3, 7, 5), 4), 64, 1, False, {"block_size": 12, "topk": 3, "levels": 2}),
+    "3-D, long head": (L((2, 5, 7)), 128, 1, True, {"block_size": 8, "topk": 3, "levels": 2}),
+    "1-D, text after": (L((125,), 0, 5), 16, 1, True, {"block_size": 8, "topk": 3, "levels": 4}),
+    "1 level": (L((11, 17), 0, 2), 40, 1, True, {"block_size": 16, "topk": 3, "levels": 1}),
+    "large blocks": (L((13, 23)), 16, 1, True, {"block_size": 64, "topk": 3, "levels": 1}),
+    "larger than a tile of queries": (L((90,)), 16, 1, True, {"block_size": 70, "topk": 1, "levels": 2}),
+    "more text than grid": (L((20,), 150, 60), 16, 1, True, {"block_size": 4, "topk": 2, "levels": 2}),
+    "not enriched": (L((9, 11)), 16, 2, True, {"block_size": 8, "topk": 3, "levels": 2, "enrich": False}),
+    "not enriched, text": (L((9, 11), 2, 1), 16, 1, True, {"block_size": 8, "topk": 3, "levels": 3, "enrich": False}),
+    "tiny": (L((3,), 1), 16, 1, True, {"block_size": 16, "topk": 8, "levels": 2}),
+    "one token, default levels": (L((1,)), 16, 1, True, {"block_size": 8, "topk": 3, "levels": None}),
+}
+# on the CPU every case in one dtype, a few in both: the interpreter is slow
+BOTH = ("whole, 2 levels", "2-D, text")
+TYPED = [
+    (c, t) for i, c in enumerate(CASES) for j, t in enumerate(DTYPES) if DEVICE == "cuda" or c in BOTH or i % 2 == j
+]
+PADDED = (
+    "whole, 3 levels", "2-D, text", "3-D, text before", "3-D, long head", "1-D, text after", "1 level", "large blocks",
+    "not enriched, text", "tiny",
+)  # fmt: skip
+padding = pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty is full of NaN, so that what a kernel fails to write, or reads unwritten, shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(case, dtype=torch.float32, padded=False):
+    """(B, H, S, D) tensors and the mask. Of two elements the second has gaps and a stretch of padding, or, if there is
+    no text, nothing real at all; what must not be read is NaN."""
+    layout, dim, heads, tokens_first, options = CASES[case]
+    batch = 1 + padded
+    shape = (batch, layout.seq_len, heads, dim) if tokens_first else (batch, heads, layout.seq_len, dim)
+    qkv = [torch.randn(shape).to(DEVICE, dtype) for _ in range(3)]
+    qkv = [x.transpose(1, 2) if tokens_first else x for x in qkv]
+    real = None
+    if padded:
+        real = (torch.rand(batch, layout.seq_len) < 0.7).to(DEVICE)
+        real[0, layout.seq_len // 2 :] &= layout.seq_len < 9
+        real[1] &= layout.seq_len > layout.grid_len
+        for x in qkv:
+            x.masked_fill_(~real[:, None, :, None], torch.nan)
+    return qkv, layout, real, options
+
+
+def tree_of(layout, options):
+    tree = make_tree(layout.grid, options["block_size"], options["levels"], torch.device(DEVICE))
+    return [level.children for level in tree], [level.place for level in tree]
+
+
+def covered_by_level(layout, options, real, b):
+    """The tokens that each pooled token stands for, level 1 first; only the real ones."""
+    covered = llsa._covered(layout, patch_shapes(layout.grid, options["block_size"], options["levels"]))
+    return [[[t for t in node if real is None or real[b, t]] for node in level] for level in covered]
+
+
+def means(x, levels):
+    """(H, S, D) → of each level (H, n, D) float64."""
+    return [torch.stack([x[:, t].double().sum(1) / max(1, len(t)) for t in level], 1) for level in levels[1:]]
+
+
+@padding
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["2-D, text", "3-D, text before"])
+def test_pooled_tokens_are_means_of_real_tokens(case, dtype, padded):
+    (query, key, value), layout, real, options = inputs(case, dtype, padded)
+    pooled = pool_tree(query, key, value, tree_of(layout, options)[0], layout.before, real)
+    assert len(pooled.number) == (len(query) if padded else 1)
+    for b in range(len(query)):
+        levels = covered_by_level(layout, options, real, b)
+        for found, x in ((pooled.query, query), (pooled.key, key)):
+            for mean, exact in zip(found, means(x[b], levels), strict=True):
+                torch.testing.assert_close(mean[b].double(), exact, atol=4e-7, rtol=0)
+        for every, x in ((pooled.all_keys, key), (pooled.all_values, value)):
+            exact = torch.cat([*means(x[b], levels), torch.zeros_like(x[b, :, :1]).double()], 1)
+            bound = max(4e-7, 2 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(every.unflatten(0, x.shape[:2])[b].double(), exact, atol=bound, rtol=bound)
+        counts = torch.tensor([len(t) for level in levels[1:] for t in level] + [0.0], device=DEVICE)
+        assert torch.equal(pooled.number[b if padded else 0], counts)
+        torch.testing.assert_close(pooled.weight[b if padded else 0], counts.log2())
+
+
+def test_without_values_only_what_the_selection_needs_is_pooled():
+    (query, key, value), layout, _, options = inputs("2-D, text")
+    children = tree_of(layout, options)[0]
+    alone, whole = (pool_tree(query, key, v, children, layout.before) for v in (None, value))
+    assert alone.all_keys is None and alone.all_values is None
+    assert all(torch.equal(x, y) for x, y in zip(alone.query + alone.key, whole.query + whole.key, strict=True))
+
+
+def check_selection(case, padded):
+    """Against the choice of the reference, on means in float64."""
+    (query, key, value), layout, real, options = inputs(case, padded=padded)
+    children, places = tree_of(layout, options)
+    pooled = pool_tree(query, key, value, children, layout.before, real)
+    (kept, *_), met = select_tree(pooled, children, places, options["topk"])
+    n_all, top = pooled.number.shape[1] - 1, pooled.rows[-1]
+    assert kept.dtype == torch.int32 and kept.shape[:2] == (query[:, :, 0, 0].numel(), len(children[0]))
+    for g in range(len(kept)):
+        b, h = divmod(g, query.shape[1])
+        inside = covered_by_level(layout, options, real, b)
+        columns = [(l, i) for l in range(1, len(inside)) for i in range(len(inside[l]))]
+        covered = llsa._covered(layout, patch_shapes(layout.grid, options["block_size"], options["levels"]))
+        q, k = (torch.cat(means(x[b], inside), 1)[h] for x in (query, key))
+        choices = llsa._choices(q, k, columns, inside, covered, options["topk"])
+        owner = {t: i for i, node in enumerate(covered[2]) for t in node} if len(covered) > 2 else {}
+        for i, (tokens, fine, seen) in enumerate(choices):
+            if not inside[1][i]:  # what a block of padding keeps is not defined
+                continue
+            own = [j for j in kept[g, i].tolist() if j >= 0]
+            assert len(set(own)) == len(own)
+            assert sorted(t for j in own for t in inside[1][j]) == sorted(fine)
+            listed = [j for j in met[g, owner[tokens[0]]].tolist() if j < n_all] if met is not None else []
+            listed += [top + j for j, node in enumerate(inside[-1]) if node]
+            assert sorted(listed) == sorted(seen)
+
+
+@padding
+@pytest.mark.parametrize("case", ["whole, 2 levels", "2-D, text", "3-D, text before", "1-D, text after", "1 level"])
+def test_blocks_keep_what_the_reference_keeps(case, padded):
+    check_selection(case, padded)
+
+
+def test_many_candidates_are_scored_one_block_at_a_time(monkeypatch):
+    monkeypatch.setattr(llsa_select_triton, "MAX_TILE", 16)
+    check_selection("whole, uneven lists", True)
+
+
+def test_too_many_candidates_are_an_error(monkeypatch):
+    monkeypatch.setattr(llsa_select_triton, "MAX_CANDIDATES", 8)
+    with pytest.raises(ValueError, match=r"hold 16 candidates.*make topk or block_size smaller"):
+        check_selection("whole, uneven lists", False)
+
+
+def exact(query, key, value, layout, real, options):
+    """The reference in float64, and the log-sum-exp of its logits."""
+    found = []
+
+    def softmax_rows(logits, visible):
+        found.append(logits.masked_fill(~visible, -torch.inf).logsumexp(-1))
+        return plain(logits, visible)
+
+    plain, llsa.softmax_rows = llsa.softmax_rows, softmax_rows
+    try:
+        # the reference pools queries by a product with zeros for padding, where NaN would leak
+        qkv = (x.double().cpu() for x in (query.nan_to_num(), key, value))
+        out = llsa.reference(*qkv, layout, key_padding_mask=None if real is None else real.cpu(), **options)
+    finally:
+        llsa.softmax_rows = plain
+    return out.to(DEVICE), torch.stack(found).view(query.shape[:3]).to(DEVICE)
+
+
+def check(case, dtype, padded):
+    (query, key, value), layout, real, options = inputs(case, dtype, padded)
+    out, lse = llsa_attention_triton(
+        query, key, value, real, layout=layout, scale=query.shape[-1] ** -0.5,
+        **{"enrich": True, **options},
+    )  # fmt: skip
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    want, wanted_lse = exact(query, key, value, layout, real, options)
+    torch.use_deterministic_algorithms(False)
+    plain = llsa_attention(query, key, value, layout, key_padding_mask=real, backend="torch", **options)
+    rows = torch.ones_like(lse, dtype=torch.bool) if real is None else real[:, None].expand(lse.shape)
+    error, plain_error = ((x.double() - want)[rows].norm() for x in (out, plain))
+    assert error <= 2 * plain_error + torch.finfo(dtype).eps / 8 * want[rows].norm()
+    torch.testing.assert_close(lse.double()[rows], wanted_lse[rows], atol=2e-6 + torch.finfo(dtype).eps, rtol=2e-6)
+    return out, lse, rows
+
+
+@pytest.mark.parametrize("case, dtype", TYPED)
+def test_agrees_with_the_reference(case, dtype):
+    out, lse, _ = check(case, dtype, False)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("case, dtype", [x for x in TYPED if x[0] in PADDED and x != ("2-D, text", DTYPES[0])])
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_padding_is_neither_seen_nor_counted(case, dtype):
+    """Padding is NaN: rows of queries that are no padding know nothing of it."""
+    check(case, dtype, True)
+
+
+@pytest.mark.parametrize("case", ["3-D, text before", "1 level"])
+def test_an_element_with_nothing_real_is_zero(case):
+    (query, key, value), layout, real, options = inputs(case, torch.float16, True)
+    real[1] = False
+    query, key, value = (x.nan_to_num() for x in (query, key, value))
+    out, lse = llsa_attention_triton(query, key, value, real, layout=layout, scale=0.1, **{"enrich": True, **options})
+    assert not out[1].any() and (lse[1] == -torch.inf).all()
+    assert out[0].isfinite().all() and lse[0].isfinite().all()
+
+
+def gradients(tensors, grad, layout, real, options, backend):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = llsa_attention(*leaves, layout, key_padding_mask=real, backend=backend, **options)
+    return torch.autograd.grad(out, leaves, grad)
+
+
+@pytest.mark.parametrize("case, dtype", [x for x in TYPED if x[0] != "larger than a tile of queries"])
+def test_gradients_agree_with_the_torch_path(case, dtype):
+    check_gradients(case, dtype, False)
+
+
+@pytest.mark.parametrize("case, dtype", [x for x in TYPED if x[0] in PADDED and x[0] not in ("tiny", "large blocks")])
+def test_gradients_under_padding(case, dtype):
+    """What is hidden has a gradient of 0 and is never read."""
+    check_gradients(case, dtype, True)
+
+
+def check_gradients(case, dtype, padded):
+    tensors, layout, real, options = inputs(case, dtype, padded)
+    grad = torch.randn(tensors[0].shape, device=DEVICE).to(dtype)
+    plain = [x.nan_to_num() for x in tensors]
+    if padded:  # what blocks of padding alone keep is not defined
+        grad = grad * real[:, None, :, None]
+    torch.use_deterministic_algorithms(False)
+    exact = gradients([x.double() for x in plain], grad.double(), layout, real, options, "torch")
+    torch.use_deterministic_algorithms(True)
+    found = gradients([plain[0], *tensors[1:]], grad, layout, real, options, "triton")
+    for x, y in zip(found, exact, strict=True):
+        assert x.dtype == dtype and x.isfinite().all()
+        assert (x.double() - y).norm() <= (4e-6 if dtype == torch.float32 else 3e-3) * (
+            y.norm() + grad.double().norm() * (y.norm() == 0)
+        )
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_scale(scale):
+    (query, key, value), layout, _, options = inputs("whole, uneven lists")
+    out = llsa_attention(query, key, value, layout, scale=scale, backend="triton", **options)
+    want, _ = exact(query, key, value, layout, None, {**options, "scale": scale})
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("text", [0, 3])
+def test_everything_kept_and_not_enriched_is_dense(text):
+    layout = L((6, 7), text)
+    query, key, value = (torch.randn(1, 1, layout.seq_len, 32, device=DEVICE) for _ in range(3))
+    options = {"block_size": 4, "topk": 10**6, "levels": 2, "enrich": False}
+    out = llsa_attention(query, key, value, layout, backend="triton", **options)
+    want = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("block_q, block_k", [(16, 16), (32, 64), (128, 128)])
+def test_tiles_of_any_size_give_the_same(block_q, block_k):
+    (query, key, value), layout, _, options = inputs("3-D, text before")
+    children, places = tree_of(layout, options)
+    (kept, *_), _ = select_tree(pool_tree(query, key, None, children, layout.before), children, places, 3, False)
+    build = Build(block_q, block_k, 4, 1)
+    common = {"scale": 0.1, "before": layout.before, "n_grid": layout.grid_len}
+    out, lse = llsa_blocks_attention(query, key, value, kept, children, **common, coarse=build, fine=build)
+    assert lse is None
+    want, _ = exact(query, key, value, layout, None, {**options, "scale": 0.1, "enrich": False})
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype, dim, told", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
+def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
+    x = torch.zeros(1, 1, 16, dim, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=told):
+        llsa_attention(x, x, x, L((4, 4)), backend="triton")
+
+
+# of tables the shapes alone matter; importing the kernels alone is fast
+BUILD = """
+import sys, torch, offline_gpu
+from kernels import block_select_triton, block_sparse_bwd_triton, llsa_bwd_triton, llsa_select_triton, llsa_tree_triton
+from kernels import launch, llsa_triton
+target, shared = sys.argv[1], int(sys.argv[2]) * 1024
+llsa_triton.check_inputs = llsa_bwd_triton.check_inputs = lambda query: None
+llsa_triton.shared_memory = launch.shared_memory = lambda query: shared
+if target.startswith("gfx"):
+    torch.version.hip = "6"
+built = []
+class Launch:
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        return lambda *a, **k: built.append(self.kernel.warmup(*a, grid=grid, **k))
+modules = [block_select_triton, block_sparse_bwd_triton, llsa_bwd_triton, llsa_select_triton, llsa_tree_triton]
+for module in [*modules, llsa_triton]:
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        setattr(module, name, Launch(getattr(module, name)))
+variants = {  # head dim, tokens of each level, tokens ahead of the grid, padding
+    "whole": (64, (4096, 256, 16), 0, False),
+    "long head": (128, (4096, 256, 16), 0, False),
+    "ragged": (128, (1500, 94, 6, 1), 8, True),
+}
+with offline_gpu.target(target):
+    for name in sys.argv[3:]:
+        dim, sizes, before, padded = variants[name]
+        x = torch.empty(1, before + sizes[0], 2, dim, dtype=torch.bfloat16).transpose(1, 2)
+        real = torch.ones(1, x.shape[2], dtype=torch.bool) if padded else None
+        children = [torch.zeros(n, 16, dtype=torch.int64) for n in sizes[1:]]
+        pool = llsa_tree_triton.pool_tree(x, x, x, children, before, real)
+        places = [torch.zeros(n, dtype=torch.int64) for n in sizes]
+        kept, met = llsa_select_triton.select_tree(pool, children, places, 8)
+        pooled = llsa_triton.Pooled(pool.all_keys, pool.all_values, pool.weight, met, pool.rows[-1])
+        llsa_triton.llsa_blocks_attention(
+            x, x, x, kept[0], children, scale=0.1, before=before, n_grid=sizes[0], pooled=pooled, real=real,
+            whole=not padded, return_lse=True,
+        )
+        ends = torch.zeros(2, 1, dtype=torch.int32)
+        llsa_bwd_triton.turn_over = lambda lists, n: (lists.flatten(1), ends.expand(-1, n + 1))
+        llsa_bwd_triton.llsa_blocks_attention_backward(
+            x, x, torch.empty(x.shape[:3]), x, x, x, kept, children, places, scale=0.1, before=before, n_grid=sizes[0],
+            pooled=pooled, number=pool.number, rows=pool.rows, real=real,
+        )
+print(len(built), max(each.metadata.shared for each in built) <= shared, sorted(built[-1].asm))
+"""
+
+
+@pytest.mark.parametrize(
+    "target, shared, variants",
+    [
+        ("sm_80", 163, ["ragged"]),
+        ("sm_89", 99, ["ragged"]),
+        ("sm_90", 227, ["long head", "ragged"]),
+        ("sm_100", 227, ["whole"]),
+        ("gfx942", 64, ["ragged"]),
+    ],
+)
+def test_kernels_build_for(target, shared, variants):
+    """And fit into the shared memory. In a process of its own: here kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    tests = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", BUILD, target, str(shared), *variants]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    n_kernels = sum(17 if name == "ragged" else 13 for name in variants)
+    assert done.stdout.startswith(f"{n_kernels} True")
+    assert ("hsaco" if target.startswith("gfx") else "cubin") in done.stdout
+
+
+def test_float16_keeps_large_sums():
+    """Means are made from float32 sums: 64 values of 6,000 do not overflow."""
+    layout, options = L((16, 16)), {"block_size": 16, "topk": 2, "levels": 2}
+    query, key = (torch.randn(1, 1, layout.seq_len, 16, device=DEVICE).half() for _ in range(2))
+    value = torch.full_like(key, 6000)
+    out = llsa_attention(query, key, value, layout, backend="triton", **options)
+    assert math.isclose(out.min().item(), 6000, rel_tol=2e-3) and math.isclose(out.max().item(), 6000, rel_tol=2e-3)

@@ -81,7 +81,7 @@ def test_long_sequences(linear_over):
         assert error(x, exact[key]) <= 0.02, key
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[8], CASES[10]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[8], CASES[10], CASES[13]], ids=str)
 def test_checkpointing_autocast_and_compilation_give_the_same(case):
     name, layout, dim, options = case
     tensors = leaves_of(name, layout, dim, options, torch.bfloat16)
@@ -105,7 +105,7 @@ def test_checkpointing_autocast_and_compilation_give_the_same(case):
 
 
 @pytest.mark.parametrize("kind", ["random", "all equal", "very large"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[8], CASES[10]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[8], CASES[10], CASES[13]], ids=str)
 def test_no_nan_from_extreme_inputs(case, kind):
     name, layout, dim, options = case
     tensors = leaves_of(name, layout, dim, options, torch.bfloat16)
@@ -120,7 +120,7 @@ def test_no_nan_from_extreme_inputs(case, kind):
 
 
 @pytest.mark.parametrize(
-    "name, options", [("sla", {"critical": 0.1}), ("clear", {"radius": 8}), ("gna", {"window": 9})]
+    "name, options", [("sla", {"critical": 0.1}), ("clear", {"radius": 8}), ("gna", {"window": 9}), ("llsa", {})]
 )
 def test_memory_of_a_training_step_grows_linearly(name, options):
     peaks = []

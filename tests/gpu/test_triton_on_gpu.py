@@ -26,6 +26,10 @@ CASES = [
     ("sla", L((13, 20, 24)), 128, {"critical": 0.2, "block_q": 128, "tile_order": True}),
     ("sla", L((40, 56)), 256, {"critical": 0.1, "feature_map": "elu"}),
     ("sla", L((40, 56), 5), 16, {"critical": 0.3, "feature_map": "relu", "block_q": 48, "block_kv": 100}),
+    ("llsa", L((64, 64)), 64, {"block_size": 16, "topk": 8, "levels": 2}),
+    ("llsa", L((40, 56), 5, 3), 128, {"block_size": 16, "topk": 6, "levels": 3}),
+    ("llsa", L((6, 13, 20), 0, 40), 96, {"block_size": 8, "topk": 8, "levels": 1}),
+    ("llsa", L((41, 55)), 64, {"block_size": 32, "topk": 3, "levels": 2, "enrich": False}),
 ]
 
 
@@ -76,6 +80,7 @@ LONG = {
     "clear": {"radius": 6},
     "gna": {"window": (5, 12, 12), "stride": (1, 4, 4)},
     "sla": {"critical": 0.02, "block_q": 128},
+    "llsa": {},
 }
 
 
@@ -87,7 +92,7 @@ def test_long_sequences(name, options):
     assert error(call(name, layout, tensors, options), exact.double()) <= 5e-3
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[8], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[8], CASES[9], CASES[13]], ids=str)
 def test_in_a_cuda_graph(case):
     name, layout, dim, options = case
     tensors = inputs(layout, dim, torch.bfloat16)

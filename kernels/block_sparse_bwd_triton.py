@@ -98,7 +98,7 @@ def block_sparse_attention_backward(
     ball = (*weights, mask.limit if mask else 0.0)
     mask_strides = 0 if real is None else real.stride(0), 0 if real2 is None else real2.stride(0)
 
-    build = _build(query)
+    build, build_dkv = _builds(query)
     block_m, block_n = min(build.own, lanes(q.volume)), min(build.other, lanes(kv.volume))
     q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
     n_text_tiles, n_items = triton.cdiv(n_text_q, block_m), q.n_tiles * q_parts
@@ -117,6 +117,7 @@ def block_sparse_attention_backward(
     )  # fmt: skip
 
     lists = plan.key_lists
+    build = build_dkv
     block_n, block_m = min(build.own, lanes(kv.volume)), min(build.other, lanes(q.volume))
     q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
     n_text_tiles, n_extra_tiles = triton.cdiv(n_text_k, block_n), triton.cdiv(length_2, block_n)
@@ -133,7 +134,7 @@ def block_sparse_attention_backward(
         heads // kv_heads, length_q, length_k, length_2, *before, batch * kv_heads, n_text_tiles, n_extra_tiles,
         kv.n_tiles, n_items, longest, magnitude, scale, *ball, *q.grid, *kv.grid, BM=block_m, BN=block_n,
         Q_PARTS=q_parts, K_PARTS=k_parts, BOXES=boxes[2] if boxes else 0,
-        num_warps=4 if block_n <= 64 else 8, num_stages=build.num_stages, **common,
+        num_warps=build.num_warps, num_stages=build.num_stages, **common,
     )  # fmt: skip
     return Gradients(d_q, d_k, d_v, *d_extra)
 
@@ -157,11 +158,13 @@ def delta_of(grad: Tensor, out: Tensor, share: Tensor | None = None) -> Tensor:
     return delta
 
 
-def _build(query: Tensor) -> _Build:
-    """What fits the shared memory and registers of every GPU of its kind."""
+def _builds(query: Tensor) -> tuple[_Build, _Build]:
+    """Of the queries' kernel and of the keys': what fits the shared memory and registers of every GPU of its kind."""
     dim, half = query.shape[-1], query.element_size() == 2
-    if not half:
-        return _Build(32, 32, 4, 1) if dim <= 128 else _Build(16, 16, 4, 1)
-    if dim > 128:
-        return _Build(32, 32, 4, 1)
-    return _Build(128, 64, 8, 2) if dim <= 128 and is_roomy(query) else _Build(64, 32, 4, 2)
+    if half and dim <= 128 and is_roomy(query):
+        return _Build(128, 64, 8, 2), _Build(64, 64, 4, 2)
+    if half:
+        build = _Build(64, 32, 4, 2) if dim <= 128 else _Build(32, 32, 4, 1)
+    else:
+        build = _Build(32, 32, 4, 1) if dim <= 128 else _Build(16, 16, 4, 1)
+    return build, build

@@ -11,7 +11,7 @@ from dit_accel import functional
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels on the GPU")
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3}
 # every case in one precision, some in both: the interpreter is slow
-BOTH = ("clear pooled", "sla marginal", "sla odd blocks")
+BOTH = ("clear pooled", "sla odd blocks")
 KINDS = [(torch.float32, False), (torch.float16, True)]
 TYPED = [
     (name, *kind)
@@ -35,13 +35,14 @@ def gradients(name, layout, tensors, options, mask, backend, grad):
 def test_gradients_agree_with_the_torch_path(case, dtype, masked):
     name, layout, dim, options = CASES[case]
     torch.manual_seed(0)
-    tensors = [torch.randn(2, layout.seq_len, 2, dim).to(dtype).transpose(1, 2) for _ in range(3)]
+    shape = (1 + masked, layout.seq_len, 2, dim)
+    tensors = [torch.randn(shape).to(dtype).transpose(1, 2) for _ in range(3)]
     if name == "sla":
         tensors += [(torch.randn(dim, dim) / dim**0.5).to(dtype), torch.randn(dim).to(dtype)]
     if "down_factor" in options:
         f = options["down_factor"]
         tensors.append((torch.rand(f, f) / f**2).to(dtype))
-    grad = torch.randn(2, 2, layout.seq_len, dim).to(dtype)
+    grad = torch.randn(1 + masked, 2, layout.seq_len, dim).to(dtype)
     mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
     exact = gradients(name, layout, [x.double() for x in tensors], options, mask, "torch", grad.double())
     if masked:  # what is hidden is never read

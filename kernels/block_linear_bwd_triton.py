@@ -16,8 +16,7 @@ from torch import Tensor
 from .block_linear_bwd_triton_kernel import linear_rows_bwd_kernel
 from .block_linear_triton import EPSILON, LinearState, block_states, linear_state, marginal_states
 from .block_pool_triton import mask_arguments
-from .block_sparse_bwd_triton import empty_rows
-from .launch import lanes
+from .launch import empty_rows, lanes
 from .tiling import Tiling
 
 __all__ = ["LinearGradients", "linear_backward"]
@@ -105,8 +104,9 @@ def _launch_rows(
     """Of queries, or of keys; see the kernel. state: (B*H or B*H*tiles, D, D)."""
     batch, heads, length, dim = x.shape
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
-    eps, quotient, d_total, share, grad, bias = of_queries or (norm, product, norm, norm, x, None)
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    eps, quotient, d_total, share, grad, bias = of_queries or (None,) * 6
+    if grad is not None and grad.stride(-1) != 1:
+        grad = grad.contiguous()
     half = x.element_size() == 2
     block_d = lanes(dim)
     block_m = min(64 if half and dim <= 128 else 32, lanes(tiling.volume))
@@ -115,7 +115,8 @@ def _launch_rows(
     linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * parts,)](
         x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, share, grad,
         None if bias is None else bias.contiguous(), *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
-        *grad.stride()[:3], mask_b, mask_s, heads, tiling.n_tiles, length, before, *tiling.grid, *tiling.box,
+        *(grad.stride()[:3] if grad is not None else (0, 0, 0)),
+        mask_b, mask_s, heads, tiling.n_tiles, length, before, *tiling.grid, *tiling.box,
         PARTS=parts, D=dim, FEATURE_MAP=feature_map, OF_QUERIES=of_queries is not None,
         BY_TILE=len(state) > batch * heads, HAS_REAL=has_real, HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d,

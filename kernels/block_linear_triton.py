@@ -16,8 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_linear_triton_kernel import block_state_fwd_kernel, finish_state_fwd_kernel, marginal_norm_fwd_kernel
 from .block_pool_triton import mask_arguments
-from .block_select_triton import exact_products
-from .launch import HOPPER_SHARED, Boxes, box_descriptors, register_limit, shared_memory
+from .launch import HOPPER_SHARED, Boxes, box_descriptors, exact_products, register_limit, shared_memory
 from .tiling import Tiling
 
 __all__ = [

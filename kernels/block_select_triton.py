@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_BLOCKS", "exact_products", "ordered", "select_blocks"]
+from .launch import exact_products
+
+__all__ = ["MAX_BLOCKS", "ordered", "select_blocks"]
 
 MAX_BLOCKS = 16384  # key blocks whose scores the registers of one program hold
 SCRATCH_BYTES = 256 * 2**20  # scores are made for as many heads at a time
@@ -96,12 +98,6 @@ def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:
         PRECISION=exact_products(),
         num_warps=4,
     )
-
-
-def exact_products() -> str:
-    """Products on the matrix units with the accuracy of float32, so that the choice is that of float32: three of TF32
-    on NVIDIA's, and on AMD's, for which Triton has not got them, those of float32."""
-    return "ieee" if torch.version.hip else "tf32x3"
 
 
 @triton.jit

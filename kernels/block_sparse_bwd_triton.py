@@ -14,9 +14,9 @@ from torch import Tensor
 from .block_plan import BlockPlan
 from .block_sparse_bwd_triton_kernel import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
 from .block_sparse_triton import check_inputs, cost_mode, log2_scale
-from .launch import box_descriptors, is_roomy, lanes
+from .launch import box_descriptors, empty_rows, is_roomy, lanes
 
-__all__ = ["Gradients", "block_sparse_attention_backward", "delta_of", "empty_rows"]
+__all__ = ["Gradients", "block_sparse_attention_backward", "delta_of"]
 
 
 class Gradients(NamedTuple):
@@ -98,7 +98,7 @@ def block_sparse_attention_backward(
     ball = (*weights, mask.limit if mask else 0.0)
     mask_strides = 0 if real is None else real.stride(0), 0 if real2 is None else real2.stride(0)
 
-    build, build_dkv = _builds(query)
+    build, keys_build = _builds(query)
     block_m, block_n = min(build.own, lanes(q.volume)), min(build.other, lanes(kv.volume))
     q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
     n_text_tiles, n_items = triton.cdiv(n_text_q, block_m), q.n_tiles * q_parts
@@ -117,8 +117,7 @@ def block_sparse_attention_backward(
     )  # fmt: skip
 
     lists = plan.key_lists
-    build = build_dkv
-    block_n, block_m = min(build.own, lanes(kv.volume)), min(build.other, lanes(q.volume))
+    block_n, block_m = min(keys_build.own, lanes(kv.volume)), min(keys_build.other, lanes(q.volume))
     q_parts, k_parts = triton.cdiv(q.volume, block_m), triton.cdiv(kv.volume, block_n)
     n_text_tiles, n_extra_tiles = triton.cdiv(n_text_k, block_n), triton.cdiv(length_2, block_n)
     n_items = kv.n_tiles * k_parts
@@ -134,15 +133,9 @@ def block_sparse_attention_backward(
         heads // kv_heads, length_q, length_k, length_2, *before, batch * kv_heads, n_text_tiles, n_extra_tiles,
         kv.n_tiles, n_items, longest, magnitude, scale, *ball, *q.grid, *kv.grid, BM=block_m, BN=block_n,
         Q_PARTS=q_parts, K_PARTS=k_parts, BOXES=boxes[2] if boxes else 0,
-        num_warps=build.num_warps, num_stages=build.num_stages, **common,
+        num_warps=keys_build.num_warps, num_stages=keys_build.num_stages, **common,
     )  # fmt: skip
     return Gradients(d_q, d_k, d_v, *d_extra)
-
-
-def empty_rows(x: Tensor) -> Tensor:
-    """For (B, H, S, D), unset, dense in the order (B, S, H, D)."""
-    batch, heads, length, dim = x.shape
-    return torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def delta_of(grad: Tensor, out: Tensor, share: Tensor | None = None) -> Tensor:

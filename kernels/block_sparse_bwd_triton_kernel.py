@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .block_sparse_triton_kernel import load_rows, logits
-from .tiling_triton import load_box, tile_places
+from .block_sparse_triton_kernel import load_pair, load_rows, logits
+from .tiling_triton import tile_places
 from .window_triton import in_ball, in_run, query_run, token_at
 
 __all__ = [
@@ -156,14 +156,10 @@ def block_sparse_bwd_dq_kernel(
             row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
             if HAS_REAL:
                 valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
-            if BOXES > 0:
-                part = i % K_PARTS
-                n_heads = n_q_heads // group
-                k = load_box(K_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
-                v = load_box(V_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
-            else:
-                k = load_rows(K, row, valid, skr, d, D, not WHOLE)
-                v = load_rows(V, row, valid, svr, d, D, not WHOLE)
+            k, v = load_pair(
+                K, V, K_BOXES, V_BOXES, b, hk, n_q_heads // group, tile, i % K_PARTS, K1, K2_, row, valid, skr, svr, d,
+                KB0, KB1, KB2, D, BLOCK_D, BN, BOXES, not WHOLE,
+            )  # fmt: skip
             dq = _add_dq(dq, q, do, lse, delta, k, v, valid[None, :], scale, not WHOLE, NEGATE, PRECISION)
         if HAS_WINDOW:
             if IN0:
@@ -181,14 +177,10 @@ def block_sparse_bwd_dq_kernel(
                 row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
                 if HAS_REAL:
                     valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
-                if BOXES > 0:
-                    part = i % K_PARTS
-                    n_heads = n_q_heads // group
-                    k = load_box(K_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
-                    v = load_box(V_BOXES, BOXES, b, hk, n_heads, tile, part, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D)
-                else:
-                    k = load_rows(K, row, valid, skr, d, D, True)
-                    v = load_rows(V, row, valid, svr, d, D, True)
+                k, v = load_pair(
+                    K, V, K_BOXES, V_BOXES, b, hk, n_q_heads // group, tile, i % K_PARTS, K1, K2_, row, valid, skr, svr,
+                    d, KB0, KB1, KB2, D, BLOCK_D, BN, BOXES, True,
+                )  # fmt: skip
                 seen = valid[None, :]
                 if IN0:
                     seen = seen & in_run(k0, middle0, half0, False)
@@ -244,21 +236,6 @@ def _add_dkv(
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
-
-
-@triton.jit
-def _queries(
-    Q, DO, Q_BOXES, DO_BOXES, b, h, n_heads, tile, part, Q1, Q2, row, valid, sqr, sgr, d, QB0: tl.constexpr,
-    QB1: tl.constexpr, QB2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
-    BOXES: tl.constexpr,
-):  # fmt: skip
-    """Part of a box of queries, and the gradient of their output."""
-    if BOXES > 0:
-        b, h = b.to(tl.int32), h.to(tl.int32)
-        q = load_box(Q_BOXES, BOXES, b, h, n_heads, tile, part, Q1, Q2, QB0, QB1, QB2, BM, BLOCK_D)
-        return q, load_box(DO_BOXES, BOXES, b, h, n_heads, tile, part, Q1, Q2, QB0, QB1, QB2, BM, BLOCK_D)
-    q = load_rows(Q, row, valid, sqr, d, D, True)
-    return q, load_rows(DO, row, valid, sgr, d, D, True).to(q.dtype)
 
 
 @triton.jit
@@ -355,9 +332,9 @@ def block_sparse_bwd_dkv_kernel(
                 tile = tl.load(p_list + i // Q_PARTS)
                 q0, q1, q2, valid = tile_places(tile, i % Q_PARTS * BM + lane_q, Q0, Q1, Q2, QB0, QB1, QB2)
                 row = q_before + token_at(TABLES, q0, q1, q2, valid, longest, Q1, Q2, OR0, OR1, OR2)
-                q, do = _queries(
+                q, do = load_pair(
                     p_q, p_do, Q_BOXES, DO_BOXES, b, h, n_kv_heads * group, tile, i % Q_PARTS, Q1, Q2, row, valid, sqr,
-                    sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES,
+                    sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES, True,
                 )  # fmt: skip
                 dk, dv = _add_dkv(
                     dk, dv, k, v, q, do, p_lse, p_delta, row, valid, valid[None, :], scale, False, NEGATE, PRECISION
@@ -383,9 +360,9 @@ def block_sparse_bwd_dkv_kernel(
                     if BALL0 or BALL1 or BALL2:
                         x0, x1, x2 = (q0 - o0).to(TYPE), (q1 - o1).to(TYPE), (q2 - o2).to(TYPE)
                         seen = seen & in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST)
-                    q, do = _queries(
+                    q, do = load_pair(
                         p_q, p_do, Q_BOXES, DO_BOXES, b, h, n_kv_heads * group, tile, i % Q_PARTS, Q1, Q2, row, valid,
-                        sqr, sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES,
+                        sqr, sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES, True,
                     )  # fmt: skip
                     dk, dv = _add_dkv(
                         dk, dv, k, v, q, do, p_lse, p_delta, row, valid, seen, scale, True, NEGATE, PRECISION

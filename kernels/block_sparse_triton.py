@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_plan import BlockPlan, WindowMask
 from .block_sparse_triton_kernel import block_sparse_fwd_kernel
-from .launch import Boxes, box_descriptors, lanes, register_limit
+from .launch import Boxes, box_descriptors, empty_rows, lanes, register_limit
 from .tuning import Config, choose_config, launch_tuned, measured
 
 __all__ = [
@@ -91,7 +91,7 @@ def block_sparse_attention(
     batch, heads, length_q, dim = query.shape
     kv_heads, length_k = key.shape[1:3]
     q, kv, mask = plan.q, plan.kv, plan.mask
-    out = torch.empty(batch, length_q, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+    out = empty_rows(query)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=query.device) if return_lse else None
     if extra:
         extra = (extra[0].contiguous(), extra[1].contiguous(), extra[2])

@@ -10,7 +10,7 @@ from .block_linear_triton_kernel import feature
 from .tiling_triton import load_box, tile_places
 from .window_triton import in_ball, in_run, query_run, token_at
 
-__all__ = ["block_sparse_fwd_kernel", "load_rows", "logits"]
+__all__ = ["block_sparse_fwd_kernel", "load_pair", "load_rows", "logits"]
 
 HIDDEN = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
@@ -25,6 +25,23 @@ def load_rows(x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr):
     if d.shape[0] != D:
         return tl.load(p_x, mask=(d < D)[None, :], other=0.0)
     return tl.load(p_x)
+
+
+@triton.jit
+def load_pair(
+    X, Y, X_BOXES, Y_BOXES, b, h, n_heads, tile, part, G1, G2, row, valid, stride_x, stride_y, d, B0: tl.constexpr,
+    B1: tl.constexpr, B2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOXES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Part of a box of two tensors, such as keys and values: by descriptor, or the given rows by pointers."""
+    if BOXES > 0:
+        b, h = b.to(tl.int32), h.to(tl.int32)
+        x = load_box(X_BOXES, BOXES, b, h, n_heads, tile, part, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D)
+        y = load_box(Y_BOXES, BOXES, b, h, n_heads, tile, part, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D)
+    else:
+        x = load_rows(X, row, valid, stride_x, d, D, MASKED)
+        y = load_rows(Y, row, valid, stride_y, d, D, MASKED).to(x.dtype)
+    return x, y
 
 
 @triton.jit
@@ -189,17 +206,11 @@ def block_sparse_fwd_kernel(
             for i in range(n_full * K_PARTS):
                 tile = tl.load(p_list + i // K_PARTS)
                 x0, x1, x2, valid = tile_places(tile, i % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
-                if BOXES > 0:
-                    k = load_box(
-                        K_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
-                    )
-                    v = load_box(
-                        V_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
-                    )
-                else:
-                    row = k_before + token_at(TABLES, x0, x1, x2, valid, longest, K1, K2_, OR0, OR1, OR2)
-                    k = load_rows(K, row, valid, skr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
-                    v = load_rows(V, row, valid, svr, d, D, K_PARTS * BN != KB0 * KB1 * KB2)
+                row = k_before + token_at(TABLES, x0, x1, x2, valid, longest, K1, K2_, OR0, OR1, OR2)
+                k, v = load_pair(
+                    K, V, K_BOXES, V_BOXES, b, hk, n_q_heads // group, tile, i % K_PARTS, K1, K2_, row, valid, skr, svr,
+                    d, KB0, KB1, KB2, D, BLOCK_D, BN, BOXES, K_PARTS * BN != KB0 * KB1 * KB2,
+                )  # fmt: skip
                 s = logits(q, k, NEGATE, PRECISION)
                 if K_PARTS * BN != KB0 * KB1 * KB2:
                     s = tl.where(valid[None, :], s, float("-inf"))
@@ -224,16 +235,10 @@ def block_sparse_fwd_kernel(
                 row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2_, OR0, OR1, OR2)
                 if HAS_REAL:
                     valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
-                if BOXES > 0:
-                    k = load_box(
-                        K_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
-                    )
-                    v = load_box(
-                        V_BOXES, BOXES, b, hk, n_q_heads // group, tile, 0, K1, K2_, KB0, KB1, KB2, BN, BLOCK_D
-                    )
-                else:
-                    k = load_rows(K, row, valid, skr, d, D, True)
-                    v = load_rows(V, row, valid, svr, d, D, True)
+                k, v = load_pair(
+                    K, V, K_BOXES, V_BOXES, b, hk, n_q_heads // group, tile, i % K_PARTS, K1, K2_, row, valid, skr, svr,
+                    d, KB0, KB1, KB2, D, BLOCK_D, BN, BOXES, True,
+                )  # fmt: skip
                 s = logits(q, k, NEGATE, PRECISION)
                 s += tl.where(valid, 0.0, float("-inf"))[None, :]
                 if IN0:

@@ -9,7 +9,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiling import Tiling
 
-__all__ = ["Boxes", "box_descriptors", "is_roomy", "lanes", "register_limit", "shared_memory"]
+__all__ = [
+    "Boxes",
+    "box_descriptors",
+    "empty_rows",
+    "exact_products",
+    "is_roomy",
+    "lanes",
+    "register_limit",
+    "shared_memory",
+]
 
 Boxes = tuple[TensorDescriptor, TensorDescriptor, int]
 
@@ -34,6 +43,18 @@ def shared_memory(like: Tensor) -> int:
 def is_roomy(like: Tensor) -> bool:
     """Whether a program may have Hopper's shared memory, 227 KiB."""
     return shared_memory(like) >= HOPPER_SHARED
+
+
+def exact_products() -> str:
+    """Precision of products that are as accurate as in float32: three of TF32 on NVIDIA's matrix units, and on AMD's,
+    for which Triton has not got them, those of float32."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def empty_rows(x: Tensor) -> Tensor:
+    """For (B, H, S, D), unset, dense in the order (B, S, H, D)."""
+    batch, heads, length, dim = x.shape
+    return torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def lanes(n: int) -> int:

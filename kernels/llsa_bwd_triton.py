@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 from .block_plan import turn_over
-from .block_sparse_bwd_triton import delta_of, empty_rows
+from .block_sparse_bwd_triton import delta_of
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import is_roomy, lanes
+from .launch import empty_rows, is_roomy, lanes
 from .llsa_bwd_triton_kernel import llsa_coarse_bwd_dq_kernel, llsa_dkv_kernel, llsa_fine_bwd_dq_kernel
 from .llsa_triton import Pooled
 

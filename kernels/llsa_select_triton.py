@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_select_triton import exact_products, ordered, select_blocks
+from .block_select_triton import ordered, select_blocks
+from .launch import exact_products
 from .llsa_tree_triton import PooledTree
 
 __all__ = ["MAX_CANDIDATES", "select_tree"]

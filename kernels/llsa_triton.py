@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import HOPPER_SHARED, lanes, register_limit, shared_memory
+from .launch import empty_rows, is_roomy, lanes, register_limit
 from .llsa_triton_kernel import llsa_coarse_fwd_kernel, llsa_fine_fwd_kernel
 
 __all__ = ["Build", "Pooled", "llsa_blocks_attention"]
@@ -89,8 +89,8 @@ def llsa_blocks_attention(
     check_inputs(query)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
-    batch, heads, length, dim = query.shape
-    out = torch.empty(batch, length, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+    batch, heads, length, _ = query.shape
+    out = empty_rows(query)
     has_coarse = pooled is not None or length > n_grid
     lse = None
     if return_lse or has_coarse:
@@ -192,7 +192,7 @@ def _coarse_build(query: Tensor, uniform: bool) -> Build:
         return Build(32, 32, 8, 1) if dim > 64 else Build(64, 32, 8, 1)
     if dim > 128:
         return Build(64, 32, 8, 1)
-    if shared_memory(query) < HOPPER_SHARED:
+    if not is_roomy(query):
         return Build(64, 64, 4, 1 if torch.version.hip else 2)
     if not uniform:
         return Build(128, 32, 8, 3, 128) if dim <= 64 else Build(64, 32, 4, 3, 128)

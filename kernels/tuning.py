@@ -25,6 +25,8 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from .launch import is_roomy
+
 __all__ = ["Config", "choose_config", "launch_tuned", "measured"]
 
 KERNEL = 1  # raise it when the kernel changes: what was measured for another one no longer counts
@@ -92,15 +94,7 @@ def choose_config(query: Tensor, kind: str) -> Config:
         return Config(32, 32, 8, 1) if query.shape[-1] > 64 else Config(64, 32, 8, 1)
     if query.shape[-1] > 128:
         return Config(64, 32, 8, 1)
-    return HOPPER[kind] if _is_roomy(query.device) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
-
-
-def _is_roomy(device: torch.device) -> bool:
-    """Whether a processor has 227 KiB of shared memory: Hopper, and Blackwell but for GeForce and RTX. So has what is
-    not here: Triton's interpreter, or building for another machine."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return HOPPER[kind] if is_roomy(query) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
 
 
 def ways_to_build(guess: Config, itemsize: int, boxes: bool) -> list[Config]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from dataclasses import replace
 
 import pytest
@@ -247,13 +248,15 @@ class OnGpu:
 
 
 @pytest.mark.parametrize(
-    "capability, dim, known, tile",
-    [((9, 0), 128, True, 128), ((9, 0), 96, False, 128), ((10, 0), 128, False, 128), ((12, 0), 128, False, 64),
-     ((8, 6), 128, False, 64), ((8, 0), 64, False, 64)],
+    "capability, kib, dim, known, tile",
+    [((9, 0), 227, 128, True, 128), ((9, 0), 227, 96, False, 128), ((10, 0), 227, 128, False, 128),
+     ((12, 0), 99, 128, False, 64), ((8, 6), 99, 128, False, 64), ((8, 0), 163, 64, False, 64)],
 )  # fmt: skip
-def test_the_table_holds_for_what_it_was_measured_for(capability, dim, known, tile, monkeypatch):
+def test_the_table_holds_for_what_it_was_measured_for(capability, kib, dim, known, tile, monkeypatch):
     """RTX cards of Blackwell have 99 KiB of shared memory: tiles as on the H100 would not fit."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for kind in ("list", "interval", "ball"):
         assert (tuning.measured(OnGpu(dim), kind) is not None) == known
         assert choose_config(OnGpu(dim), kind).block_q == tile

@@ -10,11 +10,11 @@ from difflib import get_close_matches
 
 import torch
 
-__all__ = ["BACKENDS", "VARIABLE", "check_backend", "resolve"]
+__all__ = ["BACKENDS", "BUILT", "VARIABLE", "check_backend", "resolve"]
 
 VARIABLE = "DIT_ACCEL_BACKEND"
 BACKENDS = ("torch", "triton", "flex")
-_BUILT = {
+BUILT = {
     "sla": BACKENDS,
     "clear": BACKENDS,
     "gna": BACKENDS,
@@ -50,7 +50,7 @@ def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
     if asked is None:
         asked, source = os.environ.get(VARIABLE) or None, VARIABLE  # set but empty is not set
     check_backend(asked, source)
-    built = _BUILT[mechanism]
+    built = BUILT[mechanism]
     if asked is None:
         asked = "triton" if device.type == "cuda" and "triton" in built else "torch"
     elif asked not in built:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dit_accel import cli
-from dit_accel.backend import _BUILT
+from dit_accel.backend import BUILT
 from dit_accel.bench import attention, models, scaling, step, train, versus
 from dit_accel.bench.cases import BACKWARD, CASES, SCALING, select, small, smoke
 from dit_accel.bench.command import bench
@@ -90,10 +90,10 @@ def test_cases_are_those_of_the_issue():
 
 
 def test_cases_without_kernels_are_measured_only_when_named(monkeypatch):
-    monkeypatch.setitem(_BUILT, "llsa", ("torch",))
+    monkeypatch.setitem(BUILT, "llsa", ("torch",))
     assert {case.mechanism for case in select([])} == {"sla", "clear", "gna"}
     assert len(select([], SCALING)) == len(SCALING)  # nothing else is there
-    monkeypatch.setitem(_BUILT, "llsa", ("torch", "triton"))
+    monkeypatch.setitem(BUILT, "llsa", ("torch", "triton"))
     assert {case.mechanism for case in select([])} == {"sla", "clear", "gna", "llsa"}
     assert [case.goal for case in select(["llsa-256", "llsa-256-wide"])] == [30.0, 30.0]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..backend import _BUILT
+from ..backend import BUILT
 from ..layout import TokenLayout
 from ..processor import PROCESSORS
 
@@ -35,7 +35,7 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether it is measured when none is named: in plain torch the real sizes take too long."""
-        return "triton" in _BUILT[self.mechanism]
+        return "triton" in BUILT[self.mechanism]
 
     @property
     def fraction(self) -> float:

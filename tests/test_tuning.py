@@ -255,7 +255,7 @@ class OnGpu:
 def test_the_table_holds_for_what_it_was_measured_for(capability, kib, dim, known, tile, monkeypatch):
     """RTX cards of Blackwell have 99 KiB of shared memory: tiles as on the H100 would not fit."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    properties = types.SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=kib * 1024, shared_memory_per_block=48 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for kind in ("list", "interval", "ball"):
         assert (tuning.measured(OnGpu(dim), kind) is not None) == known

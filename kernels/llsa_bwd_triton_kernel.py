@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .block_sparse_bwd_triton_kernel import load_lse, weights
 from .block_sparse_triton_kernel import load_rows
-from .llsa_triton_kernel import query_rows
+from .llsa_triton_kernel import kept_rows, query_rows
 
 __all__ = ["llsa_coarse_bwd_dq_kernel", "llsa_dkv_kernel", "llsa_fine_bwd_dq_kernel"]
 
@@ -99,8 +99,8 @@ def llsa_fine_bwd_dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, N_KEPT: tl.constexpr, HAS_REAL: tl.constexpr,
     HAS_COARSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What BM queries of a block have from the tokens of the blocks that it kept; queries are the columns, as in the
-    forward. HAS_COARSE: what the coarse kernel left in DQ is added."""
+    """What BM queries of a block have from the tokens of the blocks that it kept. HAS_COARSE: what the coarse kernel
+    left in DQ is added."""
     PARTS: tl.constexpr = (BLOCK + BM - 1) // BM
     part = tl.program_id(0) % PARTS
     i_q = tl.program_id(0) // PARTS % n_blocks
@@ -108,6 +108,8 @@ def llsa_fine_bwd_dq_kernel(
     b, h = g // n_heads, g % n_heads
     K += b * skb + h * skh
     V += b * svb + h * svh
+    if HAS_REAL:
+        REAL += b * srb
     d = tl.arange(0, BLOCK_D)
     lane_k = tl.arange(0, BN)
     slot = part * BM + tl.arange(0, BM)
@@ -118,23 +120,14 @@ def llsa_fine_bwd_dq_kernel(
     do = load_rows(DO + b * sgb + h * sgh, row_q, valid_q, sgr, d, D, True).to(q.dtype)
     lse = load_lse(LSE + g * length, row_q, valid_q)
     delta = tl.load(DELTA + g * length + row_q, mask=valid_q, other=0.0)
-    acc = tl.zeros((BLOCK_D, BM), dtype=tl.float32)
+    dq = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
     p_kept = KEPT + (g * n_blocks + i_q) * N_KEPT
     for start in range(0, N_KEPT * BLOCK, BN):
-        place = start + lane_k
-        block = tl.load(p_kept + place // BLOCK, mask=place < N_KEPT * BLOCK, other=-1)
-        row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK, mask=block >= 0, other=-1)
-        valid = row >= 0
-        row += before
-        if HAS_REAL:
-            valid = valid & (tl.load(REAL + b * srb + row, mask=valid, other=0) != 0)
+        row, valid = kept_rows(p_kept, BLOCKS, REAL, start + lane_k, before, BLOCK, N_KEPT, True, HAS_REAL)
         k = load_rows(K, row, valid, skr, d, D, True)
         v = load_rows(V, row, valid, svr, d, D, True)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-        p = tl.where(valid[:, None], weights(s - lse[None, :]), 0.0)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-        acc = tl.dot(tl.trans(k), ds.to(k.dtype), acc, input_precision=PRECISION)
-    dq = tl.trans(acc) * grad_scale
+        dq = _add_dq(dq, q, do, lse, delta, k, v, tl.where(valid, 0.0, float("-inf")), scale, PRECISION)
+    dq *= grad_scale
     p_dq = DQ + b * sdb + h * sdh + row_q.to(tl.int64)[:, None] * sdr + d[None, :]
     m_dq = valid_q[:, None] & (d < D)[None, :]
     if HAS_COARSE:
@@ -146,15 +139,15 @@ def llsa_fine_bwd_dq_kernel(
 def _add_dkv(
     dk, dv, k, v, bias, Q, DO, LSE, DELTA, row, valid, sqr, sgr, scale, d, D: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """qᵀ dS and dOᵀ P (BLOCK_D, BK) of queries at the given rows; keys are the columns."""
+    """dSᵀ q and Pᵀ dO (BK, BLOCK_D) of queries at the given rows; keys are the rows of all products."""
     q = load_rows(Q, row, valid, sqr, d, D, True)
     do = load_rows(DO, row, valid, sgr, d, D, True).to(q.dtype)
     lse = load_lse(LSE, row, valid)
     delta = tl.load(DELTA + row, mask=valid, other=0.0)
-    p = weights(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :] - lse[:, None])
-    dv = tl.dot(tl.trans(do), p.to(do.dtype), dv, input_precision=PRECISION)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    return tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision=PRECISION), dv
+    p = weights(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None] - lse[None, :])
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
 @triton.jit
@@ -201,8 +194,8 @@ def llsa_dkv_kernel(
         bias = tl.load(WEIGHT + b * swb + row_k, mask=valid_k, other=float("-inf"))
     k = load_rows(K + b * skb + h * skh, row_k, seen, skr, d, D, True)
     v = load_rows(V + b * svb + h * svh, row_k, seen, svr, d, D, True)
-    dk = tl.zeros((BLOCK_D, BK), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_D, BK), dtype=tl.float32)
+    dk = tl.zeros((BK, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BK, BLOCK_D), dtype=tl.float32)
     Q += b * sqb + h * sqh
     DO += b * sgb + h * sgh
     LSE += g * length
@@ -230,8 +223,7 @@ def llsa_dkv_kernel(
             dk, dv = _add_dkv(
                 dk, dv, k, v, bias, Q, DO, LSE, DELTA, row, valid, sqr, sgr, scale, d, D, PRECISION
             )  # fmt: skip
-    dk = tl.trans(dk) * grad_scale
-    dv = tl.trans(dv)
+    dk *= grad_scale
     if HAS_ABOVE:
         above = (g * n_tiles + tile) * D + d
         dk += tl.load(ABOVE_K + above, mask=d < D, other=0.0)[None, :]

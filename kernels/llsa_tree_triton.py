@@ -163,7 +163,7 @@ def llsa_pool_fwd_kernel(
     d = tl.arange(0, BLOCK_D)
     m_o = (node < n)[:, None] & (d < D)[None, :]
     o_mean = (g * n + node)[:, None] * D + d[None, :]
-    whole = n_groups.to(tl.int64) * n * D
+    whole = tl.cast(n_groups, tl.int64) * n * D
     tl.store(MEANS + o_mean, total_q * share, mask=m_o)
     tl.store(MEANS + whole + o_mean, total_k * share, mask=m_o)
     if HAS_VALUE:

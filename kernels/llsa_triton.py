@@ -3,6 +3,9 @@
 The coarse kernel takes tiles of queries through what all of them see: pooled tokens and tokens off the grid. The fine
 kernel takes one block of queries at a time through the tokens of the blocks that it alone kept, and merges what the
 first left where the output goes, by their log-sum-exps. Tokens are fetched from where they lie: nothing is permuted.
+
+Queries are the rows of every product: with 16 of them as columns, weights go to Hopper's matrix units through a tile of
+32-byte rows that is read the other way, and Triton 3.6 gets that wrong (seen on an H100: wrong sums, illegal accesses).
 """
 
 from __future__ import annotations
@@ -200,10 +203,10 @@ def _coarse_build(query: Tensor, uniform: bool) -> Build:
 
 
 def _fine_build(query: Tensor, block: int) -> Build:
-    """The 128 keys of 8 blocks of 16 at once, where registers allow it; many programs share a processor."""
+    """A warp for every 16 queries, so that what it computes never leaves it: many programs share a processor."""
     dim = query.shape[-1]
     if query.dtype == torch.float32:
         return Build(min(16 if dim > 64 else 32, lanes(block)), 32, 4, 1)
     block_q = min(32 if dim > 128 else 64, lanes(block))
-    block_k = 128 if dim <= 64 else 64 if dim <= 128 else 32
-    return Build(block_q, min(block_k, 4096 // block_q), 4, 1)
+    block_k = 64 if dim <= 64 else 32
+    return Build(block_q, block_k, max(1, block_q // 16), 1)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .block_sparse_triton_kernel import load_rows
 
-__all__ = ["llsa_coarse_fwd_kernel", "llsa_fine_fwd_kernel", "query_rows"]
+__all__ = ["kept_rows", "llsa_coarse_fwd_kernel", "llsa_fine_fwd_kernel", "query_rows"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -75,6 +75,26 @@ def query_rows(
         text_row = tl.where(off_grid < before, off_grid, off_grid + n_grid)
         row = tl.where(is_text, text_row, row)
         valid = tl.where(is_text, text_row < length, valid)
+    return row, valid
+
+
+@triton.jit
+def kept_rows(
+    p_kept, BLOCKS, REAL, place, before, BLOCK: tl.constexpr, N_KEPT: tl.constexpr, MASKED: tl.constexpr,
+    HAS_REAL: tl.constexpr,
+):  # fmt: skip
+    """Row in the sequence of the keys at the given places in kept blocks laid end to end, and whether there is one."""
+    if MASKED:
+        block = tl.load(p_kept + place // BLOCK, mask=place < N_KEPT * BLOCK, other=-1)
+        row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK, mask=block >= 0, other=-1)
+        valid = row >= 0
+        row += before
+        if HAS_REAL:
+            valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
+    else:
+        block = tl.load(p_kept + place // BLOCK)
+        row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK) + before
+        valid = row >= 0
     return row, valid
 
 
@@ -172,8 +192,8 @@ def llsa_fine_fwd_kernel(
     BN: tl.constexpr, BLOCK: tl.constexpr, N_KEPT: tl.constexpr, MASKED: tl.constexpr, HAS_REAL: tl.constexpr,
     HAS_COARSE: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of a level-1 block through the tokens of the blocks that it kept. They are few, so they are the
-    columns: keys are the rows of the matrix units. HAS_COARSE: what the coarse kernel left in OUT and LSE is merged."""
+    """BM queries of a level-1 block through the tokens of the blocks that it kept. HAS_COARSE: what the coarse kernel
+    left in OUT and LSE is merged."""
     PARTS: tl.constexpr = (BLOCK + BM - 1) // BM
     part = tl.program_id(0) % PARTS
     i_q = tl.program_id(0) // PARTS % n_blocks
@@ -181,6 +201,8 @@ def llsa_fine_fwd_kernel(
     b, h = g // n_heads, g % n_heads
     K += b * skb + h * skh
     V += b * svb + h * svh
+    if HAS_REAL:
+        REAL += b * srb
     d = tl.arange(0, BLOCK_D)
     lane_k = tl.arange(0, BN)
 
@@ -197,35 +219,15 @@ def llsa_fine_fwd_kernel(
         o_coarse = tl.load(p_o, mask=m_o, other=0.0)
     m = tl.full((BM,), float("-inf"), dtype=tl.float32)
     l = tl.zeros((BM,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_D, BM), dtype=tl.float32)
+    acc = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
 
     p_kept = KEPT + (g * n_blocks + i_q) * N_KEPT
     for start in range(0, N_KEPT * BLOCK, BN):
-        # (BN,) row of each key in the sequence
-        place = start + lane_k
-        if MASKED:
-            block = tl.load(p_kept + place // BLOCK, mask=place < N_KEPT * BLOCK, other=-1)
-            row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK, mask=block >= 0, other=-1)
-            valid = row >= 0
-            row += before
-            if HAS_REAL:
-                valid = valid & (tl.load(REAL + b * srb + row, mask=valid, other=0) != 0)
-        else:
-            block = tl.load(p_kept + place // BLOCK)
-            row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK) + before
-            valid = row >= 0
+        row, valid = kept_rows(p_kept, BLOCKS, REAL, start + lane_k, before, BLOCK, N_KEPT, MASKED, HAS_REAL)
         k = load_rows(K, row, valid, skr, d, D, MASKED)
         v = load_rows(V, row, valid, svr, d, D, MASKED)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # (BN, BM)
-        if MASKED:
-            s = tl.where(valid[:, None], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 0))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - shift[None, :])
-        alpha = tl.exp2(m - shift)
-        l = l * alpha + tl.sum(p, 0)
-        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :], input_precision=PRECISION)
-        m = m_new
+        bias = tl.where(valid, 0.0, float("-inf")) if MASKED else tl.zeros((BN,), tl.float32)
+        acc, m, l = _update(acc, m, l, q, k, v, bias, scale, PRECISION)
 
     if HAS_COARSE:
         m_fine = m
@@ -233,9 +235,10 @@ def llsa_fine_fwd_kernel(
         shift = tl.where(m == float("-inf"), 0.0, m)
         alpha, beta = tl.exp2(m_fine - shift), tl.exp2(m_coarse - shift)
         l = l * alpha + beta
-        acc = acc * alpha[None, :] + tl.trans(o_coarse).to(tl.float32) * beta[None, :]
-    o = tl.trans(acc / tl.where(l > 0, l, 1.0)[None, :])
+        acc = acc * alpha[:, None] + o_coarse.to(tl.float32) * beta[:, None]
+    o = acc / tl.where(l > 0, l, 1.0)[:, None]
     tl.store(p_o, o.to(OUT.dtype.element_ty), mask=m_o)
     if HAS_LSE:
         lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
+        tl.debug_barrier()  # several warps hold a row, and all have read here what one of them now overwrites
         tl.store(LSE + g * length + row_q, lse, mask=valid_q)

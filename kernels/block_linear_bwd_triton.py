@@ -10,26 +10,26 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .block_linear_bwd_triton_kernel import linear_rows_bwd_kernel
 from .block_linear_triton import EPSILON, LinearState, block_states, linear_state, marginal_states
 from .block_pool_triton import mask_arguments
-from .launch import empty_rows, lanes
+from .launch import cdiv, empty_rows, lanes
 from .tiling import Tiling
 
 __all__ = ["LinearGradients", "linear_backward"]
 
 
 class LinearGradients(NamedTuple):
-    """Of query, key and value (set for tokens on the grid alone), and of the projection; and (B, H, S) float32 what of
-    Σ dO O over the head dim is the linear branch's."""
+    """Of query, key and value (set for tokens on the grid alone), and of the projection and its bias; and (B, H, S)
+    float32 what of Σ dO O over the head dim is the linear branch's."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     weight: Tensor
+    bias: Tensor | None
     share: Tensor
 
 
@@ -69,7 +69,7 @@ def linear_backward(
     d_total, share = (torch.zeros(batch, heads, length, device=query.device) for _ in range(2))
     state, norm = sums.state.flatten(0, -3), sums.norm.flatten(0, -2)
     of_queries = (sums.eps, quotient, d_total, share, grad, bias)
-    _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
+    d_bias = _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
     for rows in (slice(0, before), slice(before + n_grid, length)):
         product[:, :, rows] = 0
     d_weight = by_row.reshape(-1, dim).mT @ product.transpose(1, 2).reshape(-1, dim)
@@ -85,7 +85,7 @@ def linear_backward(
     d_key, d_value = empty_rows(key), empty_rows(value)
     state, norm = state.flatten(0, -3), norm.flatten(0, -2)
     _launch_rows(key, value, state, norm, d_key, d_value, feature_map, k_tiling, before, real, None)
-    return LinearGradients(d_query, d_key, d_value, d_weight, share)
+    return LinearGradients(d_query, d_key, d_value, d_weight, d_bias, share)
 
 
 def _launch_rows(
@@ -100,25 +100,34 @@ def _launch_rows(
     before: int,
     real: Tensor | None,
     of_queries: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None] | None,
-) -> None:
-    """Of queries, or of keys; see the kernel. state: (B*H or B*H*tiles, D, D)."""
+) -> Tensor | None:
+    """Of queries, or of keys; see the kernel. state: (B*H or B*H*tiles, D, D). Returns (D,) float32 the gradient of the
+    bias, if there is one."""
     batch, heads, length, dim = x.shape
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
     eps, quotient, d_total, share, grad, bias = of_queries or (None,) * 6
     if grad is not None and grad.stride(-1) != 1:
         grad = grad.contiguous()
-    half = x.element_size() == 2
-    block_d = lanes(dim)
-    block_m = min(64 if half and dim <= 128 else 32, lanes(tiling.volume))
-    parts = triton.cdiv(tiling.volume, block_m)
+    block_m, block_e, num_warps = _rows_build(x)
+    block_d, block_m = lanes(dim), min(block_m, lanes(tiling.volume))
+    parts = cdiv(tiling.volume, block_m)
     mask, mask_b, mask_s, has_real = mask_arguments(real, x)
-    linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * parts,)](
+    n_programs = batch * heads * tiling.n_tiles * parts
+    d_bias = None if bias is None else torch.empty(n_programs, dim, dtype=torch.float32, device=x.device)
+    linear_rows_bwd_kernel[(n_programs,)](
         x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, share, grad,
-        None if bias is None else bias.contiguous(), *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
+        None if bias is None else bias.contiguous(), d_bias, *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
         *(grad.stride()[:3] if grad is not None else (0, 0, 0)),
         mask_b, mask_s, heads, tiling.n_tiles, length, before, *tiling.grid, *tiling.box,
         PARTS=parts, D=dim, FEATURE_MAP=feature_map, OF_QUERIES=of_queries is not None,
         BY_TILE=len(state) > batch * heads, HAS_REAL=has_real, HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d,
-        BLOCK_E=min(block_d, 64 if half else 32), num_warps=4, num_stages=1,
+        BLOCK_E=min(block_d, block_e), num_warps=num_warps, num_stages=1,
     )  # fmt: skip
+    return None if d_bias is None else d_bias.sum(0)
+
+
+def _rows_build(x: Tensor) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps."""
+    half = x.element_size() == 2
+    return 64 if half and x.shape[-1] <= 128 else 32, 64 if half else 32, 4

@@ -25,7 +25,7 @@ def _feature_backward(x, phi, d_phi, FEATURE_MAP: tl.constexpr):
 
 @triton.jit
 def linear_rows_bwd_kernel(
-    X, Y, STATE, NORM, EPS, REAL, DX, PRODUCT, QUOTIENT, D_TOTAL, SHARE, DO, BIAS,
+    X, Y, STATE, NORM, EPS, REAL, DX, PRODUCT, QUOTIENT, D_TOTAL, SHARE, DO, BIAS, D_BIAS,
     sxb, sxh, sxr, syb, syh, syr, sob, soh, sor, sgb, sgh, sgr, srb, srs,
     n_heads, n_tiles, length, before, G0, G1, G2,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
@@ -36,8 +36,8 @@ def linear_rows_bwd_kernel(
     """BLOCK_M rows of a box of one head.
 
     Of queries (x = q, y = the gradient before the projection g, STATE = A, NORM = z): u = φ(q) A / t with
-    t = φ(q)·z + eps to PRODUCT, g / t to QUOTIENT, -g·u / t to D_TOTAL, g·u (and the bias's part) to SHARE, and
-    φ'(q) (g Aᵀ / t - z g·u / t) to DX.
+    t = φ(q)·z + eps to PRODUCT, g / t to QUOTIENT, -g·u / t to D_TOTAL, g·u (and the bias's part) to SHARE,
+    φ'(q) (g Aᵀ / t - z g·u / t) to DX, and the sum of the gradient over these rows to D_BIAS.
     Of keys (x = k, y = v, STATE = dA, NORM = dz): φ(k) dA to PRODUCT and φ'(k) (v dAᵀ + dz) to DX; 0 for hidden ones.
     """
     i_part = tl.program_id(0) % PARTS
@@ -93,6 +93,7 @@ def linear_rows_bwd_kernel(
         if HAS_BIAS:
             p_do = DO + b * sgb + h * sgh + row[:, None] * sgr + dims[None, :]
             do = tl.load(p_do, mask=m_x, other=0.0).to(tl.float32)
+            tl.store(D_BIAS + tl.program_id(0) * D + dims, tl.sum(do, 0), mask=dims < D)
             share += tl.sum(do * tl.load(BIAS + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :], 1)
         tl.store(SHARE + bh * length + row, share, mask=inside)
     else:

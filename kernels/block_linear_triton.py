@@ -10,13 +10,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_linear_triton_kernel import block_state_fwd_kernel, finish_state_fwd_kernel, marginal_norm_fwd_kernel
 from .block_pool_triton import mask_arguments
-from .launch import HOPPER_SHARED, Boxes, box_descriptors, exact_products, register_limit, shared_memory
+from .launch import (
+    HOPPER_SHARED,
+    Boxes,
+    box_descriptors,
+    cdiv,
+    exact_products,
+    next_power_of_2,
+    register_limit,
+    shared_memory,
+)
 from .tiling import Tiling
 
 __all__ = [
@@ -77,8 +85,8 @@ def linear_state(
 def _parts(key: Tensor, n_grid: int) -> tuple[Tiling, Tensor, Tensor]:
     """The runs of tokens that are summed up by a program each, and where the sums go."""
     batch, heads, _, dim = key.shape
-    n_parts = min(max(1, PROGRAMS // (batch * heads)), triton.cdiv(n_grid, 256))
-    part = triton.cdiv(triton.cdiv(n_grid, n_parts), 64) * 64
+    n_parts = min(max(1, PROGRAMS // (batch * heads)), cdiv(n_grid, 256))
+    part = cdiv(cdiv(n_grid, n_parts), 64) * 64
     parts = Tiling.of((n_grid,), (part,))
     states = torch.empty(batch * heads, parts.n_tiles, dim, dim, dtype=torch.float32, device=key.device)
     norms = torch.empty(batch * heads, parts.n_tiles, dim, dtype=torch.float32, device=key.device)
@@ -103,8 +111,8 @@ def _finish_state(
     state = torch.empty(batch, heads, dim, dim, dtype=dtype or torch.float32, device=device)
     norm = torch.empty(batch, heads, dim, dtype=torch.float32, device=device)
     eps = torch.empty(groups, dtype=torch.float32, device=device)
-    rows, block_d = 16, max(16, triton.next_power_of_2(dim))
-    finish_state_fwd_kernel[(groups, triton.cdiv(dim, rows))](
+    rows, block_d = 16, max(16, next_power_of_2(dim))
+    finish_state_fwd_kernel[(groups, cdiv(dim, rows))](
         states,
         norms,
         weight.contiguous(),
@@ -245,9 +253,9 @@ def _launch_block_states(
     """Writes states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = none."""
     heads, dim = key.shape[1], key.shape[3]
     half = key.element_size() == 2
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = max(16, next_power_of_2(dim))
     block_e = min(block_d, 128 if half else 64)  # columns of the state a program makes: more would spill registers
-    block_n = min(max(16, triton.next_power_of_2(tiling.volume)), 64 if half else 32)
+    block_n = min(max(16, next_power_of_2(tiling.volume)), 64 if half else 32)
     big = block_d * block_e >= 128 * 64
     fold = half and weight is not None and dim <= 128
     weight = None if weight is None else weight.to(key.dtype).contiguous()
@@ -257,7 +265,7 @@ def _launch_block_states(
     boxes = _boxes(key, value, tiling, before) if fold and real is None and tiling.volume == block_n else None
     # boxes that are read at once are taken one after the other, so that the next is fetched while one is summed up
     n_programs = min(n_items, PROGRAMS // 2 if boxes else PROGRAMS) if in_one else n_items
-    block_state_fwd_kernel[(n_programs, triton.cdiv(dim, block_e))](
+    block_state_fwd_kernel[(n_programs, cdiv(dim, block_e))](
         key,
         value,
         weight if fold else key,
@@ -325,9 +333,9 @@ def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_margi
     groups, n_q, n_k = marginal.shape
     dim = norms.shape[-1]
     block_m = 32
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = max(16, next_power_of_2(dim))
     block_e = min(block_d, 64)
-    marginal_norm_fwd_kernel[(groups * triton.cdiv(n_q, block_m), triton.cdiv(dim, block_e))](
+    marginal_norm_fwd_kernel[(groups * cdiv(n_q, block_m), cdiv(dim, block_e))](
         marginal,
         norms,
         out,

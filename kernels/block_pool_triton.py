@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import next_power_of_2
 from .tiling import Tiling
 from .tiling_triton import tile_size, tile_tokens
 
@@ -64,8 +65,8 @@ def _launch_pool(
     pooled_q, pooled_k = (
         torch.empty(batch, heads, n, dim, dtype=torch.float32, device=query.device) for n in (n_q, n_k)
     )
-    block_d = triton.next_power_of_2(dim)
-    lanes = triton.next_power_of_2(max(q_tiling.volume, k_tiling.volume if n_k else 0))
+    block_d = next_power_of_2(dim)
+    lanes = next_power_of_2(max(q_tiling.volume, k_tiling.volume if n_k else 0))
     block_n = min(lanes, max(16, 8192 // block_d))
     mask, mask_b, mask_s, has_real = mask_arguments(real, query)
     _pool_pair_fwd_kernel[(batch * heads * (n_q + n_k),)](

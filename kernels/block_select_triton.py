@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import exact_products
+from .launch import cdiv, exact_products, next_power_of_2
 
 __all__ = ["MAX_BLOCKS", "ordered", "select_blocks"]
 
@@ -56,7 +56,7 @@ def select_blocks(
     if n_max is None:
         n_max = int(n_critical.max()) if isinstance(n_critical, Tensor) else n_critical
     queries, keys = (x.reshape(batch * heads, -1, dim).contiguous() for x in (pooled_q, pooled_k))
-    pitch = triton.cdiv(n_k, 16) * 16
+    pitch = cdiv(n_k, 16) * 16
     lists = torch.empty(batch * heads, n_q, n_max, dtype=torch.int32, device=queries.device)
     marginal = None
     if want_marginal:
@@ -84,7 +84,7 @@ def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:
     groups, n_q, dim = queries.shape
     n_k = keys.shape[1]
     block_m, block_n = 64, 64
-    _block_scores_fwd_kernel[(groups * triton.cdiv(n_q, block_m) * triton.cdiv(n_k, block_n),)](
+    _block_scores_fwd_kernel[(groups * cdiv(n_q, block_m) * cdiv(n_k, block_n),)](
         queries,
         keys,
         scores,
@@ -94,7 +94,7 @@ def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:
         D=dim,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=min(32, triton.next_power_of_2(dim)),
+        BLOCK_K=min(32, next_power_of_2(dim)),
         PRECISION=exact_products(),
         num_warps=4,
     )
@@ -147,7 +147,7 @@ def _launch_pick(
     """Writes ``lists`` and ``marginal`` of the heads from ``first`` on."""
     groups, n_q, pitch = scores.shape
     filled = None if filled is None else filled.view(torch.uint8)
-    block = triton.next_power_of_2(pitch)
+    block = next_power_of_2(pitch)
     _pick_blocks_fwd_kernel[(groups * n_q,)](
         scores,
         scores if filled is None else filled,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_plan import BlockPlan, WindowMask
 from .block_sparse_triton_kernel import block_sparse_fwd_kernel
-from .launch import Boxes, box_descriptors, empty_rows, lanes, register_limit
+from .launch import Boxes, box_descriptors, cdiv, empty_rows, lanes, register_limit
 from .tuning import Config, choose_config, launch_tuned, measured
 
 __all__ = [
@@ -106,9 +106,9 @@ def block_sparse_attention(
     kind = _kind(plan)
     suited = config or choose_config(query, kind)
     block_q, block_k = min(suited.block_q, lanes(q.volume)), min(suited.block_k, lanes(kv.volume))
-    q_parts, k_parts = triton.cdiv(q.volume, block_q), triton.cdiv(kv.volume, block_k)
+    q_parts, k_parts = cdiv(q.volume, block_q), cdiv(kv.volume, block_k)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
-    n_text_tiles, n_items = triton.cdiv(n_text_q, block_q), q.n_tiles * q_parts
+    n_text_tiles, n_items = cdiv(n_text_q, block_q), q.n_tiles * q_parts
     k2, v2, real2 = extra if extra else (key, value, None)
     ordered = mask.ordered if mask else (False,) * 3
     boxes: Boxes | None = None

@@ -10,19 +10,29 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .block_plan import turn_over
 from .block_sparse_bwd_triton import delta_of
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import empty_rows, is_roomy, lanes
+from .launch import cdiv, empty_rows, is_roomy, lanes
 from .llsa_bwd_triton_kernel import llsa_coarse_bwd_dq_kernel, llsa_dkv_kernel, llsa_fine_bwd_dq_kernel
-from .llsa_triton import Pooled
+from .llsa_triton import Build, Pooled
 
 __all__ = ["llsa_blocks_attention_backward"]
 
 PROGRAMS = 528  # that share a walk through all queries, four for each processor of an H100 or H200
+
+
+class _Builds(NamedTuple):
+    """Of the kernels, by what they stay with: queries in tiles of many and in one block, and keys: the tokens of a
+    block, the pooled tokens under one of level 2, and a run that all queries see."""
+
+    many: Build
+    block: Build
+    tokens: Build
+    pooled: Build
+    run: Build
 
 
 class _Call(NamedTuple):
@@ -36,16 +46,7 @@ class _Call(NamedTuple):
     before: int
     n_grid: int
     children: Sequence[Tensor]
-
-    @property
-    def tile(self) -> int:
-        """Rows of a tile that suit registers and shared memory of every GPU."""
-        half, dim = self.query.element_size() == 2, self.query.shape[-1]
-        return (64 if dim <= 128 else 32) if half else (32 if dim <= 128 else 16)
-
-    @property
-    def stages(self) -> int:
-        return 2 if self.tile == 64 and is_roomy(self.query) else 1
+    builds: _Builds
 
     @property
     def precision(self) -> str:
@@ -96,7 +97,8 @@ def llsa_blocks_attention_backward(
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     batch, length = query.shape[0], query.shape[2]
-    call = _Call(grad, query, lse, delta_of(grad, out), scale, before, n_grid, children)
+    builds = _builds(query, children[0].shape[1])
+    call = _Call(grad, query, lse, delta_of(grad, out), scale, before, n_grid, children, builds)
     d_query = _queries(call, key, value, kept[0], pooled, real)
     above = None
     if pooled is not None:
@@ -109,8 +111,8 @@ def llsa_blocks_attention_backward(
     n_blocks = len(children[0])
     lists, ends = turn_over(torch.where(kept[0] < 0, n_blocks, kept[0]), n_blocks)
     _launch_dkv(
-        call, tokens, n_blocks, table=children[0], first_key=before, lists=(lists, ends), above=above, n_rows=n_text,
-        row_cut=before, row_skip=n_grid,
+        call, tokens, builds.tokens, n_blocks, table=children[0], first_key=before, lists=(lists, ends), above=above,
+        n_rows=n_text, row_cut=before, row_skip=n_grid,
     )  # fmt: skip
     if n_text:
         _whole_run(call, tokens, n_text, (before, n_grid), length, (0, 0))
@@ -130,14 +132,14 @@ def _queries(
     scales = (call.scale * LOG2E, call.scale)
     common: dict[str, Any] = {
         "D": dim, "BLOCK_D": lanes(dim), "BLOCK": block, "HAS_REAL": real is not None, "PRECISION": call.precision,
-        "num_warps": 4, "num_stages": call.stages,
     }  # fmt: skip
     n_text, has_coarse = length - call.n_grid, pooled is not None or length > call.n_grid
     if has_coarse:
         met = None if pooled is None else pooled.met
         n_slots, n_nodes = (n_blocks * block, 1) if met is None else (block * block, met.shape[1])
-        block_q = min(call.tile, lanes(n_slots))
-        n_text_tiles, n_items = triton.cdiv(n_text, block_q), n_nodes * triton.cdiv(n_slots, block_q)
+        build = call.builds.many
+        block_q = min(build.block_q, lanes(n_slots))
+        n_text_tiles, n_items = cdiv(n_text, block_q), n_nodes * cdiv(n_slots, block_q)
         weight = pooled.weight if pooled else None
         llsa_coarse_bwd_dq_kernel[((n_text_tiles + n_items) * batch * heads,)](
             *given, *((pooled.keys, pooled.values) if pooled else (None, None)), weight, met, children[0],
@@ -145,14 +147,15 @@ def _queries(
             0 if weight is None or len(weight) == 1 else weight.stride(0),
             heads, length, call.before, call.n_grid, pooled.keys.shape[1] if pooled else 0, pooled.top if pooled else 0,
             0 if met is None else met.shape[2], n_nodes, n_slots, batch * heads, n_text_tiles, n_items, *scales,
-            BM=block_q, BN=call.tile, HAS_NODES=met is not None, HAS_POOLED=pooled is not None, HAS_TEXT=n_text > 0,
-            **common,
+            BM=block_q, BN=build.block_k, HAS_NODES=met is not None, HAS_POOLED=pooled is not None,
+            HAS_TEXT=n_text > 0, num_warps=build.num_warps, num_stages=build.num_stages, **common,
         )  # fmt: skip
-    block_q = min(call.tile, lanes(block))
-    llsa_fine_bwd_dq_kernel[(batch * heads * n_blocks * triton.cdiv(block, block_q),)](
+    build = call.builds.block
+    block_q = min(build.block_q, lanes(block))
+    llsa_fine_bwd_dq_kernel[(batch * heads * n_blocks * cdiv(block, block_q),)](
         *given, kept, children[0], *strides, heads, n_blocks, length, call.before, *scales,
-        BM=block_q, BN=min(call.tile, lanes(kept.shape[2] * block)), N_KEPT=kept.shape[2], HAS_COARSE=has_coarse,
-        **common,
+        BM=block_q, BN=min(build.block_k, lanes(kept.shape[2] * block)), N_KEPT=kept.shape[2], HAS_COARSE=has_coarse,
+        num_warps=build.num_warps, num_stages=build.num_stages, **common,
     )  # fmt: skip
     return d_query
 
@@ -175,7 +178,10 @@ def _pooled(
         listed = kept[level][:, ancestor]
         n = len(call.children[level])
         lists = turn_over(torch.where(listed < 0, n, listed), n)
-        _launch_dkv(call, keys, n, table=call.children[level], first_key=rows[level - 1], lists=lists, nodes=True)
+        _launch_dkv(
+            call, keys, call.builds.pooled, n, table=call.children[level], first_key=rows[level - 1], lists=lists,
+            nodes=True,
+        )  # fmt: skip
     n_top = len(call.children[-1])
     _whole_run(call, keys, n_top, (0, pooled.top), call.n_grid, (0, call.before))
     return d_key, d_value
@@ -187,17 +193,17 @@ def _whole_run(
     """Keys that all queries of a run see: the run is split between programs, whose sums are added up in order. Runs:
     (cut, rows left out from there on)."""
     batch, heads, _, dim = call.query.shape
-    tile = min(32, call.tile)
-    n_tiles = triton.cdiv(n_keys, tile)
-    n_splits = max(1, min(triton.cdiv(n_rows, 1024), PROGRAMS // (n_tiles * batch * heads)))
-    split_rows = triton.cdiv(triton.cdiv(n_rows, n_splits), call.tile) * call.tile
-    n_splits = triton.cdiv(n_rows, split_rows)
+    build = call.builds.run
+    n_tiles = cdiv(n_keys, build.block_k)
+    n_splits = max(1, min(cdiv(n_rows, 1024), PROGRAMS // (n_tiles * batch * heads)))
+    split_rows = cdiv(cdiv(n_rows, n_splits), build.block_q) * build.block_q
+    n_splits = cdiv(n_rows, split_rows)
     shape = (n_splits, batch, heads, n_keys, dim)
     parts = [torch.empty(shape, dtype=torch.float32, device=call.query.device) for _ in range(2)]
     cut, skip = key_run
     _launch_dkv(
-        call, keys._replace(d_key=parts[0], d_value=parts[1]), n_tiles, n_keys=n_keys, key_run=key_run, n_rows=n_rows,
-        row_cut=row_run[0], row_skip=row_run[1], split_rows=split_rows, tile=tile,
+        call, keys._replace(d_key=parts[0], d_value=parts[1]), build, n_tiles, n_keys=n_keys, key_run=key_run,
+        n_rows=n_rows, row_cut=row_run[0], row_skip=row_run[1], split_rows=split_rows,
     )  # fmt: skip
     for to, part in zip((keys.d_key, keys.d_value), parts, strict=True):
         total = part.sum(0).to(to.dtype)
@@ -208,6 +214,7 @@ def _whole_run(
 def _launch_dkv(
     call: _Call,
     keys: _Keys,
+    build: Build,
     n_tiles: int,
     *,
     table: Tensor | None = None,
@@ -221,14 +228,13 @@ def _launch_dkv(
     row_cut: int = 0,
     row_skip: int = 0,
     split_rows: int | None = None,
-    tile: int | None = None,
 ) -> None:
     """See the kernel."""
     query, grad, children = call.query, call.grad, call.children
     batch, heads, length, dim = query.shape
     block = children[0].shape[1]
-    block_k = min(call.tile, lanes(block)) if tile is None else tile
-    parts = triton.cdiv(block, block_k) if table is not None else 1
+    block_k = min(build.block_k, lanes(block)) if table is not None else build.block_k
+    parts = cdiv(block, block_k) if table is not None else 1
     n_splits = len(keys.d_key)
     split_rows = max(1, n_rows) if split_rows is None else split_rows
     strides = [s for x in (query, keys.key, keys.value, grad) for s in x.stride()[:3]]
@@ -240,11 +246,31 @@ def _launch_dkv(
         *strides, *d_strides, 0 if real is None else real.stride(0),
         0 if weight is None or len(weight) == 1 else weight.stride(0), lists[0].stride(0) if lists else 0,
         heads, batch * heads, length, n_tiles, n_keys, first_key, *key_run, n_rows, row_cut, row_skip,
-        split_rows, call.before, call.scale * LOG2E, call.scale, D=dim, BLOCK_D=lanes(dim), BK=block_k, BN=call.tile,
-        BLOCK=block, BY_TABLE=table is not None, HAS_LISTS=lists is not None, HAS_NODES=nodes, HAS_ROWS=n_rows > 0,
+        split_rows, call.before, call.scale * LOG2E, call.scale, D=dim, BLOCK_D=lanes(dim), BK=block_k,
+        BN=build.block_q, BLOCK=block, BY_TABLE=table is not None, HAS_LISTS=lists is not None, HAS_NODES=nodes, HAS_ROWS=n_rows > 0,
         HAS_WEIGHT=weight is not None, HAS_REAL=real is not None, HAS_ABOVE=above is not None,
-        PRECISION=call.precision, num_warps=4, num_stages=call.stages,
+        PRECISION=call.precision, num_warps=build.num_warps, num_stages=build.num_stages,
     )  # fmt: skip
+
+
+def _builds(query: Tensor, block: int) -> _Builds:
+    """What suits registers and shared memory of every GPU. For a block a warp for every 16 of its rows, so that what a
+    warp computes never leaves it."""
+    half, dim = query.element_size() == 2, query.shape[-1]
+    if not half or dim > 128:
+        tile = 16 if dim > 128 and not half else 32
+        same = Build(tile, tile, 4, 1)
+        return _Builds(same, same, same, same, same)
+    stages = 2 if is_roomy(query) else 1
+    rows = min(64, lanes(block))
+    warps = rows // 16
+    return _Builds(
+        many=Build(64, 64, 4, stages),
+        block=Build(rows, 32, warps, stages),
+        tokens=Build(32, rows, warps, stages),
+        pooled=Build(64, 64, 4, stages),
+        run=Build(64, 32, 4, stages),
+    )
 
 
 def _spread(

@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_select_triton import ordered, select_blocks
-from .launch import exact_products
+from .launch import cdiv, exact_products, next_power_of_2
 from .llsa_tree_triton import PooledTree
 
 __all__ = ["MAX_CANDIDATES", "select_tree"]
 
 MAX_CANDIDATES = 16384  # of one block, whose scores the registers of one program hold
+SCORES_A_WARP = 1024
 MAX_TILE = 1024  # candidates that 16 blocks at a time are scored against; where there are more, one block at a time
 
 
@@ -82,7 +83,7 @@ def _launch_select(
     if want_met:
         shape = (batch * heads, n_above, n_candidates + n_inherited)
         met = torch.empty(shape, dtype=torch.int32, device=query.device)
-    lanes = max(16, triton.next_power_of_2(n_candidates))
+    lanes = max(16, next_power_of_2(n_candidates))
     if lanes > MAX_CANDIDATES:
         raise ValueError(
             f"topk blocks of the level above hold {n_candidates} candidates, and the Triton kernel takes "
@@ -90,13 +91,13 @@ def _launch_select(
         )
     rows = 16 if lanes <= MAX_TILE else 1
     number = pooled.number
-    llsa_select_fwd_kernel[(batch * heads * n_above * triton.cdiv(block, rows),)](
+    llsa_select_fwd_kernel[(batch * heads * n_above * cdiv(block, rows),)](
         query, key, number, kept_above, above, kept, met, met_above, place, heads, n, n_above, number.shape[1], first,
         0 if place is None or met_above is None else met_above.shape[1], n_inherited,
         TOPK=topk, N_KEPT=n_kept, BLOCK=block, D=dim, ROWS=rows, LANES=lanes,
-        BLOCK_D=min(triton.next_power_of_2(max(dim, 16)), 16 if rows > 1 else max(1, 65536 // lanes)),
-        BLOCK_K=triton.next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_MET=want_met,
-        INHERITS=n_inherited > 0, PRECISION=exact_products(), num_warps=min(16, max(1, rows * lanes // 1024)),
+        BLOCK_D=min(next_power_of_2(max(dim, 16)), 16 if rows > 1 else max(1, 65536 // lanes)),
+        BLOCK_K=next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_MET=want_met,
+        INHERITS=n_inherited > 0, PRECISION=exact_products(), num_warps=min(16, max(1, rows * lanes // SCORES_A_WARP)),
     )  # fmt: skip
     return kept, met
 

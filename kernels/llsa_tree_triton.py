@@ -13,8 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_pool_triton import mask_arguments
+from .launch import cdiv, next_power_of_2
 
 __all__ = ["PooledTree", "pool_tree"]
+
+WARPS = 4
+UNROLL = 4
 
 
 class PooledTree(NamedTuple):
@@ -97,17 +101,18 @@ def _launch_pool(
     is_first, is_last = firsts[0] < 0, firsts[1] + n + 1 == numbers.shape[2]
     mask, mask_b, mask_s, has_real = mask_arguments(real if is_first else None, query)
     given = key if value is None else value
-    block_d = triton.next_power_of_2(dim)
-    nodes = max(1, 2048 // query.element_size() // block_d)  # a node and 16 bytes of its rows a thread, of 128
+    block_d = next_power_of_2(dim)
+    nodes = max(1, 512 * WARPS // query.element_size() // block_d)  # a node and 16 bytes of its rows a thread
     n_made = n + is_last
-    nodes = min(nodes, triton.next_power_of_2(n_made))
-    llsa_pool_fwd_kernel[(batch * heads * triton.cdiv(n_made, nodes),)](
+    nodes = min(nodes, next_power_of_2(n_made))
+    llsa_pool_fwd_kernel[(batch * heads * cdiv(n_made, nodes),)](
         query, key, given, mask, table, means, numbers[0], numbers[1], all_keys, all_values,
         *query.stride(), *key.stride(), *given.stride(), mask_b, mask_s,
         numbers.stride(1) if numbers.shape[1] > 1 else 0, heads, n, n_made, before if is_first else 0, *firsts,
         numbers.shape[2], batch * heads,
-        BLOCK=block, UNROLL=4, NODES=nodes, D=dim, BLOCK_D=block_d, HEADS_LAST=query.stride(1) < query.stride(2),
-        IS_FIRST=is_first, HAS_REAL=has_real, HAS_VALUE=value is not None, SHARED=numbers.shape[1] == 1, num_warps=4,
+        BLOCK=block, UNROLL=UNROLL, NODES=nodes, D=dim, BLOCK_D=block_d, HEADS_LAST=query.stride(1) < query.stride(2),
+        IS_FIRST=is_first, HAS_REAL=has_real, HAS_VALUE=value is not None, SHARED=numbers.shape[1] == 1,
+        num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import empty_rows, is_roomy, lanes, register_limit
+from .launch import cdiv, empty_rows, is_roomy, lanes, register_limit
 from .llsa_triton_kernel import llsa_coarse_fwd_kernel, llsa_fine_fwd_kernel
 
 __all__ = ["Build", "Pooled", "llsa_blocks_attention"]
@@ -130,7 +129,7 @@ def _launch_coarse(
     n_nodes = 1 if met is None else met.shape[1]
     build = _fitting(build, n_slots)
     block_q = build.block_q
-    n_text_tiles, n_items = triton.cdiv(length - n_grid, block_q), n_nodes * triton.cdiv(n_slots, block_q)
+    n_text_tiles, n_items = cdiv(length - n_grid, block_q), n_nodes * cdiv(n_slots, block_q)
     n_met, n_pooled = 0 if met is None else met.shape[2], 0 if pooled is None else pooled.keys.shape[1]
     top, weight = (pooled.top, pooled.weight) if pooled else (0, None)
     met_whole, top_whole = (n % build.block_k == 0 for n in (n_met, n_pooled - 1 - top))
@@ -166,7 +165,7 @@ def _launch_fine(
     n_blocks, block = blocks.shape
     block_q = min(build.block_q, lanes(block))
     block_k = min(build.block_k, lanes(kept.shape[2] * block))
-    llsa_fine_fwd_kernel[(batch * heads * n_blocks * triton.cdiv(block, block_q),)](
+    llsa_fine_fwd_kernel[(batch * heads * n_blocks * cdiv(block, block_q),)](
         *tensors, kept, blocks, *strides, heads, n_blocks, length, before, scale,
         D=dim, BLOCK_D=lanes(dim), BM=block_q, BN=block_k, BLOCK=block, N_KEPT=kept.shape[2],
         MASKED=not whole or kept.shape[2] * block % block_k != 0, HAS_REAL=tensors[5] is not None,
@@ -178,7 +177,7 @@ def _launch_fine(
 def _fitting(build: Build, n_slots: int) -> Build:
     """With half the queries a tile, where that leaves fewer places empty."""
     half = build.block_q // 2
-    if half < 16 or triton.cdiv(n_slots, half) * half >= triton.cdiv(n_slots, build.block_q) * build.block_q:
+    if half < 16 or cdiv(n_slots, half) * half >= cdiv(n_slots, build.block_q) * build.block_q:
         return build
     return replace(build, block_q=half, num_warps=max(4, build.num_warps // 2))
 
@@ -199,7 +198,7 @@ def _coarse_build(query: Tensor, uniform: bool) -> Build:
         return Build(64, 64, 4, 1 if torch.version.hip else 2)
     if not uniform:
         return Build(128, 32, 8, 3, 128) if dim <= 64 else Build(64, 32, 4, 3, 128)
-    return Build(128, 64, 8, 3 if dim <= 64 else 2, 128)
+    return Build(64, 64, 4, 2, 128) if dim <= 64 else Build(128, 64, 4, 2)
 
 
 def _fine_build(query: Tensor, block: int) -> Build:
@@ -208,5 +207,4 @@ def _fine_build(query: Tensor, block: int) -> Build:
     if query.dtype == torch.float32:
         return Build(min(16 if dim > 64 else 32, lanes(block)), 32, 4, 1)
     block_q = min(32 if dim > 128 else 64, lanes(block))
-    block_k = 64 if dim <= 64 else 32
-    return Build(block_q, block_k, max(1, block_q // 16), 1)
+    return Build(block_q, 32, max(1, block_q // 16), 2 if is_roomy(query) else 1)

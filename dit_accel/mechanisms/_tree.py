@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ def level_grids(grid: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[
     return grids
 
 
+@lru_cache(maxsize=256)
 def default_levels(grid: Sequence[int], block: int, topk: int) -> int:
     """The least L >= 1 with at most 64·topk tokens at level L."""
     levels = 1
@@ -65,12 +67,13 @@ class Level:
     children: Tensor
     place: Tensor
 
-    @property
+    @cached_property
     def full(self) -> bool:
         """No block is short."""
         return self.children.numel() == self.place.numel()
 
 
+@lru_cache(maxsize=64)
 def make_tree(grid: tuple[int, ...], block: int, levels: int, device: torch.device) -> tuple[Level, ...]:
     """Levels 1 … L."""
     shapes = patch_shapes(grid, block, levels)

@@ -129,5 +129,6 @@ def _launch_rows(
 
 def _rows_build(x: Tensor) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps."""
-    half = x.element_size() == 2
-    return 64 if half and x.shape[-1] <= 128 else 32, 64 if half else 32, 4
+    if x.element_size() == 2:
+        return (64, 128, 4) if x.shape[-1] <= 128 else (32, 64, 4)
+    return 32, 32, 4

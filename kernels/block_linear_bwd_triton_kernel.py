@@ -51,6 +51,11 @@ def linear_rows_bwd_kernel(
     if HAS_REAL:
         live = live & (tl.load(REAL + b * srb + row * srs, mask=inside, other=0) != 0)
     m_x = live[:, None] & (dims < D)[None, :]
+    p_y = Y + b * syb + h * syh + row[:, None] * syr
+    if BLOCK_E == BLOCK_D:  # under way while φ(x) is computed
+        y = tl.load(p_y + dims[None, :], mask=m_x, other=0.0)
+        if OF_QUERIES and HAS_BIAS:
+            do = tl.load(DO + b * sgb + h * sgh + row[:, None] * sgr + dims[None, :], mask=m_x, other=0.0)
     x = tl.load(X + b * sxb + h * sxh + row[:, None] * sxr + dims[None, :], mask=m_x, other=0.0)
     dtype = x.dtype
     x = x.to(tl.float32)
@@ -66,33 +71,35 @@ def linear_rows_bwd_kernel(
         total = tl.sum(phi.to(tl.float32) * norm[None, :], 1)
         # 0 where no sum has what φ(q) asks for: then all that is divided here meets a zero
         total = tl.where(total == 0, 1.0, total + tl.load(EPS + bh))
-    p_y = Y + b * syb + h * syh + row[:, None] * syr
     p_out = b * sob + h * soh + row[:, None] * sor
     d_phi = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, BLOCK_D, BLOCK_E):
         cols = start + tl.arange(0, BLOCK_E)
         m_y = live[:, None] & (cols < D)[None, :]
         m_out = inside[:, None] & (cols < D)[None, :]
-        y = tl.load(p_y + cols[None, :], mask=m_y, other=0.0)
+        if BLOCK_E < BLOCK_D:
+            y = tl.load(p_y + cols[None, :], mask=m_y, other=0.0)
         m_state = (dims < D)[:, None] & (cols < D)[None, :]
         state = tl.load(STATE + dims[:, None] * D + cols[None, :], mask=m_state, other=0.0)
         product = tl.dot(phi, state, input_precision=PRECISION)
         if OF_QUERIES:
             product = product / total[:, None]
             share += tl.sum(product * y.to(tl.float32), 1)
-            y = (y.to(tl.float32) / total[:, None]).to(dtype)
-            tl.store(QUOTIENT + p_out + cols[None, :], y, mask=m_out)
+            factor = (y.to(tl.float32) / total[:, None]).to(dtype)
+            tl.store(QUOTIENT + p_out + cols[None, :], factor, mask=m_out)
         else:
+            factor = y
             product = tl.where(live[:, None], product, 0.0)
         tl.store(PRODUCT + p_out + cols[None, :], product.to(PRODUCT.dtype.element_ty), mask=m_out)
-        d_phi = tl.dot(y, tl.trans(state), d_phi, input_precision=PRECISION)
+        d_phi = tl.dot(factor, tl.trans(state), d_phi, input_precision=PRECISION)
     if OF_QUERIES:
         d_total = -share / total
         tl.store(D_TOTAL + bh * length + row, d_total, mask=inside)
         d_phi += d_total[:, None] * norm[None, :]
         if HAS_BIAS:
-            p_do = DO + b * sgb + h * sgh + row[:, None] * sgr + dims[None, :]
-            do = tl.load(p_do, mask=m_x, other=0.0).to(tl.float32)
+            if BLOCK_E < BLOCK_D:
+                do = tl.load(DO + b * sgb + h * sgh + row[:, None] * sgr + dims[None, :], mask=m_x, other=0.0)
+            do = do.to(tl.float32)
             tl.store(D_BIAS + tl.program_id(0) * D + dims, tl.sum(do, 0), mask=dims < D)
             share += tl.sum(do * tl.load(BIAS + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :], 1)
         tl.store(SHARE + bh * length + row, share, mask=inside)

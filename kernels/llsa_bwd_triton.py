@@ -96,15 +96,14 @@ def llsa_blocks_attention_backward(
     check_inputs(query)
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
-    batch, length = query.shape[0], query.shape[2]
+    length = query.shape[2]
     builds = _builds(query, children[0].shape[1])
     call = _Call(grad, query, lse, delta_of(grad, out), scale, before, n_grid, children, builds)
     d_query = _queries(call, key, value, kept[0], pooled, real)
     above = None
     if pooled is not None:
         assert number is not None
-        d_pooled = _pooled(call, kept, places, pooled, rows)
-        above = [_spread(x, number, children, places, rows, batch) for x in d_pooled]
+        above = _spread(_pooled(call, kept, places, pooled, rows), number, children, places, rows)
     d_key, d_value = empty_rows(key), empty_rows(value)
     n_text = length - n_grid
     tokens = _Keys(key, value, d_key[None], d_value[None], real, None)
@@ -162,14 +161,12 @@ def _queries(
 
 def _pooled(
     call: _Call, kept: Sequence[Tensor], places: Sequence[Tensor], pooled: Pooled, rows: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Gradients (B*H, P + 1, D) float32 of pooled keys and values; of the last, which stands for nothing, unset."""
+) -> Tensor:
+    """(2, B, H, P + 1, D) float32 gradients of pooled keys and values; of the last, which stands for nothing, unset."""
     batch, heads = call.query.shape[:2]
-    d_key, d_value = (torch.empty_like(pooled.keys, dtype=torch.float32) for _ in range(2))
-    key, value, to_key, to_value = (
-        x.unflatten(0, (batch, heads)) for x in (pooled.keys, pooled.values, d_key, d_value)
-    )
-    keys = _Keys(key, value, to_key[None], to_value[None], None, pooled.weight)
+    key, value = (x.unflatten(0, (batch, heads)) for x in (pooled.keys, pooled.values))
+    d_pooled = torch.empty(2, 1, *key.shape, dtype=torch.float32, device=key.device)
+    keys = _Keys(key, value, d_pooled[0], d_pooled[1], None, pooled.weight)
     block = call.children[0].shape[1]
     ancestor = torch.arange(len(call.children[1]) if len(call.children) > 1 else 0, device=call.query.device)
     for level in range(1, len(call.children)):  # seen by whose ancestor kept the token over them
@@ -184,7 +181,7 @@ def _pooled(
         )  # fmt: skip
     n_top = len(call.children[-1])
     _whole_run(call, keys, n_top, (0, pooled.top), call.n_grid, (0, call.before))
-    return d_key, d_value
+    return d_pooled[:, 0]
 
 
 def _whole_run(
@@ -198,15 +195,13 @@ def _whole_run(
     n_splits = max(1, min(cdiv(n_rows, 1024), PROGRAMS // (n_tiles * batch * heads)))
     split_rows = cdiv(cdiv(n_rows, n_splits), build.block_q) * build.block_q
     n_splits = cdiv(n_rows, split_rows)
-    shape = (n_splits, batch, heads, n_keys, dim)
-    parts = [torch.empty(shape, dtype=torch.float32, device=call.query.device) for _ in range(2)]
+    parts = torch.empty(2, n_splits, batch, heads, n_keys, dim, dtype=torch.float32, device=call.query.device)
     cut, skip = key_run
     _launch_dkv(
         call, keys._replace(d_key=parts[0], d_value=parts[1]), build, n_tiles, n_keys=n_keys, key_run=key_run,
         n_rows=n_rows, row_cut=row_run[0], row_skip=row_run[1], split_rows=split_rows,
     )  # fmt: skip
-    for to, part in zip((keys.d_key, keys.d_value), parts, strict=True):
-        total = part.sum(0).to(to.dtype)
+    for to, total in zip((keys.d_key, keys.d_value), parts.sum(1).to(keys.d_key.dtype), strict=True):
         to[0][:, :, :cut] = total[:, :, :cut]
         to[0][:, :, cut + skip : skip + n_keys] = total[:, :, cut:]
 
@@ -221,7 +216,7 @@ def _launch_dkv(
     first_key: int = 0,
     lists: tuple[Tensor, Tensor] | None = None,
     nodes: bool = False,
-    above: Sequence[Tensor] | None = None,
+    above: Tensor | None = None,
     n_keys: int = 0,
     key_run: tuple[int, int] = (0, 0),
     n_rows: int = 0,
@@ -242,54 +237,49 @@ def _launch_dkv(
     weight, real = keys.weight, keys.real
     llsa_dkv_kernel[(n_tiles * parts * batch * heads * n_splits,)](
         query, keys.key, keys.value, grad, call.lse, call.delta, real, weight, *(lists or (None, None)), table,
-        children[0], children[1] if nodes else None, *(above or (None, None)), keys.d_key, keys.d_value,
-        *strides, *d_strides, 0 if real is None else real.stride(0),
+        children[0], children[1] if nodes else None, *((None, None) if above is None else above), keys.d_key,
+        keys.d_value, *strides, *d_strides, 0 if real is None else real.stride(0),
         0 if weight is None or len(weight) == 1 else weight.stride(0), lists[0].stride(0) if lists else 0,
         heads, batch * heads, length, n_tiles, n_keys, first_key, *key_run, n_rows, row_cut, row_skip,
         split_rows, call.before, call.scale * LOG2E, call.scale, D=dim, BLOCK_D=lanes(dim), BK=block_k,
-        BN=build.block_q, BLOCK=block, BY_TABLE=table is not None, HAS_LISTS=lists is not None, HAS_NODES=nodes, HAS_ROWS=n_rows > 0,
+        BN=build.block_q, BLOCK=block, BY_TABLE=table is not None, HAS_LISTS=lists is not None, HAS_NODES=nodes,
+        HAS_ROWS=n_rows > 0,
         HAS_WEIGHT=weight is not None, HAS_REAL=real is not None, HAS_ABOVE=above is not None,
         PRECISION=call.precision, num_warps=build.num_warps, num_stages=build.num_stages,
     )  # fmt: skip
 
 
 def _builds(query: Tensor, block: int) -> _Builds:
-    """What suits registers and shared memory of every GPU. For a block a warp for every 16 of its rows, so that what a
-    warp computes never leaves it."""
+    """What suits registers and shared memory of every GPU, and of that what an H100 was quickest with: mostly a warp
+    for every 16 rows of a block, so that what a warp computes never leaves it."""
     half, dim = query.element_size() == 2, query.shape[-1]
     if not half or dim > 128:
         tile = 16 if dim > 128 and not half else 32
         same = Build(tile, tile, 4, 1)
         return _Builds(same, same, same, same, same)
-    stages = 2 if is_roomy(query) else 1
+    roomy = is_roomy(query)
+    stages = 2 if roomy else 1
     rows = min(64, lanes(block))
     warps = rows // 16
     return _Builds(
         many=Build(64, 64, 4, stages),
-        block=Build(rows, 32, warps, stages),
-        tokens=Build(32, rows, warps, stages),
-        pooled=Build(64, 64, 4, stages),
-        run=Build(64, 32, 4, stages),
+        block=Build(rows, 32, warps, stages + 1) if dim <= 64 else Build(rows, 64, 4, stages),
+        tokens=Build(32, rows, warps, stages + 1),
+        pooled=Build(128 if roomy else 64, 64, 4, stages),
+        run=Build(64, 64 if roomy else 32, 4, stages),
     )
 
 
 def _spread(
-    d_pooled: Tensor,
-    number: Tensor,
-    children: Sequence[Tensor],
-    places: Sequence[Tensor],
-    rows: Sequence[int],
-    batch: int,
+    d_pooled: Tensor, number: Tensor, children: Sequence[Tensor], places: Sequence[Tensor], rows: Sequence[int]
 ) -> Tensor:
-    """(B*H, n_1, D) float32 what each real token of a level-1 block has through all pooled tokens over it: a mean gives
-    each of the tokens that it covers its share."""
+    """(2, B, H, n_1, D) float32 what each real token of a level-1 block has through all pooled tokens over it: a mean
+    gives each of the tokens that it covers its share."""
     block = children[0].shape[1]
-    share = d_pooled[:, :-1] / number[:, :-1].clamp(min=1).expand(batch, -1).repeat_interleave(
-        len(d_pooled) // batch, 0
-    ).unsqueeze(-1)
+    share = d_pooled[..., :-1, :] / number[:, None, :-1, None].clamp(min=1)
     total: Tensor | None = None
     for level in reversed(range(len(children))):
-        own = share[:, rows[level] : rows[level] + len(children[level])]
-        total = own if total is None else own + total[:, places[level + 1] // block]
+        own = share[..., rows[level] : rows[level] + len(children[level]), :]
+        total = own if total is None else own + total[..., places[level + 1] // block, :]
     assert total is not None
     return total.contiguous()

@@ -21,7 +21,7 @@ from .llsa_tree_triton import PooledTree
 __all__ = ["MAX_CANDIDATES", "select_tree"]
 
 MAX_CANDIDATES = 16384  # of one block, whose scores the registers of one program hold
-SCORES_A_WARP = 1024
+SCORES_A_WARP = 512  # 16 a thread
 MAX_TILE = 1024  # candidates that 16 blocks at a time are scored against; where there are more, one block at a time
 
 

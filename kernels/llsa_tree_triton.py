@@ -17,8 +17,8 @@ from .launch import cdiv, next_power_of_2
 
 __all__ = ["PooledTree", "pool_tree"]
 
-WARPS = 4
-UNROLL = 4
+WARPS = 1  # small programs leave no processor idle at the end
+UNROLL = 16  # loads that are under way at once, times three
 
 
 class PooledTree(NamedTuple):
@@ -110,7 +110,8 @@ def _launch_pool(
         *query.stride(), *key.stride(), *given.stride(), mask_b, mask_s,
         numbers.stride(1) if numbers.shape[1] > 1 else 0, heads, n, n_made, before if is_first else 0, *firsts,
         numbers.shape[2], batch * heads,
-        BLOCK=block, UNROLL=UNROLL, NODES=nodes, D=dim, BLOCK_D=block_d, HEADS_LAST=query.stride(1) < query.stride(2),
+        BLOCK=block, UNROLL=min(UNROLL, next_power_of_2(block)), NODES=nodes, D=dim, BLOCK_D=block_d,
+        HEADS_LAST=query.stride(1) < query.stride(2),
         IS_FIRST=is_first, HAS_REAL=has_real, HAS_VALUE=value is not None, SHARED=numbers.shape[1] == 1,
         num_warps=WARPS,
     )  # fmt: skip

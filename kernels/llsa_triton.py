@@ -4,8 +4,8 @@ The coarse kernel takes tiles of queries through what all of them see: pooled to
 kernel takes one block of queries at a time through the tokens of the blocks that it alone kept, and merges what the
 first left where the output goes, by their log-sum-exps. Tokens are fetched from where they lie: nothing is permuted.
 
-Queries are the rows of every product: with 16 of them as columns, weights go to Hopper's matrix units through a tile of
-32-byte rows that is read the other way, and Triton 3.6 gets that wrong (seen on an H100: wrong sums, illegal accesses).
+Queries are the rows of every product, also where a tile has 16: with these as columns, Triton 3.6 gave wrong sums and
+illegal accesses on an H100, and it was no faster.
 """
 
 from __future__ import annotations

@@ -58,8 +58,14 @@ def turn_over(lists: Tensor, n: int) -> tuple[Tensor, Tensor]:
     Returns: (G, M*m) int32 who lists them, one after the other; (G, n + 1) int32 where each one's begin and end.
     """
     found = lists.flatten(1).sort(dim=1, stable=True)
-    every = torch.arange(n + 1, dtype=lists.dtype, device=lists.device).expand(len(lists), -1).contiguous()
-    return (found.indices // lists.shape[2]).int(), torch.searchsorted(found.values, every).int()
+    every = _counted(len(lists), n + 1, lists.device)
+    return (found.indices // lists.shape[2]).int(), torch.searchsorted(found.values, every, out_int32=True)
+
+
+@lru_cache(maxsize=16)
+def _counted(groups: int, n: int, device: torch.device) -> Tensor:
+    """(groups, n) int32, each row 0 to n - 1."""
+    return torch.arange(n, dtype=torch.int32, device=device).expand(groups, -1).contiguous()
 
 
 class KeyLists(NamedTuple):

@@ -83,6 +83,7 @@ def llsa_blocks_attention_backward(
     number: Tensor | None = None,
     rows: Sequence[int] = (),
     real: Tensor | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`llsa_blocks_attention` with respect to query, key and value, through pooled ones, too.
 
@@ -91,7 +92,7 @@ def llsa_blocks_attention_backward(
         out, lse: what the forward gave.
         kept: of each level l = 1 … L (B*H, n_l, k) int32, tokens of that level that each of them keeps, -1 for none.
         children, places, number, rows: of the tree, as in ``llsa_tree_triton``.
-        query, key, value, scale, before, n_grid, pooled, real: as in the forward.
+        query, key, value, scale, before, n_grid, pooled, real, whole: as in the forward.
     """
     check_inputs(query)
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
@@ -103,15 +104,14 @@ def llsa_blocks_attention_backward(
     above = None
     if pooled is not None:
         assert number is not None
-        above = _spread(_pooled(call, kept, places, pooled, rows), number, children, places, rows)
+        above = _spread(_pooled(call, kept, places, pooled, rows, whole), number, children, places, rows)
     d_key, d_value = empty_rows(key), empty_rows(value)
     n_text = length - n_grid
     tokens = _Keys(key, value, d_key[None], d_value[None], real, None)
     n_blocks = len(children[0])
-    lists, ends = turn_over(torch.where(kept[0] < 0, n_blocks, kept[0]), n_blocks)
     _launch_dkv(
-        call, tokens, builds.tokens, n_blocks, table=children[0], first_key=before, lists=(lists, ends), above=above,
-        n_rows=n_text, row_cut=before, row_skip=n_grid,
+        call, tokens, builds.tokens, n_blocks, table=children[0], first_key=before,
+        lists=_turn_over(kept[0], n_blocks, whole), above=above, n_rows=n_text, row_cut=before, row_skip=n_grid,
     )  # fmt: skip
     if n_text:
         _whole_run(call, tokens, n_text, (before, n_grid), length, (0, 0))
@@ -160,7 +160,7 @@ def _queries(
 
 
 def _pooled(
-    call: _Call, kept: Sequence[Tensor], places: Sequence[Tensor], pooled: Pooled, rows: Sequence[int]
+    call: _Call, kept: Sequence[Tensor], places: Sequence[Tensor], pooled: Pooled, rows: Sequence[int], whole: bool
 ) -> Tensor:
     """(2, B, H, P + 1, D) float32 gradients of pooled keys and values; of the last, which stands for nothing, unset."""
     batch, heads = call.query.shape[:2]
@@ -168,13 +168,12 @@ def _pooled(
     d_pooled = torch.empty(2, 1, *key.shape, dtype=torch.float32, device=key.device)
     keys = _Keys(key, value, d_pooled[0], d_pooled[1], None, pooled.weight)
     block = call.children[0].shape[1]
-    ancestor = torch.arange(len(call.children[1]) if len(call.children) > 1 else 0, device=call.query.device)
+    ancestor: Tensor | None = None  # of the tokens of level 2; None = themselves
     for level in range(1, len(call.children)):  # seen by whose ancestor kept the token over them
         if level > 1:
-            ancestor = places[level][ancestor] // block
-        listed = kept[level][:, ancestor]
+            ancestor = (places[level] if ancestor is None else places[level][ancestor]) // block
         n = len(call.children[level])
-        lists = turn_over(torch.where(listed < 0, n, listed), n)
+        lists = _turn_over(kept[level] if ancestor is None else kept[level][:, ancestor], n, whole)
         _launch_dkv(
             call, keys, call.builds.pooled, n, table=call.children[level], first_key=rows[level - 1], lists=lists,
             nodes=True,
@@ -182,6 +181,11 @@ def _pooled(
     n_top = len(call.children[-1])
     _whole_run(call, keys, n_top, (0, pooled.top), call.n_grid, (0, call.before))
     return d_pooled[:, 0]
+
+
+def _turn_over(kept: Tensor, n: int, whole: bool) -> tuple[Tensor, Tensor]:
+    """Who kept each of n tokens; see :func:`turn_over`."""
+    return turn_over(kept if whole else torch.where(kept < 0, n, kept), n)
 
 
 def _whole_run(
@@ -202,7 +206,8 @@ def _whole_run(
         n_rows=n_rows, row_cut=row_run[0], row_skip=row_run[1], split_rows=split_rows,
     )  # fmt: skip
     for to, total in zip((keys.d_key, keys.d_value), parts.sum(1).to(keys.d_key.dtype), strict=True):
-        to[0][:, :, :cut] = total[:, :, :cut]
+        if cut:
+            to[0][:, :, :cut] = total[:, :, :cut]
         to[0][:, :, cut + skip : skip + n_keys] = total[:, :, cut:]
 
 

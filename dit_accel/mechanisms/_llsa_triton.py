@@ -46,7 +46,7 @@ def llsa_attention_triton(
         n_grid=layout.grid_len,
         pooled=chosen.pooled,
         real=real,
-        whole=real is None and all(level.full for level in chosen.tree),
+        whole=chosen.whole,
         return_lse=True,
     )  # type: ignore[return-value]
 
@@ -90,6 +90,7 @@ def llsa_attention_triton_backward(
         number=chosen.pool.number,
         rows=chosen.pool.rows,
         real=real,
+        whole=chosen.whole,
     )
 
 
@@ -100,6 +101,11 @@ class _Chosen(NamedTuple):
     pool: PooledTree
     kept: list[Tensor]
     pooled: Pooled | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every pooled token is full, and so nothing is missing in any list."""
+        return not self.pool.masked and all(level.full for level in self.tree)
 
 
 def _choose(

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from .block_plan import BlockPlan
-from .block_sparse_bwd_triton_kernel import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
+from .block_sparse_bwd_triton_kernel import (
+    block_sparse_bwd_dkv_kernel,
+    block_sparse_bwd_dq_kernel,
+    statistics_bwd_kernel,
+)
 from .block_sparse_triton import check_inputs, cost_mode, log2_scale
 from .launch import box_descriptors, cdiv, empty_rows, is_roomy, lanes, next_power_of_2
 
-__all__ = ["Gradients", "block_sparse_attention_backward", "delta_of"]
+__all__ = ["Gradients", "block_sparse_attention_backward", "row_statistics"]
 
 
 class Gradients(NamedTuple):
@@ -76,7 +80,7 @@ def block_sparse_attention_backward(
         extra_k, extra_v = extra_k.contiguous(), extra_v.contiguous()
     d_q, d_k, d_v = added or (empty_rows(x) for x in (query, key, value))
     d_extra = (None, None) if extra_k is None else (torch.empty_like(extra_k), torch.empty_like(extra_k))
-    delta = delta_of(grad, out, share)
+    statistics = row_statistics(grad, out, lse, share)
     k2, v2 = (key, value) if extra_k is None else (extra_k, extra_v)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
     intervals = mask.intervals if mask else (False,) * 3
@@ -105,7 +109,7 @@ def block_sparse_attention_backward(
     fetched = real is None and not any(ordered)
     boxes = box_descriptors(key, value, kv, before[1], block_n) if fetched else None
     block_sparse_bwd_dq_kernel[((n_text_tiles + n_items) * batch * heads,)](
-        query, key, value, grad, lse, delta, d_q, real, plan.tiles, plan.n_full, plan.n_tiles, tables, k2, v2, real2,
+        query, key, value, grad, statistics, d_q, real, plan.tiles, plan.n_full, plan.n_tiles, tables, k2, v2, real2,
         *(boxes[:2] if boxes else (None, None)),
         *strides, *d_q.stride()[:3], mask_strides[0], *k2.stride()[:3], mask_strides[1],
         plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k, length_2,
@@ -125,7 +129,7 @@ def block_sparse_attention_backward(
     d_k2, d_v2 = (d_k, d_v) if d_extra[0] is None else d_extra
     assert d_k2 is not None
     block_sparse_bwd_dkv_kernel[((n_text_tiles + n_extra_tiles + n_items) * batch * kv_heads,)](
-        query, key, value, grad, lse, delta, d_k, d_v, real, lists.tiles, lists.first, lists.n_full, lists.n_tiles,
+        query, key, value, grad, statistics, d_k, d_v, real, lists.tiles, lists.first, lists.n_full, lists.n_tiles,
         tables, k2, v2, d_k2, d_v2, real2, *(boxes[:2] if boxes else (None, None)),
         *strides, *d_k.stride()[:3], mask_strides[0], *k2.stride()[:3],
         *d_k2.stride()[:3], mask_strides[1], lists.tiles.stride(0) if lists.tiles.shape[0] > 1 else 0, kv_heads,
@@ -137,17 +141,18 @@ def block_sparse_attention_backward(
     return Gradients(d_q, d_k, d_v, *d_extra)
 
 
-def delta_of(grad: Tensor, out: Tensor, share: Tensor | None = None) -> Tensor:
-    """(B, H, S) float32: Σ grad · out over the head dim, less the share."""
+def row_statistics(grad: Tensor, out: Tensor, lse: Tensor, share: Tensor | None = None) -> Tensor:
+    """(B, H, S, 2) float32: of each row the log-sum-exp in units of log2, +inf where it saw no key, so that its weights
+    are 0, and Σ grad · out over the head dim, less the share."""
     batch, heads, length, dim = grad.shape
     out = out if out.stride(-1) == 1 else out.contiguous()
-    delta = torch.empty(batch, heads, length, dtype=torch.float32, device=grad.device)
+    statistics = torch.empty(batch, heads, length, 2, dtype=torch.float32, device=grad.device)
     block_m = 64
-    delta_bwd_kernel[(batch * heads * cdiv(length, block_m),)](
-        grad, out, share, delta, *grad.stride()[:3], *out.stride()[:3], heads, length, D=dim,
+    statistics_bwd_kernel[(batch * heads * cdiv(length, block_m),)](
+        grad, out, lse, share, statistics, *grad.stride()[:3], *out.stride()[:3], heads, length, D=dim,
         HAS_SHARE=share is not None, BLOCK_M=block_m, BLOCK_D=next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
-    return delta
+    return statistics
 
 
 def _builds(query: Tensor, has_ball: bool) -> tuple[_Build, _Build]:

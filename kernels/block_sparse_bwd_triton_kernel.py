@@ -18,8 +18,8 @@ from .window_triton import in_ball, in_run, query_run, token_at
 __all__ = [
     "block_sparse_bwd_dkv_kernel",
     "block_sparse_bwd_dq_kernel",
-    "delta_bwd_kernel",
-    "load_lse",
+    "load_statistics",
+    "statistics_bwd_kernel",
     "weights",
 ]
 
@@ -28,11 +28,11 @@ BLIND = tl.constexpr(float("inf"))  # stands for the log-sum-exp of a row that s
 
 
 @triton.jit
-def delta_bwd_kernel(
-    DO, OUT, SHARE, DELTA, sgb, sgh, sgr, sob, soh, sor, n_heads, length, D: tl.constexpr, HAS_SHARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+def statistics_bwd_kernel(
+    DO, OUT, LSE, SHARE, STATISTICS, sgb, sgh, sgr, sob, soh, sor, n_heads, length, D: tl.constexpr,
+    HAS_SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Σ dO O over the head dim, less what of it is not the softmax's (SHARE)."""
+    """Of each row its log-sum-exp in units of log2, and Δ less what of it is not the softmax's (SHARE)."""
     n_tiles = tl.cdiv(length, BLOCK_M)
     bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     b, h = bh // n_heads, bh % n_heads
@@ -43,14 +43,18 @@ def delta_bwd_kernel(
     delta = tl.sum(g * o, 1)
     if HAS_SHARE:
         delta -= tl.load(SHARE + bh * length + row, mask=row < length, other=0.0)
-    tl.store(DELTA + bh * length + row, delta, mask=row < length)
+    lse = tl.load(LSE + bh * length + row, mask=row < length, other=0.0)
+    p_row = STATISTICS + (bh * length + row) * 2
+    tl.store(p_row, tl.where(lse == -float("inf"), BLIND, lse * LOG2E), mask=row < length)
+    tl.store(p_row + 1, delta, mask=row < length)
 
 
 @triton.jit
-def load_lse(LSE, row, valid):
-    """Log-sum-exp of rows in units of log2."""
-    lse = tl.load(LSE + row, mask=valid, other=0.0)
-    return tl.where(lse == -float("inf"), BLIND, lse * LOG2E)
+def load_statistics(STATISTICS, row, valid):
+    """Log-sum-exp in units of log2, and Δ, of rows: both at once, for then each thread loads one number, and not all
+    that it will need of them."""
+    p_rows = STATISTICS + 2 * row.to(tl.int64)[:, None] + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(p_rows, mask=valid[:, None], other=0.0))
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def _run_dq(
 
 @triton.jit
 def block_sparse_bwd_dq_kernel(
-    Q, K, V, DO, LSE, DELTA, DQ, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2, K_BOXES, V_BOXES,
+    Q, K, V, DO, STATISTICS, DQ, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2, K_BOXES, V_BOXES,
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, sr2,
     list_stride, n_q_heads, group, length_q, length_k, length_2, q_before, k_before,
     n_batch_heads, n_text_tiles, n_q_tiles, n_items, n_list, longest, scale, grad_scale, w0, w1, w2, limit,
@@ -133,8 +137,7 @@ def block_sparse_bwd_dq_kernel(
         valid_q = tl.where(is_text, text_row < length_q, valid_q)
     q = load_rows(Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh, row_q, valid_q, sqr, d, D, True)
     do = load_rows(DO + b.to(tl.int64) * sgb + h.to(tl.int64) * sgh, row_q, valid_q, sgr, d, D, True).to(q.dtype)
-    lse = load_lse(LSE + bh.to(tl.int64) * length_q, row_q, valid_q)
-    delta = tl.load(DELTA + bh.to(tl.int64) * length_q + row_q, mask=valid_q, other=0.0)
+    lse, delta = load_statistics(STATISTICS + bh.to(tl.int64) * length_q * 2, row_q, valid_q)
     dq = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
     if is_text:
         for i in range(tl.cdiv(length_k, BN)):
@@ -223,13 +226,12 @@ def block_sparse_bwd_dq_kernel(
 
 @triton.jit
 def _add_dkv(
-    dk, dv, k, v, q, do, LSE, DELTA, row, valid, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr,
+    dk, dv, k, v, q, do, STATISTICS, row, valid, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dSᵀ q and Pᵀ dO of queries at the given rows. Keys are the rows of all products, so that weights go from one to
     the next in registers. seen: (keys, queries)."""
-    lse = load_lse(LSE, row, valid)
-    delta = tl.load(DELTA + row, mask=valid, other=0.0)
+    lse, delta = load_statistics(STATISTICS, row, valid)
     p = weights(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
     if MASKED:
         p = tl.where(seen, p, 0.0)
@@ -240,7 +242,7 @@ def _add_dkv(
 
 @triton.jit
 def block_sparse_bwd_dkv_kernel(
-    Q, K, V, DO, LSE, DELTA, DK, DV, REAL, TILES, FIRST, N_FULL, N_TILES, TABLES, K2, V2, DK2, DV2, REAL2,
+    Q, K, V, DO, STATISTICS, DK, DV, REAL, TILES, FIRST, N_FULL, N_TILES, TABLES, K2, V2, DK2, DV2, REAL2,
     Q_BOXES, DO_BOXES,
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, s3b, s3h, s3r, sr2,
     list_stride, n_kv_heads, group, length_q, length_k, length_2, q_before, k_before,
@@ -306,8 +308,7 @@ def block_sparse_bwd_dkv_kernel(
         bhq = b * n_kv_heads * group + h
         p_q = Q + b * sqb + h * sqh
         p_do = DO + b * sgb + h * sgh
-        p_lse = LSE + bhq * length_q
-        p_delta = DELTA + bhq * length_q
+        p_statistics = STATISTICS + bhq * length_q * 2
         # queries that see all of these keys, in the order in which they lie: those off the grid, all, or the grid's
         begin = tl.where(is_extra, q_before, 0)
         n_rows = tl.where(is_extra, n_grid_q, tl.where(is_off, length_q, length_q - n_grid_q))
@@ -319,7 +320,7 @@ def block_sparse_bwd_dkv_kernel(
                 q = load_rows(p_q, row, valid, sqr, d, D, True)
                 do = load_rows(p_do, row, valid, sgr, d, D, True).to(q.dtype)
                 dk, dv = _add_dkv(
-                    dk, dv, k, v, q, do, p_lse, p_delta, row, valid, valid[None, :], scale, False, NEGATE, PRECISION
+                    dk, dv, k, v, q, do, p_statistics, row, valid, valid[None, :], scale, False, NEGATE, PRECISION
                 )
         if is_off == 0:
             g_list = tl.where(list_stride > 0, bhq, 0) * n_k_tiles + tile_k
@@ -337,7 +338,7 @@ def block_sparse_bwd_dkv_kernel(
                     sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES, True,
                 )  # fmt: skip
                 dk, dv = _add_dkv(
-                    dk, dv, k, v, q, do, p_lse, p_delta, row, valid, valid[None, :], scale, False, NEGATE, PRECISION
+                    dk, dv, k, v, q, do, p_statistics, row, valid, valid[None, :], scale, False, NEGATE, PRECISION
                 )
             if HAS_WINDOW:
                 o0, o1, o2, _ = tile_places(tile_k, 0, K0, K1, K2_, KB0, KB1, KB2)
@@ -365,7 +366,7 @@ def block_sparse_bwd_dkv_kernel(
                         sqr, sgr, d, QB0, QB1, QB2, D, BLOCK_D, BM, BOXES, True,
                     )  # fmt: skip
                     dk, dv = _add_dkv(
-                        dk, dv, k, v, q, do, p_lse, p_delta, row, valid, seen, scale, True, NEGATE, PRECISION
+                        dk, dv, k, v, q, do, p_statistics, row, valid, seen, scale, True, NEGATE, PRECISION
                     )
     # a hidden key was not seen: zeros were read for it, and what they gave is dropped
     dk = tl.where(real[:, None], dk * grad_scale, 0.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .block_plan import turn_over
-from .block_sparse_bwd_triton import delta_of
+from .block_sparse_bwd_triton import row_statistics
 from .block_sparse_triton import LOG2E, check_inputs
 from .launch import cdiv, empty_rows, is_roomy, lanes
 from .llsa_bwd_triton_kernel import llsa_coarse_bwd_dq_kernel, llsa_dkv_kernel, llsa_fine_bwd_dq_kernel
@@ -40,8 +40,7 @@ class _Call(NamedTuple):
 
     grad: Tensor
     query: Tensor
-    lse: Tensor
-    delta: Tensor
+    statistics: Tensor
     scale: float
     before: int
     n_grid: int
@@ -99,7 +98,7 @@ def llsa_blocks_attention_backward(
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     length = query.shape[2]
     builds = _builds(query, children[0].shape[1])
-    call = _Call(grad, query, lse, delta_of(grad, out), scale, before, n_grid, children, builds)
+    call = _Call(grad, query, row_statistics(grad, out, lse), scale, before, n_grid, children, builds)
     d_query = _queries(call, key, value, kept[0], pooled, real)
     above = None
     if pooled is not None:
@@ -127,7 +126,7 @@ def _queries(
     n_blocks, block = children[0].shape
     strides = [s for x in (query, key, value, grad, d_query) for s in x.stride()[:3]]
     strides.append(0 if real is None else real.stride(0))
-    given = (query, key, value, grad, call.lse, call.delta, d_query, real)
+    given = (query, key, value, grad, call.statistics, d_query, real)
     scales = (call.scale * LOG2E, call.scale)
     common: dict[str, Any] = {
         "D": dim, "BLOCK_D": lanes(dim), "BLOCK": block, "HAS_REAL": real is not None, "PRECISION": call.precision,
@@ -241,7 +240,7 @@ def _launch_dkv(
     d_strides = keys.d_key.stride()[:4]
     weight, real = keys.weight, keys.real
     llsa_dkv_kernel[(n_tiles * parts * batch * heads * n_splits,)](
-        query, keys.key, keys.value, grad, call.lse, call.delta, real, weight, *(lists or (None, None)), table,
+        query, keys.key, keys.value, grad, call.statistics, real, weight, *(lists or (None, None)), table,
         children[0], children[1] if nodes else None, *((None, None) if above is None else above), keys.d_key,
         keys.d_value, *strides, *d_strides, 0 if real is None else real.stride(0),
         0 if weight is None or len(weight) == 1 else weight.stride(0), lists[0].stride(0) if lists else 0,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .block_sparse_bwd_triton_kernel import load_lse, weights
+from .block_sparse_bwd_triton_kernel import load_statistics, weights
 from .block_sparse_triton_kernel import load_rows
 from .llsa_triton_kernel import kept_rows, query_rows
 
@@ -24,7 +24,7 @@ def _add_dq(dq, q, do, lse, delta, k, v, bias, scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def llsa_coarse_bwd_dq_kernel(
-    Q, K, V, DO, LSE, DELTA, DQ, REAL, K_POOL, V_POOL, WEIGHT, MET, BLOCKS, NODES, sqb, sqh, sqr, skb, skh, skr, svb,
+    Q, K, V, DO, STATISTICS, DQ, REAL, K_POOL, V_POOL, WEIGHT, MET, BLOCKS, NODES, sqb, sqh, sqr, skb, skh, skr, svb,
     svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, swb, n_heads, length, before, n_grid, n_pooled, first_top, n_met,
     n_nodes, n_slots, n_groups, n_text_tiles, n_items, scale, grad_scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, HAS_NODES: tl.constexpr, HAS_POOLED: tl.constexpr,
@@ -55,8 +55,7 @@ def llsa_coarse_bwd_dq_kernel(
     )
     q = load_rows(Q + b * sqb + h * sqh, row_q, valid_q, sqr, d, D, True)
     do = load_rows(DO + b * sgb + h * sgh, row_q, valid_q, sgr, d, D, True).to(q.dtype)
-    lse = load_lse(LSE + g * length, row_q, valid_q)
-    delta = tl.load(DELTA + g * length + row_q, mask=valid_q, other=0.0)
+    lse, delta = load_statistics(STATISTICS + g * length * 2, row_q, valid_q)
     dq = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
     if is_text == 0:  # noqa: SIM102
         if HAS_POOLED:
@@ -94,7 +93,7 @@ def llsa_coarse_bwd_dq_kernel(
 
 @triton.jit
 def llsa_fine_bwd_dq_kernel(
-    Q, K, V, DO, LSE, DELTA, DQ, REAL, KEPT, BLOCKS, sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb,
+    Q, K, V, DO, STATISTICS, DQ, REAL, KEPT, BLOCKS, sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb,
     sdh, sdr, srb, n_heads, n_blocks, length, before, scale, grad_scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, N_KEPT: tl.constexpr, HAS_REAL: tl.constexpr,
     HAS_COARSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -118,8 +117,7 @@ def llsa_fine_bwd_dq_kernel(
     row_q += before
     q = load_rows(Q + b * sqb + h * sqh, row_q, valid_q, sqr, d, D, True)
     do = load_rows(DO + b * sgb + h * sgh, row_q, valid_q, sgr, d, D, True).to(q.dtype)
-    lse = load_lse(LSE + g * length, row_q, valid_q)
-    delta = tl.load(DELTA + g * length + row_q, mask=valid_q, other=0.0)
+    lse, delta = load_statistics(STATISTICS + g * length * 2, row_q, valid_q)
     dq = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
     p_kept = KEPT + (g * n_blocks + i_q) * N_KEPT
     for start in range(0, N_KEPT * BLOCK, BN):
@@ -137,13 +135,12 @@ def llsa_fine_bwd_dq_kernel(
 
 @triton.jit
 def _add_dkv(
-    dk, dv, k, v, bias, Q, DO, LSE, DELTA, row, valid, sqr, sgr, scale, d, D: tl.constexpr, PRECISION: tl.constexpr
+    dk, dv, k, v, bias, Q, DO, STATISTICS, row, valid, sqr, sgr, scale, d, D: tl.constexpr, PRECISION: tl.constexpr
 ):
     """dSᵀ q and Pᵀ dO (BK, BLOCK_D) of queries at the given rows; keys are the rows of all products."""
     q = load_rows(Q, row, valid, sqr, d, D, True)
     do = load_rows(DO, row, valid, sgr, d, D, True).to(q.dtype)
-    lse = load_lse(LSE, row, valid)
-    delta = tl.load(DELTA + row, mask=valid, other=0.0)
+    lse, delta = load_statistics(STATISTICS, row, valid)
     p = weights(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None] - lse[None, :])
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
@@ -152,7 +149,7 @@ def _add_dkv(
 
 @triton.jit
 def llsa_dkv_kernel(
-    Q, K, V, DO, LSE, DELTA, REAL, WEIGHT, LISTS, ENDS, TABLE, BLOCKS, NODES, ABOVE_K, ABOVE_V, DK, DV,
+    Q, K, V, DO, STATISTICS, REAL, WEIGHT, LISTS, ENDS, TABLE, BLOCKS, NODES, ABOVE_K, ABOVE_V, DK, DV,
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sds, sdb, sdh, sdr, srb, swb, list_stride,
     n_heads, n_groups, length, n_tiles, n_keys, first_key, key_cut, key_skip, n_rows, row_cut, row_skip,
     split_rows, q_before, scale, grad_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BK: tl.constexpr,
@@ -198,8 +195,7 @@ def llsa_dkv_kernel(
     dv = tl.zeros((BK, BLOCK_D), dtype=tl.float32)
     Q += b * sqb + h * sqh
     DO += b * sgb + h * sgh
-    LSE += g * length
-    DELTA += g * length
+    STATISTICS += g * length * 2
     if HAS_LISTS:
         PLACES: tl.constexpr = BLOCK * BLOCK if HAS_NODES else BLOCK
         begin = tl.load(ENDS + g * (n_tiles + 1) + tile)
@@ -213,7 +209,7 @@ def llsa_dkv_kernel(
                 block = tl.load(p_block, mask=block >= 0, other=-1).to(tl.int32)
             row = tl.load(BLOCKS + block.to(tl.int64) * BLOCK + place % BLOCK, mask=block >= 0, other=-1)
             dk, dv = _add_dkv(
-                dk, dv, k, v, bias, Q, DO, LSE, DELTA, row + q_before, row >= 0, sqr, sgr, scale, d, D, PRECISION
+                dk, dv, k, v, bias, Q, DO, STATISTICS, row + q_before, row >= 0, sqr, sgr, scale, d, D, PRECISION
             )
     if HAS_ROWS:
         for start in range(split * split_rows, tl.minimum((split + 1) * split_rows, n_rows), BN):
@@ -221,7 +217,7 @@ def llsa_dkv_kernel(
             valid = row < tl.minimum((split + 1) * split_rows, n_rows)
             row = tl.where(row < row_cut, row, row + row_skip)
             dk, dv = _add_dkv(
-                dk, dv, k, v, bias, Q, DO, LSE, DELTA, row, valid, sqr, sgr, scale, d, D, PRECISION
+                dk, dv, k, v, bias, Q, DO, STATISTICS, row, valid, sqr, sgr, scale, d, D, PRECISION
             )  # fmt: skip
     dk *= grad_scale
     if HAS_ABOVE:

@@ -81,7 +81,7 @@ def offline(module, name):
         def __getitem__(self, grid):
             return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
     setattr(module, name, Launch())
-for name in ("delta_bwd_kernel", "block_sparse_bwd_dq_kernel", "block_sparse_bwd_dkv_kernel"):
+for name in ("statistics_bwd_kernel", "block_sparse_bwd_dq_kernel", "block_sparse_bwd_dkv_kernel"):
     offline(b, name)
 offline(l, "linear_rows_bwd_kernel")
 for name in ("block_state_fwd_kernel", "finish_state_fwd_kernel", "marginal_norm_fwd_kernel"):

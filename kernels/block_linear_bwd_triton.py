@@ -71,7 +71,8 @@ def linear_backward(
     of_queries = (sums.eps, quotient, d_total, share, grad, bias)
     d_bias = _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
     for rows in (slice(0, before), slice(before + n_grid, length)):
-        product[:, :, rows] = 0
+        if rows.start < rows.stop:
+            product[:, :, rows] = 0
     d_weight = by_row.reshape(-1, dim).mT @ product.transpose(1, 2).reshape(-1, dim)
     if marginal is None:  # means over the grid; the forward's are over its real tokens
         d_sums = linear_state(query, quotient, before, n_grid, feature_map, None, shares=d_total)

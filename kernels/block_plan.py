@@ -106,9 +106,13 @@ class BlockPlan:
         """The lists turned over."""
         n_k = self.kv.n_tiles
         place = torch.arange(self.tiles.shape[2], dtype=torch.int32, device=self.tiles.device)
-        n_full = self.n_tiles if self.n_full is None else self.n_full
-        kind = self.tiles * 2 + (place >= n_full[..., None]).int()
-        tiles, ends = turn_over(torch.where(place < self.n_tiles[..., None], kind, 2 * n_k), 2 * n_k)
+        listed = place < self.n_tiles[..., None]
+        if self.n_full is None:  # all of one kind
+            tiles, ends = turn_over(torch.where(listed, self.tiles, n_k), n_k)
+            n_tiles = ends.diff()
+            return KeyLists(tiles, ends[:, :-1].contiguous(), n_tiles, n_tiles)
+        kind = self.tiles * 2 + (place >= self.n_full[..., None]).int()
+        tiles, ends = turn_over(torch.where(listed, kind, 2 * n_k), 2 * n_k)
         first, full_end, end = ends[:, :-1:2], ends[:, 1::2], ends[:, 2::2]
         return KeyLists(tiles, first.contiguous(), (full_end - first).contiguous(), (end - first).contiguous())
 

@@ -21,7 +21,6 @@ from .llsa_tree_triton import PooledTree
 __all__ = ["MAX_CANDIDATES", "select_tree"]
 
 MAX_CANDIDATES = 16384  # of one block, whose scores the registers of one program hold
-MAX_TOP = 1024  # tokens of the top level, up to which each program of the level below chooses anew among all of them
 SCORES_A_WARP = 512  # 16 a thread
 MAX_TILE = 1024  # candidates that 16 blocks at a time are scored against; where there are more, one block at a time
 
@@ -43,25 +42,21 @@ def select_tree(
         places among all pooled tokens, P where there is none, or none with a real token. None for a tree of one level.
     Raises: ValueError: more than MAX_CANDIDATES candidates at a level.
     """
-    n_top = pooled.key[-1].shape[2]
-    with_top = len(children) > 1 and n_top <= MAX_TOP  # its choice in the launch of the level below
-    if with_top:
-        shape = (pooled.key[-1].shape[0] * pooled.key[-1].shape[1], n_top, min(topk, n_top))
-        kept = [torch.empty(shape, dtype=torch.int32, device=pooled.number.device)]
-    else:
-        kept = [_select_top(pooled, topk)]
+    kept = [_select_top(pooled, topk)]
     met = None
     for level in reversed(range(len(children) - 1)):
         above, place = children[level + 1], places[level + 2] if level + 2 < len(places) else None
-        choose_top = with_top and len(kept) == 1
-        below, met = _launch_select(pooled, level, kept[-1], above, met, place, topk, want_met, choose_top)
+        below, met = _launch_select(pooled, level, kept[-1], above, met, place, topk, want_met)
         kept.append(below)
     return kept[::-1], met
 
 
 def _select_top(pooled: PooledTree, topk: int) -> Tensor:
+    """What the tokens of the top level keep of all of it."""
     query, key = pooled.query[-1], pooled.key[-1]
     topk = min(topk, key.shape[2])
+    if key.shape[2] <= min(MAX_TILE, MAX_CANDIDATES):
+        return _launch_select(pooled, len(pooled.key) - 1, None, None, None, None, topk, False)[0]
     if not pooled.masked:
         return select_blocks(query, key, topk, 0, want_marginal=False)[0]
     filled = pooled.number[:, pooled.rows[-1] : -1] > 0
@@ -73,20 +68,23 @@ def _select_top(pooled: PooledTree, topk: int) -> Tensor:
 def _launch_select(
     pooled: PooledTree,
     level: int,
-    kept_above: Tensor,
-    above: Tensor,
+    kept_above: Tensor | None,
+    above: Tensor | None,
     met_above: Tensor | None,
     place: Tensor | None,
     topk: int,
     want_met: bool,
-    choose_top: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the tokens of this level keep, and what each token of the level above has met down to here. choose_top: the
-    level above is the top, and kept_above is written first."""
+    """What the tokens of this level keep, and what each token of the level above has met down to here. None above: of
+    the whole level."""
     query, key, first = pooled.query[level], pooled.key[level], pooled.rows[level]
     batch, heads, n, dim = query.shape
-    (n_above, block), n_kept = above.shape, kept_above.shape[2]
-    n_candidates, n_inherited = n_kept * block, 0 if met_above is None else met_above.shape[2]
+    if above is None or kept_above is None:
+        n_above, block, n_kept, n_candidates = 1, n, 1, n
+    else:
+        (n_above, block), n_kept = above.shape, kept_above.shape[2]
+        n_candidates = n_kept * block
+    n_inherited = 0 if met_above is None else met_above.shape[2]
     topk = min(topk, n_candidates)
     kept = torch.empty(batch * heads, n, topk, dtype=torch.int32, device=query.device)
     met = None
@@ -94,57 +92,57 @@ def _launch_select(
         shape = (batch * heads, n_above, n_candidates + n_inherited)
         met = torch.empty(shape, dtype=torch.int32, device=query.device)
     lanes = max(16, next_power_of_2(n_candidates))
-    if lanes > MAX_CANDIDATES:
+    if n_candidates > MAX_CANDIDATES:
         raise ValueError(
             f"topk blocks of the level above hold {n_candidates} candidates, and the Triton kernel takes "
             f"{MAX_CANDIDATES}: make topk or block_size smaller, or use backend='torch'"
         )
     rows = 16 if lanes <= MAX_TILE else 1
-    number, top_lanes = pooled.number, max(16, next_power_of_2(n_above))
+    number = pooled.number
     llsa_select_fwd_kernel[(batch * heads * n_above * cdiv(block, rows),)](
-        query, key, pooled.query[level + 1] if choose_top else None, pooled.key[level + 1] if choose_top else None,
-        number, kept_above, above, kept, met, met_above, place, heads, n, n_above, number.shape[1], first,
-        pooled.rows[level + 1],
+        query, key, number, kept_above, above, kept, met, met_above, place, heads, n, n_above, number.shape[1], first,
         0 if place is None or met_above is None else met_above.shape[1], n_inherited,
-        TOPK=topk, N_KEPT=n_kept, BLOCK=block, D=dim, ROWS=rows, LANES=lanes,
+        TOPK=topk, N_KEPT=n_kept, BLOCK=0 if above is None else block, D=dim, ROWS=rows, LANES=lanes,
         BLOCK_D=min(next_power_of_2(max(dim, 16)), 16 if rows > 1 else max(1, 65536 // lanes)),
-        BLOCK_K=next_power_of_2(topk), CHOOSE_TOP=choose_top, TOP_LANES=top_lanes if choose_top else 0,
-        TOP_D=min(next_power_of_2(dim), max(1, 4096 // top_lanes)), HAS_EMPTY=pooled.masked, WANT_MET=want_met,
-        INHERITS=n_inherited > 0, PRECISION=exact_products(), num_warps=min(16, max(1, rows * lanes // SCORES_A_WARP)),
+        BLOCK_K=next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_MET=want_met, INHERITS=n_inherited > 0,
+        PRECISION=exact_products(), num_warps=min(16, max(1, rows * lanes // SCORES_A_WARP)),
     )  # fmt: skip
     return kept, met
 
 
 @triton.jit
 def llsa_select_fwd_kernel(
-    Q, K, Q_TOP, K_TOP, NUMBER, KEPT_ABOVE, ABOVE, KEPT, MET, MET_ABOVE, PLACE, n_heads, n, n_above, n_all, first,
-    first_above, n_above2, n_inherited, TOPK: tl.constexpr, N_KEPT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CHOOSE_TOP: tl.constexpr,
-    TOP_LANES: tl.constexpr, TOP_D: tl.constexpr, HAS_EMPTY: tl.constexpr, WANT_MET: tl.constexpr,
-    INHERITS: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, NUMBER, KEPT_ABOVE, ABOVE, KEPT, MET, MET_ABOVE, PLACE, n_heads, n, n_above, n_all, first, n_above2,
+    n_inherited, TOPK: tl.constexpr, N_KEPT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, HAS_EMPTY: tl.constexpr,
+    WANT_MET: tl.constexpr, INHERITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS children of one token of the level above. CHOOSE_TOP: that level is the top, and what this token keeps of it
-    is chosen first; several programs may choose, and write, the same."""
-    PARTS: tl.constexpr = (BLOCK + ROWS - 1) // ROWS
-    part = tl.program_id(0) % PARTS
-    parent = tl.program_id(0) // PARTS % n_above
-    g = (tl.program_id(0) // (PARTS * n_above)).to(tl.int64)
-    if CHOOSE_TOP:
-        p_kept = KEPT_ABOVE + (g * n_above + parent) * N_KEPT
-        p_top = NUMBER + g // n_heads * n_all + first_above
-        _choose_top(Q_TOP, K_TOP, p_top, p_kept, g, parent, n_above, N_KEPT, D, TOP_LANES, TOP_D, HAS_EMPTY)
-        tl.debug_barrier()  # what one thread wrote others read
+    """ROWS children of one token of the level above; BLOCK 0: of the top level, which all choose among all."""
     lane = tl.arange(0, LANES)
-    p_kept = KEPT_ABOVE + (g * n_above + parent) * N_KEPT + lane // BLOCK
-    node = tl.load(p_kept, mask=lane < N_KEPT * BLOCK, other=-1)
-    p_found = ABOVE + node.to(tl.int64) * BLOCK + lane % BLOCK
-    found = tl.load(p_found, mask=node >= 0, other=-1)  # (LANES,) candidates
+    slots = tl.arange(0, ROWS)
+    if BLOCK == 0:
+        parts = tl.cdiv(n, ROWS)
+        part = tl.program_id(0) % parts
+        parent = 0
+        g = (tl.program_id(0) // parts).to(tl.int64)
+        slot = (part * ROWS + slots).to(tl.int64)
+        own = tl.where(slot < n, slot, -1)
+        found = tl.where(lane < n, lane, -1).to(tl.int64)
+    else:
+        parts: tl.constexpr = (BLOCK + ROWS - 1) // ROWS  # type: ignore[no-redef]
+        part = tl.program_id(0) % parts
+        parent = tl.program_id(0) // parts % n_above
+        g = (tl.program_id(0) // (parts * n_above)).to(tl.int64)
+        p_kept = KEPT_ABOVE + (g * n_above + parent) * N_KEPT + lane // BLOCK
+        node = tl.load(p_kept, mask=lane < N_KEPT * BLOCK, other=-1)
+        p_found = ABOVE + node.to(tl.int64) * BLOCK + lane % BLOCK
+        found = tl.load(p_found, mask=node >= 0, other=-1)  # (LANES,) candidates
+        slot = part * ROWS + slots
+        p_own = ABOVE + parent.to(tl.int64) * BLOCK + slot
+        own = tl.load(p_own, mask=slot < BLOCK, other=-1)  # (ROWS,) tokens that choose
     if HAS_EMPTY:
         p_number = NUMBER + g // n_heads * n_all + first + found
         found = tl.where(tl.load(p_number, mask=found >= 0, other=0.0) > 0, found, -1)
-    slot = part * ROWS + tl.arange(0, ROWS)
-    p_own = ABOVE + parent.to(tl.int64) * BLOCK + slot
-    own = tl.load(p_own, mask=slot < BLOCK, other=-1)  # (ROWS,) tokens that choose
 
     scores = tl.zeros((ROWS, LANES), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -184,34 +182,18 @@ def llsa_select_fwd_kernel(
 
 
 @triton.jit
-def _choose_top(
-    Q, K, NUMBER, KEPT, g, own, n, TOPK: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_EMPTY: tl.constexpr,
-):  # fmt: skip
-    """What one token of the top level keeps of all of that level, to KEPT; -1 for none."""
-    lane = tl.arange(0, LANES)
-    live = lane < n
-    if HAS_EMPTY:
-        live = live & (tl.load(NUMBER + lane, mask=live, other=0.0) > 0)
-    scores = tl.zeros((LANES,), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        b_q = tl.load(Q + (g * n + own) * D + d, mask=d < D, other=0.0)
-        p_k = K + (g * n + lane[:, None]) * D + d[None, :]
-        scores += tl.sum(b_q[None, :] * tl.load(p_k, mask=live[:, None] & (d < D)[None, :], other=0.0), 1)
-    image = tl.where(live, tl.maximum(ordered(scores), 1), 0)[None, :]
-    chosen = _highest_of_rows(image, TOPK)
-    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
-    tl.store(KEPT + place, tl.broadcast_to(lane[None, :], place.shape), mask=chosen)
-    n_chosen = tl.sum(chosen.to(tl.int32))
-    tl.store(KEPT + lane, tl.full((LANES,), -1, tl.int32), mask=(lane >= n_chosen) & (lane < TOPK))
-
-
-@triton.jit
-def _highest_of_rows(image, n):
+def _highest_of_rows(image, n: tl.constexpr):
     """Which elements of each row are its n highest, equal ones in the order of their index; 0 stands for no element.
 
-    As ``block_select_triton`` does it for one row, here with all 32 bits, for the rows need different ones."""
+    The n-th is found by going down from the highest where they are few, else bit by bit, as ``block_select_triton``
+    does it for one row, with all 32 bits, for the rows need different ones."""
+    if n <= 16:
+        after = image.shape[1] - 1 - tl.arange(0, image.shape[1])
+        key = tl.where(image > 0, (image.to(tl.uint64) << 32) | after.to(tl.uint64)[None, :], 0)  # all different
+        least = tl.max(key, 1)
+        for _ in range(n - 1):
+            least = tl.max(tl.where(key < least[:, None], key, 0), 1)
+        return (key >= least[:, None]) & (image > 0)
     bit = tl.full([], 0x80000000, tl.uint32)
     none = tl.full([], 0, tl.uint32)
     least = tl.zeros((image.shape[0],), tl.uint32)

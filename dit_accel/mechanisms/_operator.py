@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def define_operator(
         # kernels are launched on the current device, which need not be the tensors'
         with (
             torch.cuda.device_of(query),
-            torch.autocast(query.device.type, enabled=False),
+            _no_autocast(query.device.type),
             _explained(mechanism if forward is None else f"the backward pass of {mechanism}", backend, compute, query),
         ):
             given = {"layout": layout, "scale": scale, **chosen}
@@ -167,6 +167,13 @@ def _check_gpu(mechanism: str, backend: str, query: Tensor) -> None:
         )
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off; where it is not on, that takes no time."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 @contextmanager
 def _explained(what: str, backend: str, backends: Iterable[str], query: Tensor) -> Iterator[None]:
     """Errors about memory say what was computed, and what may help.
@@ -230,4 +237,7 @@ def _empty(like: Tensor) -> Tensor:
 
 def _dense(x: Tensor) -> Tensor:
     """x in the strides of :func:`_empty`."""
-    return x if x.stride() == _empty(x.to("meta")).stride() else _empty(x).copy_(x)
+    if x.dim() != 4:
+        return x.contiguous()
+    _, heads, length, dim = x.shape
+    return x if x.stride() == (length * heads * dim, dim, heads * dim, 1) else _empty(x).copy_(x)

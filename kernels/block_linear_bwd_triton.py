@@ -22,14 +22,13 @@ __all__ = ["LinearGradients", "linear_backward"]
 
 
 class LinearGradients(NamedTuple):
-    """Of query, key and value (set for tokens on the grid alone), and of the projection and its bias; and (B, H, S)
-    float32 what of Σ dO O over the head dim is the linear branch's."""
+    """Of query, key and value (set for tokens on the grid alone), and of the projection; and (B, H, S) float32 what of
+    Σ dO O over the head dim is the linear branch's."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     weight: Tensor
-    bias: Tensor | None
     share: Tensor
 
 
@@ -40,7 +39,6 @@ def linear_backward(
     value: Tensor,
     sums: LinearState,
     weight: Tensor,
-    bias: Tensor | None,
     feature_map: str,
     q_tiling: Tiling,
     k_tiling: Tiling,
@@ -49,14 +47,14 @@ def linear_backward(
     marginal: Tensor | None = None,
     n_marginal: int = 1,
 ) -> LinearGradients:
-    """Gradients of φ(q) A Wᵀ / t + bias at the grid's queries.
+    """Gradients of φ(q) A Wᵀ / t at the grid's queries.
 
     Args:
         grad: (B, H, S, D) gradient of the output, 0 in rows that see no key.
         query, key, value: (B, H, S, D).
         sums: the means A and z without the projection: over all keys, as :func:`linear_state` makes them, or of each
             query box over its marginal ones, as :func:`marginal_linear_state` does.
-        weight, bias: (D, D), and (D,) or None.
+        weight: (D, D).
         q_tiling, k_tiling: boxes of queries and of keys.
         before, real: as in :func:`linear_state`.
         marginal, n_marginal: as in :func:`marginal_linear_state`; None = the sums are over all keys.
@@ -66,10 +64,10 @@ def linear_backward(
     by_row = grad.transpose(1, 2)
     g = (by_row @ weight.to(grad.dtype)).transpose(1, 2)
     d_query, product, quotient = (empty_rows(query) for _ in range(3))
-    d_total, share = (torch.zeros(batch, heads, length, device=query.device) for _ in range(2))
+    d_total, share = torch.zeros(2, batch, heads, length, device=query.device)
     state, norm = sums.state.flatten(0, -3), sums.norm.flatten(0, -2)
-    of_queries = (sums.eps, quotient, d_total, share, grad, bias)
-    d_bias = _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
+    of_queries = (sums.eps, quotient, d_total, share)
+    _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
     for rows in (slice(0, before), slice(before + n_grid, length)):
         if rows.start < rows.stop:
             product[:, :, rows] = 0
@@ -86,7 +84,7 @@ def linear_backward(
     d_key, d_value = empty_rows(key), empty_rows(value)
     state, norm = state.flatten(0, -3), norm.flatten(0, -2)
     _launch_rows(key, value, state, norm, d_key, d_value, feature_map, k_tiling, before, real, None)
-    return LinearGradients(d_query, d_key, d_value, d_weight, d_bias, share)
+    return LinearGradients(d_query, d_key, d_value, d_weight, share)
 
 
 def _launch_rows(
@@ -100,32 +98,25 @@ def _launch_rows(
     tiling: Tiling,
     before: int,
     real: Tensor | None,
-    of_queries: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None] | None,
-) -> Tensor | None:
-    """Of queries, or of keys; see the kernel. state: (B*H or B*H*tiles, D, D). Returns (D,) float32 the gradient of the
-    bias, if there is one."""
+    of_queries: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> None:
+    """Of queries, or of keys; see the kernel. state: (B*H or B*H*tiles, D, D)."""
     batch, heads, length, dim = x.shape
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
-    eps, quotient, d_total, share, grad, bias = of_queries or (None,) * 6
-    if grad is not None and grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    eps, quotient, d_total, share = of_queries or (None,) * 4
     block_m, block_e, num_warps = _rows_build(x)
     block_d, block_m = lanes(dim), min(block_m, lanes(tiling.volume))
     parts = cdiv(tiling.volume, block_m)
     mask, mask_b, mask_s, has_real = mask_arguments(real, x)
-    n_programs = batch * heads * tiling.n_tiles * parts
-    d_bias = None if bias is None else torch.empty(n_programs, dim, dtype=torch.float32, device=x.device)
-    linear_rows_bwd_kernel[(n_programs,)](
-        x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, share, grad,
-        None if bias is None else bias.contiguous(), d_bias, *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
-        *(grad.stride()[:3] if grad is not None else (0, 0, 0)),
+    linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * parts,)](
+        x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, share,
+        *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
         mask_b, mask_s, heads, tiling.n_tiles, length, before, *tiling.grid, *tiling.box,
         PARTS=parts, D=dim, FEATURE_MAP=feature_map, OF_QUERIES=of_queries is not None,
-        BY_TILE=len(state) > batch * heads, HAS_REAL=has_real, HAS_BIAS=bias is not None,
+        BY_TILE=len(state) > batch * heads, HAS_REAL=has_real,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d,
         BLOCK_E=min(block_d, block_e), num_warps=num_warps, num_stages=1,
     )  # fmt: skip
-    return None if d_bias is None else d_bias.sum(0)
 
 
 def _rows_build(x: Tensor) -> tuple[int, int, int]:

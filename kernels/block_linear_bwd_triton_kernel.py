@@ -25,19 +25,19 @@ def _feature_backward(x, phi, d_phi, FEATURE_MAP: tl.constexpr):
 
 @triton.jit
 def linear_rows_bwd_kernel(
-    X, Y, STATE, NORM, EPS, REAL, DX, PRODUCT, QUOTIENT, D_TOTAL, SHARE, DO, BIAS, D_BIAS,
-    sxb, sxh, sxr, syb, syh, syr, sob, soh, sor, sgb, sgh, sgr, srb, srs,
+    X, Y, STATE, NORM, EPS, REAL, DX, PRODUCT, QUOTIENT, D_TOTAL, SHARE,
+    sxb, sxh, sxr, syb, syh, syr, sob, soh, sor, srb, srs,
     n_heads, n_tiles, length, before, G0, G1, G2,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     FEATURE_MAP: tl.constexpr, OF_QUERIES: tl.constexpr, BY_TILE: tl.constexpr, HAS_REAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of a box of one head.
 
     Of queries (x = q, y = the gradient before the projection g, STATE = A, NORM = z): u = φ(q) A / t with
-    t = φ(q)·z + eps to PRODUCT, g / t to QUOTIENT, -g·u / t to D_TOTAL, g·u (and the bias's part) to SHARE,
-    φ'(q) (g Aᵀ / t - z g·u / t) to DX, and the sum of the gradient over these rows to D_BIAS.
+    t = φ(q)·z + eps to PRODUCT, g / t to QUOTIENT, -g·u / t to D_TOTAL, g·u to SHARE, and
+    φ'(q) (g Aᵀ / t - z g·u / t) to DX.
     Of keys (x = k, y = v, STATE = dA, NORM = dz): φ(k) dA to PRODUCT and φ'(k) (v dAᵀ + dz) to DX; 0 for hidden ones.
     """
     i_part = tl.program_id(0) % PARTS
@@ -54,8 +54,6 @@ def linear_rows_bwd_kernel(
     p_y = Y + b * syb + h * syh + row[:, None] * syr
     if BLOCK_E == BLOCK_D:  # under way while φ(x) is computed
         y = tl.load(p_y + dims[None, :], mask=m_x, other=0.0)
-        if OF_QUERIES and HAS_BIAS:
-            do = tl.load(DO + b * sgb + h * sgh + row[:, None] * sgr + dims[None, :], mask=m_x, other=0.0)
     x = tl.load(X + b * sxb + h * sxh + row[:, None] * sxr + dims[None, :], mask=m_x, other=0.0)
     dtype = x.dtype
     x = x.to(tl.float32)
@@ -96,12 +94,6 @@ def linear_rows_bwd_kernel(
         d_total = -share / total
         tl.store(D_TOTAL + bh * length + row, d_total, mask=inside)
         d_phi += d_total[:, None] * norm[None, :]
-        if HAS_BIAS:
-            if BLOCK_E < BLOCK_D:
-                do = tl.load(DO + b * sgb + h * sgh + row[:, None] * sgr + dims[None, :], mask=m_x, other=0.0)
-            do = do.to(tl.float32)
-            tl.store(D_BIAS + tl.program_id(0) * D + dims, tl.sum(do, 0), mask=dims < D)
-            share += tl.sum(do * tl.load(BIAS + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :], 1)
         tl.store(SHARE + bh * length + row, share, mask=inside)
     else:
         d_phi += norm[None, :]

@@ -23,13 +23,15 @@ __all__ = ["Gradients", "block_sparse_attention_backward", "row_statistics"]
 
 
 class Gradients(NamedTuple):
-    """Of query, key, value, and of the extra keys and values where there are any."""
+    """Of query, key, value, of the extra keys and values where there are any, and (D,) float32 of the bias if there is
+    one."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     extra_key: Tensor | None
     extra_value: Tensor | None
+    bias: Tensor | None
 
 
 class _Build(NamedTuple):
@@ -55,6 +57,7 @@ def block_sparse_attention_backward(
     real: Tensor | None = None,
     extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
     share: Tensor | None = None,
+    bias: Tensor | None = None,
     added: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Gradients:
     """Gradients of :func:`block_sparse_attention`.
@@ -64,6 +67,7 @@ def block_sparse_attention_backward(
         out, lse: what the forward gave.
         query, key, value, plan, scale, before, real, extra: as there.
         share: (B, H, Sq) float32, Σ over the head dim of ``grad`` times what in ``out`` is not the softmax's; None = 0.
+        bias: (D,) what ``out`` has at grid queries beside the softmax's and that share; None = 0.
         added: gradients of query, key and value by another way, in rows as :func:`empty_rows` makes them, to which
             those of grid tokens are added (what stands there for other tokens is overwritten).
     Returns: gradients in the dtypes of what they belong to; those of hidden keys are 0.
@@ -80,7 +84,7 @@ def block_sparse_attention_backward(
         extra_k, extra_v = extra_k.contiguous(), extra_v.contiguous()
     d_q, d_k, d_v = added or (empty_rows(x) for x in (query, key, value))
     d_extra = (None, None) if extra_k is None else (torch.empty_like(extra_k), torch.empty_like(extra_k))
-    statistics = row_statistics(grad, out, lse, share)
+    statistics, d_bias = row_statistics(grad, out, lse, share, bias, before[0], q.n_tokens)
     k2, v2 = (key, value) if extra_k is None else (extra_k, extra_v)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
     intervals = mask.intervals if mask else (False,) * 3
@@ -138,21 +142,33 @@ def block_sparse_attention_backward(
         Q_PARTS=q_parts, K_PARTS=k_parts, BOXES=boxes[2] if boxes else 0,
         num_warps=keys_build.num_warps, num_stages=keys_build.num_stages, **common,
     )  # fmt: skip
-    return Gradients(d_q, d_k, d_v, *d_extra)
+    return Gradients(d_q, d_k, d_v, d_extra[0], d_extra[1], d_bias)
 
 
-def row_statistics(grad: Tensor, out: Tensor, lse: Tensor, share: Tensor | None = None) -> Tensor:
+def row_statistics(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    share: Tensor | None = None,
+    bias: Tensor | None = None,
+    before: int = 0,
+    n_grid: int = 0,
+) -> tuple[Tensor, Tensor | None]:
     """(B, H, S, 2) float32: of each row the log-sum-exp in units of log2, +inf where it saw no key, so that its weights
-    are 0, and Σ grad · out over the head dim, less the share."""
+    are 0, and Σ grad · out over the head dim, less the share and, in the n_grid rows after the first ``before``, less
+    the bias's part. And the bias's gradient."""
     batch, heads, length, dim = grad.shape
     out = out if out.stride(-1) == 1 else out.contiguous()
     statistics = torch.empty(batch, heads, length, 2, dtype=torch.float32, device=grad.device)
     block_m = 64
-    statistics_bwd_kernel[(batch * heads * cdiv(length, block_m),)](
-        grad, out, lse, share, statistics, *grad.stride()[:3], *out.stride()[:3], heads, length, D=dim,
-        HAS_SHARE=share is not None, BLOCK_M=block_m, BLOCK_D=next_power_of_2(dim), num_warps=4,
+    n_programs = batch * heads * cdiv(length, block_m)
+    d_bias = None if bias is None else torch.empty(n_programs, dim, dtype=torch.float32, device=grad.device)
+    statistics_bwd_kernel[(n_programs,)](
+        grad, out, lse, share, None if bias is None else bias.contiguous(), statistics, d_bias, *grad.stride()[:3],
+        *out.stride()[:3], heads, length, before, n_grid, D=dim, HAS_SHARE=share is not None, HAS_BIAS=bias is not None,
+        BLOCK_M=block_m, BLOCK_D=next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
-    return statistics
+    return statistics, None if d_bias is None else d_bias.sum(0)
 
 
 def _builds(query: Tensor, has_ball: bool) -> tuple[_Build, _Build]:

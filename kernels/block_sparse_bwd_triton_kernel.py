@@ -29,10 +29,11 @@ BLIND = tl.constexpr(float("inf"))  # stands for the log-sum-exp of a row that s
 
 @triton.jit
 def statistics_bwd_kernel(
-    DO, OUT, LSE, SHARE, STATISTICS, sgb, sgh, sgr, sob, soh, sor, n_heads, length, D: tl.constexpr,
-    HAS_SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DO, OUT, LSE, SHARE, BIAS, STATISTICS, D_BIAS, sgb, sgh, sgr, sob, soh, sor, n_heads, length, before, n_grid,
+    D: tl.constexpr, HAS_SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of each row its log-sum-exp in units of log2, and Δ less what of it is not the softmax's (SHARE)."""
+    """Of each row its log-sum-exp in units of log2, and Δ less what of it is not the softmax's: SHARE, and on the grid
+    that of the bias, whose gradient from these rows goes to D_BIAS."""
     n_tiles = tl.cdiv(length, BLOCK_M)
     bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     b, h = bh // n_heads, bh % n_heads
@@ -40,6 +41,10 @@ def statistics_bwd_kernel(
     d = tl.arange(0, BLOCK_D)
     g = load_rows(DO + b * sgb + h * sgh, row, row < length, sgr, d, D, True).to(tl.float32)
     o = load_rows(OUT + b * sob + h * soh, row, row < length, sor, d, D, True).to(tl.float32)
+    if HAS_BIAS:
+        on_grid = ((row >= before) & (row < before + n_grid))[:, None]
+        o -= tl.where(on_grid, tl.load(BIAS + d, mask=d < D, other=0.0).to(tl.float32)[None, :], 0.0)
+        tl.store(D_BIAS + tl.program_id(0) * D + d, tl.sum(tl.where(on_grid, g, 0.0), 0), mask=d < D)
     delta = tl.sum(g * o, 1)
     if HAS_SHARE:
         delta -= tl.load(SHARE + bh * length + row, mask=row < length, other=0.0)

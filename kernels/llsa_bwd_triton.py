@@ -98,7 +98,7 @@ def llsa_blocks_attention_backward(
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     length = query.shape[2]
     builds = _builds(query, children[0].shape[1])
-    call = _Call(grad, query, row_statistics(grad, out, lse), scale, before, n_grid, children, builds)
+    call = _Call(grad, query, row_statistics(grad, out, lse)[0], scale, before, n_grid, children, builds)
     d_query = _queries(call, key, value, kept[0], pooled, real)
     above = None
     if pooled is not None:

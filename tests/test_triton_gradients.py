@@ -100,7 +100,7 @@ variants = {
     "clear": (window(BallAxis(16, 4, 1.0), BallAxis(32, 4, 1.0), limit=16.0), {}),
     "pooled": (window(BallAxis(16, 3, 1.0), BallAxis(32, 4, 0.7), limit=9.0), {"extra": (*extra, None), "real": real}),
     "gna": (window(NeighborhoodAxis(16, 5, 2, 1, False), NeighborhoodAxis(32, 6, 1, 3, True)), {}),
-    "sla": (BlockPlan(*boxes, lists, None, counts), {"added": (q, q, q), "share": lse}),
+    "sla": (BlockPlan(*boxes, lists, None, counts), {"added": (q, q, q), "share": lse, "bias": q[0, 0, 0]}),
 }
 with offline_gpu.target(sys.argv[1]):
     for name in sys.argv[2:]:
@@ -112,7 +112,7 @@ with offline_gpu.target(sys.argv[1]):
             weight, state = torch.empty(64, 64), torch.empty(2, 8, 64, 64, dtype=q.dtype)
             sums = s.LinearState(state, torch.empty(2, 8, 64), torch.empty(2))
             marginal = torch.empty(2, 8, 16, dtype=q.dtype)
-            l.linear_backward(q, q, q, q, sums, weight, None, "softmax", *boxes, 8, None, marginal)
+            l.linear_backward(q, q, q, q, sums, weight, "softmax", *boxes, 8, None, marginal)
 print(len(built), sorted(built[-1].asm))
 """
 

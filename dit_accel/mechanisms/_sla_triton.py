@@ -79,25 +79,21 @@ def sla_attention_triton_backward(
     marginal_only = weight is not None and linear_over == "marginal"
     chosen = _choose(query, key, real, layout, marginal_only, **cut)
     plan = chosen.plan
-    share, added, d_bias, learned = None, None, None, []
+    share, added, learned = None, None, []
     if weight is not None:
         sums = _sums(key, value, real, layout, chosen, feature_map, None)
         linear = linear_backward(
-            grad, query, key, value, sums, weight, bias, feature_map, plan.q, plan.kv, before, real, chosen.marginal,
+            grad, query, key, value, sums, weight, feature_map, plan.q, plan.kv, before, real, chosen.marginal,
             chosen.n_marginal,
         )  # fmt: skip
-        share, added, d_bias = linear.share, linear[:3], linear.bias
+        share, added = linear.share, linear[:3]
         learned.append(linear.weight.to(weight.dtype))
-    elif bias is not None:
-        share = torch.zeros(grad.shape[:3], device=grad.device)
-        of_grid = grad[:, :, layout.grid_slice].float()
-        share[:, :, layout.grid_slice], d_bias = of_grid @ bias.float(), of_grid.sum((0, 1, 2))
-    if bias is not None and d_bias is not None:
-        learned.append(d_bias.to(bias.dtype))
     found = block_sparse_attention_backward(
         grad, out, lse, query, key, value, plan, scale=scale, before=(before, before), real=real, share=share,
-        added=added,
+        bias=bias, added=added,
     )  # fmt: skip
+    if bias is not None and found.bias is not None:
+        learned.append(found.bias.to(bias.dtype))
     return [*found[:3], *learned]
 
 

@@ -26,6 +26,10 @@ _ATTN_HELP = (
     "8; clear a radius and gna a window that cover a tenth of the token grid (64×64: radius 11.4; window 20x20, "
     "stride 4x4)."
 )
+_RECIPE_HELP = (
+    "sla (the model's own objective; trains all), or clear (with distillation from the teacher's predictions and "
+    "attention outputs; trains the attention layers); default that of the mechanism's paper, else sla."
+)
 
 
 def _version(asked: bool) -> None:
@@ -103,6 +107,101 @@ def compare(
     except Stopped as stop:
         print(f"dit-accel: stopped by {stop}; what was finished is in {out}", file=sys.stderr)
         return stop.status
+
+
+@app.command()
+def convert(
+    attn: Annotated[str, typer.Option(metavar="SPEC", help="Attention to convert to, as for compare.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where everything goes; the same again goes on.")],
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER_OR_HUB_ID", help="The teacher; default the embedded image pipeline."),
+    ] = None,
+    video: Annotated[bool, typer.Option("--video", help="The embedded video pipeline instead.")] = False,
+    recipe: Annotated[str | None, typer.Option(metavar="NAME", help=_RECIPE_HELP)] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="new (the added parameters), attention, or full; default the recipe's."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Pictures with captions: a .txt beside each, or metadata.jsonl."),
+    ] = None,
+    data_free: Annotated[bool, typer.Option("--data-free", help="Train on what the teacher draws itself.")] = False,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="For --data-free, one on a line.")] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures that the teacher draws.")] = 64,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
+    frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Length of a clip.")] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the optimizer.")] = 1000,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a step and process.")] = 4,
+    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches whose gradients make a step.")] = 1,
+    lr: Annotated[float | None, typer.Option(metavar="RATE", help="Learning rate; default the recipe's.")] = None,
+    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Steps until the rate is reached.")] = 50,
+    mixed_precision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="no, fp16 or bf16; default bf16 on a GPU, else no.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="N", min=0)] = 0,
+    save_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")] = 200,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu; default what accelerate finds.")] = None,
+) -> int:
+    """Fine-tune a pipeline into a mechanism. Stopped at any time, the same command goes on from its last checkpoint.
+
+    Writes into the out folder: dit_accel.safetensors for load_attention, convert.json, samples/ and checkpoint.pt.
+    """
+    import torch
+    from rich.console import Console
+
+    from .attn_spec import parse_attention
+    from .command import BadInput, Stopped
+    from .convert.recipes import RECIPES
+    from .convert.request import TRAINABLE, Request
+    from .convert.run import Diverged, run
+    from .embedded import IMAGE, OTHER_PROMPTS, VIDEO
+    from .files import require_writable
+
+    try:
+        if video and pipeline is not None:
+            raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
+        if (data is None) == (not data_free):
+            raise ValueError("give --data with a folder, or --data-free")
+        if device not in (None, "cpu"):
+            raise ValueError(f"--device takes cpu, got {device!r}; else accelerate takes the GPU that it finds")
+        spec = parse_attention(attn)
+        recipe = recipe or ("clear" if spec.name == "clear" else "sla")
+        if recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}; there are: {', '.join(RECIPES)}")
+        if train is not None and train not in TRAINABLE:
+            raise ValueError(f"--train takes {', '.join(TRAINABLE)}, got {train!r}")
+        embedded = VIDEO if video else IMAGE if pipeline is None else None
+        texts = embedded.prompts if embedded else OTHER_PROMPTS
+        if prompts is not None:
+            if not prompts.is_file():
+                raise ValueError(f"there is no file {prompts}")
+            texts = tuple(filter(None, map(str.strip, prompts.read_text(encoding="utf-8").splitlines())))
+            if not texts:
+                raise ValueError(f"{prompts} has no prompt")
+        precision = mixed_precision or ("bf16" if torch.cuda.is_available() and device != "cpu" else "no")
+        if precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"--mixed-precision takes no, fp16 or bf16, got {precision!r}")
+        require_writable(out)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    request = Request(
+        pipeline or str((VIDEO if video else IMAGE).folder), spec, recipe, train, data, texts, samples, height, width,
+        frames, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing, seed, save_every, device, out,
+    )  # fmt: skip
+    try:
+        return run(request, Console())
+    except Stopped as stop:
+        print(f"dit-accel: stopped by {stop}; the same command goes on", file=sys.stderr)
+        return stop.status
+    except (Diverged, OSError) as error:
+        print(f"dit-accel: {error}", file=sys.stderr)
+        return 1
 
 
 @app.command(

@@ -8,12 +8,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    StableDiffusionPipeline,
     UniPCMultistepScheduler,
     WanPipeline,
 )
-from tiny import flux, wan
+from tiny import flux, sd15, wan
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -74,6 +76,26 @@ def save_wan(folder: Path) -> Path:
         tokenizer=t5_tokenizer(), text_encoder=UMT5EncoderModel(UMT5Config(**t5_sizes(24))), vae=vae,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
         transformer=wan(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_sd(folder: Path) -> Path:
+    """A StableDiffusionPipeline of v-prediction, in multiples of 4: 16×16 latents for 32×32."""
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.2,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(clip), tokenizer=clip_tokenizer(), unet=sd15(),
+        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder

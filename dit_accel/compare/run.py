@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..describe import describe, logit_fraction
 from ..embedded import IMAGE, OTHER_PROMPTS, VIDEO, read_defaults
 from ..install import attention, denoisers
 from ..layout import TokenLayout
+from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from ..processor import AcceleratedAttnProcessor
 from .metrics import compare_frames, lpips_weights
@@ -97,7 +97,7 @@ def _source(request: Request) -> str:
 
 def _prepare(request: Request) -> Comparison:
     """Load the pipeline and check everything that can be checked without drawing."""
-    pipe = _load(request)
+    pipe = load_pipeline(_source(request), request.dtype, request.device)
     name = type(pipe).__name__
     parameters = inspect.signature(pipe.__call__).parameters
     if "prompt" not in parameters:
@@ -146,27 +146,6 @@ def _processors(request: Request, pipe: Any, grid: tuple[int, ...] | None) -> li
             layout = TokenLayout(grid)
             processor.mechanism.fit(layout, **processor.layer_options(layout))
     return processors
-
-
-def _load(request: Request) -> Any:
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its hints about torchvision have nothing to do with a comparison
-    source = _source(request)
-    if not Path(source).is_dir() and (source.startswith((".", "~")) or Path(source).is_absolute()):
-        raise BadInput(f"there is no folder {source}")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=request.dtype)
-    except (OSError, ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BadInput(f"cannot load a diffusers pipeline from {source}: {first}") from error
-    pipe.to(request.device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _size(request: Request, pipe: Any, call: dict[str, Any]) -> Size:

@@ -1,0 +1,1 @@
+"""Fine-tuning that converts a pretrained pipeline to a mechanism: ``dit-accel convert``."""

@@ -1,0 +1,57 @@
+"""What a conversion is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..attn_spec import AttentionSpec
+
+__all__ = ["TRAINABLE", "Request"]
+
+TRAINABLE = ("new", "attention", "full")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion. ``pipeline``: folder or hub id. ``data``: folder of pictures with captions; None = the teacher
+    draws ``samples`` of them itself from ``prompts``. ``batch``: samples a process and step. ``lr``, ``train``: None =
+    the recipe's."""
+
+    pipeline: str
+    attention: AttentionSpec
+    recipe: str
+    train: str | None
+    data: Path | None
+    prompts: tuple[str, ...]
+    samples: int
+    height: int | None
+    width: int | None
+    frames: int | None
+    steps: int
+    batch: int
+    accumulate: int
+    lr: float | None
+    warmup: int
+    mixed_precision: str
+    gradient_checkpointing: bool
+    seed: int
+    save_every: int
+    device: str | None
+    out: Path
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it goes on with."""
+        fixed = asdict(self)
+        for free in ("out", "steps", "save_every", "device"):
+            del fixed[free]
+        fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}
+        return {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in fixed.items()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

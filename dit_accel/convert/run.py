@@ -1,0 +1,322 @@
+"""Convert a pipeline: prepare samples, train the student, write what was learned."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ..command import BadInput, undisturbed
+from ..compare.sizes import Size, check_size, default_size, token_grid
+from ..embedded import read_defaults
+from ..families import sites_of
+from ..files import write_json
+from ..install import denoisers, installation_of, installed_layers, set_attn_processor
+from ..loading import load_pipeline
+from ..machine import about_machine, about_versions
+from ..save import save_attention
+from .capture import merge
+from .checkpoint import load_checkpoint, save_checkpoint
+from .noise import NoiseProcess, noise_process
+from .objective import Losses, copy_teacher, losses_of
+from .recipes import RECIPES, Recipe
+from .request import Request
+from .samples import Sample, SampleCache, batches, find_pictures, read_sample
+
+__all__ = ["Diverged", "run"]
+
+ABOUT = "convert.json"
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more."""
+
+
+def run(request: Request, console: Console) -> int:
+    """The whole conversion, from where an earlier run of the same request stopped.
+
+    Returns: exit status 0.
+    Raises: BadInput: something that cannot be done, before any work. Diverged: the loss became NaN or infinite.
+        KeyboardInterrupt: stopped; a checkpoint holds what was done.
+    """
+    accelerator = Accelerator(cpu=request.device == "cpu", mixed_precision=request.mixed_precision)
+    recipe = RECIPES[request.recipe]
+    if accelerator.is_main_process:
+        _claim(request)
+    pipe = load_pipeline(request.pipeline, torch.float32, accelerator.device)
+    try:
+        call, grid = _call(request, pipe)
+        process = noise_process(pipe.scheduler)
+        ((component, model),) = denoisers(pipe).items()
+        processor = request.attention.processor(grid)
+        files = _samples(request, accelerator, pipe, model, call, console)
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from error
+    _rest(pipe, component)
+    try:
+        trained = _trainable(model, processor, request.train or recipe.train)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    trainer = Trainer(
+        request, recipe, accelerator, pipe, model, processor, trained, process, [read_sample(x) for x in files]
+    )
+    trainer.resume(console)
+    with _progress(console, accelerator) as progress:
+        trainer.train(progress)
+    if accelerator.is_main_process:
+        path = save_attention(pipe, request.out)
+        _about(request, accelerator, trainer, "complete")
+        console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _claim(request: Request) -> None:
+    """Whether the folder is this request's: another's must not be gone on with."""
+    path = request.out / ABOUT
+    if not path.is_file():
+        write_json(path, {"status": "running", "request": request.fingerprint()})
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8")).get("request", {})
+    ours = request.fingerprint()
+    other = [key for key in ours if earlier.get(key) != ours[key]]
+    if other:
+        told = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
+        raise BadInput(f"{request.out} holds another conversion ({told}): choose another --out, or remove it")
+
+
+def _call(request: Request, pipe: Any) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """What the pipeline is called with but for the prompt, and the token grid."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    call = {key: x for key, x in read_defaults(request.pipeline).items() if key in parameters}
+    own = default_size(pipe) or Size(0, 0)
+    size = Size(
+        request.height or call.get("height", own.height),
+        request.width or call.get("width", own.width),
+        request.frames or call.get("num_frames", own.frames),
+    )
+    if not size.height or not size.width:
+        raise ValueError(f"{type(pipe).__name__} does not say what size it draws; give --height and --width")
+    check_size(pipe, size)
+    call |= {"height": size.height, "width": size.width}
+    if size.frames is not None:
+        call["num_frames"] = size.frames
+    return call, token_grid(pipe, size)
+
+
+def _samples(
+    request: Request, accelerator: Accelerator, pipe: Any, model: nn.Module, call: dict[str, Any], console: Console
+) -> list[Path]:
+    """Files of the samples; the first process makes what is not there."""
+    files: list[Path] = []
+    pictures, without = find_pictures(request.data) if request.data is not None else ([], 0)
+    if pictures and "num_frames" in call:
+        raise ValueError(f"{type(pipe).__name__} draws clips: --data takes pictures, use --data-free")
+    if without:
+        console.print(f"{without} pictures without a caption are left out", highlight=False)
+    cache = SampleCache(request.out / "samples", pipe, model, call)
+    with accelerator.main_process_first(), _progress(console, accelerator) as progress:
+        task = progress.add_task("samples", total=len(pictures) or request.samples, told="")
+
+        def note() -> None:
+            progress.advance(task)
+
+        if request.data is not None:
+            files = cache.from_pictures(pictures, note)
+        else:
+            files = cache.from_teacher(request.prompts, request.samples, request.seed, note)
+    if cache.skipped and accelerator.is_main_process:
+        console.print(
+            f"{len(cache.skipped)} pictures that cannot be read are left out: samples/skipped.json says which"
+        )
+    return files
+
+
+def _rest(pipe: Any, component: str) -> None:
+    """What is not needed any more makes room."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name != component:
+            part.to("cpu")
+
+
+def _trainable(model: nn.Module, processor: Any, scope: str) -> set[str]:
+    """Names of the host's parameters that are trained, beside the mechanism's own.
+
+    Raises: ValueError: nothing would be.
+    """
+    layers = [name for site in sites_of(model) for name in site.layers]
+    names = [name for name, _ in model.named_parameters()]
+    chosen: set[str] = set()
+    if scope == "full":
+        chosen = set(names)
+    elif scope == "attention":
+        chosen = {name for name in names if any(name.startswith(f"{layer}.") for layer in layers)}
+    if not chosen and not processor.initial_parameters(64):
+        raise ValueError(
+            f"{processor.name} with these options adds no parameters, so --train new trains nothing: use --train "
+            "attention or full"
+        )
+    return chosen
+
+
+class Trainer:
+    """A student under training, one :meth:`step` after the other; all that is random follows from seed and step."""
+
+    def __init__(
+        self, request: Request, recipe: Recipe, accelerator: Accelerator, pipe: Any, model: nn.Module, processor: Any,
+        trained: set[str], process: NoiseProcess, samples: list[Sample],
+    ) -> None:  # fmt: skip
+        self.request, self.recipe, self.accelerator, self.process = request, recipe, accelerator, process
+        self.samples = samples
+        model.requires_grad_(False)
+        self.teacher = copy_teacher(model, trained) if recipe.prediction or recipe.attention else None
+        set_attn_processor(pipe, processor)
+        installation = installation_of(model)
+        assert installation is not None
+        for name in sorted(trained):  # so that they are saved, and reset puts the pretrained ones back
+            installation.overwritten[name] = model.get_parameter(name).detach().to("cpu", copy=True)
+        self.layers = list(installed_layers(model))
+        self.parameters = {
+            name: p.requires_grad_() for name, p in model.named_parameters() if name in trained or ".dit_accel." in name
+        }
+        if request.gradient_checkpointing:
+            getattr(model, "enable_gradient_checkpointing")()  # noqa: B009 (a diffusers model's)
+        model.train()
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=request.lr or recipe.lr)
+        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+        self.step, self.history = 0, []
+        self.kinds = [sample.kind for sample in samples]
+
+    step: int
+    history: list[dict[str, float]]
+
+    def resume(self, console: Console) -> None:
+        """Go on from the checkpoint, if there is one."""
+        try:
+            state = load_checkpoint(self.request.out)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        if state is None:
+            return
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.history = state["step"], state["history"]
+        if self.accelerator.is_main_process:
+            console.print(f"Going on from step {self.step}", highlight=False)
+
+    def train(self, progress: Progress) -> None:
+        """All steps that are left; a checkpoint every so many, at the end, and when stopped."""
+        request, world = self.request, self.accelerator.num_processes
+        order = batches(self.kinds, request.batch * world, request.seed)
+        drawn = islice(order, self.step * request.accumulate, None)
+        task = progress.add_task("training", total=request.steps, completed=self.step, told="")
+        try:
+            while self.step < request.steps:
+                losses = self._take(list(islice(drawn, request.accumulate)))
+                self.history.append(losses)
+                self.step += 1
+                told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                progress.update(task, advance=1, told=told)
+                if self.step % request.save_every == 0 and self.step < request.steps:
+                    self.save()
+        except KeyboardInterrupt:
+            with undisturbed():
+                self.save()
+            raise
+        self.save()
+
+    def _take(self, micro_batches: list[list[int]]) -> dict[str, float]:
+        """One step of the optimizer over so many batches. Returns: mean losses over all processes."""
+        request, accelerator = self.request, self.accelerator
+        rate = (request.lr or self.recipe.lr) * min(1.0, (self.step + 1) / max(1, request.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro_batches):
+            place = self.step * len(micro_batches) + i
+            last = i + 1 == len(micro_batches)
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                losses = self._losses(batch, place)
+                accelerator.backward(losses.total / len(micro_batches))
+            for name, part in {"loss": losses.total, **losses.parts}.items():
+                total[name] = total.get(name, torch.zeros((), device=part.device)) + part.detach() / len(micro_batches)
+        means = {name: float(accelerator.reduce(x, "mean")) for name, x in total.items()}
+        if not all(map(_is_finite, means.values())):
+            raise Diverged(
+                f"step {self.step + 1}: the loss is {means['loss']}; the checkpoint of step "
+                f"{self.step - self.step % request.save_every} is kept: begin anew with a smaller --lr in another --out"
+            )
+        accelerator.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return means
+
+    def _losses(self, batch: list[int], place: int) -> Losses:
+        """Of this process's part of a batch, the place-th of the run."""
+        accelerator, size = self.accelerator, self.request.batch
+        first = accelerator.process_index * size
+        levels, noises = [], []
+        for i in range(first, first + size):
+            mixed = np.random.SeedSequence([self.request.seed, place, i]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(mixed[0]))
+            levels.append(self.process.draw(generator))
+            noises.append(torch.randn(self.samples[batch[i]].latents.shape, generator=generator))
+        chosen = [self.samples[i] for i in batch[first : first + size]]
+        device = accelerator.device
+        conditions = merge([sample.conditions for sample in chosen])
+        conditions.tensors = {key: x.to(device) for key, x in conditions.tensors.items()}
+        latents = torch.cat([sample.latents for sample in chosen]).to(device)
+        with accelerator.autocast():
+            return losses_of(
+                self.recipe, self.model, self.teacher, self.layers, self.process, latents,
+                torch.cat(noises).to(device), torch.tensor(levels, device=device), conditions,
+            )  # fmt: skip
+
+    def save(self) -> None:
+        """A checkpoint, by the first process."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        save_checkpoint(self.request.out, {
+            "step": self.step,
+            "history": self.history,
+            "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+        })  # fmt: skip
+
+
+def _is_finite(x: float) -> bool:
+    return x - x == 0
+
+
+def _about(request: Request, accelerator: Accelerator, trainer: Trainer, status: str) -> None:
+    write_json(request.out / ABOUT, {
+        "status": status,
+        "request": request.fingerprint(),
+        "recipe": asdict(trainer.recipe),
+        "steps": trainer.step,
+        "processes": accelerator.num_processes,
+        "trained_parameters": sum(p.numel() for p in trainer.parameters.values()),
+        "machine": about_machine(accelerator.device, torch.float32),
+        "versions": about_versions(),
+        "history": trainer.history,
+    })  # fmt: skip
+
+
+def _progress(console: Console, accelerator: Accelerator) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}"), console=console, disable=not accelerator.is_main_process,
+    )  # fmt: skip

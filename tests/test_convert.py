@@ -1,0 +1,315 @@
+"""Converting tiny pipelines: what is trained, that nothing is lost, and what is told when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny_pipelines import save_flux, save_sd, save_wan
+
+import dit_accel
+from dit_accel.cli import main
+from dit_accel.convert import run as convert_run
+from dit_accel.convert.checkpoint import load_checkpoint
+from dit_accel.convert.noise import noise_process
+from dit_accel.convert.samples import batches, read_sample
+
+COMMON = (
+    "--device", "cpu", "--height", "32", "--width", "32", "--samples", "4", "--batch", "2", "--steps", "4",
+    "--save-every", "2", "--warmup", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    words = folder / "prompts.txt"
+    words.write_text("a red circle\n\na green square moving\n")
+    made = {"flux": save_flux(folder / "flux"), "wan": save_wan(folder / "wan"), "sd": save_sd(folder / "sd")}
+    return made | {"prompts": words}
+
+
+@pytest.fixture(scope="module")
+def drawn(pipelines, tmp_path_factory):
+    """Samples that the tiny Flux has drawn, for runs that only train on them."""
+    out = tmp_path_factory.mktemp("drawn")
+    assert convert(pipelines, out, "--steps", "1") == 0
+    return out / "samples"
+
+
+def convert(pipelines, out, *more, which="flux", attn="gna:window=3", data=("--data-free",)):
+    """Exit status of the command."""
+    given = ["convert", "--pipeline", str(pipelines[which]), "--attn", attn, "--out", str(out), *data]
+    given += ["--prompts", str(pipelines["prompts"])] if data == ("--data-free",) else []
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, *COMMON, *more])
+    return stopped.value.code
+
+
+def told(out):
+    return json.loads((out / "convert.json").read_text())
+
+
+def link_samples(drawn, out):
+    out.mkdir()
+    (out / "samples").symlink_to(drawn)
+    return out
+
+
+@pytest.mark.parametrize(
+    "which, attn, more",
+    [
+        ("flux", "clear:radius=2", ()),
+        ("wan", "sla:critical=0.3,block_q=8,block_kv=8", ("--frames", "5")),
+        ("sd", "gna:window=3", ("--recipe", "clear", "--gradient-checkpointing", "--accumulate", "2")),
+    ],
+)
+def test_every_family_is_converted_and_loaded(pipelines, tmp_path, which, attn, more):
+    """The weights that were trained differ from the teacher's, the loaded student is the trained one, and taken off
+    again it is the teacher."""
+    assert convert(pipelines, tmp_path, *more, which=which, attn=attn) == 0
+    about = told(tmp_path)
+    assert about["status"] == "complete" and about["steps"] == 4 and len(about["history"]) == 4
+    wanted = {"loss", "flow"} | ({"prediction", "attention"} if about["recipe"]["name"] == "clear" else set())
+    assert set(about["history"][0]) == wanted
+    pipe = DiffusionPipeline.from_pretrained(pipelines[which])
+    model = next(iter(dit_accel.install.denoisers(pipe).values()))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    dit_accel.load_attention(pipe, tmp_path)
+    trained = load_checkpoint(tmp_path)["parameters"]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], x) for name, x in trained.items())
+    moved = [name for name in trained if name in before and not torch.equal(before[name], trained[name])]
+    assert moved
+    if about["recipe"]["name"] == "clear":  # the attention layers alone
+        assert len(trained) < len(before) and all(".attn" in name for name in trained)
+    dit_accel.reset_attn_processor(pipe)
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_the_loss_is_that_of_the_whole_model_without_approximation(pipelines, drawn, tmp_path):
+    """A window over everything is dense: distances to the teacher are 0 before the first step, and the flow loss is
+    the teacher's own."""
+    out = link_samples(drawn, tmp_path / "o")
+    assert convert(pipelines, out, "--recipe", "clear", "--steps", "1", attn="gna:window=8") == 0
+    first = told(out)["history"][0]
+    assert first["prediction"] < 1e-10 and first["attention"] < 1e-10 and first["flow"] > 0.01
+
+
+def losses(out):
+    return torch.tensor([step["loss"] for step in told(out)["history"]], dtype=torch.float64)
+
+
+def command(pipelines, out, *more):
+    return [
+        sys.executable, "-m", "dit_accel.convert", "--pipeline", str(pipelines["flux"]), "--attn", "gna:window=3",
+        "--out", str(out), "--data-free", "--prompts", str(pipelines["prompts"]), *COMMON, *more,
+    ]  # fmt: skip
+
+
+def test_killed_at_any_moment_it_ends_where_an_undisturbed_run_ends(pipelines, drawn, tmp_path):
+    more = ("--steps", "60", "--save-every", "5")
+    whole, killed = (link_samples(drawn, tmp_path / name) for name in ("whole", "killed"))
+    assert convert(pipelines, whole, *more) == 0
+    process = subprocess.Popen(command(pipelines, killed, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoint.pt").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = load_checkpoint(killed)["step"]
+    assert 5 <= reached < 60
+    assert convert(pipelines, killed, *more) == 0
+    assert (losses(whole) - losses(killed)).abs().max() < 1e-6
+    ends = [load_checkpoint(out)["parameters"] for out in (whole, killed)]
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-6) for name in ends[0])
+
+
+def test_two_processes_are_one_with_twice_the_batch(pipelines, drawn, tmp_path):
+    one, two = (link_samples(drawn, tmp_path / name) for name in ("one", "two"))
+    assert convert(pipelines, one) == 0
+    started = []
+    for rank in "01":
+        world = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29517",
+        }
+        environment = {**os.environ, **world, "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(command(pipelines, two, "--batch", "1"), env=environment, stderr=subprocess.PIPE)
+        )
+    for process in started:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-2000:]
+    assert told(two)["processes"] == 2
+    assert (losses(one) - losses(two)).abs().max() < 1e-5
+
+
+def test_interrupted_it_keeps_a_checkpoint_of_the_last_step(pipelines, drawn, tmp_path, monkeypatch):
+    out = link_samples(drawn, tmp_path / "o")
+    take, taken = convert_run.Trainer._take, []
+
+    def stop(self, batch):
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        taken.append(take(self, batch))
+        return taken[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_run.Trainer, "_take", stop)
+        assert convert(pipelines, out, "--steps", "9", "--save-every", "100") == 130
+    assert load_checkpoint(out)["step"] == 3
+    assert convert(pipelines, out, "--steps", "9", "--save-every", "100") == 0
+    assert told(out)["steps"] == 9
+
+
+def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(pipelines, drawn, tmp_path, capsys):
+    out = link_samples(drawn, tmp_path / "o")
+    assert convert(pipelines, out, "--lr", "1e30", "--steps", "30", "--warmup", "0", "--save-every", "1") == 1
+    assert "smaller --lr" in capsys.readouterr().err
+    assert all(x.isfinite().all() for x in load_checkpoint(out)["parameters"].values())
+
+
+def test_a_full_disk_ends_it_and_keeps_the_checkpoint_before(pipelines, drawn, tmp_path, monkeypatch, capsys):
+    out = link_samples(drawn, tmp_path / "o")
+    assert convert(pipelines, out, "--steps", "2") == 0
+
+    def full(state, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert convert(pipelines, out, "--steps", "4") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert load_checkpoint(out)["step"] == 2
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_broken_checkpoint_gives_way_to_the_one_before(pipelines, drawn, tmp_path, capsys):
+    out = link_samples(drawn, tmp_path / "o")
+    assert convert(pipelines, out, "--steps", "4") == 0
+    (out / "checkpoint.pt").write_bytes(b"torn")
+    assert load_checkpoint(out)["step"] == 2
+    (out / "checkpoint.previous.pt").write_bytes(b"torn")
+    assert convert(pipelines, out, "--steps", "4") == 2
+    assert "no checkpoint can be read" in capsys.readouterr().err
+
+
+def pictures(folder):
+    """Four that are right, by both kinds of captions, one that is torn, and one without a caption."""
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (40 + 8 * i, 48), (50 * i, 90, 120)).save(folder / f"{i}.png")
+    for i in range(3):
+        (folder / f"{i}.txt").write_text("a red circle")
+    (folder / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "a green square"}\n')
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8 no picture")
+    (folder / "torn.txt").write_text("a circle")
+    Image.new("RGB", (40, 40)).save(folder / "untold.png")
+    return folder
+
+
+@pytest.mark.parametrize("which", ["flux", "sd"])
+def test_pictures_of_ones_own(pipelines, tmp_path, which, capsys):
+    """Latents are what the autoencoder makes of the picture; what cannot be used is left out and counted."""
+    folder, out = pictures(tmp_path / "data"), tmp_path / "out"
+    assert convert(pipelines, out, "--steps", "1", which=which, data=("--data", str(folder))) == 0
+    output = capsys.readouterr().out
+    assert "1 pictures without a caption" in output and "1 pictures that cannot be read" in output
+    assert list(json.loads((out / "samples/skipped.json").read_text())) == [str(folder / "torn.jpg")]
+    files = sorted((out / "samples").glob("*.safetensors"))
+    assert len(files) == 4
+    pipe = DiffusionPipeline.from_pretrained(pipelines[which])
+    pixels = torch.full((1, 3, 32, 32), 0.0)
+    pixels[:] = torch.tensor([0, 90, 120]).view(1, 3, 1, 1) / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    found = read_sample(files[0]).latents
+    if which == "flux":
+        found = pipe._unpack_latents(found, 32, 32, pipe.vae_scale_factor)
+    torch.testing.assert_close(found, latents, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_processes_are_the_schedulers(pipelines):
+    """What is mixed is what the scheduler's own ``add_noise`` or ``scale_noise`` gives."""
+    torch.manual_seed(0)
+    clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    sd = DiffusionPipeline.from_pretrained(pipelines["sd"]).scheduler
+    process, levels = noise_process(sd), torch.tensor([0.1005, 0.9005])
+    noisy, target = process.mix(clean, noise, levels)
+    steps = process.timestep(levels).long()
+    torch.testing.assert_close(noisy, sd.add_noise(clean, noise, steps))
+    torch.testing.assert_close(
+        target, noise if process.prediction == "epsilon" else sd.get_velocity(clean, noise, steps)
+    )
+    flux = DiffusionPipeline.from_pretrained(pipelines["flux"]).scheduler
+    process = noise_process(flux)
+    level = flux.sigmas[[100, 700]]
+    noisy, target = process.mix(clean, noise, level)
+    torch.testing.assert_close(noisy, flux.scale_noise(clean, flux.timesteps[[100, 700]], noise))
+    torch.testing.assert_close(process.timestep(level), flux.timesteps[[100, 700]])
+    torch.testing.assert_close(target, noise - clean)
+
+
+def test_batches_hold_one_kind_and_every_epoch_all():
+    kinds = ["a"] * 5 + ["b"] * 3
+    drawn = batches(kinds, 2, seed=3)
+    for _ in range(3):
+        epoch = [next(drawn) for _ in range(5)]
+        assert {i for batch in epoch for i in batch} == set(range(8))
+        assert all(len({kinds[i] for i in batch}) == 1 and len(batch) == 2 for batch in epoch)
+    one, two = batches(kinds, 2, seed=5), batches(kinds, 2, seed=5)
+    assert [next(one) for _ in range(20)] == [next(two) for _ in range(20)]
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--recipe", "nothing"), "there are: sla, clear"),
+        (("--train", "some"), "new, attention, full"),
+        (("--train", "new"), "adds no parameters"),
+        (("--height", "30"), "30"),
+        (("--mixed-precision", "fp8"), "no, fp16 or bf16"),
+        (("--device", "tpu"), "takes cpu"),
+        (("--prompts", "/nowhere.txt"), "no file /nowhere.txt"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(pipelines, tmp_path, more, said, capsys):
+    assert convert(pipelines, tmp_path, "--samples", "1", *more) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda folder: None, "there is no folder"),
+        (lambda folder: folder.mkdir(), "no picture with a caption"),
+        (lambda folder: (folder.mkdir(), (folder / "metadata.jsonl").write_text("{")), "metadata.jsonl, line 1"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "a.png").write_bytes(b"x"), (folder / "a.txt").write_text("a")),
+            "none of 1 pictures can be read",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_data_is_told(pipelines, tmp_path, make, said, capsys):
+    make(tmp_path / "data")
+    assert convert(pipelines, tmp_path / "out", data=("--data", str(tmp_path / "data"))) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_another_request_does_not_go_on_with_a_folder(pipelines, drawn, tmp_path, capsys):
+    out = link_samples(drawn, tmp_path / "o")
+    assert convert(pipelines, out, "--steps", "1") == 0
+    assert convert(pipelines, out, "--steps", "1", "--lr", "1e-3") == 2
+    assert "lr None, now 0.001" in capsys.readouterr().err

@@ -146,6 +146,9 @@ def convert(
     ] = False,
     seed: Annotated[int, typer.Option(metavar="N", min=0)] = 0,
     save_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")] = 200,
+    sample_every: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Steps between pictures of student and teacher; 0 = none.")
+    ] = 0,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu; default what accelerate finds.")] = None,
 ) -> int:
     """Fine-tune a pipeline into a mechanism. Stopped at any time, the same command goes on from its last checkpoint.
@@ -192,7 +195,8 @@ def convert(
         raise BadInput(str(error)) from None
     request = Request(
         pipeline or str((VIDEO if video else IMAGE).folder), spec, recipe, train, data, texts, samples, height, width,
-        frames, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing, seed, save_every, device, out,
+        frames, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing, seed, save_every,
+        sample_every, device, out,
     )  # fmt: skip
     try:
         return run(request, Console())

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -101,6 +102,23 @@ def test_the_loss_is_that_of_the_whole_model_without_approximation(pipelines, dr
     assert convert(pipelines, out, "--recipe", "clear", "--steps", "1", attn="gna:window=8") == 0
     first = told(out)["history"][0]
     assert first["prediction"] < 1e-10 and first["attention"] < 1e-10 and first["flow"] > 0.01
+
+
+@pytest.mark.parametrize("which, more, wide", [("flux", (), 32), ("wan", ("--frames", "5"), 128)])
+def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which, more, wide):
+    """On the left what the teacher draws from this seed; on the right the student, which a step has changed."""
+    size = ("--samples", "1", "--batch", "1", "--lr", "0.1", "--steps", "2", "--sample-every", "2")
+    assert convert(pipelines, tmp_path, *size, *more, which=which, attn="gna:window=2") == 0
+    assert sorted(x.name for x in (tmp_path / "pictures").iterdir()) == ["step-000002-0.png", "step-000002-1.png"]
+    picture = np.array(Image.open(tmp_path / "pictures/step-000002-0.png")).astype(int)
+    assert picture.shape == (32, 2 * wide, 3)
+    pipe = DiffusionPipeline.from_pretrained(pipelines[which])
+    call = {"prompt": "a red circle", "generator": torch.Generator().manual_seed(0), "height": 32, "width": 32}
+    call |= {"num_frames": 5} if which == "wan" else {}
+    drawn = pipe(**call, output_type="np")[0][0]
+    drawn = np.concatenate(list(drawn[[0, 1, 3, 4]]), 1) if which == "wan" else drawn
+    assert np.abs(picture[:, :wide] - drawn * 255).max() <= 1
+    assert np.abs(picture[:, :wide] - picture[:, wide:]).max() > 1
 
 
 def losses(out):

@@ -38,13 +38,14 @@ class Request:
     gradient_checkpointing: bool
     seed: int
     save_every: int
+    sample_every: int
     device: str | None
     out: Path
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
         fixed = asdict(self)
-        for free in ("out", "steps", "save_every", "device"):
+        for free in ("out", "steps", "save_every", "sample_every", "device"):
             del fixed[free]
         fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}
         return {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in fixed.items()}

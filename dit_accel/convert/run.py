@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -30,6 +31,7 @@ from .capture import merge
 from .checkpoint import load_checkpoint, save_checkpoint
 from .noise import NoiseProcess, noise_process
 from .objective import Losses, copy_teacher, losses_of
+from .pictures import Pictures
 from .recipes import RECIPES, Recipe
 from .request import Request
 from .samples import Sample, SampleCache, batches, find_pictures, read_sample
@@ -58,27 +60,43 @@ def run(request: Request, console: Console) -> int:
     try:
         call, grid = _call(request, pipe)
         process = noise_process(pipe.scheduler)
-        ((component, model),) = denoisers(pipe).items()
+        component, model = _denoiser(pipe)
         processor = request.attention.processor(grid)
+        trained = _trainable(model, processor, request.train or recipe.train)
         files = _samples(request, accelerator, pipe, model, call, console)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
+    pictures = None
+    if request.sample_every and accelerator.is_main_process:
+        pictures = Pictures(request.out / "pictures", pipe, component, call, request.prompts[:2], request.seed)
     _rest(pipe, component)
-    try:
-        trained = _trainable(model, processor, request.train or recipe.train)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
     trainer = Trainer(
         request, recipe, accelerator, pipe, model, processor, trained, process, [read_sample(x) for x in files]
     )
     trainer.resume(console)
+
+    def after(step: int) -> None:
+        if request.sample_every and step % request.sample_every == 0:
+            if pictures is not None:
+                pictures.against_teacher(step)
+            accelerator.wait_for_everyone()
+
     with _progress(console, accelerator) as progress:
-        trainer.train(progress)
+        trainer.train(progress, after)
     if accelerator.is_main_process:
         path = save_attention(pipe, request.out)
         _about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _denoiser(pipe: Any) -> tuple[str, nn.Module]:
+    found = denoisers(pipe)
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(pipe).__name__} has several denoisers ({', '.join(found)}), which convert does not train together"
+        )
+    return next(iter(found.items()))
 
 
 def _claim(request: Request) -> None:
@@ -216,8 +234,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             console.print(f"Going on from step {self.step}", highlight=False)
 
-    def train(self, progress: Progress) -> None:
-        """All steps that are left; a checkpoint every so many, at the end, and when stopped."""
+    def train(self, progress: Progress, after: Callable[[int], None]) -> None:
+        """All steps that are left, ``after`` each what is to be done then; a checkpoint every so many, at the end, and
+        when stopped."""
         request, world = self.request, self.accelerator.num_processes
         order = batches(self.kinds, request.batch * world, request.seed)
         drawn = islice(order, self.step * request.accumulate, None)
@@ -231,6 +250,7 @@ class Trainer:
                 progress.update(task, advance=1, told=told)
                 if self.step % request.save_every == 0 and self.step < request.steps:
                     self.save()
+                after(self.step)
         except KeyboardInterrupt:
             with undisturbed():
                 self.save()

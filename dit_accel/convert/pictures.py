@@ -1,0 +1,58 @@
+"""Pictures of the student beside the teacher's of the same prompt and seed, as training goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from ..files import replacing
+
+__all__ = ["Pictures"]
+
+_FRAMES = 4  # of a clip, evenly from first to last
+
+
+class Pictures:
+    """Draws a few prompts; the teacher's are made first, before anything is installed on the pipeline."""
+
+    def __init__(
+        self, folder: Path, pipe: Any, component: str, call: dict[str, Any], prompts: tuple[str, ...], seed: int
+    ) -> None:
+        self.folder, self.pipe, self.component, self.call = folder, pipe, component, call
+        self.prompts, self.seed = prompts, seed
+        folder.mkdir(parents=True, exist_ok=True)
+        self.teacher = [self._draw(i) for i in range(len(prompts))]
+
+    def against_teacher(self, step: int) -> None:
+        """``step-000200-0.png`` and so on: the teacher's on the left, the student's on the right."""
+        model = getattr(self.pipe, self.component)
+        device = model.device
+        self._move(device)
+        model.eval()
+        for i, teacher in enumerate(self.teacher):
+            both = np.concatenate([teacher, self._draw(i)], 1)
+            with replacing(self.folder / f"step-{step:06d}-{i}.png") as temporary:
+                Image.fromarray(both).save(temporary)
+        model.train()
+        self._move(torch.device("cpu"))
+
+    @torch.no_grad()
+    def _draw(self, i: int) -> NDArray[np.uint8]:
+        """(H, W, 3), frames of a clip beside one another."""
+        generator = torch.Generator().manual_seed(self.seed + i)
+        drawn = self.pipe(prompt=self.prompts[i], generator=generator, output_type="np", **self.call)[0][0]
+        frames = drawn[None] if drawn.ndim == 3 else drawn
+        chosen = frames[np.linspace(0, len(frames) - 1, min(_FRAMES, len(frames))).round().astype(int)]
+        return (np.concatenate(list(chosen), 1).clip(0, 1) * 255).round().astype(np.uint8)
+
+    def _move(self, device: torch.device) -> None:
+        """All but the denoiser, which stays."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and name != self.component:
+                part.to(device)

@@ -92,7 +92,8 @@ def compare(
             raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
         if any(not text.strip() for text in prompt or ()):
             raise ValueError("a --prompt is empty")
-        specs = tuple(parse_attention(text) for text in attn or PROCESSORS)
+        usual = [name for name, kind in PROCESSORS.items() if kind.any_host]
+        specs = tuple(parse_attention(text) for text in attn or usual)
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
         require_writable(out)
@@ -163,40 +164,23 @@ def convert(
     from .convert.recipes import RECIPES
     from .convert.request import TRAINABLE, Request
     from .convert.run import Diverged, run
-    from .embedded import IMAGE, OTHER_PROMPTS, VIDEO
-    from .files import require_writable
 
     try:
-        if video and pipeline is not None:
-            raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
-        if (data is None) == (not data_free):
-            raise ValueError("give --data with a folder, or --data-free")
-        if device not in (None, "cpu"):
-            raise ValueError(f"--device takes cpu, got {device!r}; else accelerate takes the GPU that it finds")
+        source = _source(pipeline, video, data, data_free, prompts, samples, (height, width, frames), seed, device, out)
         spec = parse_attention(attn)
         recipe = recipe or ("clear" if spec.name == "clear" else "sla")
         if recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; there are: {', '.join(RECIPES)}")
         if train is not None and train not in TRAINABLE:
             raise ValueError(f"--train takes {', '.join(TRAINABLE)}, got {train!r}")
-        embedded = VIDEO if video else IMAGE if pipeline is None else None
-        texts = embedded.prompts if embedded else OTHER_PROMPTS
-        if prompts is not None:
-            if not prompts.is_file():
-                raise ValueError(f"there is no file {prompts}")
-            texts = tuple(filter(None, map(str.strip, prompts.read_text(encoding="utf-8").splitlines())))
-            if not texts:
-                raise ValueError(f"{prompts} has no prompt")
         precision = mixed_precision or ("bf16" if torch.cuda.is_available() and device != "cpu" else "no")
         if precision not in ("no", "fp16", "bf16"):
             raise ValueError(f"--mixed-precision takes no, fp16 or bf16, got {precision!r}")
-        require_writable(out)
     except ValueError as error:
         raise BadInput(str(error)) from None
     request = Request(
-        pipeline or str((VIDEO if video else IMAGE).folder), spec, recipe, train, data, texts, samples, height, width,
-        frames, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing, seed, save_every,
-        sample_every, device, out,
+        source, spec, recipe, train, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
+        save_every, sample_every,
     )  # fmt: skip
     try:
         return run(request, Console())
@@ -206,6 +190,83 @@ def convert(
     except (Diverged, OSError) as error:
         print(f"dit-accel: {error}", file=sys.stderr)
         return 1
+
+
+@app.command()
+def evaluate(
+    attention: Annotated[
+        str, typer.Option(metavar="FOLDER", help="The student: what convert or save_attention wrote, or a hub id.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")],
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER_OR_HUB_ID", help="The teacher; default the embedded image pipeline."),
+    ] = None,
+    video: Annotated[bool, typer.Option("--video", help="The embedded video pipeline instead.")] = False,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Pictures with captions, as for convert.")] = None,
+    data_free: Annotated[bool, typer.Option("--data-free", help="What the teacher draws itself.")] = False,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One on a line.")] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures that the teacher draws.")] = 16,
+    levels: Annotated[int, typer.Option(metavar="N", min=1, help="Noise levels, evenly from clean to noise.")] = 8,
+    pictures: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts that both draw.")] = 2,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
+    frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Length of a clip.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Another than that of the training.")] = 1_000_000,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu; default what accelerate finds.")] = None,
+) -> int:
+    """Measure what a converted pipeline has lost against its teacher, on samples that it was not trained on.
+
+    Writes evaluate.json, evaluate.png and pictures side by side into the out folder, and prints a table.
+    """
+    from rich.console import Console
+
+    from .command import BadInput
+    from .convert.evaluate import evaluate as measure
+
+    try:
+        source = _source(pipeline, video, data, data_free, prompts, samples, (height, width, frames), seed, device, out)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return measure(source, attention, levels, pictures, Console())
+
+
+def _source(
+    pipeline: str | None,
+    video: bool,
+    data: Path | None,
+    data_free: bool,
+    prompts: Path | None,
+    samples: int,
+    size: tuple[int | None, int | None, int | None],
+    seed: int,
+    device: str | None,
+    out: Path,
+) -> Any:
+    """Where convert and evaluate have their samples from.
+
+    Raises: ValueError: arguments that do not go together, or a file or folder that is not there.
+    """
+    from .convert.request import Source
+    from .embedded import IMAGE, OTHER_PROMPTS, VIDEO
+    from .files import require_writable
+
+    if video and pipeline is not None:
+        raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
+    if (data is None) == (not data_free):
+        raise ValueError("give --data with a folder, or --data-free")
+    if device not in (None, "cpu"):
+        raise ValueError(f"--device takes cpu, got {device!r}; else accelerate takes the GPU that it finds")
+    embedded = VIDEO if video else IMAGE
+    texts = OTHER_PROMPTS if pipeline is not None else embedded.prompts
+    if prompts is not None:
+        if not prompts.is_file():
+            raise ValueError(f"there is no file {prompts}")
+        texts = tuple(filter(None, map(str.strip, prompts.read_text(encoding="utf-8").splitlines())))
+        if not texts:
+            raise ValueError(f"{prompts} has no prompt")
+    require_writable(out)
+    return Source(pipeline or str(embedded.folder), data, texts, samples, *size, seed, device, out)
 
 
 @app.command(

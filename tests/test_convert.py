@@ -331,3 +331,59 @@ def test_another_request_does_not_go_on_with_a_folder(pipelines, drawn, tmp_path
     assert convert(pipelines, out, "--steps", "1") == 0
     assert convert(pipelines, out, "--steps", "1", "--lr", "1e-3") == 2
     assert "lr None, now 0.001" in capsys.readouterr().err
+
+
+def evaluate(pipelines, attention, out, *more, which="flux"):
+    given = ["evaluate", "--pipeline", str(pipelines[which]), "--attention", str(attention), "--out", str(out)]
+    given += ["--prompts", str(pipelines["prompts"]), "--data-free", "--height", "32", "--width", "32"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, "--device", "cpu", "--samples", "2", "--levels", "3", *more])
+    return stopped.value.code
+
+
+def test_a_student_that_is_its_teacher_has_lost_nothing(pipelines, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=8))
+    dit_accel.save_attention(pipe, tmp_path / "student")
+    assert evaluate(pipelines, tmp_path / "student", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out/evaluate.json").read_text())
+    assert abs(found["flow_loss"]["student_over_teacher"] - 1) < 1e-6 and found["prediction_error"] < 1e-10
+    assert len(found["attention_error"]) == 4 and max(found["attention_error"].values()) < 1e-10
+    assert [picture["psnr"] for picture in found["pictures"]] == [None, None]  # equal
+    assert found["logit_fraction"] == 1.0
+
+
+@pytest.mark.parametrize("which", ["flux", "sd"])
+def test_what_was_lost_is_measured(pipelines, tmp_path, which):
+    """Against the same figures worked out here from the two models."""
+    pipe = DiffusionPipeline.from_pretrained(pipelines[which])
+    pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))
+    dit_accel.save_attention(pipe, tmp_path / "student")
+    assert evaluate(pipelines, tmp_path / "student", tmp_path / "out", "--pictures", "1", which=which) == 0
+    found = json.loads((tmp_path / "out/evaluate.json").read_text())
+    assert sorted(x.name for x in (tmp_path / "out").iterdir() if x.suffix == ".png") == [
+        "evaluate.png",
+        "picture-0.png",
+    ]
+    student = next(iter(dit_accel.install.denoisers(pipe).values()))
+    teacher = next(iter(dit_accel.install.denoisers(DiffusionPipeline.from_pretrained(pipelines[which])).values()))
+    process, errors, flows = noise_process(pipe.scheduler), [], []
+    for i in range(2):
+        sample = read_sample(tmp_path / f"out/samples/{i:06d}.safetensors")
+        noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(1_000_000 + i))
+        noisy, target = process.mix(sample.latents, noise, torch.tensor([0.5]))
+        arguments = sample.conditions.arguments(noisy, process.timestep(torch.tensor([0.5])))
+        with torch.no_grad():
+            ours, theirs = (model.eval()(**arguments)[0] for model in (student, teacher))
+        errors.append((ours - theirs).square().sum() / theirs.square().sum())
+        flows.append((ours - target).square().mean())
+    row = found["by_level"][1]
+    assert row["level"] == 0.5 and row["prediction_error"] > 1e-5
+    assert row["prediction_error"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
+    assert row["student"] == pytest.approx(float(torch.stack(flows).mean()), rel=1e-4)
+    assert 0 < found["logit_fraction"] < 1 and found["pictures"][0]["psnr"] > 0
+
+
+def test_a_student_that_does_not_fit_is_told(pipelines, tmp_path, capsys):
+    assert evaluate(pipelines, tmp_path / "nothing", tmp_path / "out", "--samples", "1") == 2
+    assert "no attention file" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from .capture import Conditions
 from .noise import NoiseProcess
 from .recipes import Recipe
 
-__all__ = ["Losses", "copy_teacher", "losses_of"]
+__all__ = ["Losses", "attention_outputs", "copy_teacher", "losses_of"]
 
 
 @dataclass
@@ -36,7 +36,7 @@ def copy_teacher(model: nn.Module, trained: set[str]) -> nn.Module:
 
 
 @contextmanager
-def _attention_outputs(model: nn.Module, layers: list[str]) -> Iterator[dict[str, Tensor]]:
+def attention_outputs(model: nn.Module, layers: list[str]) -> Iterator[dict[str, Tensor]]:
     """What the attention modules of these names give, while inside; of several tensors the first, the grid's."""
     found: dict[str, Tensor] = {}
 
@@ -74,11 +74,11 @@ def losses_of(
     """
     noisy, target = process.mix(latents, noise, levels)
     arguments = conditions.arguments(noisy, process.timestep(levels))
-    with _attention_outputs(unwrap(model), layers if recipe.attention else []) as ours:
+    with attention_outputs(unwrap(model), layers if recipe.attention else []) as ours:
         prediction = model(**arguments)[0]
     parts = {"flow": F.mse_loss(prediction.float(), target.float())}
     if teacher is not None:
-        with torch.no_grad(), _attention_outputs(teacher, layers if recipe.attention else []) as theirs:
+        with torch.no_grad(), attention_outputs(teacher, layers if recipe.attention else []) as theirs:
             wanted = teacher(**arguments)[0]
         if recipe.prediction:
             parts["prediction"] = F.mse_loss(prediction.float(), wanted.float())

@@ -8,27 +8,36 @@ from typing import Any
 
 from ..attn_spec import AttentionSpec
 
-__all__ = ["TRAINABLE", "Request"]
+__all__ = ["TRAINABLE", "Request", "Source"]
 
 TRAINABLE = ("new", "attention", "full")
 
 
 @dataclass(frozen=True)
-class Request:
-    """A conversion. ``pipeline``: folder or hub id. ``data``: folder of pictures with captions; None = the teacher
-    draws ``samples`` of them itself from ``prompts``. ``batch``: samples a process and step. ``lr``, ``train``: None =
-    the recipe's."""
+class Source:
+    """Where samples come from. ``pipeline``: folder or hub id. ``data``: folder of pictures with captions; None = the
+    pipeline draws ``samples`` of them itself from ``prompts``. ``out``: where everything goes."""
 
     pipeline: str
-    attention: AttentionSpec
-    recipe: str
-    train: str | None
     data: Path | None
     prompts: tuple[str, ...]
     samples: int
     height: int | None
     width: int | None
     frames: int | None
+    seed: int
+    device: str | None
+    out: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's."""
+
+    source: Source
+    attention: AttentionSpec
+    recipe: str
+    train: str | None
     steps: int
     batch: int
     accumulate: int
@@ -36,15 +45,13 @@ class Request:
     warmup: int
     mixed_precision: str
     gradient_checkpointing: bool
-    seed: int
     save_every: int
     sample_every: int
-    device: str | None
-    out: Path
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
         fixed = asdict(self)
+        fixed |= fixed.pop("source")
         for free in ("out", "steps", "save_every", "sample_every", "device"):
             del fixed[free]
         fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}

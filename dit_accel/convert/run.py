@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..command import BadInput, undisturbed
-from ..compare.sizes import Size, check_size, default_size, token_grid
-from ..embedded import read_defaults
 from ..families import sites_of
 from ..files import write_json
-from ..install import denoisers, installation_of, installed_layers, set_attn_processor
+from ..install import installation_of, installed_layers, set_attn_processor
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from ..save import save_attention
@@ -32,9 +28,10 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .noise import NoiseProcess, noise_process
 from .objective import Losses, copy_teacher, losses_of
 from .pictures import Pictures
+from .prepare import make_samples, only_denoiser, pipeline_call, progress_bar, put_away
 from .recipes import RECIPES, Recipe
 from .request import Request
-from .samples import Sample, SampleCache, batches, find_pictures, read_sample
+from .samples import Sample, batches
 
 __all__ = ["Diverged", "run"]
 
@@ -52,27 +49,26 @@ def run(request: Request, console: Console) -> int:
     Raises: BadInput: something that cannot be done, before any work. Diverged: the loss became NaN or infinite.
         KeyboardInterrupt: stopped; a checkpoint holds what was done.
     """
-    accelerator = Accelerator(cpu=request.device == "cpu", mixed_precision=request.mixed_precision)
+    accelerator = Accelerator(cpu=request.source.device == "cpu", mixed_precision=request.mixed_precision)
     recipe = RECIPES[request.recipe]
     if accelerator.is_main_process:
         _claim(request)
-    pipe = load_pipeline(request.pipeline, torch.float32, accelerator.device)
+    pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
     try:
-        call, grid = _call(request, pipe)
+        call, grid = pipeline_call(request.source, pipe)
         process = noise_process(pipe.scheduler)
-        component, model = _denoiser(pipe)
+        component, model = only_denoiser(pipe)
         processor = request.attention.processor(grid)
         trained = _trainable(model, processor, request.train or recipe.train)
-        files = _samples(request, accelerator, pipe, model, call, console)
+        samples = make_samples(request.source, accelerator, pipe, model, call, console)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     pictures = None
     if request.sample_every and accelerator.is_main_process:
-        pictures = Pictures(request.out / "pictures", pipe, component, call, request.prompts[:2], request.seed)
-    _rest(pipe, component)
-    trainer = Trainer(
-        request, recipe, accelerator, pipe, model, processor, trained, process, [read_sample(x) for x in files]
-    )
+        source = request.source
+        pictures = Pictures(source.out / "pictures", pipe, component, call, source.prompts[:2], source.seed)
+    put_away(pipe, component)
+    trainer = Trainer(request, recipe, accelerator, pipe, model, processor, trained, process, samples)
     trainer.resume(console)
 
     def after(step: int) -> None:
@@ -81,27 +77,18 @@ def run(request: Request, console: Console) -> int:
                 pictures.against_teacher(step)
             accelerator.wait_for_everyone()
 
-    with _progress(console, accelerator) as progress:
+    with progress_bar(console, accelerator) as progress:
         trainer.train(progress, after)
     if accelerator.is_main_process:
-        path = save_attention(pipe, request.out)
+        path = save_attention(pipe, request.source.out)
         _about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    found = denoisers(pipe)
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(pipe).__name__} has several denoisers ({', '.join(found)}), which convert does not train together"
-        )
-    return next(iter(found.items()))
-
-
 def _claim(request: Request) -> None:
     """Whether the folder is this request's: another's must not be gone on with."""
-    path = request.out / ABOUT
+    path = request.source.out / ABOUT
     if not path.is_file():
         write_json(path, {"status": "running", "request": request.fingerprint()})
         return
@@ -110,61 +97,7 @@ def _claim(request: Request) -> None:
     other = [key for key in ours if earlier.get(key) != ours[key]]
     if other:
         told = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
-        raise BadInput(f"{request.out} holds another conversion ({told}): choose another --out, or remove it")
-
-
-def _call(request: Request, pipe: Any) -> tuple[dict[str, Any], tuple[int, ...] | None]:
-    """What the pipeline is called with but for the prompt, and the token grid."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    call = {key: x for key, x in read_defaults(request.pipeline).items() if key in parameters}
-    own = default_size(pipe) or Size(0, 0)
-    size = Size(
-        request.height or call.get("height", own.height),
-        request.width or call.get("width", own.width),
-        request.frames or call.get("num_frames", own.frames),
-    )
-    if not size.height or not size.width:
-        raise ValueError(f"{type(pipe).__name__} does not say what size it draws; give --height and --width")
-    check_size(pipe, size)
-    call |= {"height": size.height, "width": size.width}
-    if size.frames is not None:
-        call["num_frames"] = size.frames
-    return call, token_grid(pipe, size)
-
-
-def _samples(
-    request: Request, accelerator: Accelerator, pipe: Any, model: nn.Module, call: dict[str, Any], console: Console
-) -> list[Path]:
-    """Files of the samples; the first process makes what is not there."""
-    files: list[Path] = []
-    pictures, without = find_pictures(request.data) if request.data is not None else ([], 0)
-    if pictures and "num_frames" in call:
-        raise ValueError(f"{type(pipe).__name__} draws clips: --data takes pictures, use --data-free")
-    if without:
-        console.print(f"{without} pictures without a caption are left out", highlight=False)
-    cache = SampleCache(request.out / "samples", pipe, model, call)
-    with accelerator.main_process_first(), _progress(console, accelerator) as progress:
-        task = progress.add_task("samples", total=len(pictures) or request.samples, told="")
-
-        def note() -> None:
-            progress.advance(task)
-
-        if request.data is not None:
-            files = cache.from_pictures(pictures, note)
-        else:
-            files = cache.from_teacher(request.prompts, request.samples, request.seed, note)
-    if cache.skipped and accelerator.is_main_process:
-        console.print(
-            f"{len(cache.skipped)} pictures that cannot be read are left out: samples/skipped.json says which"
-        )
-    return files
-
-
-def _rest(pipe: Any, component: str) -> None:
-    """What is not needed any more makes room."""
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name != component:
-            part.to("cpu")
+        raise BadInput(f"{request.source.out} holds another conversion ({told}): choose another --out, or remove it")
 
 
 def _trainable(model: nn.Module, processor: Any, scope: str) -> set[str]:
@@ -221,7 +154,7 @@ class Trainer:
     def resume(self, console: Console) -> None:
         """Go on from the checkpoint, if there is one."""
         try:
-            state = load_checkpoint(self.request.out)
+            state = load_checkpoint(self.request.source.out)
         except ValueError as error:
             raise BadInput(str(error)) from error
         if state is None:
@@ -238,7 +171,7 @@ class Trainer:
         """All steps that are left, ``after`` each what is to be done then; a checkpoint every so many, at the end, and
         when stopped."""
         request, world = self.request, self.accelerator.num_processes
-        order = batches(self.kinds, request.batch * world, request.seed)
+        order = batches(self.kinds, request.batch * world, request.source.seed)
         drawn = islice(order, self.step * request.accumulate, None)
         task = progress.add_task("training", total=request.steps, completed=self.step, told="")
         try:
@@ -289,7 +222,7 @@ class Trainer:
         first = accelerator.process_index * size
         levels, noises = [], []
         for i in range(first, first + size):
-            mixed = np.random.SeedSequence([self.request.seed, place, i]).generate_state(1, np.uint64)
+            mixed = np.random.SeedSequence([self.request.source.seed, place, i]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0]))
             levels.append(self.process.draw(generator))
             noises.append(torch.randn(self.samples[batch[i]].latents.shape, generator=generator))
@@ -309,7 +242,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        save_checkpoint(self.request.out, {
+        save_checkpoint(self.request.source.out, {
             "step": self.step,
             "history": self.history,
             "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
@@ -322,7 +255,7 @@ def _is_finite(x: float) -> bool:
 
 
 def _about(request: Request, accelerator: Accelerator, trainer: Trainer, status: str) -> None:
-    write_json(request.out / ABOUT, {
+    write_json(request.source.out / ABOUT, {
         "status": status,
         "request": request.fingerprint(),
         "recipe": asdict(trainer.recipe),
@@ -333,10 +266,3 @@ def _about(request: Request, accelerator: Accelerator, trainer: Trainer, status:
         "versions": about_versions(),
         "history": trainer.history,
     })  # fmt: skip
-
-
-def _progress(console: Console, accelerator: Accelerator) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"), console=console, disable=not accelerator.is_main_process,
-    )  # fmt: skip

@@ -35,9 +35,9 @@ from .samples import Sample
 __all__ = ["evaluate"]
 
 FIGURES = (
-    "flow_loss: mean squared error of the prediction (of noise - clean, noise or v, as the model was trained); both get "
-    "the same noise. prediction_error: squared distance of the student's prediction to the teacher's over the square of "
-    "the teacher's. attention_error: the same of each attention module's output, each in its own model's forward pass. "
+    "flow_loss: mean squared error of the prediction (of noise - clean, noise or v, as the model was trained), one "
+    "noise for both. prediction_error: squared distance of the student's prediction to the teacher's over the square "
+    "of the teacher's. attention_error: the same of each attention module's output, each in its own model's forward. "
     "All are means over samples; by_level at each noise level (of flow matching sigma, else timestep over their "
     "number). psnr, ssim, lpips: of the student's picture against the teacher's, same prompt and seed, 8 bits."
 )

@@ -122,8 +122,11 @@ def convert(
     recipe: Annotated[str | None, typer.Option(metavar="NAME", help=_RECIPE_HELP)] = None,
     train: Annotated[
         str | None,
-        typer.Option(metavar="WHAT", help="new (the added parameters), attention, or full; default the recipe's."),
+        typer.Option(
+            metavar="WHAT", help="new (the added parameters), attention, lora, or full; default the recipe's."
+        ),
     ] = None,
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRA.")] = 16,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Pictures with captions: a .txt beside each, or metadata.jsonl."),
@@ -179,7 +182,7 @@ def convert(
     except ValueError as error:
         raise BadInput(str(error)) from None
     request = Request(
-        source, spec, recipe, train, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
+        source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
         save_every, sample_every,
     )  # fmt: skip
     try:

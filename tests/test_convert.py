@@ -121,6 +121,27 @@ def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which
     assert np.abs(picture[:, :wide] - picture[:, wide:]).max() > 1
 
 
+def test_lora_is_saved_apart_and_loaded_with_it(pipelines, tmp_path, capsys):
+    """The base weights stay; the adapter of the file is the trained one, and evaluate takes it into account."""
+    more = ("--train", "lora", "--rank", "2", "--lr", "0.05")
+    assert convert(pipelines, tmp_path, *more, attn="sla:critical=0.3,block_q=8,block_kv=8") == 0
+    trained = load_checkpoint(tmp_path)["parameters"]
+    assert all(".lora_" in name or ".dit_accel." in name for name in trained) and len(trained) > 10
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    dit_accel.load_attention(pipe, tmp_path)
+    without = pipe.transformer.state_dict()
+    pipe.transformer.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    loaded = {name.replace(".default_0.", ".default."): x for name, x in pipe.transformer.named_parameters()}
+    assert all(torch.equal(loaded[name], x) for name, x in trained.items())
+    assert all(torch.equal(loaded.get(k, loaded.get(k.replace(".weight", ".base_layer.weight"))), x)
+               for k, x in without.items() if k.endswith("to_q.weight"))  # fmt: skip
+    assert evaluate(pipelines, tmp_path, tmp_path / "report", "--pictures", "0") == 0
+    with_lora = json.loads((tmp_path / "report/evaluate.json").read_text())["prediction_error"]
+    (tmp_path / "pytorch_lora_weights.safetensors").unlink()
+    assert evaluate(pipelines, tmp_path, tmp_path / "report", "--pictures", "0") == 0
+    assert json.loads((tmp_path / "report/evaluate.json").read_text())["prediction_error"] != with_lora
+
+
 def losses(out):
     return torch.tensor([step["loss"] for step in told(out)["history"]], dtype=torch.float64)
 
@@ -294,7 +315,7 @@ def test_batches_hold_one_kind_and_every_epoch_all():
     "more, said",
     [
         (("--recipe", "nothing"), "there are: sla, clear"),
-        (("--train", "some"), "new, attention, full"),
+        (("--train", "some"), "new, attention, lora, full"),
         (("--train", "new"), "adds no parameters"),
         (("--height", "30"), "30"),
         (("--mixed-precision", "fp8"), "no, fp16 or bf16"),

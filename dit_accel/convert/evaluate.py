@@ -25,7 +25,8 @@ from ..files import replacing, write_json
 from ..install import installed_layers
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
-from ..save import load_attention
+from ..load import load_attention
+from .lora import load_lora
 from .noise import NoiseProcess, noise_process
 from .objective import attention_outputs
 from .prepare import make_samples, only_denoiser, pipeline_call, progress_bar
@@ -76,6 +77,7 @@ def evaluate(source: Source, attention: str, levels: int, pictures: int, console
         drawn = [_draw(pipe, call, prompt, source.seed + i) for i, prompt in enumerate(prompts)]
         teacher = copy.deepcopy(model).eval()
         load_attention(pipe, attention)
+        load_lora(model, Path(attention))
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
     model.eval()

@@ -10,7 +10,7 @@ from ..attn_spec import AttentionSpec
 
 __all__ = ["TRAINABLE", "Request", "Source"]
 
-TRAINABLE = ("new", "attention", "full")
+TRAINABLE = ("new", "attention", "lora", "full")
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's."""
+    """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA."""
 
     source: Source
     attention: AttentionSpec
     recipe: str
     train: str | None
+    rank: int
     steps: int
     batch: int
     accumulate: int

@@ -25,6 +25,7 @@ from ..machine import about_machine, about_versions
 from ..save import save_attention
 from .capture import merge
 from .checkpoint import load_checkpoint, save_checkpoint
+from .lora import add_lora, require_peft, save_lora
 from .noise import NoiseProcess, noise_process
 from .objective import Losses, copy_teacher, losses_of
 from .pictures import Pictures
@@ -59,7 +60,10 @@ def run(request: Request, console: Console) -> int:
         process = noise_process(pipe.scheduler)
         component, model = only_denoiser(pipe)
         processor = request.attention.processor(grid)
-        trained = _trainable(model, processor, request.train or recipe.train)
+        scope = request.train or recipe.train
+        trained = _trainable(model, processor, scope)
+        if scope == "lora":
+            require_peft()
         samples = make_samples(request.source, accelerator, pipe, model, call, console)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
@@ -81,6 +85,8 @@ def run(request: Request, console: Console) -> int:
         trainer.train(progress, after)
     if accelerator.is_main_process:
         path = save_attention(pipe, request.source.out)
+        if (request.train or recipe.train) == "lora":
+            save_lora(model, request.source.out)
         _about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0
@@ -112,10 +118,10 @@ def _trainable(model: nn.Module, processor: Any, scope: str) -> set[str]:
         chosen = set(names)
     elif scope == "attention":
         chosen = {name for name in names if any(name.startswith(f"{layer}.") for layer in layers)}
-    if not chosen and not processor.initial_parameters(64):
+    if not chosen and scope != "lora" and not processor.initial_parameters(64):
         raise ValueError(
             f"{processor.name} with these options adds no parameters, so --train new trains nothing: use --train "
-            "attention or full"
+            "attention, lora or full"
         )
     return chosen
 
@@ -137,6 +143,8 @@ class Trainer:
         for name in sorted(trained):  # so that they are saved, and reset puts the pretrained ones back
             installation.overwritten[name] = model.get_parameter(name).detach().to("cpu", copy=True)
         self.layers = list(installed_layers(model))
+        if (request.train or recipe.train) == "lora":
+            trained = {*add_lora(model, self.layers, request.rank, request.source.seed)}
         self.parameters = {
             name: p.requires_grad_() for name, p in model.named_parameters() if name in trained or ".dit_accel." in name
         }

@@ -153,6 +153,9 @@ def convert(
     sample_every: Annotated[
         int, typer.Option(metavar="N", min=0, help="Steps between pictures of student and teacher; 0 = none.")
     ] = 0,
+    tracker: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where accelerate logs the losses: tensorboard, wandb, …")
+    ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu; default what accelerate finds.")] = None,
 ) -> int:
     """Fine-tune a pipeline into a mechanism. Stopped at any time, the same command goes on from its last checkpoint.
@@ -183,7 +186,7 @@ def convert(
         raise BadInput(str(error)) from None
     request = Request(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
-        save_every, sample_every,
+        save_every, sample_every, tracker,
     )  # fmt: skip
     try:
         return run(request, Console())

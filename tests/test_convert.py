@@ -320,6 +320,7 @@ def test_batches_hold_one_kind_and_every_epoch_all():
         (("--height", "30"), "30"),
         (("--mixed-precision", "fp8"), "no, fp16 or bf16"),
         (("--device", "tpu"), "takes cpu"),
+        (("--tracker", "nowhere"), "--tracker nowhere is not installed"),
         (("--prompts", "/nowhere.txt"), "no file /nowhere.txt"),
     ],
 )

@@ -23,9 +23,9 @@ from ..compare.metrics import compare_frames
 from ..describe import logit_fraction
 from ..files import replacing, write_json
 from ..install import installed_layers
+from ..load import load_attention
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
-from ..load import load_attention
 from .lora import load_lora
 from .noise import NoiseProcess, noise_process
 from .objective import attention_outputs

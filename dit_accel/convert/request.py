@@ -48,12 +48,13 @@ class Request:
     gradient_checkpointing: bool
     save_every: int
     sample_every: int
+    tracker: str | None
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
         fixed = asdict(self)
         fixed |= fixed.pop("source")
-        for free in ("out", "steps", "save_every", "sample_every", "device"):
+        for free in ("out", "steps", "save_every", "sample_every", "tracker", "device"):
             del fixed[free]
         fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}
         return {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in fixed.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -50,7 +51,10 @@ def run(request: Request, console: Console) -> int:
     Raises: BadInput: something that cannot be done, before any work. Diverged: the loss became NaN or infinite.
         KeyboardInterrupt: stopped; a checkpoint holds what was done.
     """
-    accelerator = Accelerator(cpu=request.source.device == "cpu", mixed_precision=request.mixed_precision)
+    accelerator = Accelerator(
+        cpu=request.source.device == "cpu", mixed_precision=request.mixed_precision, log_with=_tracker(request),
+        project_dir=request.source.out,
+    )  # fmt: skip
     recipe = RECIPES[request.recipe]
     if accelerator.is_main_process:
         _claim(request)
@@ -81,8 +85,10 @@ def run(request: Request, console: Console) -> int:
                 pictures.against_teacher(step)
             accelerator.wait_for_everyone()
 
+    accelerator.init_trackers("dit_accel_convert")
     with progress_bar(console, accelerator) as progress:
         trainer.train(progress, after)
+    accelerator.end_training()
     if accelerator.is_main_process:
         path = save_attention(pipe, request.source.out)
         if (request.train or recipe.train) == "lora":
@@ -90,6 +96,16 @@ def run(request: Request, console: Console) -> int:
         _about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _tracker(request: Request) -> str | None:
+    """Raises: BadInput: a tracker that is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    there = [str(name) for name in get_available_trackers()]
+    if request.tracker is not None and request.tracker not in there:
+        raise BadInput(f"--tracker {request.tracker} is not installed; there are: {', '.join(there) or 'none'}")
+    return request.tracker
 
 
 def _claim(request: Request) -> None:
@@ -181,13 +197,16 @@ class Trainer:
         request, world = self.request, self.accelerator.num_processes
         order = batches(self.kinds, request.batch * world, request.source.seed)
         drawn = islice(order, self.step * request.accumulate, None)
+        first, began = self.step, time.perf_counter()
         task = progress.add_task("training", total=request.steps, completed=self.step, told="")
         try:
             while self.step < request.steps:
                 losses = self._take(list(islice(drawn, request.accumulate)))
                 self.history.append(losses)
                 self.step += 1
+                self.accelerator.log(losses, step=self.step)
                 told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                told += f", {(self.step - first) / (time.perf_counter() - began):.2f} steps/s"
                 progress.update(task, advance=1, told=told)
                 if self.step % request.save_every == 0 and self.step < request.steps:
                     self.save()

@@ -4,15 +4,17 @@ from . import functional
 from .describe import describe, logit_fraction
 from .install import attention, reset_attn_processor, set_attn_processor
 from .layout import TokenLayout
+from .load import LoadedAttention, load_attention
 from .patch import patch_diffusers
 from .processor import (
     PROCESSORS,
     CLEARAttnProcessor,
     GNAAttnProcessor,
+    LinFusionAttnProcessor,
     LLSAAttnProcessor,
     SLAAttnProcessor,
 )
-from .save import load_attention, save_attention
+from .save import save_attention
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,8 @@ __all__ = [
     "CLEARAttnProcessor",
     "GNAAttnProcessor",
     "LLSAAttnProcessor",
+    "LinFusionAttnProcessor",
+    "LoadedAttention",
     "SLAAttnProcessor",
     "TokenLayout",
     "attention",

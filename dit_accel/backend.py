@@ -19,6 +19,7 @@ BUILT = {
     "clear": BACKENDS,
     "gna": BACKENDS,
     "llsa": ("torch", "triton"),
+    "linfusion": ("torch",),
 }  # the backends a mechanism has
 
 
@@ -40,7 +41,7 @@ def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
     Args:
         backend: "torch", "triton", "flex" or None.
         device: where the tensors lie.
-        mechanism: "sla", "clear", "llsa" or "gna".
+        mechanism: "sla", "clear", "llsa", "gna" or "linfusion".
     Returns: "torch", "triton" or "flex".
     Raises:
         ValueError: an unknown name, or a backend that this mechanism or this device does not have.

@@ -95,7 +95,8 @@ def set_attn_processor(
 
     Args:
         pipe_or_model: any diffusers pipeline, or its denoiser.
-        processor: one of ``SLAAttnProcessor``, ``CLEARAttnProcessor``, ``LLSAAttnProcessor``, ``GNAAttnProcessor``.
+        processor: one of ``SLAAttnProcessor``, ``CLEARAttnProcessor``, ``LLSAAttnProcessor``, ``GNAAttnProcessor``,
+            ``LinFusionAttnProcessor``.
         layers: names of attention modules (``"transformer_blocks.0.attn"``, with or without the component in front),
             a regular expression searched in the name with the component, or a predicate of that name; default all.
         layout: the token layout, for models that dit_accel does not know: a ``TokenLayout``, or a function
@@ -112,7 +113,32 @@ def set_attn_processor(
     models = denoisers(pipe_or_model)
     plans = {name: _plan(model, layout) for name, model in models.items()}
     chosen = _choose({name: [layer for site in plan for layer in site.layers] for name, plan in plans.items()}, layers)
-    made = {name: _make_layers(models[name], plans[name], chosen[name], processor) for name in models if chosen[name]}
+    _install(models, plans, {name: dict.fromkeys(found, processor) for name, found in chosen.items() if found})
+
+
+def install_processors(
+    models: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, AcceleratedAttnProcessor]]
+) -> None:
+    """Install a processor on each named layer of each denoiser: on all, or on none if one of them cannot take it.
+
+    Args:
+        models: denoisers by component name.
+        chosen: for each of them, processors by the name of the attention module.
+
+    Raises: ValueError: as :func:`set_attn_processor`.
+    """
+    plans = {name: _plan(models[name], None) for name in chosen}
+    for name, processors in chosen.items():
+        _choose({name: [layer for site in plans[name] for layer in site.layers]}, list(processors))
+    _install(models, plans, chosen)
+
+
+def _install(
+    models: Mapping[str, nn.Module],
+    plans: Mapping[str, list[Site]],
+    chosen: Mapping[str, Mapping[str, AcceleratedAttnProcessor]],
+) -> None:
+    made = {name: _make_layers(models[name], plans[name], layers) for name, layers in chosen.items()}
     clock = next((i.steps.clock for m in models.values() if (i := installation_of(m)) is not None), StepClock())
     for name, new in made.items():
         _apply(models[name], plans[name], new, clock)
@@ -163,8 +189,14 @@ def head_dim_of(attn: nn.Module, name: str) -> int:
     return inner // heads
 
 
+def new_layer(processor: AcceleratedAttnProcessor, attn: nn.Module, name: str) -> MechanismLayer:
+    """The mechanism of an attention module, with its learned parameters as they are before any training."""
+    initial = processor.initial_parameters(head_dim_of(attn, name))
+    return MechanismLayer(processor, LayoutCell(), initial, processor.input_projections(attn))
+
+
 def _make_layers(
-    model: nn.Module, sites: list[Site], chosen: list[str], processor: AcceleratedAttnProcessor
+    model: nn.Module, sites: list[Site], chosen: Mapping[str, AcceleratedAttnProcessor]
 ) -> dict[str, tuple[Site, MechanismLayer, Any]]:
     """A new layer and a rerouted processor for each chosen attention module; the model is not touched yet."""
     made = {}
@@ -178,11 +210,11 @@ def _make_layers(
             like = next((p for p in attn.parameters() if p.is_floating_point()), None)
             device = torch.device("cpu") if like is None or like.is_meta else like.device
             dtype = torch.float32 if like is None else like.dtype
-            initial = processor.initial_parameters(head_dim_of(attn, name))
-            parameters = {key: value.to(device, dtype) for key, value in initial.items()}
+            processor = chosen[name]
+            processor.check_host(attn, name)
             host = attn.processor
-            layer = MechanismLayer(processor, LayoutCell(), parameters)
-            made[name] = (site, layer, host if isinstance(host, Rerouted) else reroute(host))
+            rerouted = host if isinstance(host, Rerouted) else reroute(host)
+            made[name] = (site, new_layer(processor, attn, name).to(device, dtype), rerouted)
     return made
 
 
@@ -260,6 +292,23 @@ def _restore(model: nn.Module, snapshot: Mapping[str, MechanismLayer]) -> None:
             attn.processor = original
         del attn.dit_accel
         del installation.originals[name]
+
+
+def put_back(model: nn.Module, layers: Mapping[str, MechanismLayer], loaded: Mapping[str, Tensor]) -> None:
+    """Undo what was begun: these mechanism layers alone, and of the host's own weights these as an earlier load wrote
+    them and all others as they were before any."""
+    installation = installation_of(model)
+    if installation is None:
+        return
+    if not layers:
+        _reset(model)
+        return
+    _restore(model, layers)
+    with torch.no_grad():
+        for name, value in loaded.items():
+            model.get_parameter(name).copy_(value)
+        for name in [name for name in installation.overwritten if name not in loaded]:
+            model.get_parameter(name).copy_(installation.overwritten.pop(name))
 
 
 @contextlib.contextmanager

@@ -42,7 +42,13 @@ class MechanismLayer(nn.Module):
     Called as a module, so that ``.to()``, offloading hooks, FSDP and compilation see its parameters.
     """
 
-    def __init__(self, processor: AcceleratedAttnProcessor, cell: LayoutCell, parameters: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        processor: AcceleratedAttnProcessor,
+        cell: LayoutCell,
+        parameters: dict[str, Tensor],
+        input_projections: dict[str, nn.Module],
+    ) -> None:
         super().__init__()
         self.mechanism = processor
         self.cell = cell
@@ -50,6 +56,14 @@ class MechanismLayer(nn.Module):
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value))
+        self.input_projections = {name: f"{name}_" for name in input_projections}  # the host's projection -> ours
+        for name, module in input_projections.items():
+            self.add_module(self.input_projections[name], module)
+
+    def stays_dense(self) -> bool:
+        """Whether the host's own attention is asked for in the forward in progress."""
+        layout, least = self.cell.layout, self.mechanism.min_tokens
+        return self.dense or bool(least and layout is not None and layout.grid_len < least)
 
     def forward(
         self,
@@ -69,7 +83,7 @@ class MechanismLayer(nn.Module):
                 "dit_accel has no token layout for this forward pass: call the model itself, model(...), since "
                 "model.forward(...) skips the hooks that read it; or pass layout= to dit_accel.set_attn_processor"
             )
-        if self.dense or (self.mechanism.min_tokens and layout.grid_len < self.mechanism.min_tokens):
+        if self.stays_dense():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -145,11 +159,30 @@ class _CatchSoftmaxCall(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _ChangedInputs:
+    """An attention module as its processor sees it, where a mechanism adds to the inputs of some projections.
+
+    Projections are looked up at every call: a LoRA may be put around them, and taken off, at any time.
+    """
+
+    def __init__(self, attn: nn.Module, layer: MechanismLayer) -> None:
+        self._attn = attn
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._attn, name)
+        ours = self._layer.input_projections.get(name)
+        if ours is None:
+            return found
+        change = getattr(self._layer, ours)
+        return lambda x, *args: found(x + change(x), *args)
+
+
 class Rerouted:
     """Marks the processors whose softmax call is caught."""
 
 
-def _run_host(processor: Any, attn: nn.Module, call: Callable[[], Any]) -> Any:
+def _run_host(processor: Any, attn: nn.Module, call: Callable[[Any], Any]) -> Any:
     layer = getattr(attn, "dit_accel", None)
     if layer is None:
         raise RuntimeError(
@@ -161,9 +194,10 @@ def _run_host(processor: Any, attn: nn.Module, call: Callable[[], Any]) -> Any:
             "context parallelism (Ulysses, ring) splits the tokens before attention, which dit_accel cannot follow; "
             "disable it or call dit_accel.reset_attn_processor"
         )
+    seen = _ChangedInputs(attn, layer) if layer.input_projections and not layer.stays_dense() else attn
     mode = _CatchSoftmaxCall(layer)
     with mode:
-        output = call()
+        output = call(seen)
     if not mode.caught:
         raise RuntimeError(
             f"{type(processor).__name__} never called scaled_dot_product_attention, so nothing was replaced: the model "
@@ -203,7 +237,7 @@ def rerouted_class(host: type) -> type:
         declared.append(text)
     source = (
         f"def __call__(self, {', '.join(declared)}):\n"
-        f"    return _run_host(self, {attn.name}, lambda: _host_call(self, {', '.join(passed)}))\n"
+        f"    return _run_host(self, {attn.name}, lambda {attn.name}: _host_call(self, {', '.join(passed)}))\n"
     )
     exec(source, namespace)  # from the parameter names of the host's own method
     members: dict[str, Any] = {

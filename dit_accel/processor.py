@@ -13,11 +13,11 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backend import check_backend
 from .layout import TokenLayout
-from .mechanisms import clear, gna, llsa, sla
+from .mechanisms import clear, gna, linfusion, llsa, sla
 
 __all__ = [
     "PROCESSORS",
@@ -25,6 +25,7 @@ __all__ = [
     "CLEARAttnProcessor",
     "GNAAttnProcessor",
     "LLSAAttnProcessor",
+    "LinFusionAttnProcessor",
     "SLAAttnProcessor",
 ]
 
@@ -66,6 +67,7 @@ class AcceleratedAttnProcessor:
     name: ClassVar[str]
     mechanism: ClassVar[ModuleType]
     paper: ClassVar[str]
+    any_host: ClassVar[bool] = True  # for all self-attention, trained in or not
     _options: ClassVar[dict[str, Any]]  # set on the instance
 
     def __post_init__(self) -> None:
@@ -97,6 +99,14 @@ class AcceleratedAttnProcessor:
     def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
         """Learned parameters of one layer, as they are before any training: keyword tensors of the function."""
         return {}
+
+    def input_projections(self, attn: nn.Module) -> dict[str, nn.Module]:
+        """Learned modules of one layer whose output is added to their input before a projection of the host, by the
+        name of that projection in the attention module."""
+        return {}
+
+    def check_host(self, attn: nn.Module, name: str) -> None:
+        """Raises: ValueError: an attention module that this mechanism cannot be installed on."""
 
     def grid_layout(self, layout: TokenLayout) -> TokenLayout:
         """The layout that the mechanism works on; with ``reference="window"`` the references join the grid."""
@@ -239,9 +249,49 @@ class GNAAttnProcessor(AcceleratedAttnProcessor):
         return {name: (first, *_each_axis(getattr(self, name), axes)) for name, first in leading.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinFusionAttnProcessor(AcceleratedAttnProcessor):
+    """Linear attention for U-Nets (LinFusion, arXiv 2409.02097): see :func:`dit_accel.functional.linfusion_attention`.
+
+    Query and key are projected from ``x + to_q_(x)`` and ``x + to_k_(x)``, with two learned modules a layer. It needs
+    to be trained in: :func:`dit_accel.load_attention` reads the authors' weights.
+
+    Args:
+        projection_mid_dim: inner width of ``to_q_`` and ``to_k_``; None = the layer's own width.
+    """
+
+    projection_mid_dim: int | None = None
+
+    name: ClassVar[str] = "linfusion"
+    mechanism: ClassVar[ModuleType] = linfusion
+    paper: ClassVar[str] = "arXiv 2409.02097"
+    any_host: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale is not None:
+            raise ValueError("linear attention has no logits to scale: leave scale out")
+
+    def input_projections(self, attn: nn.Module) -> dict[str, nn.Module]:
+        width: Any = attn.query_dim
+        return {name: linfusion.input_projection(width, self.projection_mid_dim) for name in ("to_q", "to_k")}
+
+    def check_host(self, attn: nn.Module, name: str) -> None:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        if not isinstance(attn.processor, AttnProcessor2_0) or attn.norm_q is not None or attn.norm_k is not None:
+            raise ValueError(
+                "LinFusion is for the self-attention of U-Nets, softmax right after the projections, as diffusers' "
+                f"AttnProcessor2_0 has it; {name} has {type(attn.processor).__name__}. Take another mechanism for this "
+                "model, or bring a U-Net's own processors back first (unfuse_qkv_projections(), "
+                "set_default_attn_processor())"
+            )
+
+
 PROCESSORS: dict[str, type[AcceleratedAttnProcessor]] = {
     "sla": SLAAttnProcessor,
     "clear": CLEARAttnProcessor,
     "llsa": LLSAAttnProcessor,
     "gna": GNAAttnProcessor,
+    "linfusion": LinFusionAttnProcessor,
 }

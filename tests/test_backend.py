@@ -39,7 +39,7 @@ def machine(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_torch_off_the_gpu_and_triton_on_it(name, machine):
     assert resolve(None, CPU, name) == "torch"
     assert resolve(None, torch.device("mps"), name) == "torch"
@@ -72,6 +72,12 @@ def test_llsa_has_no_flex(machine):
         resolve(None, CPU, "llsa")
 
 
+def test_linfusion_is_matrix_products_on_every_device(machine):
+    assert resolve(None, CPU, "linfusion") == resolve(None, GPU, "linfusion") == "torch"
+    with pytest.raises(ValueError, match=r"backend=triton: linfusion has no such backend yet; it has: torch"):
+        resolve("triton", GPU, "linfusion")
+
+
 @pytest.mark.parametrize("name", ["sla", "clear", "gna"])
 def test_flex_is_on_any_device(name):
     assert resolve("flex", CPU, name) == resolve("flex", GPU, name) == "flex"
@@ -100,7 +106,7 @@ def test_what_triton_needs_and_is_missing_is_said(asked, machine):
         resolve(asked, GPU, "clear")
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_and_processors_check_the_name(name):
     layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16) for _ in range(3)]
     want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])

@@ -1,0 +1,159 @@
+"""LinFusion: linear attention over inputs that a learned projection has changed (arXiv 2409.02097)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_accel.backend import resolve
+from dit_accel.layout import TokenLayout
+
+from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, hide
+
+__all__ = ["check_options", "count_logits", "fit", "input_projection", "linfusion_attention", "reference"]
+
+EPSILON = 1e-4
+
+
+def linfusion_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout | None = None,
+    *,
+    key_padding_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalised linear attention, not causal. [LinFusion, arXiv 2409.02097]
+
+    ``φ(q) (φ(k)ᵀ v / S) / (φ(q) · mean φ(k) + 1e-4)`` with φ = elu + 1. In LinFusion query and key are the host's
+    projections of ``x + to_q_(x)`` and ``x + to_k_(x)`` (:func:`input_projection`); value is that of x itself.
+
+    Args:
+        query, key, value: (B, H, S, D), any floating dtype, any strides; before φ.
+        layout: where the grid lies in the sequence, which must hold nothing else; None = the whole sequence.
+        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and do not count in S.
+        backend: "torch" or None: matrix products alone, on any device.
+    Returns: (B, H, S, D) in query.dtype, summed in at least float32; a row that may see no key is 0.
+    Raises: ValueError: tokens off the grid, a layout that does not match, another backend, tensors that do not match
+        each other.
+    """
+    return _attend(query, key, value, layout, key_padding_mask=key_padding_mask, backend=backend)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout | None,
+    *,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    fit: bool = False,
+    backend: str | None = None,
+    projection_mid_dim: int | None = None,
+) -> Tensor:
+    """:func:`linfusion_attention`, with the arguments that all mechanisms are called with: nothing depends on
+    ``fit`` and ``projection_mid_dim`` here."""
+    if not torch.compiler.is_compiling():
+        check_tensors(query, key, value, key_padding_mask)
+        check_layout_and_scale(layout, None, default=True)
+        _check_sequence(flat_layout(layout, query), query, scale)
+        resolve(backend, query.device, "linfusion")
+    acc = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = _feature(query.to(acc)), _feature(hide(key, key_padding_mask).to(acc))
+        v, count = hide(value, key_padding_mask).to(acc), torch.full((), k.shape[2], dtype=acc, device=k.device)
+        if key_padding_mask is not None:
+            k = hide(k, key_padding_mask)
+            count = key_padding_mask.sum(-1).clamp(min=1).to(acc)[:, None, None, None]
+        k = k / count  # first, so that no sum over the keys grows with their number
+        out = (q @ (k.mT @ v)) / (q @ k.sum(2)[..., None] + EPSILON)
+    return out.to(query.dtype)
+
+
+def _feature(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def _check_sequence(layout: TokenLayout, query: Tensor, scale: float | None) -> None:
+    """Raises: ValueError: tokens that are not on the grid, another length, or a factor on logits that there are not."""
+    if layout.before or layout.after:
+        raise ValueError(
+            f"LinFusion's attention has no text in its sequence, and layout {layout} has "
+            f"{layout.before + layout.after} tokens off the grid: it is for U-Nets"
+        )
+    if layout.seq_len != query.shape[2]:
+        raise ValueError(
+            f"layout {layout} has {layout.seq_len} tokens but query has {query.shape[2]}: "
+            "pass the layout of this sequence"
+        )
+    if scale is not None:
+        raise ValueError(f"linear attention has no logits that scale={scale} could be a factor on: leave scale out")
+
+
+def input_projection(hidden_dim: int, mid_dim: int | None = None) -> nn.Sequential:
+    """LinFusion's ``to_q_`` or ``to_k_``: Linear, LayerNorm, LeakyReLU, Linear; what it gives is added to its input.
+
+    The last layer is 0 at first, so that the sum starts as the input itself; the first is drawn the same each time, so
+    that all processes of a distributed training start alike and torch's random state stays as it was.
+
+    Args:
+        hidden_dim: features in and out.
+        mid_dim: features inside (the authors' projection_mid_dim); None = hidden_dim.
+    """
+    mid_dim = hidden_dim if mid_dim is None else mid_dim
+    first, last = _unset_linear(hidden_dim, mid_dim), _unset_linear(mid_dim, hidden_dim)
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.no_grad():
+        for parameter in first.parameters() if not first.weight.is_meta else ():
+            drawn = torch.empty(parameter.shape, device="cpu").uniform_(-1, 1, generator=generator)
+            parameter.copy_(drawn * hidden_dim**-0.5)
+        for parameter in last.parameters():
+            parameter.zero_()
+    return nn.Sequential(first, nn.LayerNorm(mid_dim), nn.LeakyReLU(), last)
+
+
+def _unset_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A Linear whose parameters hold anything, on the default device."""
+    return nn.Linear(in_features, out_features, device="meta").to_empty(device=torch.get_default_device())
+
+
+def check_options(*, projection_mid_dim: int | None = None, backend: str | None = None) -> None:
+    """Raises: TypeError, ValueError: an option that no layout allows."""
+    if projection_mid_dim is not None:
+        check_positive_int("projection_mid_dim", projection_mid_dim)
+
+
+def fit(layout: TokenLayout, **options: Any) -> dict[str, Any]:
+    """The options as they are: they do not depend on the grid."""
+    return options
+
+
+def count_logits(layout: TokenLayout, **options: Any) -> float:
+    """0: linear attention has no logits."""
+    return 0.0
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout | None = None,
+    *,
+    key_padding_mask: Tensor | None = None,
+    projection_mid_dim: int | None = None,
+) -> Tensor:
+    """:func:`linfusion_attention` through the full (S, S) weights: slow, and the specification."""
+    acc = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    weights = _feature(q) @ _feature(k).mT
+    count: Tensor | int = query.shape[2]
+    if key_padding_mask is not None:
+        weights = weights * key_padding_mask[:, None, None, :]
+        count = key_padding_mask.sum(-1).clamp(min=1)[:, None, None, None]
+    total = weights.sum(-1, keepdim=True) / count
+    return ((weights / count) @ v / (total + EPSILON)).to(query.dtype)

@@ -1,0 +1,170 @@
+"""Files with the keys and shapes of the published ones, for any size: written out from the releases' own structure."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from dit_accel.weights import Weight
+
+WAN_1_3B = {"dim": 1536, "heads": 12, "ffn": 8960, "layers": 30}
+WAN_14B = {"dim": 5120, "heads": 40, "ffn": 13824, "layers": 40}
+
+
+def clear_shapes(double=19, single=38, width=3072, factor=1):
+    """Key -> shape of a CLEAR file; by default Flux.1-dev's."""
+    shapes = {}
+    for kind, count, names in (
+        ("transformer_blocks", double, ("to_q", "to_k", "to_v", "to_out.0")),
+        ("single_transformer_blocks", single, ("to_q", "to_k", "to_v")),
+    ):
+        for i in range(count):
+            for name in names:
+                shapes[f"{kind}.{i}.attn.{name}.weight"] = (width, width)
+                shapes[f"{kind}.{i}.attn.{name}.bias"] = (width,)
+            if factor > 1:
+                shapes[f"{kind}.{i}.attn.processor.spatial_weight"] = (1, 1, 1, factor, 1, factor, 1)
+    return shapes
+
+
+def wan_shapes(
+    dim, heads, ffn, layers, *, channels=16, out=16, text=4096, freq=256, image=None, quantized=False, sla=True
+):
+    """Key -> (shape, dtype) of a TurboDiffusion file. ``image``: width of the image embedding of Wan 2.1 I2V."""
+    shapes = {}
+
+    def add(name, *shape, dtype=torch.bfloat16):
+        shapes[name] = (shape, dtype)
+
+    def linear(name, n, k, inside=False):
+        if quantized and inside:
+            add(f"{name}.int8_weight", n, k, dtype=torch.int8)
+            add(f"{name}.scale", -(-n // 128), -(-k // 128), dtype=torch.float32)
+        else:
+            add(f"{name}.weight", n, k)
+        add(f"{name}.bias", n)
+
+    linear("patch_embedding", dim, channels * 1 * 2 * 2)
+    linear("text_embedding.0", dim, text)
+    linear("text_embedding.2", dim, dim)
+    linear("time_embedding.0", dim, freq)
+    linear("time_embedding.2", dim, dim)
+    linear("time_projection.1", 6 * dim, dim)
+    if image:
+        add("img_emb.proj.0.weight", image), add("img_emb.proj.0.bias", image)
+        linear("img_emb.proj.1", image, image)
+        linear("img_emb.proj.3", dim, image)
+        add("img_emb.proj.4.weight", dim), add("img_emb.proj.4.bias", dim)
+    for i in range(layers):
+        block = f"blocks.{i}"
+        add(f"{block}.modulation", 1, 6, dim)
+        for part in ("self_attn", "cross_attn"):
+            for name in "qkvo":
+                linear(f"{block}.{part}.{name}", dim, dim, inside=True)
+            add(f"{block}.{part}.norm_q.weight", dim)
+            add(f"{block}.{part}.norm_k.weight", dim)
+        if image:
+            linear(f"{block}.cross_attn.k_img", dim, dim, inside=True)
+            linear(f"{block}.cross_attn.v_img", dim, dim, inside=True)
+            add(f"{block}.cross_attn.norm_k_img.weight", dim)
+        if sla:
+            linear(f"{block}.self_attn.attn_op.local_attn.proj_l", dim // heads, dim // heads)
+        add(f"{block}.norm3.weight", dim), add(f"{block}.norm3.bias", dim)
+        linear(f"{block}.ffn.0", ffn, dim, inside=True)
+        linear(f"{block}.ffn.2", dim, ffn, inside=True)
+    add("head.modulation", 1, 2, dim)
+    linear("head.head", out * 1 * 2 * 2, dim)
+    return shapes
+
+
+FASTVIDEO = {  # TurboDiffusion's -> FastVideo's, inside a block and outside
+    "self_attn.attn_op.local_attn.proj_l": "attn1.attn_impl.proj_l",
+    "self_attn.norm_q": "norm_q", "self_attn.norm_k": "norm_k",
+    "self_attn.q": "to_q", "self_attn.k": "to_k", "self_attn.v": "to_v", "self_attn.o": "to_out",
+    "cross_attn.norm_q": "attn2.norm_q", "cross_attn.norm_k": "attn2.norm_k",
+    "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k", "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out",
+    "norm3": "self_attn_residual_norm.norm", "ffn.0": "ffn.fc_in", "ffn.2": "ffn.fc_out",
+    "modulation": "scale_shift_table",
+    "text_embedding.0": "condition_embedder.text_embedder.fc_in",
+    "text_embedding.2": "condition_embedder.text_embedder.fc_out",
+    "time_embedding.0": "condition_embedder.time_embedder.mlp.fc_in",
+    "time_embedding.2": "condition_embedder.time_embedder.mlp.fc_out",
+    "time_projection.1": "condition_embedder.time_modulation.linear",
+    "head.head": "proj_out", "head.modulation": "scale_shift_table", "patch_embedding": "patch_embedding",
+}  # fmt: skip
+
+
+def fastvideo_name(key):
+    """FastVideo's name of TurboDiffusion's key."""
+    start, rest = "", key
+    if key.startswith("blocks."):
+        _, number, rest = key.split(".", 2)
+        start = f"blocks.{number}."
+    module, _, end = rest.rpartition(".")
+    return start + (FASTVIDEO[rest] if rest in FASTVIDEO else f"{FASTVIDEO[module]}.{end}")
+
+
+def linfusion_shapes(widths, mid=None):
+    """Key -> shape of a LinFusion file whose modules have these widths."""
+    shapes = {}
+    for i, width in enumerate(widths):
+        inner = mid or width
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            shapes[f"{i}.{name}.weight"] = (width, width)
+        shapes[f"{i}.to_out.0.bias"] = (width,)
+        for name in ("to_q_", "to_k_"):
+            shapes |= {f"{i}.{name}.0.weight": (inner, width), f"{i}.{name}.0.bias": (inner,)}
+            shapes |= {f"{i}.{name}.1.weight": (inner,), f"{i}.{name}.1.bias": (inner,)}
+            shapes |= {f"{i}.{name}.3.weight": (width, inner), f"{i}.{name}.3.bias": (width,)}
+    return shapes
+
+
+def modules_list(names, widths, heads, mid=None):
+    """LinFusion's config.json."""
+    entries = zip(names, widths, heads, strict=True)
+    return {"modules_list": [
+        {"module_name": name, "dim_n": width, "heads": n, "projection_mid_dim": mid} for name, width, n in entries
+    ]}  # fmt: skip
+
+
+def draw(shapes, seed=0):
+    """Random tensors of these shapes; norms around 1."""
+    torch.manual_seed(seed)
+    tensors = {}
+    for key, given in shapes.items():
+        shape, dtype = given if isinstance(given[-1], torch.dtype) else (given, torch.float32)
+        if dtype == torch.int8:
+            tensors[key] = torch.randint(-127, 128, shape, dtype=torch.int8)
+        elif key.endswith(".scale"):
+            tensors[key] = torch.rand(shape) * 0.3 / 127
+        else:
+            mean = 1.0 if len(shape) == 1 and "norm" in key and key.endswith("weight") else 0.0
+            tensors[key] = (torch.randn(shape) * 0.15 + mean).to(dtype)
+    return tensors
+
+
+def listing(shapes):
+    """The same as a listing, without any data: reading one fails."""
+
+    def unread():
+        raise AssertionError("a listing has no data")
+
+    return {
+        key: Weight(*(given if isinstance(given[-1], torch.dtype) else (given, torch.bfloat16)), unread)
+        for key, given in shapes.items()
+    }
+
+
+def write(path, tensors, config=None):
+    """The file, as safetensors or as torch.save by its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    if config is not None:
+        path.with_name("config.json").write_text(json.dumps(config))
+    return path

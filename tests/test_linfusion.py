@@ -1,0 +1,345 @@
+"""LinFusion's linear attention: the function against its definition token by token, and the processor on U-Nets."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import TINY, run
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dit_accel
+from dit_accel import LinFusionAttnProcessor, TokenLayout
+from dit_accel.functional import linfusion_attention
+from dit_accel.install import installed_layers
+from dit_accel.mechanisms import linfusion
+from dit_accel.processor import PROCESSORS
+
+UNETS = pytest.mark.parametrize("family", ["sd15", "sdxl"])
+
+
+def token_by_token(query, key, value, real=None):
+    """The definition, in float64 NumPy: real (B, S) bool are the keys that count."""
+    q, k, v = (x.detach().double().numpy() for x in (query, key, value))
+    q, k = (np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) for x in (q, k))  # elu + 1
+    out = np.zeros_like(q)
+    for b, h, i in np.ndindex(*q.shape[:3]):
+        keys = [j for j in range(q.shape[2]) if real is None or real[b, j]]
+        if not keys:
+            continue
+        above = sum((q[b, h, i] @ k[b, h, j]) * v[b, h, j] for j in keys) / len(keys)
+        out[b, h, i] = above / (q[b, h, i] @ np.mean([k[b, h, j] for j in keys], 0) + 1e-4)
+    return torch.from_numpy(out)
+
+
+def draw(length, dim=8, dtype=torch.float32, batch=2, heads=2):
+    torch.manual_seed(length)
+    return [torch.randn(batch, length, heads, dim).transpose(1, 2).to(dtype) for _ in range(3)]  # not contiguous
+
+
+@pytest.mark.parametrize("length", [1, 5, 63, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_function_is_the_definition(length, dtype):
+    query, key, value = draw(length, dtype=dtype)
+    exact = token_by_token(query, key, value)
+    out = linfusion_attention(query, key, value)
+    assert out.dtype == dtype and out.shape == query.shape
+    rounding = exact.abs() * torch.finfo(dtype).eps + 1e-6
+    assert ((out.double() - exact).abs() <= rounding).all()
+    torch.testing.assert_close(linfusion.reference(query.double(), key.double(), value.double()), exact)
+
+
+def test_large_keys_and_many_tokens_do_not_overflow_in_half_precision():
+    """Sums over the keys would be 500 · 200 · 16 in float16, which ends at 65,504."""
+    query, key, value = (x * 50 + 100 for x in draw(500, 16, batch=1, heads=1))
+    exact = linfusion.reference(query.half().double(), key.half().double(), value.half().double())
+    out = linfusion_attention(query.half(), key.half(), value.half())
+    torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=0)
+
+
+def test_hidden_keys_do_not_count_whatever_lies_there():
+    query, key, value = draw(9)
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, 6:] = real[1] = False
+    exact = token_by_token(query, key, value, real)
+    key, value = (torch.where(real[:, None, :, None], x, torch.nan) for x in (key, value))
+    for function in (linfusion_attention, linfusion.reference):
+        torch.testing.assert_close(
+            function(query, key, value, key_padding_mask=real).double(), exact, atol=1e-6, rtol=0
+        )
+    assert not linfusion_attention(query, key, value, key_padding_mask=real)[1].any()
+
+
+def test_gradients():
+    leaves = [x.detach().requires_grad_() for x in draw(7, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(linfusion_attention, leaves)
+    real = torch.arange(7).expand(2, 7) < torch.tensor([[5], [7]])
+    assert torch.autograd.gradcheck(lambda *x: linfusion_attention(*x, key_padding_mask=real), leaves)
+    single = [x.detach().float().requires_grad_() for x in leaves]
+    grad = torch.randn(2, 2, 7, 8)
+    wanted = torch.autograd.grad(linfusion.reference(*leaves), leaves, grad.double())
+    for ours, exact in zip(torch.autograd.grad(linfusion_attention(*single), single, grad), wanted, strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layout": TokenLayout((3, 3), before=1)}, "1 tokens off the grid"),
+        ({"layout": TokenLayout((3, 4))}, "12 tokens but query has 10"),
+        ({"backend": "triton"}, "linfusion has no such backend yet; it has: torch"),
+        ({"key_padding_mask": torch.ones(2, 9, dtype=torch.bool)}, r"must have shape \(B, S\) = \(2, 10\)"),
+    ],
+)
+def test_function_refuses(options, words):
+    with pytest.raises(ValueError, match=words):
+        linfusion_attention(*draw(10), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"projection_mid_dim": 0}, ValueError, "projection_mid_dim must be at least 1"),
+        ({"projection_mid_dim": 2.5}, TypeError, "projection_mid_dim must be an int"),
+        ({"scale": 0.5}, ValueError, "no logits to scale"),
+        ({"dense_steps": -1}, ValueError, "dense_steps"),
+    ],
+)
+def test_processor_is_validated(options, error, words):
+    with pytest.raises(error, match=words):
+        LinFusionAttnProcessor(**options)
+
+
+class ByHand:
+    """A U-Net's self-attention as LinFusion defines it, from the hidden states on; ``learned`` as in its files."""
+
+    def __init__(self, learned, attend=token_by_token):
+        self.learned, self.attend = learned, attend
+
+    def change(self, name, x):
+        w = {key.removeprefix(f"{name}."): value for key, value in self.learned.items() if key.startswith(f"{name}.")}
+        inner = x @ w["0.weight"].T + w["0.bias"]
+        inner = inner - inner.mean(-1, keepdim=True)
+        inner = inner / (inner.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w["1.weight"] + w["1.bias"]
+        return x + torch.where(inner > 0, inner, 0.01 * inner) @ w["3.weight"].T + w["3.bias"]
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        x = hidden_states
+        inputs = (attn.to_q(self.change("to_q_", x)), attn.to_k(self.change("to_k_", x)), attn.to_v(x))
+        query, key, value = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in inputs)
+        out = self.attend(query, key, value).to(x.dtype).transpose(1, 2).flatten(2)
+        return attn.to_out[0](out)
+
+
+def learn(model, seed=5):
+    """Give the installed layers weights that are not where they began."""
+    torch.manual_seed(seed)
+    for layer in installed_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            torch.nn.init.normal_(parameter, mean=float("1.weight" in name), std=0.3)
+
+
+def by_hand(model):
+    """A copy of an installed model that is computed by :class:`ByHand`."""
+    learned = {name: copy.deepcopy(layer.state_dict()) for name, layer in installed_layers(model).items()}
+    other = copy.deepcopy(model)
+    dit_accel.reset_attn_processor(other)
+    for name, weights in learned.items():
+        other.get_submodule(name).processor = ByHand(weights)
+    return other
+
+
+def unet(family, **options):
+    torch.manual_seed(2)
+    model, inputs = TINY[family](), TINY[family].inputs((6, 7) if family == "sd15" else TINY[family].size)
+    dense = run(model, inputs)
+    model.set_attn_processor(LinFusionAttnProcessor(**options))
+    learn(model)
+    return model, inputs, dense
+
+
+@UNETS
+@pytest.mark.parametrize("mid", [None, 5])
+def test_unet_computes_the_definition(family, mid):
+    model, inputs, dense = unet(family, projection_mid_dim=mid)
+    layers = installed_layers(model)
+    assert len(layers) == TINY[family].layers and all(name.endswith("attn1") for name in layers)
+    for name, layer in layers.items():
+        width = model.get_submodule(name).query_dim
+        assert layer.get_parameter("to_q_.0.weight").shape == (mid or width, width)
+    out = run(model, inputs)
+    torch.testing.assert_close(out, run(by_hand(model), inputs), atol=1e-5, rtol=1e-5)
+    assert (out - dense).abs().max() > 1e-2
+
+
+def test_untrained_is_linear_attention_of_the_hosts_own_projections():
+    torch.manual_seed(3)
+    model, inputs = TINY["sd15"](), TINY["sd15"].inputs((6, 7))
+    state = torch.get_rng_state()
+    model.set_attn_processor(LinFusionAttnProcessor(projection_mid_dim=6))
+    assert torch.equal(torch.get_rng_state(), state)
+    again = TINY["sd15"]()
+    again.set_attn_processor(LinFusionAttnProcessor(projection_mid_dim=6))
+    for layer, other in zip(installed_layers(model).values(), installed_layers(again).values(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(layer.parameters(), other.parameters(), strict=True))
+        assert layer.get_parameter("to_q_.0.weight").any() and not layer.get_parameter("to_q_.3.weight").any()
+    plain = copy.deepcopy(model)
+    dit_accel.reset_attn_processor(plain)
+    zero = {f"{n}.{i}.{p}": torch.zeros(()) for n in ("to_q_", "to_k_") for i in (0, 1, 3) for p in ("weight", "bias")}
+    for name in installed_layers(model):
+        width = plain.get_submodule(name).query_dim
+        learned = {
+            key: torch.zeros((width, width) if key.endswith(("0.weight", "3.weight")) else width) for key in zero
+        }
+        plain.get_submodule(name).processor = ByHand(learned)
+    torch.testing.assert_close(run(model, inputs), run(plain, inputs), atol=1e-5, rtol=1e-5)
+
+
+@UNETS
+def test_reset_brings_everything_back(family):
+    model, inputs = TINY[family](), TINY[family].inputs(TINY[family].size)
+    dense, before, processors = run(model, inputs), copy.deepcopy(model.state_dict()), dict(model.attn_processors)
+    model.set_attn_processor(LinFusionAttnProcessor())
+    assert any(".dit_accel.to_q_." in key for key in model.state_dict())
+    assert not torch.equal(run(model, inputs), dense)
+    dit_accel.reset_attn_processor(model)
+    assert torch.equal(run(model, inputs), dense)
+    assert all(model.attn_processors[key] is value for key, value in processors.items())
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_layers_and_steps_that_are_to_stay_dense_get_their_own_inputs():
+    model, inputs, dense = unet("sd15", min_tokens=10**6)
+    assert torch.equal(run(model, inputs), dense)
+    model.set_attn_processor(LinFusionAttnProcessor(dense_steps=1))
+    learn(model)
+    assert torch.equal(run(model, inputs), dense)
+    assert not torch.equal(run(model, {**inputs, "timestep": inputs["timestep"] / 2}), dense)
+
+
+def test_gradients_reach_what_is_learned_and_the_hosts_projections_under_checkpointing():
+    def gradients(checkpoint):
+        model, inputs, _ = unet("sd15")
+        model.train()
+        if checkpoint:
+            model.enable_gradient_checkpointing()
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if "attn1" in name}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(grad is not None and grad.any() for grad in plain.values()) and len(plain) == 4 * (5 + 12)
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_of_a_layer_are_those_of_the_definition():
+    model, inputs, _ = unet("sd15")
+    other = by_hand(model)
+    hand = {name: attn.processor for name, attn in other.named_modules() if name.endswith("attn1")}
+    learned = []
+    for processor in hand.values():
+        processor.attend = linfusion.reference
+        learned += [x.requires_grad_() for x in processor.learned.values()]
+    other(**inputs, return_dict=False)[0].square().mean().backward()
+    model(**inputs, return_dict=False)[0].square().mean().backward()
+    ours = [p for layer in installed_layers(model).values() for p in layer.state_dict(keep_vars=True).values()]
+    for parameter, exact in zip(ours, learned, strict=True):
+        torch.testing.assert_close(parameter.grad, exact.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_lora_before_and_after_install_is_the_same():
+    def adapted(model):
+        torch.manual_seed(9)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+
+    before, inputs = TINY["sd15"](), TINY["sd15"].inputs((6, 7))
+    adapted(before)
+    before.set_attn_processor(LinFusionAttnProcessor())
+    learn(before)
+    after = TINY["sd15"]()
+    after.set_attn_processor(LinFusionAttnProcessor())
+    learn(after)
+    without = run(after, inputs)
+    adapted(after)
+    out = run(after, inputs)
+    assert torch.equal(run(before, inputs), out) and not torch.equal(out, without)
+    torch.testing.assert_close(run(by_hand(after), inputs), out, atol=1e-5, rtol=1e-5)
+    after.delete_adapters("default")
+    assert torch.equal(run(after, inputs), without)
+
+
+def test_save_and_load(tmp_path):
+    model, inputs, _ = unet("sdxl", projection_mid_dim=5)
+    path = dit_accel.save_attention(model, tmp_path)
+    other = TINY["sdxl"]()
+    report = dit_accel.load_attention(other, path)
+    assert torch.equal(run(other, inputs), run(model, inputs))
+    assert len(report.parts[0].learned) == 12 * TINY["sdxl"].layers and not report.parts[0].overwritten
+
+
+def test_one_graph_when_compiled():
+    torch._dynamo.reset()
+    model, inputs, _ = unet("sd15")
+    expected = run(model, inputs)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(2):
+        torch.testing.assert_close(run(compiled, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=CompileCounterWithBackend("aot_eager"))
+    torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_under_autocast_sums_are_in_float32():
+    model, inputs, _ = unet("sd15")
+    expected = run(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(model, inputs)
+    assert out.isfinite().all() and 0 < (out - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
+def test_other_models_are_refused_and_left_alone(family):
+    model = TINY[family]()
+    torch.manual_seed(1)
+    inputs = TINY[family].inputs(TINY[family].size)
+    dense = run(model, inputs)
+    with pytest.raises(ValueError, match=r"LinFusion is for the self-attention of U-Nets.*has \w+Processor"):
+        model.set_attn_processor(LinFusionAttnProcessor())
+    assert torch.equal(run(model, inputs), dense) and not installed_layers(model)
+
+
+def test_fused_projections_are_refused_before_install_and_told_after():
+    model = TINY["sd15"]()
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"FusedAttnProcessor2_0.*unfuse_qkv_projections"):
+        model.set_attn_processor(LinFusionAttnProcessor())
+    model.unfuse_qkv_projections()
+    model, inputs, _ = unet("sd15")
+    model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match="were replaced after dit_accel was installed"):
+        run(model, inputs)
+
+
+def test_described_and_counted():
+    model, inputs, _ = unet("sd15")
+    run(model, inputs)
+    assert "linfusion()" in dit_accel.describe(model) and "torch" in dit_accel.describe(model)
+    assert dit_accel.logit_fraction(model) == 0.0
+    assert [name for name, kind in PROCESSORS.items() if kind.any_host] == ["sla", "clear", "llsa", "gna"]
+
+
+def test_hidden_tokens_of_a_masked_unet_are_the_functions():
+    """A mask that a U-Net is given for its self-attention: the same as the function with that mask."""
+    model, *_ = unet("sd15")
+    attn = model.get_submodule(next(iter(installed_layers(model))))
+    x = torch.randn(2, 12, attn.query_dim)
+    real = torch.arange(12).expand(2, 12) < torch.tensor([[7], [12]])
+    attn.dit_accel.cell.layout = TokenLayout((3, 4))
+    out = attn(x, attention_mask=torch.where(real, 0.0, -10000.0)[:, None])
+    hand = ByHand(attn.dit_accel.state_dict(), lambda q, k, v: token_by_token(q, k, v, real))
+    torch.testing.assert_close(out, hand(attn, x), atol=1e-5, rtol=1e-5)

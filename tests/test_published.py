@@ -465,6 +465,22 @@ def test_real_fastvideo_files_fit_wan(name):
     assert plan.required == dict(model.named_parameters()).keys()
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("patch_embedding.proj.weight", "patch_embedding.weight"),
+        ("condition_embedder.image_embedder.ff.fc_in.bias", "condition_embedder.image_embedder.ff.net.0.proj.bias"),
+        ("condition_embedder.image_embedder.ff.fc_out.bias", "condition_embedder.image_embedder.ff.net.2.bias"),
+        ("condition_embedder.image_embedder.norm1.bias", "condition_embedder.image_embedder.norm1.bias"),
+        ("blocks.12.attn2.add_k_proj.weight", "blocks.12.attn2.add_k_proj.weight"),
+        ("blocks.12.attn2.to_out.0.weight", "blocks.12.attn2.to_out.0.weight"),
+    ],
+)
+def test_fastvideo_names_beyond_its_conversion_of_text_to_video(theirs, ours):
+    _, model = real_wan("2.1 I2V 14B")
+    assert fastvideo.diffusers_name(theirs) == ours and ours in dict(model.named_parameters())
+
+
 UNET = {  # configurations of the real U-Nets: self-attention modules, and how the U-Net is built
     "1.5": (16, {"cross_attention_dim": 768}),
     "2.1": (16, {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..command import BadInput, undisturbed
 from ..families import sites_of
 from ..files import write_json
-from ..install import installation_of, installed_layers, set_attn_processor
+from ..install import installation_of, installed_layers, new_layer, set_attn_processor
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from ..save import save_attention
@@ -134,7 +134,8 @@ def _trainable(model: nn.Module, processor: Any, scope: str) -> set[str]:
         chosen = set(names)
     elif scope == "attention":
         chosen = {name for name in names if any(name.startswith(f"{layer}.") for layer in layers)}
-    if not chosen and scope != "lora" and not processor.initial_parameters(64):
+    added = [new_layer(processor, model.get_submodule(name), name) for name in layers[:1]]
+    if not chosen and scope != "lora" and not any(list(layer.parameters()) for layer in added):
         raise ValueError(
             f"{processor.name} with these options adds no parameters, so --train new trains nothing: use --train "
             "attention, lora or full"

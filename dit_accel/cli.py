@@ -180,6 +180,8 @@ def convert(
         if train is not None and train not in TRAINABLE:
             raise ValueError(f"--train takes {', '.join(TRAINABLE)}, got {train!r}")
         precision = mixed_precision or ("bf16" if torch.cuda.is_available() and device != "cpu" else "no")
+        if lr is not None and not 0 < lr < float("inf"):
+            raise ValueError(f"--lr must be above 0, got {lr}")
         if precision not in ("no", "fp16", "bf16"):
             raise ValueError(f"--mixed-precision takes no, fp16 or bf16, got {precision!r}")
     except ValueError as error:
@@ -227,14 +229,18 @@ def evaluate(
     """
     from rich.console import Console
 
-    from .command import BadInput
+    from .command import BadInput, Stopped
     from .convert.evaluate import evaluate as measure
 
     try:
         source = _source(pipeline, video, data, data_free, prompts, samples, (height, width, frames), seed, device, out)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    return measure(source, attention, levels, pictures, Console())
+    try:
+        return measure(source, attention, levels, pictures, Console())
+    except Stopped as stop:
+        print(f"dit-accel: stopped by {stop}; the samples are in {out}", file=sys.stderr)
+        return stop.status
 
 
 def _source(

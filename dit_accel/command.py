@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["BadInput", "Stopped", "stoppable", "undisturbed"]
+__all__ = ["BadInput", "Stopped", "deferred", "stoppable", "undisturbed"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -45,6 +45,16 @@ def _handling(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator
 def stoppable() -> Any:
     """Inside, SIGINT and SIGTERM raise :class:`Stopped`, also where a shell started us with SIGINT ignored."""
     return _handling(_stop)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A SIGINT or SIGTERM that comes inside raises :class:`Stopped` at the end: for what must not be done by half."""
+    came: list[int] = []
+    with _handling(lambda number, _frame: came.append(number)):
+        yield
+    if came:
+        raise Stopped(came[0])
 
 
 def undisturbed() -> Any:

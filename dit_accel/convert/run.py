@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..command import BadInput, undisturbed
+from ..command import BadInput, deferred, undisturbed
 from ..families import sites_of
 from ..files import write_json
 from ..install import installation_of, installed_layers, new_layer, set_attn_processor
@@ -57,7 +57,7 @@ def run(request: Request, console: Console) -> int:
     )  # fmt: skip
     recipe = RECIPES[request.recipe]
     if accelerator.is_main_process:
-        _claim(request)
+        _claim(request, accelerator.num_processes)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
     try:
         call, grid = pipeline_call(request.source, pipe)
@@ -108,18 +108,19 @@ def _tracker(request: Request) -> str | None:
     return request.tracker
 
 
-def _claim(request: Request) -> None:
+def _claim(request: Request, processes: int) -> None:
     """Whether the folder is this request's: another's must not be gone on with."""
     path = request.source.out / ABOUT
     if not path.is_file():
-        write_json(path, {"status": "running", "request": request.fingerprint()})
+        write_json(path, {"status": "running", "request": request.fingerprint(), "processes": processes})
         return
-    earlier = json.loads(path.read_text(encoding="utf-8")).get("request", {})
-    ours = request.fingerprint()
+    told = json.loads(path.read_text(encoding="utf-8"))
+    earlier = {**told.get("request", {}), "processes": told.get("processes")}
+    ours = {**request.fingerprint(), "processes": processes}
     other = [key for key in ours if earlier.get(key) != ours[key]]
     if other:
-        told = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
-        raise BadInput(f"{request.source.out} holds another conversion ({told}): choose another --out, or remove it")
+        changes = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
+        raise BadInput(f"{request.source.out} holds another conversion ({changes}): choose another --out, or remove it")
 
 
 def _trainable(model: nn.Module, processor: Any, scope: str) -> set[str]:
@@ -170,11 +171,12 @@ class Trainer:
         model.train()
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=request.lr or recipe.lr)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
-        self.step, self.history = 0, []
+        self.step, self.history, self.saved = 0, [], None
         self.kinds = [sample.kind for sample in samples]
 
     step: int
     history: list[dict[str, float]]
+    saved: int | None  # the step of the last checkpoint
 
     def resume(self, console: Console) -> None:
         """Go on from the checkpoint, if there is one."""
@@ -188,7 +190,7 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.history = state["step"], state["history"]
+        self.step, self.history, self.saved = state["step"], state["history"], state["step"]
         if self.accelerator.is_main_process:
             console.print(f"Going on from step {self.step}", highlight=False)
 
@@ -203,8 +205,11 @@ class Trainer:
         try:
             while self.step < request.steps:
                 losses = self._take(list(islice(drawn, request.accumulate)))
-                self.history.append(losses)
-                self.step += 1
+                with deferred():  # a checkpoint holds whole steps
+                    self.optimizer.step()
+                    self.history.append(losses)
+                    self.step += 1
+                self.optimizer.zero_grad()
                 self.accelerator.log(losses, step=self.step)
                 told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
                 told += f", {(self.step - first) / (time.perf_counter() - began):.2f} steps/s"
@@ -219,7 +224,7 @@ class Trainer:
         self.save()
 
     def _take(self, micro_batches: list[list[int]]) -> dict[str, float]:
-        """One step of the optimizer over so many batches. Returns: mean losses over all processes."""
+        """The gradients of one step over so many batches. Returns: mean losses over all processes."""
         request, accelerator = self.request, self.accelerator
         rate = (request.lr or self.recipe.lr) * min(1.0, (self.step + 1) / max(1, request.warmup))
         for group in self.optimizer.param_groups:
@@ -235,13 +240,14 @@ class Trainer:
                 total[name] = total.get(name, torch.zeros((), device=part.device)) + part.detach() / len(micro_batches)
         means = {name: float(accelerator.reduce(x, "mean")) for name, x in total.items()}
         if not all(map(_is_finite, means.values())):
+            kept = (
+                "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is kept"
+            )
             raise Diverged(
-                f"step {self.step + 1}: the loss is {means['loss']}; the checkpoint of step "
-                f"{self.step - self.step % request.save_every} is kept: begin anew with a smaller --lr in another --out"
+                f"step {self.step + 1}: the loss is {means['loss']}; {kept}: begin anew with a smaller --lr in "
+                "another --out"
             )
         accelerator.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return means
 
     def _losses(self, batch: list[int], place: int) -> Losses:
@@ -276,6 +282,7 @@ class Trainer:
             "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
         })  # fmt: skip
+        self.saved = self.step
 
 
 def _is_finite(x: float) -> bool:

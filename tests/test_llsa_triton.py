@@ -268,14 +268,25 @@ def check_gradients(case, dtype, padded):
     rough = gradients(plain, grad, layout, real, options, "torch")
     torch.use_deterministic_algorithms(True)
     found = gradients([plain[0], *tensors[1:]], grad, layout, real, options, "triton")
-    for x, y, z in zip(found, exact, rough, strict=True):
+    dense = zip(dense_gradients(plain, grad, real), dense_gradients(plain, grad, real, torch.double), strict=True)
+    bands = [(x.double() - y).norm() / y.norm() for x, y in dense]
+    for x, y, z, band in zip(found, exact, rough, bands, strict=True):
         assert x.dtype == dtype and x.isfinite().all()
         size = y.norm() + grad.double().norm() * (y.norm() == 0)
         if dtype == torch.float32:
             assert (x.double() - y).norm() <= 4e-6 * size
-        else:
-            eps = torch.finfo(dtype).eps
-            assert (x.double() - y).norm() <= 2 * (z.double() - y).norm() + eps / 4 * size
+        else:  # the torch path works in float32, which is more than a plain implementation in this dtype does
+            allowed = torch.maximum((z.double() - y).norm(), band.nan_to_num() * size)
+            assert (x.double() - y).norm() <= 2 * allowed + torch.finfo(dtype).eps / 4 * size
+
+
+def dense_gradients(tensors, grad, real, dtype=None):
+    """Of plain dense attention over the same tokens, every step in one dtype."""
+    query, key, value = leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    logits = (query @ key.mT) * query.shape[-1] ** -0.5
+    if real is not None:
+        logits = logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min)
+    return torch.autograd.grad(logits.softmax(-1) @ value, leaves, grad.to(query.dtype))
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

@@ -256,10 +256,10 @@ def test_exponents():
     fit = fit_growth([(x, 3 * x**1.25) for x in (2, 8, 4)])
     assert fit == {"exponent": pytest.approx(1.25), "from": 2, "to": 8, "sizes": 3}
     assert fit_growth([(1, 1), (2, 2), (2, 3)]) is None and fit_growth([]) is None
-    rows = [scaling_row(2**i, ms=max(2.0**14, 2.0**i) ** 1.2) for i in range(12, 18)]  # flat until 16k
-    failed = {name: x for name, x in scaling_row(2**18).items() if name != "ours"}
+    rows = [scaling_row(2**i, ms=max(2.0**17, 2.0**i) ** 1.2) for i in range(12, 21)]  # flat until 128k
+    failed = {name: x for name, x in scaling_row(2**21).items() if name != "ours"}
     growth = scaling.summarise_growth([*rows, failed])["growth"]
-    assert [(fit["from"], fit["reached"]) for fit in growth] == [(2**12, True), (2**14, False)]
+    assert [(fit["from"], fit["reached"]) for fit in growth] == [(2**12, True), (2**17, False)]
     assert growth[1]["exponent"] == pytest.approx(1.2) and growth[0]["exponent"] < 1
     rows = [train_row(tokens=n, peak_bytes=7 * n, variant=v) for v in ("dense", "sla") for n in (10, 20, 40)]
     memory = train.summarise_memory([*rows, train_row(tokens=5, peak_bytes=None)])["memory"]
@@ -604,6 +604,9 @@ def test_tables():
     assert "| 12.8 ms |" in shown[3] and shown[3].endswith("| 1.8% | 99% | ≥ 25× ✗ |")
     assert "failed: RuntimeError: a / b" in shown[4]
     assert len({line.count("|") for line in shown[:5]}) == 1
+    graphed = {"dense": {"ms": 275.0, "graph_ms": 270.0}, "ours": {"ms": 25.0, "graph_ms": 20.0}}
+    both = table(hand_made("attention", [attention_row(**graphed), attention_row()])).splitlines()
+    assert "| 11.00× | 13.50× | 9.0% |" in both[2] and "| 11.00× | – | 9.0% |" in both[3]
     assert "NVIDIA H200, driver 570.1, bfloat16, torch 2.11.0, triton 3.6.0" in shown[-1]
     assert "`dit-accel bench attention`" in shown[-1] and "2026-01-02" in shown[-1]
     steps = table(STEP).splitlines()

@@ -24,7 +24,10 @@ _FIGURES = (
     "call, with compilation, tuning and plans. by_kernel: ms a call under the profiler, by kernel. peak_bytes: "
     "beyond the inputs, result included. "
 )
-_FORWARD_FIGURES = _FIGURES + "checked: largest error of so many query rows against float32 under the mask."
+_FORWARD_FIGURES = _FIGURES + (
+    "graph_ms: the same call in a CUDA graph, which takes the host's part away. checked: largest error of so many "
+    "query rows against float32 under the mask."
+)
 BACKWARD_FIGURES = _FIGURES + (
     "pass backward: ms of torch.autograd.grad of the output alone, what it recomputes included, learned tensors among "
     "the leaves; both_ms: with the forward pass before it; forward_ms: that pass alone, recording; peak_bytes and "

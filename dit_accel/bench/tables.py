@@ -80,16 +80,24 @@ _GOAL: _Column = ("to reach", _goal)
 
 
 def _attention(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
+    graph = [("in CUDA graphs", _in_graphs)]
     flex = [("FlexAttention", lambda row: milliseconds(row["flex"]["ms"]) if row.get("flex") else "–")]
     return _case(rows, "attention"), [
         _DENSE,
         _OURS,
         *(flex if any(row.get("flex") for row in rows) else []),
         _TIMES,
+        *(graph if any("graph_ms" in row.get("ours", {}) for row in rows) else []),
         ("logits", lambda row: f"{row['fraction']:.1%}"),
         ("efficiency", lambda row: f"{row['efficiency']:.0%}"),
         _GOAL,
     ]
+
+
+def _in_graphs(row: Row) -> str:
+    """× dense where neither waits for the host."""
+    ours, dense = row["ours"].get("graph_ms"), row["dense"].get("graph_ms")
+    return "–" if ours is None or dense is None else f"{dense / ours:.2f}×"
 
 
 def _backward(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:

@@ -14,7 +14,7 @@ from .flex import check_rows, mask_of, time_flex
 from .progress import Progress
 from .request import Request, dense_attention
 from .results import Row
-from .timing import Times, peak_memory, split_by_kernel, time_calls, time_once
+from .timing import Times, graphed, peak_memory, split_by_kernel, time_calls, time_once
 
 __all__ = ["PASSES", "check_gradients"]
 
@@ -167,7 +167,7 @@ def _compare(
         "dense": None,
         "ours": {
             **times.as_row(),
-            **_with_the_forward(ours, device, timing),
+            **_otherwise(ours, device, timing),
             "peak_bytes": peak_memory(ours.whole, device),
             "by_kernel": split_by_kernel(ours.timed, device),
         },
@@ -177,14 +177,18 @@ def _compare(
     with dense_attention(device):
         progress.doing(f"{case.name}: dense once more")
         after = time_calls(other.timed, device, **timing)
-        both = _with_the_forward(other, device, timing)
-    figures["dense"] = {**_dense_figures(name, before, after, dense_flop), **both, "peak_bytes": peak}
+        more = _otherwise(other, device, timing)
+    figures["dense"] = {**_dense_figures(name, before, after, dense_flop), **more, "peak_bytes": peak}
     return figures | _worth(figures["dense"]["ms"], times.ms, case)
 
 
-def _with_the_forward(calls: _Calls, device: torch.device, timing: dict[str, Any]) -> Row:
-    """Milliseconds of a backward pass with the forward pass before it."""
-    return {} if calls.whole is calls.timed else {"both_ms": time_calls(calls.whole, device, **timing).ms}
+def _otherwise(calls: _Calls, device: torch.device, timing: dict[str, Any]) -> Row:
+    """Milliseconds of a backward pass with the forward pass before it, or, on a GPU, of a forward pass in a graph."""
+    if calls.whole is not calls.timed:
+        return {"both_ms": time_calls(calls.whole, device, **timing).ms}
+    if device.type != "cuda":
+        return {}
+    return {"graph_ms": time_calls(graphed(calls.timed, device), device, **timing).ms}
 
 
 def _dense_figures(name: str, before: Times, after: Times, flop: float) -> Row:

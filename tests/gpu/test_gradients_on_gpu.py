@@ -124,7 +124,7 @@ def test_no_nan_from_extreme_inputs(case, kind):
 )
 def test_memory_of_a_training_step_grows_linearly(name, options):
     peaks = []
-    for side in (64, 128):
+    for side in (128, 256):  # beside which the scratch of libraries' matrix products is small
         layout = L((side, side))
         tensors = leaves_of(name, layout, 64, options, torch.bfloat16, batch=1)
         grad = torch.randn(1, 2, layout.seq_len, 64, device="cuda", dtype=torch.bfloat16)

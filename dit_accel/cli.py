@@ -30,6 +30,18 @@ _RECIPE_HELP = (
     "sla (the model's own objective; trains all), or clear (with distillation from the teacher's predictions and "
     "attention outputs; trains the attention layers); default that of the mechanism's paper, else sla."
 )
+_DATA_HELP = (
+    "Pictures, for video pipelines clips, with captions: a folder of files with a .txt beside each or a "
+    "metadata.jsonl; or a webdataset: a .tar, a folder of such, or a pattern as shards-{000..003}.tar."
+)
+_SIZE_HELP = (
+    "A size to train on, as 512x768 or for clips 480x832x81; repeatable: each picture or clip goes to the one whose "
+    "proportions are nearest. Instead of --height, --width and --frames."
+)
+_FPS_HELP = (
+    "Frames a second taken from clips, out of their middle; default what the pipeline says, else frames evenly over "
+    "the whole clip."
+)
 
 
 def _version(asked: bool) -> None:
@@ -127,16 +139,15 @@ def convert(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRA.")] = 16,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Pictures with captions: a .txt beside each, or metadata.jsonl."),
-    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER_OR_SHARDS", help=_DATA_HELP)] = None,
     data_free: Annotated[bool, typer.Option("--data-free", help="Train on what the teacher draws itself.")] = False,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="For --data-free, one on a line.")] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures that the teacher draws.")] = 64,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures or clips that the teacher draws.")] = 64,
     height: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
     width: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
     frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Length of a clip.")] = None,
+    size: Annotated[list[str] | None, typer.Option(metavar="HxW[xFRAMES]", help=_SIZE_HELP)] = None,
+    fps: Annotated[float | None, typer.Option(metavar="RATE", help=_FPS_HELP)] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the optimizer.")] = 1000,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a step and process.")] = 4,
     accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches whose gradients make a step.")] = 1,
@@ -172,7 +183,10 @@ def convert(
     from .convert.run import Diverged, run
 
     try:
-        source = _source(pipeline, video, data, data_free, prompts, samples, (height, width, frames), seed, device, out)
+        source = _source(
+            pipeline, video, data, data_free, prompts, samples, (height, width, frames), size or [], fps, seed, device,
+            out,
+        )  # fmt: skip
         spec = parse_attention(attn)
         recipe = recipe or ("clear" if spec.name == "clear" else "sla")
         if recipe not in RECIPES:
@@ -211,15 +225,20 @@ def evaluate(
         typer.Option(metavar="FOLDER_OR_HUB_ID", help="The teacher; default the embedded image pipeline."),
     ] = None,
     video: Annotated[bool, typer.Option("--video", help="The embedded video pipeline instead.")] = False,
-    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Pictures with captions, as for convert.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER_OR_SHARDS", help="Pictures or clips with captions, as for convert."),
+    ] = None,
     data_free: Annotated[bool, typer.Option("--data-free", help="What the teacher draws itself.")] = False,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One on a line.")] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures that the teacher draws.")] = 16,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures or clips that the teacher draws.")] = 16,
     levels: Annotated[int, typer.Option(metavar="N", min=1, help="Noise levels, evenly from clean to noise.")] = 8,
     pictures: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts that both draw.")] = 2,
     height: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
     width: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
     frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Length of a clip.")] = None,
+    size: Annotated[list[str] | None, typer.Option(metavar="HxW[xFRAMES]", help=_SIZE_HELP)] = None,
+    fps: Annotated[float | None, typer.Option(metavar="RATE", help=_FPS_HELP)] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Another than that of the training.")] = 1_000_000,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu; default what accelerate finds.")] = None,
 ) -> int:
@@ -233,7 +252,10 @@ def evaluate(
     from .convert.evaluate import evaluate as measure
 
     try:
-        source = _source(pipeline, video, data, data_free, prompts, samples, (height, width, frames), seed, device, out)
+        source = _source(
+            pipeline, video, data, data_free, prompts, samples, (height, width, frames), size or [], fps, seed, device,
+            out,
+        )  # fmt: skip
     except ValueError as error:
         raise BadInput(str(error)) from None
     try:
@@ -251,6 +273,8 @@ def _source(
     prompts: Path | None,
     samples: int,
     size: tuple[int | None, int | None, int | None],
+    sizes: list[str],
+    fps: float | None,
     seed: int,
     device: str | None,
     out: Path,
@@ -259,6 +283,7 @@ def _source(
 
     Raises: ValueError: arguments that do not go together, or a file or folder that is not there.
     """
+    from .convert.buckets import parse_size
     from .convert.request import Source
     from .embedded import IMAGE, OTHER_PROMPTS, VIDEO
     from .files import require_writable
@@ -266,7 +291,13 @@ def _source(
     if video and pipeline is not None:
         raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
     if (data is None) == (not data_free):
-        raise ValueError("give --data with a folder, or --data-free")
+        raise ValueError("give --data with a folder or .tar shards, or --data-free")
+    if sizes and any(length is not None for length in size):
+        raise ValueError("give --size, or --height, --width and --frames, not both")
+    if fps is not None and not 0 < fps < float("inf"):
+        raise ValueError(f"--fps must be above 0, got {fps}")
+    if fps is not None and data is None:
+        raise ValueError("--fps is for clips given with --data: what the teacher draws has no other rate than its own")
     if device not in (None, "cpu"):
         raise ValueError(f"--device takes cpu, got {device!r}; else accelerate takes the GPU that it finds")
     embedded = VIDEO if video else IMAGE
@@ -278,7 +309,8 @@ def _source(
         if not texts:
             raise ValueError(f"{prompts} has no prompt")
     require_writable(out)
-    return Source(pipeline or str(embedded.folder), data, texts, samples, *size, seed, device, out)
+    buckets = tuple(map(parse_size, sizes))
+    return Source(pipeline or str(embedded.folder), data, texts, samples, *size, buckets, fps, seed, device, out)
 
 
 @app.command(

@@ -26,10 +26,11 @@ from ..install import installed_layers
 from ..load import load_attention
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
+from .buckets import find_buckets
 from .lora import load_lora
 from .noise import NoiseProcess, noise_process
 from .objective import attention_outputs
-from .prepare import make_samples, only_denoiser, pipeline_call, progress_bar
+from .prepare import make_samples, only_denoiser, progress_bar
 from .request import Source
 from .samples import Sample
 
@@ -69,10 +70,11 @@ def evaluate(source: Source, attention: str, levels: int, pictures: int, console
     accelerator = Accelerator(cpu=source.device == "cpu")
     pipe = load_pipeline(source.pipeline, torch.float32, accelerator.device)
     try:
-        call, _ = pipeline_call(source, pipe)
+        buckets = find_buckets(source, pipe)
+        call = buckets[0].call
         process = noise_process(pipe.scheduler)
         _, model = only_denoiser(pipe)
-        samples = make_samples(source, accelerator, pipe, model, call, console)
+        samples = make_samples(source, accelerator, pipe, model, buckets, console)
         prompts = source.prompts[:pictures]
         drawn = [_draw(pipe, call, prompt, source.seed + i) for i, prompt in enumerate(prompts)]
         teacher = copy.deepcopy(model).eval()
@@ -95,6 +97,7 @@ def evaluate(source: Source, attention: str, levels: int, pictures: int, console
     about = {
         "pipeline": source.pipeline, "attention": attention, "samples": len(samples),
         "data": None if source.data is None else str(source.data), "seed": source.seed, "call": call,
+        "sizes": [str(bucket.size) for bucket in buckets],
         "mechanisms": sorted({layer.mechanism.name for layer in installed_layers(model).values()}),
         "logit_fraction": logit_fraction(pipe), "machine": about_machine(accelerator.device, torch.float32),
         "versions": about_versions(), "figures": FIGURES,

@@ -1,8 +1,8 @@
-"""What a conversion and its evaluation begin with: the pipeline's call, samples, and progress."""
+"""What a conversion and its evaluation begin with: its samples, and progress."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ..compare.sizes import Size, check_size, default_size, token_grid
-from ..embedded import read_defaults
 from ..install import denoisers
+from .buckets import Bucket, frame_rate
+from .data import Folder, Shards, find_data
 from .request import Source
-from .samples import Sample, SampleCache, find_pictures, read_sample
+from .samples import SampleCache, Samples
 
-__all__ = ["make_samples", "only_denoiser", "pipeline_call", "progress_bar", "put_away"]
+__all__ = ["make_samples", "only_denoiser", "progress_bar", "put_away"]
 
 
 def only_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -31,57 +31,44 @@ def only_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     return next(iter(found.items()))
 
 
-def pipeline_call(source: Source, pipe: Any) -> tuple[dict[str, Any], tuple[int, ...] | None]:
-    """What the pipeline is called with but for the prompt, and the token grid.
-
-    Raises: ValueError: a size that it cannot draw, or none is known.
-    """
-    parameters = inspect.signature(pipe.__call__).parameters
-    call = {key: x for key, x in read_defaults(source.pipeline).items() if key in parameters}
-    own = default_size(pipe) or Size(0, 0)
-    size = Size(
-        source.height or call.get("height", own.height),
-        source.width or call.get("width", own.width),
-        source.frames or call.get("num_frames", own.frames),
-    )
-    if not size.height or not size.width:
-        raise ValueError(f"{type(pipe).__name__} does not say what size it draws; give --height and --width")
-    check_size(pipe, size)
-    call |= {"height": size.height, "width": size.width}
-    if size.frames is not None:
-        call["num_frames"] = size.frames
-    return call, token_grid(pipe, size)
-
-
 def make_samples(
-    source: Source, accelerator: Accelerator, pipe: Any, model: nn.Module, call: dict[str, Any], console: Console
-) -> list[Sample]:
+    source: Source, accelerator: Accelerator, pipe: Any, model: nn.Module, buckets: Sequence[Bucket], console: Console
+) -> Samples:
     """The samples; the first process makes what is not in the folder yet.
 
     Raises: ValueError: there is no data that the pipeline takes.
     """
     files: list[Path] = []
-    pictures, without = find_pictures(source.data) if source.data is not None else ([], 0)
-    if pictures and "num_frames" in call:
-        raise ValueError(f"{type(pipe).__name__} draws clips: --data takes pictures, use --data-free")
-    if without:
-        console.print(f"{without} pictures without a caption are left out", highlight=False)
-    cache = SampleCache(source.out / "samples", pipe, model, call)
+    clips, fps = buckets[0].size.frames is not None, frame_rate(source, pipe)
+    data = None if source.data is None else find_data(source.data, clips, type(pipe).__name__)
+    cache = SampleCache(source.out / "samples", pipe, model, buckets, {"pipeline": source.pipeline, "fps": fps})
     with accelerator.main_process_first(), progress_bar(console, accelerator) as progress:
-        task = progress.add_task("samples", total=len(pictures) or source.samples, told="")
+        task = progress.add_task("samples", total=source.samples if data is None else data.total, told="")
 
         def note() -> None:
             progress.advance(task)
 
-        if source.data is not None:
-            files = cache.from_pictures(pictures, note)
+        if data is not None:
+            files = cache.from_data(data, fps, note)
         else:
             files = cache.from_teacher(source.prompts, source.samples, source.seed, note)
-    if cache.skipped and accelerator.is_main_process:
-        console.print(
-            f"{len(cache.skipped)} pictures that cannot be read are left out: samples/skipped.json says which"
-        )
-    return [read_sample(path) for path in files]
+    if data is not None and accelerator.is_main_process:
+        for line in _left_out(data, cache):
+            console.print(line, highlight=False)
+    return Samples(files)
+
+
+def _left_out(data: Folder | Shards, cache: SampleCache) -> Iterator[str]:
+    """A line for each reason that there was."""
+    kind, other = ("clips", "pictures") if data.clips else ("pictures", "clips")
+    if data.others:
+        yield f"{data.others} {other} are left out: {data.drawer} draws {kind}"
+    if data.without:
+        yield f"{data.without} {kind} without a caption are left out"
+    for why, count in cache.why.items():
+        yield f"{count} {kind} that {why} are left out: samples/skipped.json says which"
+    if data.broken:
+        yield f"{len(data.broken)} shards or samples in them cannot be read: samples/skipped.json says which"
 
 
 def put_away(pipe: Any, component: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attn_spec import AttentionSpec
+from ..compare.sizes import Size
 
 __all__ = ["TRAINABLE", "Request", "Source"]
 
@@ -15,8 +16,10 @@ TRAINABLE = ("new", "attention", "lora", "full")
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples come from. ``pipeline``: folder or hub id. ``data``: folder of pictures with captions; None = the
-    pipeline draws ``samples`` of them itself from ``prompts``. ``out``: where everything goes."""
+    """Where samples come from. ``pipeline``: folder or hub id. ``data``: folder or shards of pictures or clips with
+    captions; None = the pipeline draws ``samples`` of them itself from ``prompts``. ``sizes``: buckets; none = one, of
+    ``height``, ``width`` and ``frames``, None = the pipeline's own. ``fps``: of clips. ``out``: where everything goes.
+    """
 
     pipeline: str
     data: Path | None
@@ -25,6 +28,8 @@ class Source:
     height: int | None
     width: int | None
     frames: int | None
+    sizes: tuple[Size, ...]
+    fps: float | None
     seed: int
     device: str | None
     out: Path

@@ -24,16 +24,17 @@ from ..install import installation_of, installed_layers, new_layer, set_attn_pro
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from ..save import save_attention
+from .buckets import find_buckets, processor_for
 from .capture import merge
 from .checkpoint import load_checkpoint, save_checkpoint
 from .lora import add_lora, require_peft, save_lora
 from .noise import NoiseProcess, noise_process
 from .objective import Losses, copy_teacher, losses_of
 from .pictures import Pictures
-from .prepare import make_samples, only_denoiser, pipeline_call, progress_bar, put_away
+from .prepare import make_samples, only_denoiser, progress_bar, put_away
 from .recipes import RECIPES, Recipe
 from .request import Request
-from .samples import Sample, batches
+from .samples import Samples, batches
 
 __all__ = ["Diverged", "run"]
 
@@ -60,21 +61,21 @@ def run(request: Request, console: Console) -> int:
         _claim(request, accelerator.num_processes)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
     try:
-        call, grid = pipeline_call(request.source, pipe)
+        buckets = find_buckets(request.source, pipe)
         process = noise_process(pipe.scheduler)
         component, model = only_denoiser(pipe)
-        processor = request.attention.processor(grid)
+        processor = processor_for(request.attention, buckets, accelerator.print)
         scope = request.train or recipe.train
         trained = _trainable(model, processor, scope)
         if scope == "lora":
             require_peft()
-        samples = make_samples(request.source, accelerator, pipe, model, call, console)
+        samples = make_samples(request.source, accelerator, pipe, model, buckets, console)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     pictures = None
     if request.sample_every and accelerator.is_main_process:
         source = request.source
-        pictures = Pictures(source.out / "pictures", pipe, component, call, source.prompts[:2], source.seed)
+        pictures = Pictures(source.out / "pictures", pipe, component, buckets[0].call, source.prompts[:2], source.seed)
     put_away(pipe, component)
     trainer = Trainer(request, recipe, accelerator, pipe, model, processor, trained, process, samples)
     trainer.resume(console)
@@ -149,7 +150,7 @@ class Trainer:
 
     def __init__(
         self, request: Request, recipe: Recipe, accelerator: Accelerator, pipe: Any, model: nn.Module, processor: Any,
-        trained: set[str], process: NoiseProcess, samples: list[Sample],
+        trained: set[str], process: NoiseProcess, samples: Samples,
     ) -> None:  # fmt: skip
         self.request, self.recipe, self.accelerator, self.process = request, recipe, accelerator, process
         self.samples = samples
@@ -172,7 +173,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=request.lr or recipe.lr)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.step, self.history, self.saved = 0, [], None
-        self.kinds = [sample.kind for sample in samples]
+        self.kinds = samples.kinds
 
     step: int
     history: list[dict[str, float]]
@@ -254,13 +255,13 @@ class Trainer:
         """Of this process's part of a batch, the place-th of the run."""
         accelerator, size = self.accelerator, self.request.batch
         first = accelerator.process_index * size
+        chosen = [self.samples[i] for i in batch[first : first + size]]
         levels, noises = [], []
-        for i in range(first, first + size):
+        for i, sample in enumerate(chosen, first):
             mixed = np.random.SeedSequence([self.request.source.seed, place, i]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0]))
             levels.append(self.process.draw(generator))
-            noises.append(torch.randn(self.samples[batch[i]].latents.shape, generator=generator))
-        chosen = [self.samples[i] for i in batch[first : first + size]]
+            noises.append(torch.randn(sample.latents.shape, generator=generator))
         device = accelerator.device
         conditions = merge([sample.conditions for sample in chosen])
         conditions.tensors = {key: x.to(device) for key, x in conditions.tensors.items()}

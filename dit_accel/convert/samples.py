@@ -6,32 +6,26 @@ A sample is a file, whole or not at all; what is there is not made again, so an 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import replacing, write_json
+from .buckets import Bucket
 from .capture import Conditions, capture
-from .latents import Unreadable, encode, read_picture
+from .data import Example, Folder, Shards
+from .latents import encode
+from .media import Unreadable, read_clip, read_picture
 
-__all__ = ["Picture", "Sample", "SampleCache", "batches", "find_pictures", "read_sample"]
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A file and its caption."""
-
-    path: Path
-    caption: str
+__all__ = ["Sample", "SampleCache", "Samples", "batches", "read_sample"]
 
 
 @dataclass
@@ -41,118 +35,127 @@ class Sample:
     latents: Tensor
     conditions: Conditions
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Samples of one kind can be in one batch."""
-        shapes = tuple((key, tuple(x.shape), x.dtype) for key, x in sorted(self.conditions.tensors.items()))
-        return (tuple(self.latents.shape), shapes, json.dumps(self.conditions.plain, sort_keys=True))
 
+class Samples:
+    """Samples of these files, read when they are asked for. kinds: samples of one kind can be in one batch."""
 
-def find_pictures(folder: Path) -> tuple[list[Picture], int]:
-    """Pictures of a folder and below, in the order of their names, with the text of the ``.txt`` file beside or the
-    entry ``{"file_name": …, "text": …}`` of a ``metadata.jsonl``; and how many had neither.
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self.kinds = [_kind(path) for path in paths]
 
-    Raises: ValueError: no folder, or no picture with a caption in it, or a metadata.jsonl that cannot be read.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
-    captions = _metadata(folder / "metadata.jsonl")
-    found, without = [], 0
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()):
-        text = path.with_suffix(".txt")
-        caption = captions.get(path.relative_to(folder).as_posix())
-        if caption is None and text.is_file():
-            caption = text.read_text(encoding="utf-8", errors="replace")
-        if caption is None or not caption.strip():
-            without += 1
-        else:
-            found.append(Picture(path, " ".join(caption.split())))
-    if not found:
-        raise ValueError(
-            f"{folder} has no picture with a caption ({without} without): expected a .txt file beside each, or a "
-            "metadata.jsonl with file_name and text"
-        )
-    return found, without
+    def __len__(self) -> int:
+        return len(self.paths)
 
+    def __getitem__(self, i: int) -> Sample:
+        return read_sample(self.paths[i])
 
-def _metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            captions[str(entry["file_name"])] = str(entry["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: expected file_name and text, got {line[:80]!r}") from error
-    return captions
+    def __iter__(self) -> Iterator[Sample]:
+        return map(read_sample, self.paths)
 
 
 class SampleCache:
-    """Samples in a folder, numbered; ``skipped.json`` says which pictures could not be read, and why."""
+    """Samples in a folder, numbered; ``skipped.json`` says what could not be read, and why.
 
-    def __init__(self, folder: Path, pipe: Any, model: nn.Module, call: dict[str, Any]) -> None:
-        """call: arguments of the pipeline but for the prompt: height, width, num_frames, …"""
-        self.folder, self.pipe, self.model, self.call = folder, pipe, model, call
+    skipped: the same by name. why: how many for which reason.
+    """
+
+    def __init__(self, folder: Path, pipe: Any, model: nn.Module, buckets: Sequence[Bucket], about: dict[str, Any]):
+        """about: what else samples depend on, as JSON: a sample of another pipeline or rate is made anew."""
+        self.folder, self.pipe, self.model, self.buckets = folder, pipe, model, buckets
+        self.about = {**about, "calls": [bucket.call for bucket in buckets]}
         self.skipped: dict[str, str] = {}
+        self.why: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def from_pictures(self, pictures: list[Picture], note: Callable[[], None]) -> list[Path]:
-        """Files of the pictures that can be read. note: called after each.
+    def from_data(self, data: Folder | Shards, fps: float | None, note: Callable[[], None]) -> list[Path]:
+        """Files of the pictures or clips that can be read. fps: of clips. note: called after each.
 
         Raises: ValueError: none can.
         """
-        made = []
-        for i, picture in enumerate(pictures):
-            path = self._path(i)
+        made, read = [], 0
+        for example in data:
+            read += 1
+            path, origin = self._path(example.number), {"name": example.name, "caption": example.caption}
             try:
-                if not path.is_file():
-                    pixels = read_picture(picture.path, self.call["height"], self.call["width"])
-                    self._write(path, picture.caption, partial(encode, self.pipe, pixels))
+                if not self._there(path, origin):
+                    bucket, pixels = self._read(example, fps)
+                    self._write(path, bucket, origin, partial(encode, self.pipe, pixels))
                 made.append(path)
             except Unreadable as error:
-                self.skipped[str(picture.path)] = str(error)
+                self.skipped[example.name] = str(error)
+                self.why[error.why] = self.why.get(error.why, 0) + 1
             note()
-        write_json(self.folder / "skipped.json", self.skipped)
+        kind = "clips" if data.clips else "pictures"
+        write_json(self.folder / "skipped.json", {**data.broken, **self.skipped})
         if not made:
-            raise ValueError(
-                f"none of {len(pictures)} pictures can be read, the first: {next(iter(self.skipped.values()))}"
-            )
+            raise ValueError(f"none of {read} {kind} can be read, the first: {next(iter(self.skipped.values()))}")
         return made
 
     def from_teacher(self, prompts: tuple[str, ...], count: int, seed: int, note: Callable[[], None]) -> list[Path]:
-        """Files of what the pipeline itself draws, prompt after prompt, each with a seed of its own."""
+        """Files of what the pipeline itself draws, prompt after prompt and size after size, each with a seed of its
+        own; in the long run every prompt in every size."""
         made = []
+        both = math.lcm(len(prompts), len(self.buckets))
         for i in range(count):
-            path = self._path(i)
-            if not path.is_file():
-                prompt = prompts[i % len(prompts)]
-                self._write(path, prompt, partial(self._draw, prompt, seed + i))
+            path, prompt = self._path(f"{i:06d}"), prompts[i % len(prompts)]
+            bucket = self.buckets[(i + i // both) % len(self.buckets)]
+            origin = {"name": f"seed {seed + i}", "caption": prompt}
+            if not self._there(path, origin):
+                self._write(path, bucket, origin, partial(self._draw, bucket, prompt, seed + i))
             made.append(path)
             note()
         return made
 
+    def _read(self, example: Example, fps: float | None) -> tuple[Bucket, Tensor]:
+        if self.buckets[0].size.frames is None:
+            return read_picture(example.media, example.name, self.buckets)
+        return read_clip(example.media, example.suffix, example.name, self.buckets, fps)
+
     @torch.no_grad()
-    def _draw(self, prompt: str, seed: int, _: tuple[int, ...]) -> Tensor:
+    def _draw(self, bucket: Bucket, prompt: str, seed: int, _: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return self.pipe(prompt=prompt, generator=generator, output_type="latent", **self.call)[0].float()
+        return self.pipe(prompt=prompt, generator=generator, output_type="latent", **bucket.call)[0].float()
 
-    def _path(self, i: int) -> Path:
-        return self.folder / f"{i:06d}.safetensors"
+    def _path(self, number: str) -> Path:
+        return self.folder / f"{number}.safetensors"
 
-    def _write(self, path: Path, caption: str, latents: Callable[[tuple[int, ...]], Tensor]) -> None:
-        conditions = capture(self.pipe, self.model, {**self.call, "prompt": caption})
+    def _there(self, path: Path, origin: dict[str, str]) -> bool:
+        """Whether the file is the sample of this origin, made as it would be now."""
+        try:
+            return path.is_file() and _about(path).get("origin") == json.loads(json.dumps({**self.about, **origin}))
+        except (SafetensorError, KeyError, ValueError):
+            return False
+
+    def _write(
+        self, path: Path, bucket: Bucket, origin: dict[str, str], latents: Callable[[tuple[int, ...]], Tensor]
+    ) -> None:
+        conditions = capture(self.pipe, self.model, {**bucket.call, "prompt": origin["caption"]})
         made = latents(conditions.shape).cpu()
         if tuple(made.shape) != conditions.shape:
             raise ValueError(
                 f"{type(self.pipe).__name__} gives latents {tuple(made.shape)}, its denoiser takes {conditions.shape}"
             )
         tensors = {"latents": made} | {f"conditions/{key}": x for key, x in conditions.tensors.items()}
-        about = {"caption": caption, "latents": conditions.latents, "unit": conditions.unit, "plain": conditions.plain}
+        about = {
+            "origin": {**self.about, **origin}, "size": str(bucket.size), "latents": conditions.latents,
+            "unit": conditions.unit, "plain": conditions.plain,
+        }  # fmt: skip
         with replacing(path) as temporary:
             save_file({k: x.contiguous() for k, x in tensors.items()}, temporary, {"sample": json.dumps(about)})
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["sample"])
+
+
+def _kind(path: Path) -> tuple[Any, ...]:
+    """From the file's header. The size is in it: what positions are told by may differ where all shapes agree."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["sample"])
+        slices = {key: file.get_slice(key) for key in sorted(file.keys())}
+    shapes = tuple((key, tuple(x.get_shape()), x.get_dtype()) for key, x in slices.items())
+    return (about["size"], shapes, json.dumps(about["plain"], sort_keys=True))
 
 
 def read_sample(path: Path) -> Sample:

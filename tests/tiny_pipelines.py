@@ -9,16 +9,20 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
     WanPipeline,
 )
-from tiny import flux, sd15, wan
+from tiny import flux, sd3, sd15, sdxl, wan
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
@@ -81,8 +85,8 @@ def save_wan(folder: Path) -> Path:
     return folder
 
 
-def save_sd(folder: Path) -> Path:
-    """A StableDiffusionPipeline of v-prediction, in multiples of 4: 16×16 latents for 32×32."""
+def save_sd(folder: Path, prediction: str = "v_prediction") -> Path:
+    """A StableDiffusionPipeline, in multiples of 8: 16×16 latents for 32×32."""
     torch.manual_seed(0)
     clip = CLIPTextConfig(
         vocab_size=64, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -94,8 +98,49 @@ def save_sd(folder: Path) -> Path:
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(clip), tokenizer=clip_tokenizer(), unet=sd15(),
-        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1),
+        scheduler=DDIMScheduler(prediction_type=prediction, clip_sample=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def projecting_clip() -> dict[str, int]:
+    return {
+        "vocab_size": 64, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+
+
+def save_sdxl(folder: Path) -> Path:
+    """A StableDiffusionXLPipeline of epsilon prediction, in multiples of 8: 16×16 latents for 32×32."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.13,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**projecting_clip())), tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**projecting_clip(), projection_dim=12)),
+        tokenizer_2=clip_tokenizer(), unet=sdxl(), scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_sd3(folder: Path) -> Path:
+    """A StableDiffusion3Pipeline, in multiples of 4: 8×8 tokens for 32×32."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.06,
+        scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    clip = [CLIPTextModelWithProjection(CLIPTextConfig(**projecting_clip(), projection_dim=6)) for _ in range(2)]
+    pipe = StableDiffusion3Pipeline(
+        vae=vae, text_encoder=clip[0], tokenizer=clip_tokenizer(), text_encoder_2=clip[1], tokenizer_2=clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(T5Config(**t5_sizes(24))), tokenizer_3=t5_tokenizer(), transformer=sd3(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder

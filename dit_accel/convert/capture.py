@@ -60,7 +60,7 @@ def capture(pipe: Any, model: nn.Module, call: dict[str, Any]) -> Conditions:
         raise _Captured
 
     parameters = inspect.signature(pipe.__call__).parameters
-    given = {**call, "num_inference_steps": 1, "output_type": "latent"}
+    given = {**call, "num_inference_steps": 2, "output_type": "latent"}  # the only one of 1 may be timestep 0
     if "guidance_scale" in parameters and not getattr(model.config, "guidance_embeds", False):
         given["guidance_scale"] = 1.0
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
@@ -76,7 +76,10 @@ def capture(pipe: Any, model: nn.Module, call: dict[str, Any]) -> Conditions:
     latents, timestep = found.pop(name), found.pop("timestep")
     if latents.shape[0] != 1:
         raise ValueError(f"{type(pipe).__name__} denoises {latents.shape[0]} samples for one prompt; one is expected")
-    unit = float(timestep.flatten()[0]) / float(pipe.scheduler.timesteps[0])
+    first = float(pipe.scheduler.timesteps[0])
+    if not first:
+        raise ValueError(f"{type(pipe.scheduler).__name__} begins at timestep 0: the denoiser's unit cannot be told")
+    unit = float(timestep.flatten()[0]) / first
     return Conditions(name, tuple(latents.shape), unit, *_part(found))
 
 

@@ -43,7 +43,7 @@ def find_data(path: Path, clips: bool, drawer: str) -> Folder | Shards:
                 f"{path} has .tar shards ({shards[0].name}, …) and other files: put one of both into another folder"
             )
         return Shards.opened(shards, clips, drawer)
-    if "{" in path.name and not path.exists():
+    if "{" in str(path) and not path.exists():
         _require_webdataset()
         from braceexpand import braceexpand
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -21,6 +22,8 @@ __all__ = ["CLIPS", "PICTURES", "TooShort", "Unreadable", "read_clip", "read_pic
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 CLIPS = frozenset((".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"))
+
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is stored on its side
 
 _NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's for what is no picture
 _NO_CLIP = (*_NO_PICTURE, RuntimeError, IndexError, KeyError, EOFError)  # imageio's

@@ -1,5 +1,6 @@
 """What a conversion trains on: pictures and clips, folders and shards, in several sizes, of every family."""
 
+import gzip
 import io
 import json
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 from tiny_pipelines import save_flux, save_sd, save_sd3, save_sdxl, save_wan
 
 from dit_accel.cli import main
+from dit_accel.convert.data import find_data
 from dit_accel.convert.samples import Samples, read_sample
 
 SAVE = {"flux": save_flux, "sd": lambda x: save_sd(x, "epsilon"), "sdxl": save_sdxl, "sd3": save_sd3, "wan": save_wan}
@@ -274,6 +276,24 @@ def shards(tmp_path_factory):
     })  # fmt: skip
     whole.write_bytes(whole.read_bytes()[:3000])
     return folder
+
+
+@pytest.mark.parametrize("harm", ["header", "end", "packed"])
+def test_a_shard_that_breaks_off_gives_what_is_before_and_is_counted(tmp_path, harm):
+    path = shard(tmp_path / "a.tar", {name: {"png": bytes_of(), "txt": "a circle"} for name in "abcdef"})
+    whole = path.read_bytes()
+    if harm == "header":  # in which Python's tarfile sees an end
+        path.write_bytes(whole[:4096] + b"\xff" * 512 + whole[4608:])
+    elif harm == "end":
+        path.write_bytes(whole[:4096])
+    else:
+        path = tmp_path / "a.tar.gz"
+        path.write_bytes(gzip.compress(whole)[:300])
+    data = find_data(path, False, "FluxPipeline")
+    names = "".join(example.name[-1] for example in data)
+    assert names and names != "abcdef" and "abcdef".startswith(names)
+    assert list(data.broken) == [str(path)]
+    assert "cannot be read to its end" in data.broken[str(path)]
 
 
 def test_shards_are_read_and_what_is_broken_is_counted(pipelines, shards, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,11 +183,11 @@ class Shards:
         for i, path in enumerate(self.paths):
 
             def note(error: Exception, path: Path = path) -> bool:
-                self.broken[str(path)] = f"{path} cannot be read to its end: {error.args[0] if error.args else error!r}"
+                self.broken.setdefault(str(path), f"{path}: {error.args[0] if error.args else error!r}")
                 return True
 
-            if not _has_end(path):
-                note(ValueError("it is cut off"))
+            if (fault := _fault(path)) is not None:
+                self.broken[str(path)] = f"{path} cannot be read to its end: {fault}"
             opened = [{"url": str(path.resolve())}]  # no scheme: never a command
             for n, sample in enumerate(tarfile_samples(opened, handler=note)):
                 example = self._example(f"{i:05d}-{n:06d}", f"{path}:{sample['__key__']}", sample)
@@ -232,14 +234,20 @@ def _caption(parts: dict[str, bytes]) -> str:
     return " ".join(text.split())
 
 
-def _has_end(path: Path) -> bool:
-    """Whether the file has tar's end, two empty blocks: Python's tarfile takes a lost one for an end in silence."""
-    if path.suffix != ".tar":
-        return True
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1024))
-        return not any(file.read()) and size >= 1024
+def _fault(path: Path) -> str | None:
+    """What is wrong with a shard; None where it is whole. From its headers alone: a broken one is taken for the end in
+    silence by Python's tarfile, so that samples would be lost and nobody told."""
+    try:
+        with tarfile.open(path) as tar:
+            while tar.next() is not None:
+                pass
+            end, file = tar.offset, tar.fileobj
+            assert file is not None
+            file.seek(end)
+            block = file.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        return " ".join(str(error).split())
+    return None if len(block) == tarfile.BLOCKSIZE and not any(block) else f"broken at byte {end}"
 
 
 def _require_webdataset() -> None:

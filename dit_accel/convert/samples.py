@@ -41,7 +41,8 @@ class Samples:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
-        self.kinds = [_kind(path) for path in paths]
+        seen: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # few kinds, each kept once
+        self.kinds = [seen.setdefault(kind, kind) for kind in map(_kind, paths)]
 
     def __len__(self) -> int:
         return len(self.paths)

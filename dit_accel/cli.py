@@ -27,8 +27,11 @@ _ATTN_HELP = (
     "stride 4x4)."
 )
 _RECIPE_HELP = (
-    "sla (the model's own objective; trains all), or clear (with distillation from the teacher's predictions and "
-    "attention outputs; trains the attention layers); default that of the mechanism's paper, else sla."
+    "sla (the model's own objective; trains all); clear (with distillation from the teacher's predictions and "
+    "attention outputs; trains the attention layers); attention-transfer (LoLCATs: the new parameters to the teacher's "
+    "attention outputs, layer by layer, then LoRA); linvideo (chooses the layers to convert, and matches "
+    "distributions; trains all); lit (with distillation from the teacher's predictions; trains all); default that of "
+    "the mechanism's paper, else sla."
 )
 _DATA_HELP = (
     "Pictures, for video pipelines clips, with captions: a folder of files with a .txt beside each or a "
@@ -139,6 +142,12 @@ def convert(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRA.")] = 16,
+    convert_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Layers that linvideo chooses; default 8 of 15, which is the paper's 16 of 30."
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER_OR_SHARDS", help=_DATA_HELP)] = None,
     data_free: Annotated[bool, typer.Option("--data-free", help="Train on what the teacher draws itself.")] = False,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="For --data-free, one on a line.")] = None,
@@ -202,7 +211,7 @@ def convert(
         raise BadInput(str(error)) from None
     request = Request(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
-        save_every, sample_every, tracker,
+        save_every, sample_every, tracker, convert_layers,
     )  # fmt: skip
     try:
         return run(request, Console())

@@ -294,6 +294,12 @@ def _restore(model: nn.Module, snapshot: Mapping[str, MechanismLayer]) -> None:
         del installation.originals[name]
 
 
+def keep_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Take the mechanism off all layers but these; the others have the host's own attention again."""
+    kept = set(names)
+    _restore(model, {name: layer for name, layer in installed_layers(model).items() if name in kept})
+
+
 def put_back(model: nn.Module, layers: Mapping[str, MechanismLayer], loaded: Mapping[str, Tensor]) -> None:
     """Undo what was begun: these mechanism layers alone, and of the host's own weights these as an earlier load wrote
     them and all others as they were before any."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 __all__ = ["NoiseProcess", "noise_process"]
 
+LEAST = 0.02
+
 
 @dataclass(frozen=True)
 class NoiseProcess:
@@ -41,11 +43,41 @@ class NoiseProcess:
 
     def mix(self, clean: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy latents, and what the denoiser is to predict, both in the shape of ``clean``. levels: (B,)."""
-        keep, add = (x.view(-1, *[1] * (clean.dim() - 1)) for x in self._weights(levels))
+        keep, add = self._shaped_weights(clean, levels)
         noisy = keep * clean + add * noise
         if self.prediction == "flow":
             return noisy, noise - clean
         return noisy, noise if self.prediction == "epsilon" else keep * noise - add * clean
+
+    def draw_later(self, level: float, generator: torch.Generator) -> float:
+        """A level further along the trajectory: uniform between ``LEAST``, below which scores grow out of bounds, and
+        this one."""
+        part = float(torch.rand((), generator=generator))
+        return level if level <= LEAST else LEAST + part * (level - LEAST)
+
+    def estimates(self, noisy: Tensor, prediction: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise that a prediction says are mixed in ``noisy``; all (B, …). levels: (B,)."""
+        keep, add = self._shaped_weights(noisy, levels)
+        if self.prediction == "flow":
+            return noisy - add * prediction, noisy + keep * prediction
+        if self.prediction == "epsilon":
+            return (noisy - add * prediction) / keep, prediction
+        return keep * noisy - add * prediction, add * noisy + keep * prediction
+
+    def step(self, noisy: Tensor, prediction: Tensor, levels: Tensor, later: Tensor) -> Tensor:
+        """The latents at another level, without new noise: Euler's step of flow matching, else that of DDIM [arXiv
+        2010.02502, eq. 12 with σ = 0]. levels, later: (B,)."""
+        clean, noise = self.estimates(noisy, prediction, levels)
+        keep, add = self._shaped_weights(noisy, later)
+        return keep * clean + add * noise
+
+    def score(self, noisy: Tensor, prediction: Tensor, levels: Tensor) -> Tensor:
+        """∇ log p of the noisy latents, ``-noise / add``, as a prediction estimates it; (B, …)."""
+        return -self.estimates(noisy, prediction, levels)[1] / self._shaped_weights(noisy, levels)[1]
+
+    def _shaped_weights(self, latents: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        keep, add = (x.view(-1, *[1] * (latents.dim() - 1)) for x in self._weights(levels))
+        return keep, add
 
     def _weights(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         if self.keep is None or self.add is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +14,24 @@ from torch import Tensor, nn
 
 from ..install import unwrap
 from .capture import Conditions
+from .matching import matching_loss
 from .noise import NoiseProcess
-from .recipes import Recipe
+from .recipes import Stage
+from .transfer import recorded_calls
 
-__all__ = ["Losses", "attention_outputs", "copy_teacher", "losses_of"]
+__all__ = ["Batch", "attention_outputs", "copy_teacher", "losses_of", "transfer_loss"]
 
 
 @dataclass
-class Losses:
-    """Of a batch: the sum that is minimised, and its parts (unweighted) by name."""
+class Batch:
+    """latents, noise: (B, …). levels: (B,) of noise; later: (B,), lower ones on the same trajectories. conditions: of
+    the batch. All on one device."""
 
-    total: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    latents: Tensor
+    noise: Tensor
+    levels: Tensor
+    later: Tensor
+    conditions: Conditions
 
 
 def copy_teacher(model: nn.Module, trained: set[str]) -> nn.Module:
@@ -55,36 +61,56 @@ def attention_outputs(model: nn.Module, layers: list[str]) -> Iterator[dict[str,
 
 
 def losses_of(
-    recipe: Recipe,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    layers: list[str],
-    process: NoiseProcess,
-    latents: Tensor,
-    noise: Tensor,
-    levels: Tensor,
-    conditions: Conditions,
-) -> Losses:
-    """The recipe's losses of one batch.
+    stage: Stage, model: nn.Module, teacher: nn.Module | None, layers: list[str], process: NoiseProcess, batch: Batch
+) -> dict[str, Tensor]:
+    """The stage's losses of one batch by name, unweighted; those of a forward of the whole model.
 
     Args:
-        model, teacher: the student, and what it is distilled from where the recipe has weights for that.
+        model, teacher: the student, and what it is distilled from where the stage has weights for that.
         layers: names of the attention modules that were converted.
-        latents, noise: (B, …). levels: (B,) of noise. conditions: of the batch, on its device.
     """
-    noisy, target = process.mix(latents, noise, levels)
-    arguments = conditions.arguments(noisy, process.timestep(levels))
-    with attention_outputs(unwrap(model), layers if recipe.attention else []) as ours:
-        prediction = model(**arguments)[0]
-    parts = {"flow": F.mse_loss(prediction.float(), target.float())}
-    if teacher is not None:
-        with torch.no_grad(), attention_outputs(teacher, layers if recipe.attention else []) as theirs:
-            wanted = teacher(**arguments)[0]
-        if recipe.prediction:
-            parts["prediction"] = F.mse_loss(prediction.float(), wanted.float())
-        if recipe.attention:
-            each = [F.mse_loss(ours[name].float(), theirs[name].float()) for name in layers]
-            parts["attention"] = torch.stack(each).mean()
-    weights = {"flow": recipe.flow, "prediction": recipe.prediction, "attention": recipe.attention}
-    total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-    return Losses(total, parts)
+    noisy, target = process.mix(batch.latents, batch.noise, batch.levels)
+    arguments = batch.conditions.arguments(noisy, process.timestep(batch.levels))
+    watched = layers if stage.attention else []
+    with attention_outputs(unwrap(model), watched) as ours:
+        prediction, variance = _split(model(**arguments)[0], target)
+    parts = {"flow": F.mse_loss(prediction.float(), target.float())} if stage.flow else {}
+    if stage.matching:
+        assert teacher is not None
+        parts["matching"] = matching_loss(
+            unwrap(model), teacher, process, batch.conditions, noisy, prediction, batch.levels, batch.later
+        )
+    if not (stage.prediction or stage.variance or stage.attention):
+        return parts
+    assert teacher is not None
+    with torch.no_grad(), attention_outputs(teacher, watched) as theirs:
+        wanted, wanted_variance = _split(teacher(**arguments)[0], target)
+    if stage.prediction:
+        parts["prediction"] = F.mse_loss(prediction.float(), wanted.float())
+    if stage.variance and variance is not None and wanted_variance is not None:
+        parts["variance"] = F.mse_loss(variance.float(), wanted_variance.float())
+    if stage.attention:
+        each = [F.mse_loss(ours[name].float(), theirs[name].float()) for name in layers]
+        parts["attention"] = torch.stack(each).mean()
+    return parts
+
+
+def _split(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction, and the variance where the model gives that as well, in twice the channels [DiT, arXiv
+    2212.09748]."""
+    channels = target.shape[1]
+    if output.shape[1] == 2 * channels and output.shape[2:] == target.shape[2:]:
+        return output[:, :channels], output[:, channels:]
+    return output, None
+
+
+def transfer_loss(
+    forced: nn.Module, teacher: nn.Module, layers: list[str], process: NoiseProcess, batch: Batch
+) -> Tensor:
+    """Distance of attention modules that are fed what the teacher's are. forced: a :class:`.transfer.TeacherForced`,
+    maybe wrapped; () float32."""
+    noisy, _ = process.mix(batch.latents, batch.noise, batch.levels)
+    with torch.no_grad(), recorded_calls(teacher, layers) as calls:
+        teacher(**batch.conditions.arguments(noisy, process.timestep(batch.levels)))
+    loss: Tensor = forced(calls)
+    return loss

@@ -1,36 +1,93 @@
-"""Recipes: what is minimised and what is trained, each from its paper and named after it."""
+"""Recipes: what is minimised and what is trained, in which stages, each from its paper and named after it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "Recipe", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the steps: weights of the losses, and what is trained at which rate where nothing else is asked for.
+
+    train: "full", "attention", "new" or "lora" as ``--train`` has them, or "adapter": LoRA without the mechanism's own
+    parameters. share: of the steps.
+
+    flow: the pretraining objective (flow matching, or noise or v prediction). prediction: distance to the teacher's
+    prediction. variance: to its predicted variance, of models that have one. attention: to its attention outputs, mean
+    over layers. transfer: the same of layers that are fed what the teacher's are (:mod:`.transfer`), alone in its
+    stage. matching: of the distributions along the trajectory (:mod:`.matching`). selection: of the two losses by which
+    layers are chosen (:mod:`.selection`).
+    """
+
+    name: str
+    train: str
+    lr: float
+    share: float = 1.0
+    flow: float = 0
+    prediction: float = 0
+    variance: float = 0
+    attention: float = 0
+    transfer: float = 0
+    matching: float = 0
+    selection: float = 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.prediction or self.variance or self.attention or self.transfer or self.matching)
+
+    def weight(self, part: str) -> float:
+        """Of a loss by its name; the selection's two, "count" and "binary", share one."""
+        return float(getattr(self, "selection" if part in ("count", "binary") else part))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Weights of the losses, and what is trained at which rate where nothing else is asked for.
-
-    flow: the pretraining objective (flow matching, or noise or v prediction). prediction: distance to the teacher's
-    prediction. attention: to the teacher's attention outputs, mean over layers.
-    """
+    """Stages, one after the other."""
 
     name: str
     source: str
-    flow: float
-    prediction: float
-    attention: float
-    train: str
-    lr: float
+    stages: tuple[Stage, ...]
+
+    @property
+    def selects(self) -> bool:
+        return any(stage.selection for stage in self.stages)
+
+    @property
+    def fixes_train(self) -> bool:
+        """Whether what is trained belongs to the recipe, since it differs between stages."""
+        return len({stage.train for stage in self.stages}) > 1
 
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("sla", "SLA, arXiv 2509.24006, section 5: the whole model, its own objective", 1, 0, 0, "full", 1e-5),
         Recipe(
-            "clear", "CLEAR, arXiv 2412.16112, eq. 5 to 8: the attention layers, with distillation", 1, 0.5, 0.5,
-            "attention", 1e-4,
+            "sla", "SLA, arXiv 2509.24006, section 5: the whole model, its own objective",
+            (Stage("training", "full", 1e-5, flow=1),),
+        ),
+        Recipe(
+            "clear", "CLEAR, arXiv 2412.16112, eq. 5 to 8: the attention layers, with distillation",
+            (Stage("training", "attention", 1e-4, flow=1, prediction=0.5, attention=0.5),),
+        ),
+        Recipe(
+            "attention-transfer", "LoLCATs, arXiv 2410.10254: attention transfer, then LoRA; two epochs each",
+            (
+                Stage("transfer", "new", 1e-2, share=0.5, transfer=1),
+                Stage("LoRA", "adapter", 1e-4, share=0.5, flow=1),
+            ),
+        ),
+        Recipe(
+            "linvideo", "LinVideo, arXiv 2510.08318, eq. 8 to 14: selective transfer, anytime distribution matching",
+            (
+                Stage("selection", "full", 1e-5, share=0.5, matching=1, selection=0.01),
+                Stage("matching", "full", 1e-5, share=0.5, matching=1),
+            ),
+        ),
+        Recipe(
+            "lit", "LiT, arXiv 2501.12976, table 4: inherited weights, the whole model, hybrid distillation",
+            (Stage("training", "full", 2e-5, flow=1, prediction=0.5, variance=0.05),),
         ),
     )
 }  # fmt: skip

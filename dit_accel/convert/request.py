@@ -8,6 +8,7 @@ from typing import Any
 
 from ..attn_spec import AttentionSpec
 from ..compare.sizes import Size
+from .recipes import RECIPES
 
 __all__ = ["TRAINABLE", "Request", "Source"]
 
@@ -37,7 +38,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA."""
+    """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA.
+    convert_layers: so many layers are chosen; None = the recipe's number."""
 
     source: Source
     attention: AttentionSpec
@@ -54,13 +56,16 @@ class Request:
     save_every: int
     sample_every: int
     tracker: str | None
+    convert_layers: int | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
         fixed = asdict(self)
         fixed |= fixed.pop("source")
-        for free in ("out", "steps", "save_every", "sample_every", "tracker", "device"):
+        for free in ("out", "save_every", "sample_every", "tracker", "device"):
             del fixed[free]
+        if len(RECIPES[self.recipe].stages) == 1:  # else they say where stages end
+            del fixed["steps"]
         fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}
         return {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in fixed.items()}
 

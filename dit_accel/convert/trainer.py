@@ -1,0 +1,255 @@
+"""The student under training: stages, steps, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from ..command import BadInput, deferred, undisturbed
+from ..install import installation_of, installed_layers, keep_layers, set_attn_processor
+from .capture import merge
+from .checkpoint import load_checkpoint, save_checkpoint
+from .lora import add_lora
+from .noise import NoiseProcess
+from .objective import Batch, copy_teacher, losses_of, transfer_loss
+from .request import Request
+from .samples import Samples, batches
+from .selection import Selection
+from .stages import Part, Plan, host_parameters
+from .transfer import TeacherForced
+
+__all__ = ["Diverged", "Trainer"]
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more."""
+
+
+class Trainer:
+    """A student that is trained one step after the other; all that is random follows from seed and step."""
+
+    def __init__(
+        self, request: Request, plan: Plan, accelerator: Accelerator, pipe: Any, host: nn.Module, processor: Any,
+        process: NoiseProcess, samples: Samples,
+    ) -> None:  # fmt: skip
+        self.request, self.plan, self.accelerator, self.process = request, plan, accelerator, process
+        self.samples, self.kinds, self.host = samples, samples.kinds, host
+        host.requires_grad_(False)
+        self.pretrained = {part.scope: host_parameters(host, part.scope) for part in plan.parts}
+        trained = set().union(*self.pretrained.values())
+        self.teacher = copy_teacher(host, trained) if plan.needs_teacher else None
+        set_attn_processor(pipe, processor)
+        installation = installation_of(host)
+        assert installation is not None
+        for name in sorted(trained):  # so that they are saved, and reset puts the pretrained ones back
+            installation.overwritten[name] = host.get_parameter(name).detach().to("cpu", copy=True)
+        self.layers = list(installed_layers(host))
+        if plan.needs_lora:
+            add_lora(host, self.layers, request.rank, request.source.seed)
+        if request.gradient_checkpointing:
+            getattr(host, "enable_gradient_checkpointing")()  # noqa: B009 (a diffusers model's)
+        host.train()
+        self.step, self.history, self.saved = 0, [], None
+        self.model, self.selection, self.scores, self.learned = None, None, None, set()
+        self._enter(0)
+
+    step: int
+    history: list[dict[str, float]]
+    saved: int | None  # the step of the last checkpoint
+    index: int  # of the stage
+    model: Any  # what the stage calls, as accelerate has wrapped it
+    optimizer: Any
+    parameters: dict[str, nn.Parameter]  # that the stage trains
+    learned: set[str]  # names of those that any stage so far has trained
+    selection: Selection | None  # while layers are chosen
+    scores: dict[str, float] | None  # that they were chosen by
+
+    @property
+    def part(self) -> Part:
+        return self.plan.parts[self.index]
+
+    def _enter(self, index: int) -> None:
+        """Leave the stage before, and make ready what this one trains and calls."""
+        if self.model is not None:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model = self.optimizer = None
+            self.accelerator.free_memory()
+        if self.selection is not None:
+            self._select(self.selection)
+        self.index = index
+        if self.part.stage.selection:
+            assert self.plan.number is not None
+            self.selection = Selection(installed_layers(self.host), self.plan.number, self.accelerator.device)
+        self.host.requires_grad_(False)
+        self.parameters = self.part.trains(dict(self.host.named_parameters()), self.pretrained[self.part.scope])
+        self.learned |= set(self.parameters)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+        called = TeacherForced(self.host, self.layers) if self.part.stage.transfer else self.host
+        self.model, self.optimizer = self.accelerator.prepare(called, self._new_optimizer())
+
+    def _select(self, selection: Selection) -> None:
+        """The layers with the highest scores stay converted, and no others."""
+        self.layers, self.scores, self.selection = selection.chosen(), selection.scores(), None
+        selection.remove()
+        keep_layers(self.host, self.layers)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; scores, which have [0, 1] to cross and not to decay, have a rate of their own, and a shorter memory of
+        the strong pull to the wanted number at first, beside which the later one to 0 or 1 would be nothing."""
+        scores = [p for name, p in self.parameters.items() if self.selection is not None and name.endswith(".score")]
+        rest = [p for p in self.parameters.values() if all(p is not score for score in scores)]
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        self.rates = [self.part.lr]
+        if scores:
+            groups.append({"params": scores, "weight_decay": 0.0, "betas": (0.9, 0.99)})
+            self.rates.append(min(0.1, 5 / (self.part.end - self.part.first)))
+        return torch.optim.AdamW(groups, lr=self.part.lr)
+
+    def resume(self, console: Console) -> None:
+        """Go on from the checkpoint, if there is one."""
+        try:
+            state = load_checkpoint(self.request.source.out)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        if state is None:
+            return
+        for index in range(1, state.get("stage", 0) + 1):
+            if self.selection is not None:
+                self.selection.restore(state["scores"])
+            self._enter(index)
+        named = dict(self.host.named_parameters())
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                named[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.history, self.saved = state["step"], state["history"], state["step"]
+        if self.accelerator.is_main_process:
+            console.print(f"Going on from step {self.step}", highlight=False)
+
+    def train(self, progress: Progress, after: Callable[[int], None]) -> None:
+        """All steps that are left, ``after`` each what is to be done then; a checkpoint every so many, at the end, and
+        when stopped."""
+        request, world = self.request, self.accelerator.num_processes
+        order = batches(self.kinds, request.batch * world, request.source.seed)
+        drawn = islice(order, self.step * request.accumulate, None)
+        first, began = self.step, time.perf_counter()
+        task = progress.add_task(self._called(), total=request.steps, completed=self.step, told="")
+        try:
+            while self.step < request.steps:
+                if self.step == self.part.end:
+                    self._enter(self.index + 1)
+                    progress.update(task, description=self._called())
+                losses = self._take(list(islice(drawn, request.accumulate)))
+                with deferred():  # a checkpoint holds whole steps
+                    self.optimizer.step()
+                    if self.selection is not None:
+                        self.selection.clamp()
+                    self.history.append(losses)
+                    self.step += 1
+                self.optimizer.zero_grad()
+                self.accelerator.log(losses, step=self.step)
+                told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                told += f", {(self.step - first) / (time.perf_counter() - began):.2f} steps/s"
+                progress.update(task, advance=1, told=told)
+                if self.step % request.save_every == 0 and self.step < request.steps:
+                    self.save()
+                after(self.step)
+        except KeyboardInterrupt:
+            with undisturbed():
+                self.save()
+            raise
+        self.save()
+
+    def _called(self) -> str:
+        """The stage, as progress says it."""
+        several = f" ({self.index + 1} of {len(self.plan.parts)})" if len(self.plan.parts) > 1 else ""
+        return self.part.stage.name + several
+
+    def _take(self, micro_batches: list[list[int]]) -> dict[str, float]:
+        """The gradients of one step over so many batches. Returns: mean losses over all processes."""
+        accelerator = self.accelerator
+        warm = min(1.0, (self.step - self.part.first + 1) / max(1, self.request.warmup))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * warm
+        total: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro_batches):
+            place = self.step * len(micro_batches) + i
+            last = i + 1 == len(micro_batches)
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                parts = self._losses(self._batch(batch, place))
+                loss = torch.stack([self.part.stage.weight(name) * part for name, part in parts.items()]).sum()
+                accelerator.backward(loss / len(micro_batches))
+            for name, part in {"loss": loss, **parts}.items():
+                total[name] = total.get(name, torch.zeros((), device=part.device)) + part.detach() / len(micro_batches)
+        means = {name: float(accelerator.reduce(x, "mean")) for name, x in total.items()}
+        if not all(map(_is_finite, means.values())):
+            kept = (
+                "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is kept"
+            )
+            raise Diverged(
+                f"step {self.step + 1}: the loss is {means['loss']}; {kept}: begin anew with a smaller --lr in "
+                "another --out"
+            )
+        accelerator.clip_grad_norm_(self.parameters.values(), 1.0)
+        return means
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Of the stage, by name, unweighted."""
+        stage = self.part.stage
+        with self.accelerator.autocast():
+            if stage.transfer:
+                assert self.teacher is not None
+                return {"transfer": transfer_loss(self.model, self.teacher, self.layers, self.process, batch)}
+            parts = losses_of(stage, self.model, self.teacher, self.layers, self.process, batch)
+        if self.selection is not None:
+            parts |= self.selection.losses(self.part.done(self.step))
+        return parts
+
+    def _batch(self, batch: list[int], place: int) -> Batch:
+        """This process's part of a batch, the place-th of the run."""
+        size, device = self.request.batch, self.accelerator.device
+        first = self.accelerator.process_index * size
+        chosen = [self.samples[i] for i in batch[first : first + size]]
+        levels, noises, later = [], [], []
+        for i, sample in enumerate(chosen, first):
+            mixed = np.random.SeedSequence([self.request.source.seed, place, i]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(mixed[0]))
+            levels.append(self.process.draw(generator))
+            noises.append(torch.randn(sample.latents.shape, generator=generator))
+            later.append(self.process.draw_later(levels[-1], generator))
+        conditions = merge([sample.conditions for sample in chosen])
+        conditions.tensors = {key: x.to(device) for key, x in conditions.tensors.items()}
+        latents = torch.cat([sample.latents for sample in chosen]).to(device)
+        ahead, there = torch.tensor(later, device=device), torch.tensor(levels, device=device)
+        return Batch(latents, torch.cat(noises).to(device), there, ahead, conditions)
+
+    def save(self) -> None:
+        """A checkpoint, by the first process."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        named = self.host.named_parameters()
+        save_checkpoint(self.request.source.out, {
+            "step": self.step,
+            "stage": self.index,
+            "scores": self.scores,
+            "history": self.history,
+            "parameters": {name: p.detach().cpu() for name, p in named if name in self.learned},
+            "optimizer": self.optimizer.state_dict(),
+        })  # fmt: skip
+        self.saved = self.step
+
+
+def _is_finite(x: float) -> bool:
+    return x - x == 0

@@ -1,0 +1,399 @@
+"""Recipes of several losses and stages: what they minimise, which layers they choose, and that they go on."""
+
+import copy
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DiffusionPipeline
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import safe_open
+from tiny_pipelines import save_flux, save_sd, save_wan
+
+import dit_accel
+from dit_accel.attn_spec import parse_attention
+from dit_accel.cli import main
+from dit_accel.convert.capture import Conditions, capture
+from dit_accel.convert.checkpoint import NAME
+from dit_accel.convert.matching import matching_loss
+from dit_accel.convert.noise import NoiseProcess, noise_process
+from dit_accel.convert.objective import Batch, losses_of
+from dit_accel.convert.recipes import RECIPES
+from dit_accel.convert.request import Request, Source
+from dit_accel.convert.samples import Sample
+from dit_accel.convert.selection import Selection, usual_number
+from dit_accel.convert.stages import plan
+from dit_accel.convert.trainer import Trainer
+from dit_accel.install import denoisers, installed_layers
+
+SLA = "sla:critical=0.3,block_q=8,block_kv=8"
+CALL = {"height": 32, "width": 32}
+FLUX_LAYERS = [f"{kind}transformer_blocks.{i}.attn" for kind in ("", "single_") for i in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {"flux": save_flux(folder / "flux"), "wan": save_wan(folder / "wan"), "sd": save_sd(folder / "sd")}
+
+
+class Drawn(list):
+    """Samples in memory, all of one kind."""
+
+    @property
+    def kinds(self):
+        return [0] * len(self)
+
+
+def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
+    """A Trainer on two samples of noise under two prompts."""
+    pipe = DiffusionPipeline.from_pretrained(pipeline)
+    if epsilon:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
+    model = next(iter(denoisers(pipe).values()))
+    call = CALL | ({"num_frames": 5} if "Wan" in type(pipe).__name__ else {})
+    generator, samples = torch.Generator().manual_seed(7), Drawn()
+    for prompt in ("a red circle", "a green square"):
+        conditions = capture(pipe, model, {**call, "prompt": prompt})
+        samples.append(Sample(torch.randn(conditions.shape, generator=generator), conditions))
+    source = Source(str(pipeline), None, (), 2, 32, 32, None, (), None, 0, "cpu", out)
+    options = {"train": None, "rank": 2, "steps": 6, "batch": 2, "accumulate": 1, "lr": None, "warmup": 0}
+    options |= {"mixed_precision": "no", "gradient_checkpointing": False, "save_every": 1, "sample_every": 0}
+    request = Request(source, parse_attention(attn), recipe, tracker=None, **(options | asked))
+    processor = request.attention.processor((8, 8))
+    stages = plan(request, RECIPES[recipe], model, processor)
+    accelerator = Accelerator(cpu=True)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(request, stages, accelerator, pipe, model, processor, noise_process(pipe.scheduler), samples)
+    trainer.pipe = pipe
+    return trainer
+
+
+def train(trainer, after=lambda step: None):
+    trainer.train(Progress(disable=True), after)
+    return trainer
+
+
+def always_the_same_batch(trainer):
+    draw = trainer._batch
+    trainer._batch = lambda batch, place: draw([0, 1], 0)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "which, recipe, attn, options",
+    [
+        ("flux", "attention-transfer", SLA, {}),
+        ("sd", "attention-transfer", "gna:window=3", {"epsilon": True}),  # adds no parameters
+        ("wan", "linvideo", SLA, {"convert_layers": 2, "lr": 1e-3, "steps": 12}),
+        ("sd", "linvideo", SLA, {"epsilon": True, "convert_layers": 3, "steps": 12, "gradient_checkpointing": True}),
+        ("flux", "lit", SLA, {"lr": 1e-3, "accumulate": 2}),
+        ("sd", "lit", "linfusion", {"lr": 1e-3}),
+    ],
+)
+def test_every_stage_lowers_its_loss(pipelines, tmp_path, which, recipe, attn, options):
+    """On one batch, over and over."""
+    trainer = always_the_same_batch(make_trainer(pipelines[which], tmp_path, recipe, attn, **{"steps": 8} | options))
+    train(trainer)
+    assert len(trainer.plan.parts) == len(RECIPES[recipe].stages) and trainer.step == trainer.plan.parts[-1].end
+    for part in trainer.plan.parts:
+        name = next(name for name in ("transfer", "matching", "flow") if getattr(part.stage, name))
+        first, last = (trainer.history[i] for i in (part.first, part.end - 1))
+        if part.stage.selection:  # at first all is nearly dense, and so near to the teacher
+            assert last["loss"] < first["loss"] and last["count"] < first["count"]
+        else:
+            assert last[name] < first[name]
+
+
+def batch_of(trainer):
+    return trainer._batch([0, 1], 0)
+
+
+@pytest.mark.parametrize("which", ["flux", "sd"])
+def test_transfer_feeds_each_layer_what_the_teacher_s_is_fed(pipelines, tmp_path, which):
+    """Its loss is the mean over layers of the distance in a network where that layer alone is converted, so that all
+    before it is the teacher's."""
+    trainer = make_trainer(pipelines[which], tmp_path, "attention-transfer", "gna:window=3")
+    batch, process, expected = batch_of(trainer), trainer.process, []
+    loss = trainer._losses(batch)["transfer"]
+    noisy, _ = process.mix(batch.latents, batch.noise, batch.levels)
+    arguments = batch.conditions.arguments(noisy, process.timestep(batch.levels))
+    for layer in trainer.layers:
+        outputs = []
+        for converted in (False, True):
+            pipe = DiffusionPipeline.from_pretrained(pipelines[which])
+            model = next(iter(denoisers(pipe).values()))
+            if converted:
+                dit_accel.set_attn_processor(pipe, dit_accel.GNAAttnProcessor(window=3), layers=[layer])
+            model.get_submodule(layer).register_forward_hook(lambda m, a, given, to=outputs: to.append(given))
+            with torch.no_grad():
+                model(**arguments)
+        flat = [torch.cat([x.flatten() for x in (o if isinstance(o, tuple) else (o,))]) for o in outputs]
+        expected.append(F.mse_loss(*flat))
+    assert min(expected) > 1e-6
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=0)
+    assert all(layer.cell.layout is None for layer in installed_layers(trainer.host).values())
+
+
+def test_transfer_trains_new_parameters_then_lora_alone(pipelines, tmp_path):
+    trainer, seen = make_trainer(pipelines["flux"], tmp_path, "attention-transfer", steps=4), []
+    before = {name: p.clone() for name, p in trainer.host.named_parameters()}
+    train(trainer, lambda step: seen.append({n: p.clone() for n, p in trainer.host.named_parameters()}))
+    moved = [{name for name in a if not a[name].equal(b[name])} for a, b in ((before, seen[1]), (seen[1], seen[3]))]
+    assert moved[0] and all(".dit_accel." in name for name in moved[0])
+    assert moved[1] and all(".lora_" in name for name in moved[1])
+    rates = [part.lr for part in trainer.plan.parts]
+    assert rates == [1e-2, 1e-4] and [part.end for part in trainer.plan.parts] == [2, 4]
+    asked = make_trainer(pipelines["flux"], tmp_path / "o", "attention-transfer", lr=2e-4).plan.parts
+    assert [part.lr for part in asked] == pytest.approx([2e-2, 2e-4])
+
+
+def test_scores_mix_dense_and_new_attention(pipelines, tmp_path):
+    """0 is the teacher, 1 the student wholly converted, between them each layer's attention is mixed."""
+    trainer = make_trainer(pipelines["flux"], tmp_path, "linvideo", "gna:window=3")
+    batch = batch_of(trainer)
+    arguments = batch.conditions.arguments(batch.latents, trainer.process.timestep(batch.levels))
+
+    def output(model, score=None):
+        if score is not None:
+            trainer.selection.restore(dict.fromkeys(FLUX_LAYERS, score))
+        with torch.no_grad():
+            return model(**arguments)[0]
+
+    dense, mixed = output(trainer.teacher), output(trainer.host, 0.5)
+    torch.testing.assert_close(output(trainer.host, 0.0), dense)
+    converted = copy.deepcopy(trainer.teacher)
+    dit_accel.set_attn_processor(converted, dit_accel.GNAAttnProcessor(window=3))
+    torch.testing.assert_close(output(trainer.host, 1.0), output(converted))
+    assert (mixed - dense).abs().max() > 1e-4 < (mixed - output(converted)).abs().max()
+    query, key, value = torch.randn(3, 2, 2, 71, 16).unbind()
+    layer = trainer.selection.layers[FLUX_LAYERS[0]]
+    trainer.selection.restore(dict.fromkeys(FLUX_LAYERS, 0.25))
+    layer.cell.layout = layout = dit_accel.TokenLayout((8, 8), before=7)
+    new = dit_accel.functional.gna_attention(query, key, value, layout, window=3)
+    expected = 0.25 * new + 0.75 * F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(layer(query, key, value), expected)
+
+
+def test_selection_losses_by_hand():
+    layers = {name: torch.nn.Module() for name in "abcd"}
+    selection = Selection(layers, 3, torch.device("cpu"))
+    assert selection.scores() == pytest.approx(dict.fromkeys("abcd", 0.1))
+    selection.restore({"a": 0.75, "b": 0.25, "c": 0.6, "d": 0.25})
+    found = selection.losses(0.5)  # alpha 11
+    assert found["count"].item() == (2 - 3) ** 2
+    assert found["binary"].item() == pytest.approx(4 - 3 * 0.5**11 - 0.2**11)
+    found["count"].backward()
+    assert all(float(layer.score.grad) == 2 * (2 - 3) for layer in layers.values())
+    assert selection.chosen() == ["a", "b", "c"]  # of the equal two the first
+    selection.remove()
+    assert not list(layers["a"].named_parameters())
+    assert [usual_number(layers) for layers in (1, 30, 40)] == [1, 16, 22]  # the paper's for Wan 1.3B and 14B
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_selection_ends_with_so_many_layers_and_saves_those_alone(pipelines, tmp_path, number):
+    trainer = train(make_trainer(pipelines["flux"], tmp_path, "linvideo", convert_layers=number, steps=2))
+    assert len(trainer.layers) == number and set(trainer.scores) == set(FLUX_LAYERS)
+    rest = [score for name, score in trainer.scores.items() if name not in trainer.layers]
+    assert min(trainer.scores[name] for name in trainer.layers) >= max(rest)
+    with safe_open(dit_accel.save_attention(trainer.pipe, tmp_path), "pt") as file:
+        own = [key for key in file.keys() if ".dit_accel." in key]  # noqa: SIM118
+    assert sorted(own) == sorted(f"transformer.{x}.dit_accel.{y}" for x in trainer.layers for y in ("bias", "weight"))
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    before = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
+    dit_accel.load_attention(pipe, tmp_path)
+    assert list(installed_layers(pipe.transformer)) == trainer.layers
+    batch = batch_of(trainer)
+    arguments = batch.conditions.arguments(batch.latents, trainer.process.timestep(batch.levels))
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.transformer(**arguments)[0], trainer.host(**arguments)[0])
+    dit_accel.reset_attn_processor(pipe)
+    assert all(x.equal(before[name]) for name, x in pipe.transformer.state_dict().items())
+
+
+class Scaled(torch.nn.Module):
+    """Predicts its input times a number."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, hidden_states, timestep, **_):
+        return (self.factor * hidden_states,)
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
+def test_the_gradient_of_distribution_matching_by_hand(kind):
+    """-(s - ŝ) dx̂/dû dû/dθ [LinVideo, eq. 12], with the scores of eq. 13 in flow matching."""
+    angle = torch.linspace(0.1, 1.4, 10)
+    curves = {} if kind == "flow" else {"keep": angle.cos(), "add": angle.sin()}
+    process = NoiseProcess(kind, 10, **curves)
+    student, teacher = Scaled(0.3), Scaled(0.8)
+    x, levels, later = torch.randn(3, 4, 5), torch.full((3,), 0.75), torch.full((3,), 0.35)
+    conditions = Conditions("hidden_states", (1, 4, 5), 1.0, {})
+    prediction = student(x, None)[0]
+    loss = matching_loss(student, teacher, process, conditions, x, prediction, levels, later)
+    loss.backward()
+    if kind == "flow":
+        step = -(0.75 - 0.35)  # dx̂/dû
+        sample = x + step * 0.3 * x
+        gap = -(1 - 0.35) / 0.35 * (0.8 - 0.3) * sample
+    else:
+        (keep, add), (keep2, add2) = ((float(angle[i].cos()), float(angle[i].sin())) for i in (7, 3))
+        if kind == "epsilon":
+            step = add2 - keep2 * add / keep
+            sample = keep2 / keep * x + step * 0.3 * x
+            gap = -(0.8 - 0.3) * sample / add2
+        else:  # keep · v + add · x is the noise, keep · x - add · v what is clean
+            step = add2 * keep - keep2 * add
+            sample = (keep2 * keep + add2 * add) * x + step * 0.3 * x
+            gap = -keep2 / add2 * (0.8 - 0.3) * sample
+    torch.testing.assert_close(student.factor.grad, (-gap * step * x).mean())
+    torch.testing.assert_close(loss.detach(), gap.square().mean() / 2)
+    assert teacher.factor.grad is None
+
+
+@pytest.mark.parametrize("which, epsilon", [("flux", False), ("sd", False), ("sd", True)])
+def test_a_step_along_the_trajectory_is_the_scheduler_s(pipelines, which, epsilon):
+    scheduler = DiffusionPipeline.from_pretrained(pipelines[which]).scheduler
+    if epsilon:
+        scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="epsilon")
+    process = noise_process(scheduler)
+    scheduler.set_timesteps(10)
+    x, prediction, i = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), 4
+    times = scheduler.timesteps[i : i + 2]
+    levels = scheduler.sigmas[i : i + 2] if which == "flux" else (times + 0.5) / 1000
+    ours = process.step(x, prediction, levels[:1].expand(2), levels[1:].expand(2))
+    torch.testing.assert_close(ours, scheduler.step(prediction, times[0], x)[0], rtol=1e-4, atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [process.draw_later(0.5, generator) for _ in range(200)]
+    assert 0.02 <= min(drawn) < 0.05 and 0.45 < max(drawn) <= 0.5 and process.draw_later(0.01, generator) == 0.01
+
+
+class Doubled(torch.nn.Module):
+    """Predicts noise and a variance, in twice the channels, as DiT does."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.tensor(shift))
+
+    def forward(self, hidden_states, timestep, **_):
+        return (torch.cat([hidden_states + self.shift, hidden_states * 2 - self.shift], 1),)
+
+
+def test_lit_also_matches_the_variance_of_models_that_predict_one():
+    batch = Batch(*torch.randn(2, 3, 4, 5), torch.rand(3), torch.zeros(3), Conditions("hidden_states", (), 1.0, {}))
+    stage, process = RECIPES["lit"].stages[0], NoiseProcess("flow", 1000)
+    parts = losses_of(stage, Doubled(0.5), Doubled(0.2), [], process, batch)
+    noisy, target = process.mix(batch.latents, batch.noise, batch.levels)
+    torch.testing.assert_close(parts["flow"], F.mse_loss(noisy + 0.5, target))
+    torch.testing.assert_close(parts["prediction"], torch.tensor(0.09))
+    torch.testing.assert_close(parts["variance"], torch.tensor(0.09))
+    assert [stage.weight(name) for name in parts] == [1, 0.5, 0.05]
+    assert "variance" not in losses_of(stage, Scaled(0.5), Scaled(0.2), [], process, batch)
+
+
+@pytest.mark.parametrize("recipe", ["attention-transfer", "linvideo"])
+def test_stopped_in_any_stage_it_ends_to_the_bit_where_an_undisturbed_run_ends(pipelines, tmp_path, recipe):
+    """Also right at the end of the first, before and after the layers are chosen."""
+    number = 2 if recipe == "linvideo" else None
+    whole = make_trainer(pipelines["flux"], tmp_path / "whole", recipe, convert_layers=number)
+
+    def keep(step):
+        (tmp_path / str(step)).mkdir()
+        if step < 6:
+            shutil.copy(tmp_path / "whole" / NAME, tmp_path / str(step))
+
+    train(whole, keep)
+    ends = torch.load(tmp_path / "whole" / NAME)["parameters"]
+    for step in (2, 3, 4):
+        trainer = make_trainer(pipelines["flux"], tmp_path / str(step), recipe, convert_layers=number)
+        said = io.StringIO()
+        trainer.resume(Console(file=said))
+        assert said.getvalue() == f"Going on from step {step}\n" and trainer.index == int(step > 3)
+        train(trainer)
+        assert trainer.history == whole.history and trainer.layers == whole.layers and trainer.scores == whole.scores
+        found = torch.load(tmp_path / str(step) / NAME)["parameters"]
+        assert found.keys() == ends.keys() and all(found[name].equal(x) for name, x in ends.items())
+
+
+def both(pipeline, out, batch):
+    """Losses of a run through all stages of two recipes, as JSON."""
+    told = {}
+    for recipe in ("attention-transfer", "linvideo"):
+        options = {"convert_layers": 4} if recipe == "linvideo" else {}
+        told[recipe] = train(make_trainer(pipeline, out / recipe, recipe, batch=batch, steps=4, **options)).history
+    return told
+
+
+def test_two_processes_are_one_with_twice_the_batch(pipelines, tmp_path):
+    command, started = [sys.executable, __file__, str(pipelines["flux"]), str(tmp_path / "two")], []
+    for rank in "01":
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519", "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env={**os.environ, **world}, stderr=subprocess.PIPE))
+    one = both(pipelines["flux"], tmp_path / "one", 2)
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    two = json.loads((tmp_path / "two.json").read_text())
+    for recipe in one:
+        for ours, theirs in zip(one[recipe], two[recipe], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
+
+
+def convert(pipelines, out, *more, which="flux", attn=SLA):
+    """Exit status of the command."""
+    given = ["convert", "--pipeline", str(pipelines[which]), "--attn", attn, "--out", str(out), "--data-free"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, "--device", "cpu", "--height", "32", "--width", "32", "--samples", "1", "--batch", "1", *more])
+    return stopped.value.code
+
+
+def test_the_command_tells_stages_and_layers(pipelines, tmp_path, capsys):
+    more = ("--recipe", "linvideo", "--convert-layers", "2", "--steps", "3")
+    assert convert(pipelines, tmp_path, *more) == 0
+    about = json.loads((tmp_path / "convert.json").read_text())
+    assert about["recipe"]["name"] == "linvideo" and len(about["layers"]) == 2 and len(about["scores"]) == 4
+    assert about["stages"] == [
+        {"name": "selection", "first_step": 1, "steps": 1, "train": "full", "lr": 1e-5},
+        {"name": "matching", "first_step": 2, "steps": 2, "train": "full", "lr": 1e-5},
+    ]
+    assert set(about["history"][0]) == {"loss", "matching", "count", "binary"}
+    assert "matching (2 of 2)" in capsys.readouterr().out
+    assert convert(pipelines, tmp_path, *more[:-1], "6") == 2  # stages would end elsewhere
+    assert "steps 3, now 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "which, attn, more, said",
+    [
+        ("flux", SLA, ("--recipe", "attention-transfer", "--train", "full"), "--train full cannot be given"),
+        ("flux", SLA, ("--recipe", "lit", "--convert-layers", "2"), "--recipe lit converts all"),
+        ("flux", SLA, ("--recipe", "linvideo", "--convert-layers", "5"), "the model has 4 self-attention layers"),
+        ("flux", SLA, ("--recipe", "linvideo", "--steps", "1"), "2 stages (selection, matching), and --steps 1"),
+        ("sd", "linfusion", ("--recipe", "linvideo"), "linfusion changes what query and key are made from"),
+        ("flux", "gna:window=3", ("--recipe", "lit", "--train", "new"), "--train new trains nothing"),
+    ],
+)
+def test_bad_combinations_are_told_before_any_work(pipelines, tmp_path, which, attn, more, said, capsys):
+    assert convert(pipelines, tmp_path, *more, which=which, attn=attn) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()
+
+
+if __name__ == "__main__":  # one of two processes
+    torch.set_num_threads(1)
+    found = both(Path(sys.argv[1]), Path(sys.argv[2]), 1)
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[2]).with_suffix(".json").write_text(json.dumps(found))

@@ -33,6 +33,10 @@ _RECIPE_HELP = (
     "distributions; trains all); lit (with distillation from the teacher's predictions; trains all); default that of "
     "the mechanism's paper, else sla."
 )
+_LR_HELP = (
+    "Learning rate, of the last stage where a recipe has several; those before keep their proportion to it; default "
+    "the recipe's."
+)
 _DATA_HELP = (
     "Pictures, for video pipelines clips, with captions: a folder of files with a .txt beside each or a "
     "metadata.jsonl; or a webdataset: a .tar, a folder of such, or a pattern as shards-{000..003}.tar."
@@ -160,8 +164,10 @@ def convert(
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the optimizer.")] = 1000,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a step and process.")] = 4,
     accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Batches whose gradients make a step.")] = 1,
-    lr: Annotated[float | None, typer.Option(metavar="RATE", help="Learning rate; default the recipe's.")] = None,
-    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Steps until the rate is reached.")] = 50,
+    lr: Annotated[float | None, typer.Option(metavar="RATE", help=_LR_HELP)] = None,
+    warmup: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Steps until the rate is reached, in each stage of the recipe.")
+    ] = 50,
     mixed_precision: Annotated[
         str | None, typer.Option(metavar="NAME", help="no, fp16 or bf16; default bf16 on a GPU, else no.")
     ] = None,

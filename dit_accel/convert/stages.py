@@ -69,10 +69,6 @@ class Plan:
     def needs_teacher(self) -> bool:
         return any(stage.needs_teacher for stage in self.recipe.stages)
 
-    def host_parameters(self, model: nn.Module) -> set[str]:
-        """Names of the pretrained parameters that some stage trains."""
-        return {name for part in self.parts for name in host_parameters(model, part.scope)}
-
 
 def check_request(request: Request, recipe: Recipe) -> None:
     """What can be told without the model.

@@ -148,7 +148,8 @@ class Trainer:
         try:
             while self.step < request.steps:
                 if self.step == self.part.end:
-                    self._enter(self.index + 1)
+                    with deferred():
+                        self._enter(self.index + 1)
                     progress.update(task, description=self._called())
                 losses = self._take(list(islice(drawn, request.accumulate)))
                 with deferred():  # a checkpoint holds whole steps

@@ -1,9 +1,9 @@
 """Recipes: what is minimised and what is trained, in which stages, each from its paper and named after it.
 
-What is not the papers': LinVideo's rate and that the whole model is trained, which the sources at hand do not tell; the
-end of its selection half way, the paper's scores being trained to the last step. LoLCATs' rates are those of the
-authors' configurations, which also have LoRA of rank 8. LiT draws the projections of its attention anew; ours are the
-host's, and inherited; its rate is that of the authors' text-to-image configuration.
+What is not the papers': LinVideo, known here from its abstract and others' notes, has its rate, the training of the
+whole model and the start of its scores from us; its selection ends half way, while the paper trains scores to the last
+step. LoLCATs' rates are those of the authors' configurations, which also have LoRA of rank 8. LiT draws the projections
+of its attention anew; ours are the host's, and inherited; its rate is that of the authors' text-to-image configuration.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ class Selection:
     def losses(self, done: float) -> dict[str, Tensor]:
         """What pulls the scores to the wanted number, and to 0 or 1; () float32 each.
 
-        count: ``(Σ round(r) - number)²``, eq. 9; the gradient goes through the rounding as if it were not there, which
-        the paper leaves open. binary: ``Σ 1 - |2r - 1|^α``, eq. 10; α falls linearly from 20, where all but the ends is
-        flat, to 2. done: 0 at the first step, 1 at the last.
+        count: ``(Σ round(r) - number)²``, eq. 9; the gradient goes through the rounding as if it were not there (ours:
+        no source at hand tells the paper's way). binary: ``Σ 1 - |2r - 1|^α``, eq. 10; α falls linearly from 20, where
+        all but the ends is flat, to 2. done: 0 at the first step, 1 at the last.
         """
         scores = self._stacked()
         rounded = scores + (scores.round() - scores).detach()

@@ -1,4 +1,8 @@
-"""Attention transfer: each converted layer is fed what the teacher's was fed. [LoLCATs, arXiv 2410.10254, eq. 4, 5]"""
+"""Attention transfer: each converted layer is fed what the teacher's was fed. [LoLCATs, arXiv 2410.10254]
+
+The mean over layers is that of the authors' trainer, which compares the heads' outputs. Here the modules' are compared,
+after their output projection: all that can be seen of a diffusers attention module from outside.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ BEGUN = time.monotonic()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline  # noqa: E402
+from diffusers import FluxPipeline, WanPipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dit_accel.demo.batches import SceneStream  # noqa: E402
@@ -35,9 +35,9 @@ from dit_accel.demo.build import (  # noqa: E402
     save_pipeline,
     smoke_config,
 )
-from dit_accel.demo.check import check_clip, check_picture  # noqa: E402
+from dit_accel.demo.judge import check_drawing, draw_scenes, held_out_scenes  # noqa: E402
 from dit_accel.demo.render import layout_scene, render  # noqa: E402
-from dit_accel.demo.scenes import Scene, altered_captions, caption, sample_scene  # noqa: E402
+from dit_accel.demo.scenes import Scene, altered_captions  # noqa: E402
 from dit_accel.demo.train_denoiser import train_denoiser  # noqa: E402
 from dit_accel.demo.train_text import train_text  # noqa: E402
 from dit_accel.demo.train_vae import clip_times, measure_psnr, train_vae  # noqa: E402
@@ -58,28 +58,11 @@ class Log:
             print(f"[{self.kind} {passed:6.1f} s] {text if isinstance(text, str) else text()}", flush=True)
 
 
-def held_out_scenes(count: int, clip: bool, seed: int = 0) -> list[Scene]:
-    """The first scenes of a fixed sequence that training never sees."""
-    rng = random.Random(seed)
-    return [sample_scene(rng, clip, held_out=True) for _ in range(count)]
-
-
 def render_scenes(scenes: list[Scene], config: Config, device: torch.device, seed: int = 0) -> torch.Tensor:
     rng = random.Random(seed)
     rows, backgrounds = zip(*(layout_scene(scene, rng) for scene in scenes), strict=True)
     moments = clip_times(config, device)
     return render(torch.tensor(rows).to(device), torch.tensor(backgrounds).to(device), config.size, moments)
-
-
-def draw_scenes(pipe: DiffusionPipeline, scenes: list[Scene], arguments: dict, batch: int, seed: int = 0) -> np.ndarray:
-    """Pictures (N, H, W, 3) or clips (N, T, H, W, 3) in 0…1, each of its own caption and seed."""
-    rng, drawn = random.Random(seed), []
-    for start in range(0, len(scenes), batch):
-        part = scenes[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        prompts = [caption(scene, rng) for scene in part]
-        drawn.append(np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments)[0]))
-    return np.concatenate(drawn)
 
 
 def evaluate(
@@ -94,12 +77,13 @@ def evaluate(
     log(f"autoencoder PSNR {np.mean(psnr):.1f} dB (lowest {min(psnr):.1f})", True)
     batch = 1 if device.type == "cpu" else 10 if clip else 25
     drawn = draw_scenes(pipe, scenes, call_defaults(config), batch, seed)
-    check = check_clip if clip else check_picture
-    verdicts = [check(each, scene) for each, scene in zip(drawn, scenes, strict=True)]
+    verdicts = [check_drawing(each, scene) for each, scene in zip(drawn, scenes, strict=True)]
     wrong = [(scene.key, verdict.problems) for scene, verdict in zip(scenes, verdicts, strict=True) if not verdict.ok]
     rng = random.Random(1)
     altered = [
-        check(each, text) for each, s in zip(drawn, scenes, strict=True) for text in altered_captions(s, rng).values()
+        check_drawing(each, text)
+        for each, s in zip(drawn, scenes, strict=True)
+        for text in altered_captions(s, rng).values()
     ]
     figures = {
         "captions": count,

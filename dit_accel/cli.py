@@ -179,6 +179,13 @@ def convert(
     sample_every: Annotated[
         int, typer.Option(metavar="N", min=0, help="Steps between pictures of student and teacher; 0 = none.")
     ] = 0,
+    report: Annotated[
+        int, typer.Option(metavar="N", min=0, help="New samples of the teacher on which both are compared at the end.")
+    ] = 8,
+    repository: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload the result, its card and report, there."),
+    ] = None,
     tracker: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where accelerate logs the losses: tensorboard, wandb, …")
     ] = None,
@@ -186,13 +193,16 @@ def convert(
 ) -> int:
     """Fine-tune a pipeline into a mechanism. Stopped at any time, the same command goes on from its last checkpoint.
 
-    Writes into the out folder: dit_accel.safetensors for load_attention, convert.json, samples/ and checkpoint.pt.
+    Writes into the out folder: dit_accel.safetensors for load_attention, README.md (a model card), report/ (of
+    evaluate), convert.json, samples/ and checkpoint.pt.
     """
     import torch
     from rich.console import Console
 
     from .attn_spec import parse_attention
     from .command import BadInput, Stopped
+    from .convert.card import check_hub
+    from .convert.finish import finish
     from .convert.recipes import RECIPES
     from .convert.request import TRAINABLE, Request
     from .convert.run import Diverged, run
@@ -211,6 +221,8 @@ def convert(
         precision = mixed_precision or ("bf16" if torch.cuda.is_available() and device != "cpu" else "no")
         if lr is not None and not 0 < lr < float("inf"):
             raise ValueError(f"--lr must be above 0, got {lr}")
+        if repository is not None:
+            check_hub(repository)
         if precision not in ("no", "fp16", "bf16"):
             raise ValueError(f"--mixed-precision takes no, fp16 or bf16, got {precision!r}")
     except ValueError as error:
@@ -219,8 +231,11 @@ def convert(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
         save_every, sample_every, tracker, convert_layers,
     )  # fmt: skip
+    console = Console()
     try:
-        return run(request, Console())
+        run(request, console)
+        finish(request, report, repository, console)
+        return 0
     except Stopped as stop:
         print(f"dit-accel: stopped by {stop}; the same command goes on", file=sys.stderr)
         return stop.status
@@ -231,10 +246,15 @@ def convert(
 
 @app.command()
 def evaluate(
-    attention: Annotated[
-        str, typer.Option(metavar="FOLDER", help="The student: what convert or save_attention wrote, or a hub id.")
-    ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")],
+    attention: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The student: what convert or save_attention wrote, or a hub id."),
+    ] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Or attention that was not trained, as for compare."),
+    ] = None,
     pipeline: Annotated[
         str | None,
         typer.Option(metavar="FOLDER_OR_HUB_ID", help="The teacher; default the embedded image pipeline."),
@@ -249,6 +269,10 @@ def evaluate(
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures or clips that the teacher draws.")] = 16,
     levels: Annotated[int, typer.Option(metavar="N", min=1, help="Noise levels, evenly from clean to noise.")] = 8,
     pictures: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts that both draw.")] = 2,
+    captions: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Held-out captions that both draw, checked; for the embedded pipelines."),
+    ] = 0,
     height: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
     width: Annotated[int | None, typer.Option(metavar="PIXELS", min=1)] = None,
     frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Length of a clip.")] = None,
@@ -263,21 +287,40 @@ def evaluate(
     """
     from rich.console import Console
 
+    from .attn_spec import parse_attention
     from .command import BadInput, Stopped
     from .convert.evaluate import evaluate as measure
 
     try:
+        if (attention is None) == (attn is None):
+            raise ValueError("give --attention with what convert wrote, or --attn with a mechanism")
+        student = attention if attn is None else parse_attention(attn)
+        assert student is not None
         source = _source(
             pipeline, video, data, data_free, prompts, samples, (height, width, frames), size or [], fps, seed, device,
             out,
         )  # fmt: skip
+        check = _prompt_check(source.pipeline) if captions else None
     except ValueError as error:
         raise BadInput(str(error)) from None
     try:
-        return measure(source, attention, levels, pictures, Console())
+        return measure(source, student, levels, pictures, Console(), check, captions)
     except Stopped as stop:
         print(f"dit-accel: stopped by {stop}; the samples are in {out}", file=sys.stderr)
         return stop.status
+
+
+def _prompt_check(pipeline: str) -> Any:
+    """Raises: ValueError: a pipeline that was not trained on the embedded ones' captions, or scipy is not installed."""
+    from importlib.util import find_spec
+
+    if not (Path(pipeline) / "training.json").is_file():
+        raise ValueError(f"--captions is for pipelines that dit_accel.demo.train_embedded wrote, got {pipeline}")
+    if find_spec("scipy") is None:
+        raise ValueError("--captions needs scipy: pip install 'dit-accel[train]'")
+    from .demo.judge import prompt_check
+
+    return prompt_check
 
 
 def _source(

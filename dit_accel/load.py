@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from .install import denoisers, install_processors, installation_of, installed_l
 from .intercept import MechanismLayer
 from .processor import PROCESSORS, AcceleratedAttnProcessor
 from .published import RELEASES, Plan, recognise
-from .save import FORMAT
+from .save import DOWN, FORMAT, UP
 from .weights import Weight, WeightsFile, find_weights, read_weights, shorten
 
 __all__ = ["LoadedAttention", "LoadedPart", "check_fit", "load_attention"]
@@ -145,8 +146,38 @@ def _own_plans(
         processors = {layer: _from_json(group, file.path) for group in entry["attention"] for layer in group["layers"]}
         prefix = f"{name}."
         weights = {key.removeprefix(prefix): x for key, x in file.weights.items() if key.startswith(prefix)}
-        plans[own] = Plan(processors, weights)
+        plans[own] = Plan(processors, _merged(models[own], weights, file.path))
     return plans
+
+
+def _merged(model: nn.Module, weights: dict[str, Weight], path: Path) -> dict[str, Weight]:
+    """A LoRA's two factors as the weight that they make of the pretrained one.
+
+    Raises: ValueError: one factor without the other, factors that do not go together, or a projection that is fused or
+        has an adapter around it.
+    """
+    names = [key.removesuffix(f".{DOWN}") for key in weights if key.endswith(f".{DOWN}")]
+    if names:
+        _check_host(model, path)
+    rest = {key: x for key, x in weights.items() if not key.endswith((f".{DOWN}", f".{UP}"))}
+    for name in names:
+        down, up = weights[f"{name}.{DOWN}"], weights.get(f"{name}.{UP}")
+        if up is None or len(up.shape) != 2 or len(down.shape) != 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{path}: the LoRA of {name} has factors {down.shape} and {'none' if up is None else up.shape}; "
+                "expected (r, in) and (out, r)"
+            )
+        key = f"{name}.weight"
+        rest[key] = Weight((up.shape[0], down.shape[1]), up.dtype, partial(_add_low_rank, model, key, down, up))
+    return rest
+
+
+def _add_low_rank(model: nn.Module, key: str, down: Weight, up: Weight) -> Tensor:
+    """The pretrained weight, whatever an earlier load has written over it, plus up @ down; float32."""
+    installation = installation_of(model)
+    kept = installation.overwritten if installation is not None else {}
+    pretrained = kept[key] if key in kept else model.get_parameter(key).detach().cpu()
+    return pretrained.float() + up.read().float() @ down.read().float()
 
 
 def _configuration(file: WeightsFile) -> dict[str, Any]:

@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import replacing
 from .install import denoisers, installation_of, installed_layers
 from .processor import AcceleratedAttnProcessor
 from .weights import FILE_NAME
 
-__all__ = ["FILE_NAME", "FORMAT", "save_attention"]
+__all__ = ["ADAPTER", "DOWN", "FILE_NAME", "FORMAT", "UP", "save_attention"]
 
 FORMAT = 1
+ADAPTER = "conversion"  # peft's name for a LoRA that belongs to the attention; others are the user's own
+DOWN, UP = "lora_A", "lora_B"  # (r, in) and (out, r): up @ down is added to a linear layer's weight
 
 
 def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write ``dit_accel.safetensors``: learned parameters, with the configuration as JSON in the file's metadata.
 
-    The file is written whole or not at all. Host weights that :func:`dit_accel.load_attention`
-    had overwritten are included.
+    The file is written whole or not at all. Included are host weights that :func:`dit_accel.load_attention` had
+    overwritten or ``dit-accel convert`` has trained, and the LoRA that it has trained, as its two factors.
 
     Args:
         pipe_or_model: pipeline or denoiser with an installed mechanism.
@@ -49,6 +51,7 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
         installation = installation_of(model)
         for key in installation.overwritten if installation else ():
             tensors[f"{component}.{key}"] = model.get_parameter(key).detach().cpu().contiguous()
+        tensors |= {f"{component}.{key}": value for key, value in _low_rank(model).items()}
         components[component] = {
             "class": type(model).__name__,
             "attention": [{**_to_json(processor), "layers": names} for processor, names in groups.items()],
@@ -62,6 +65,18 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
     with replacing(target) as temporary:
         save_file(tensors, temporary, metadata={"dit_accel": configuration})
     return target
+
+
+def _low_rank(model: nn.Module) -> dict[str, Tensor]:
+    """The conversion's LoRA, by the name of the linear layer."""
+    found = {}
+    for name, module in model.named_modules():
+        down = getattr(getattr(module, DOWN, None), "_modules", {}).get(ADAPTER)
+        if down is not None:
+            up: Any = module
+            found[f"{name}.{DOWN}"] = down.weight.detach().cpu().contiguous()
+            found[f"{name}.{UP}"] = (up.lora_B[ADAPTER].weight * up.scaling[ADAPTER]).detach().cpu().contiguous()
+    return found
 
 
 def _to_json(processor: AcceleratedAttnProcessor) -> dict[str, Any]:

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_pipelines import save_flux, save_sd, save_wan
 
 import dit_accel
@@ -24,7 +27,7 @@ from dit_accel.convert.samples import batches, read_sample
 
 COMMON = (
     "--device", "cpu", "--height", "32", "--width", "32", "--samples", "4", "--batch", "2", "--steps", "4",
-    "--save-every", "2", "--warmup", "2",
+    "--save-every", "2", "--warmup", "2", "--report", "0",
 )  # fmt: skip
 
 
@@ -125,25 +128,47 @@ def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which
     assert np.abs(picture[:, :wide] - picture[:, wide:]).max() > 1
 
 
-def test_lora_is_saved_apart_and_loaded_with_it(pipelines, tmp_path, capsys):
-    """The base weights stay; the adapter of the file is the trained one, and evaluate takes it into account."""
+def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path):
+    """Each weight is the pretrained one and the product, however often the file is loaded; taken off again it is the
+    pretrained one to the bit."""
     more = ("--train", "lora", "--rank", "2", "--lr", "0.05")
     assert convert(pipelines, tmp_path, *more, attn="sla:critical=0.3,block_q=8,block_kv=8") == 0
     trained = load_checkpoint(tmp_path)["parameters"]
     assert all(".lora_" in name or ".dit_accel." in name for name in trained) and len(trained) > 10
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
-    dit_accel.load_attention(pipe, tmp_path)
-    without = pipe.transformer.state_dict()
-    pipe.transformer.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
-    loaded = {name.replace(".default_0.", ".default."): x for name, x in pipe.transformer.named_parameters()}
-    assert all(torch.equal(loaded[name], x) for name, x in trained.items())
-    assert all(torch.equal(loaded.get(k, loaded.get(k.replace(".weight", ".base_layer.weight"))), x)
-               for k, x in without.items() if k.endswith("to_q.weight"))  # fmt: skip
-    assert evaluate(pipelines, tmp_path, tmp_path / "report", "--pictures", "0") == 0
-    with_lora = json.loads((tmp_path / "report/evaluate.json").read_text())["prediction_error"]
-    (tmp_path / "pytorch_lora_weights.safetensors").unlink()
-    assert evaluate(pipelines, tmp_path, tmp_path / "report", "--pictures", "0") == 0
-    assert json.loads((tmp_path / "report/evaluate.json").read_text())["prediction_error"] != with_lora
+    before = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
+    for _ in range(2):
+        report = dit_accel.load_attention(pipe, tmp_path)
+    changed = [
+        name for name, x in pipe.transformer.state_dict().items() if name in before and not x.equal(before[name])
+    ]
+    assert sorted(changed) == sorted(report.parts[0].overwritten) and len(changed) > 5
+    for name in changed:
+        down, up = (
+            trained[name.replace(".weight", f".lora_{x}.conversion.weight")] for x in ("A", "B")
+        )  # fmt: skip
+        assert torch.equal(pipe.transformer.get_parameter(name), before[name] + up @ down)
+    dit_accel.reset_attn_processor(pipe)
+    assert all(torch.equal(before[name], x) for name, x in pipe.transformer.state_dict().items())
+
+
+def test_a_lora_that_does_not_fit_is_refused(pipelines, tmp_path):
+    more = ("--train", "lora", "--rank", "2", "--steps", "1")
+    assert convert(pipelines, tmp_path, *more) == 0
+    file = tmp_path / "dit_accel.safetensors"
+    with safe_open(file, "pt") as held:
+        tensors, about = {key: held.get_tensor(key) for key in held.keys()}, held.metadata()  # noqa: SIM118
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    key = next(key for key in tensors if key.endswith("lora_B"))
+    assert tensors[key.replace("lora_B", "lora_A")].shape == (2, 32)
+    for changed in ({k: x for k, x in tensors.items() if k != key}, tensors | {key: torch.zeros(16, 3)}):
+        save_file(changed, file, about)
+        with pytest.raises(ValueError, match=r"the LoRA of .* has factors \(2, 32\) and (none|\(16, 3\)); expected"):
+            dit_accel.load_attention(pipe, tmp_path)
+    save_file(tensors, file, about)
+    pipe.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"unload or fuse the LoRA first"):
+        dit_accel.load_attention(pipe, tmp_path)
 
 
 def losses(out):
@@ -358,59 +383,3 @@ def test_another_request_does_not_go_on_with_a_folder(pipelines, drawn, tmp_path
     assert convert(pipelines, out, "--steps", "1") == 0
     assert convert(pipelines, out, "--steps", "1", "--lr", "1e-3") == 2
     assert "lr None, now 0.001" in capsys.readouterr().err
-
-
-def evaluate(pipelines, attention, out, *more, which="flux"):
-    given = ["evaluate", "--pipeline", str(pipelines[which]), "--attention", str(attention), "--out", str(out)]
-    given += ["--prompts", str(pipelines["prompts"]), "--data-free", "--height", "32", "--width", "32"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*given, "--device", "cpu", "--samples", "2", "--levels", "3", *more])
-    return stopped.value.code
-
-
-def test_a_student_that_is_its_teacher_has_lost_nothing(pipelines, tmp_path):
-    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
-    pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=8))
-    dit_accel.save_attention(pipe, tmp_path / "student")
-    assert evaluate(pipelines, tmp_path / "student", tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out/evaluate.json").read_text())
-    assert abs(found["flow_loss"]["student_over_teacher"] - 1) < 1e-6 and found["prediction_error"] < 1e-10
-    assert len(found["attention_error"]) == 4 and max(found["attention_error"].values()) < 1e-10
-    assert [picture["psnr"] for picture in found["pictures"]] == [None, None]  # equal
-    assert found["logit_fraction"] == 1.0
-
-
-@pytest.mark.parametrize("which", ["flux", "sd"])
-def test_what_was_lost_is_measured(pipelines, tmp_path, which):
-    """Against the same figures worked out here from the two models."""
-    pipe = DiffusionPipeline.from_pretrained(pipelines[which])
-    pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))
-    dit_accel.save_attention(pipe, tmp_path / "student")
-    assert evaluate(pipelines, tmp_path / "student", tmp_path / "out", "--pictures", "1", which=which) == 0
-    found = json.loads((tmp_path / "out/evaluate.json").read_text())
-    assert sorted(x.name for x in (tmp_path / "out").iterdir() if x.suffix == ".png") == [
-        "evaluate.png",
-        "picture-0.png",
-    ]
-    student = next(iter(dit_accel.install.denoisers(pipe).values()))
-    teacher = next(iter(dit_accel.install.denoisers(DiffusionPipeline.from_pretrained(pipelines[which])).values()))
-    process, errors, flows = noise_process(pipe.scheduler), [], []
-    for i in range(2):
-        sample = read_sample(tmp_path / f"out/samples/{i:06d}.safetensors")
-        noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(1_000_000 + i))
-        noisy, target = process.mix(sample.latents, noise, torch.tensor([0.5]))
-        arguments = sample.conditions.arguments(noisy, process.timestep(torch.tensor([0.5])))
-        with torch.no_grad():
-            ours, theirs = (model.eval()(**arguments)[0] for model in (student, teacher))
-        errors.append((ours - theirs).square().sum() / theirs.square().sum())
-        flows.append((ours - target).square().mean())
-    row = found["by_level"][1]
-    assert row["level"] == 0.5 and row["prediction_error"] > 1e-5
-    assert row["prediction_error"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
-    assert row["student"] == pytest.approx(float(torch.stack(flows).mean()), rel=1e-4)
-    assert 0 < found["logit_fraction"] < 1 and found["pictures"][0]["psnr"] > 0
-
-
-def test_a_student_that_does_not_fit_is_told(pipelines, tmp_path, capsys):
-    assert evaluate(pipelines, tmp_path / "nothing", tmp_path / "out", "--samples", "1") == 2
-    assert "no attention file" in capsys.readouterr().err

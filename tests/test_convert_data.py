@@ -57,7 +57,7 @@ def prompts(tmp_path_factory):
 def convert(pipeline, out, *more, attn="gna:window=2", command="convert"):
     """Exit status of the command."""
     given = [command, "--pipeline", str(pipeline), "--out", str(out), "--device", "cpu"]
-    given += ["--attn", attn, "--steps", "1", "--batch", "2"] if command == "convert" else []
+    given += ["--attn", attn, "--steps", "1", "--batch", "2", "--report", "0"] if command == "convert" else []
     with pytest.raises(SystemExit) as stopped:
         main([*given, *map(str, more)])
     return stopped.value.code

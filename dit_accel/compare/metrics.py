@@ -1,20 +1,24 @@
-"""How far a picture or clip is from another: PSNR, SSIM, and LPIPS where its weights are on this machine."""
+"""How far a picture or clip is from another: PSNR, SSIM, and LPIPS where its weights are on this machine; and how near
+to its prompt: CLIP score, likewise."""
 
 from __future__ import annotations
 
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-__all__ = ["compare_frames", "lpips_weights"]
+__all__ = ["clip_score", "clip_weights", "compare_frames", "lpips_weights"]
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 _SSIM_KERNEL = 11
+_CLIP = "openai/clip-vit-base-patch16"
 
 
 def compare_frames(frames: Frames, baseline: Frames) -> dict[str, float | None]:
@@ -46,6 +50,43 @@ def lpips_weights() -> Path | None:
         return None
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.DEFAULT.url).name
     return file if file.is_file() else None
+
+
+def clip_score(frames: Frames, prompt: str) -> float | None:
+    """100 times the cosine between prompt and picture in CLIP (ViT-B/16), averaged over the frames; None without its
+    weights. [CLIPScore, arXiv 2104.08718, w = 100]
+
+    Args:
+        frames: (T, H, W, 3) uint8.
+    """
+    folder = clip_weights()
+    if folder is None:
+        return None
+    model, processor = _clip_model(folder)  # torchmetrics' own does not run with transformers 5
+    pictures = [Image.fromarray(frame) for frame in frames]
+    given = processor(text=[prompt], images=pictures, return_tensors="pt", padding=True, truncation=True)
+    with torch.no_grad():
+        found = model(**given)
+    return 100 * max(0.0, float((found.image_embeds @ found.text_embeds[0]).mean()))
+
+
+@functools.lru_cache(maxsize=1)
+def _clip_model(folder: Path) -> tuple[Any, Any]:
+    from transformers import CLIPModel, CLIPProcessor
+
+    return CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+
+
+def clip_weights() -> Path | None:
+    """The folder where the Hugging Face hub's cache has CLIP ViT-B/16, if it has. Nothing is ever downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(_CLIP, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) else None
 
 
 def _to_tensor(frame: NDArray[np.uint8]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,35 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..attn_spec import AttentionSpec
 from ..command import BadInput
-from ..compare.metrics import compare_frames
+from ..compare.metrics import clip_score, compare_frames
 from ..describe import logit_fraction
 from ..files import replacing, write_json
-from ..install import installed_layers
+from ..install import installed_layers, reset_attn_processor, set_attn_processor
 from ..load import load_attention
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
-from .buckets import find_buckets
-from .lora import load_lora
+from .buckets import find_buckets, processor_for
 from .noise import NoiseProcess, noise_process
 from .objective import attention_outputs
 from .prepare import make_samples, only_denoiser, progress_bar
 from .request import Source
 from .samples import Sample
 
-__all__ = ["evaluate"]
+__all__ = ["Evaluation", "PromptCheck", "evaluate"]
+
+PromptCheck = Callable[[Any, dict[str, Any], int, Callable[[int], None]], list[bool]]  # see demo.judge.prompt_check
 
 FIGURES = (
     "flow_loss: mean squared error of the prediction (of noise - clean, noise or v, as the model was trained), one "
     "noise for both. prediction_error: squared distance of the student's prediction to the teacher's over the square "
     "of the teacher's. attention_error: the same of each attention module's output, each in its own model's forward. "
     "All are means over samples; by_level at each noise level (of flow matching sigma, else timestep over their "
-    "number). psnr, ssim, lpips: of the student's picture against the teacher's, same prompt and seed, 8 bits."
+    "number). psnr, ssim, lpips: of the student's picture against the teacher's, same prompt and seed, 8 bits. "
+    "clip_score: 100 times the cosine of prompt and picture, teacher's and student's. prompt_check: shares of held-out "
+    "captions that are drawn right, same captions and seeds; both: by both; points: student's less teacher's, in per "
+    "cent."
 )
 
 
@@ -56,64 +61,128 @@ class _Sums:
     count: int = 0
 
 
-def evaluate(source: Source, attention: str, levels: int, pictures: int, console: Console) -> int:
+class Evaluation:
+    """A teacher's side, made once: samples, its pictures, and which captions it draws right."""
+
+    def __init__(
+        self, source: Source, levels: int, pictures: int, console: Console, check: PromptCheck | None = None,
+        captions: int = 0,
+    ) -> None:  # fmt: skip
+        """Arguments as of :func:`evaluate`. Raises: BadInput: something that cannot be done."""
+        self.source, self.levels, self.console, self.check, self.captions = source, levels, console, check, captions
+        self.accelerator = Accelerator(cpu=source.device == "cpu")
+        self.pipe = load_pipeline(source.pipeline, torch.float32, self.accelerator.device)
+        try:
+            self.buckets = find_buckets(source, self.pipe)
+            self.call = self.buckets[0].call
+            self.process = noise_process(self.pipe.scheduler)
+            _, self.model = only_denoiser(self.pipe)
+            self.samples = make_samples(source, self.accelerator, self.pipe, self.model, self.buckets, console)
+        except (ValueError, TypeError) as error:
+            raise BadInput(str(error)) from error
+        self.prompts = source.prompts[:pictures]
+        self.drawn = [self._draw(i) for i in range(len(self.prompts))]
+        self.right = self._checked("teacher")
+        self.teacher = copy.deepcopy(self.model).eval()
+
+    def measure(self, student: str | AttentionSpec, out: Path) -> dict[str, Any]:
+        """What a student has lost; its pictures beside the teacher's go into ``out``. The pipeline is then the teacher
+        again.
+
+        Args: student: what ``load_attention`` takes, or attention that was not trained.
+        Raises: BadInput: it is not there, or does not fit.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            if isinstance(student, str):
+                load_attention(self.pipe, student)
+            else:
+                set_attn_processor(self.pipe, processor_for(student, self.buckets, self.console.print))
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise BadInput(str(error)) from error
+        try:
+            self.model.eval()
+            sums = _Sums(np.zeros(self.levels), np.zeros(self.levels), np.zeros(self.levels))
+            with progress_bar(self.console, self.accelerator) as progress:
+                task = progress.add_task("measuring", total=len(self.samples), told="")
+                for i, sample in enumerate(self.samples):
+                    seed, device = self.source.seed + i, self.accelerator.device
+                    _measure(sums, sample, self.teacher, self.model, self.process, seed, device)
+                    progress.advance(task)
+            report = {"attention": student if isinstance(student, str) else None, **_report(sums)}
+            report["pictures"] = [
+                _compare(out / f"picture-{i}.png", prompt, self.drawn[i], self._draw(i))
+                for i, prompt in enumerate(self.prompts)
+            ]
+            if self.right is not None:
+                report["prompt_check"] = _agreement(self.right, self._checked("student") or [])
+            layers = installed_layers(self.model)
+            report["mechanisms"] = sorted({str(layer.mechanism) for layer in layers.values()})
+            report["converted_layers"] = list(layers)
+            report["logit_fraction"] = logit_fraction(self.pipe)
+        finally:
+            reset_attn_processor(self.pipe)
+        return report
+
+    def about(self) -> dict[str, Any]:
+        """On what it was measured."""
+        source = self.source
+        return {
+            "pipeline": source.pipeline, "samples": len(self.samples),
+            "data": None if source.data is None else str(source.data), "seed": source.seed, "call": self.call,
+            "sizes": [str(bucket.size) for bucket in self.buckets],
+            "machine": about_machine(self.accelerator.device, torch.float32), "versions": about_versions(),
+            "figures": FIGURES,
+        }  # fmt: skip
+
+    def _draw(self, i: int) -> NDArray[np.uint8]:
+        """(T, H, W, 3), of the i-th prompt."""
+        generator = torch.Generator().manual_seed(self.source.seed + i)
+        with torch.no_grad():
+            drawn = self.pipe(prompt=self.prompts[i], generator=generator, output_type="np", **self.call)[0][0]
+        frames = drawn[None] if drawn.ndim == 3 else drawn
+        return (frames.clip(0, 1) * 255).round().astype(np.uint8)
+
+    def _checked(self, who: str) -> list[bool] | None:
+        if self.check is None or not self.captions:
+            return None
+        bfloat16 = torch.autocast("cuda", torch.bfloat16, enabled=self.accelerator.device.type == "cuda")
+        with progress_bar(self.console, self.accelerator) as progress, bfloat16:
+            task = progress.add_task(f"{who}'s captions", total=self.captions, told="")
+            return self.check(self.pipe, self.call, self.captions, lambda n: progress.advance(task, n))
+
+
+def evaluate(
+    source: Source, student: str | AttentionSpec, levels: int, pictures: int, console: Console,
+    check: PromptCheck | None = None, captions: int = 0,
+) -> int:  # fmt: skip
     """Measure, and write ``evaluate.json``, ``evaluate.png`` and pictures side by side into ``source.out``.
 
     Args:
         source: the teacher, and samples that were not trained on.
-        attention: what ``load_attention`` takes: a folder of ``convert``, a file, a hub id.
+        student: what ``load_attention`` takes (a folder of ``convert``, a file, a hub id), or attention not trained.
         levels: noise levels, evenly from clean to noise.
         pictures: so many of the prompts are drawn by both.
+        check: which of so many captions a pipeline draws right; of the language of the embedded ones.
+        captions: how many are drawn by both.
     Returns: exit status 0.
     Raises: BadInput: something that cannot be done.
     """
-    accelerator = Accelerator(cpu=source.device == "cpu")
-    pipe = load_pipeline(source.pipeline, torch.float32, accelerator.device)
-    try:
-        buckets = find_buckets(source, pipe)
-        call = buckets[0].call
-        process = noise_process(pipe.scheduler)
-        _, model = only_denoiser(pipe)
-        samples = make_samples(source, accelerator, pipe, model, buckets, console)
-        prompts = source.prompts[:pictures]
-        drawn = [_draw(pipe, call, prompt, source.seed + i) for i, prompt in enumerate(prompts)]
-        teacher = copy.deepcopy(model).eval()
-        load_attention(pipe, attention)
-        load_lora(model, Path(attention))
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise BadInput(str(error)) from error
-    model.eval()
-    sums = _Sums(np.zeros(levels), np.zeros(levels), np.zeros(levels))
-    with progress_bar(console, accelerator) as progress:
-        task = progress.add_task("measuring", total=len(samples), told="")
-        for i, sample in enumerate(samples):
-            _measure(sums, sample, teacher, model, process, source.seed + i, accelerator.device)
-            progress.advance(task)
-    report = _report(sums)
-    report["pictures"] = [
-        _compare(source.out / f"picture-{i}.png", prompt, drawn[i], _draw(pipe, call, prompt, source.seed + i))
-        for i, prompt in enumerate(prompts)
-    ]
-    about = {
-        "pipeline": source.pipeline, "attention": attention, "samples": len(samples),
-        "data": None if source.data is None else str(source.data), "seed": source.seed, "call": call,
-        "sizes": [str(bucket.size) for bucket in buckets],
-        "mechanisms": sorted({layer.mechanism.name for layer in installed_layers(model).values()}),
-        "logit_fraction": logit_fraction(pipe), "machine": about_machine(accelerator.device, torch.float32),
-        "versions": about_versions(), "figures": FIGURES,
-    }  # fmt: skip
-    write_json(source.out / "evaluate.json", {**about, **report})
+    evaluation = Evaluation(source, levels, pictures, console, check, captions)
+    report = evaluation.measure(student, source.out)
+    write_json(source.out / "evaluate.json", {**evaluation.about(), **report})
     _plot(report, source.out / "evaluate.png")
     _show(report, console)
     return 0
 
 
-def _draw(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> NDArray[np.uint8]:
-    """(T, H, W, 3)."""
-    with torch.no_grad():
-        drawn = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **call)[0][0]
-    frames = drawn[None] if drawn.ndim == 3 else drawn
-    return (frames.clip(0, 1) * 255).round().astype(np.uint8)
+def _agreement(teacher: list[bool], student: list[bool]) -> dict[str, Any]:
+    both = sum(a and b for a, b in zip(teacher, student, strict=True))
+    n = len(teacher)
+    return {
+        "captions": n, "teacher": sum(teacher) / n, "student": sum(student) / n, "both": both / n,
+        "points": 100 * (sum(student) - sum(teacher)) / n,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -173,7 +242,8 @@ def _compare(path: Path, prompt: str, teacher: NDArray[np.uint8], student: NDArr
     middle = len(teacher) // 2
     with replacing(path) as temporary:
         Image.fromarray(np.concatenate([teacher[middle], student[middle]], 1)).save(temporary)
-    return {"prompt": prompt, "file": path.name, **compare_frames(student, teacher)}
+    scores = {"teacher": clip_score(teacher, prompt), "student": clip_score(student, prompt)}
+    return {"prompt": prompt, "file": path.name, **compare_frames(student, teacher), "clip_score": scores}
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
@@ -204,6 +274,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
         ("flow loss, teacher", f"{flow['teacher']:.5f}"),
         ("flow loss, student", f"{flow['student']:.5f} ({100 * (flow['student_over_teacher'] - 1):+.2f} %)"),
         ("prediction error", f"{report['prediction_error']:.2e}"),
+        *_prompt_row(report.get("prompt_check")),
         ("attention error, mean and worst layer", f"{np.mean(errors):.2e}, {max(errors):.2e}"),
         *(
             (f"PSNR, SSIM: {row['prompt'][:50]}", f"{_figure(row['psnr'])} dB, {_figure(row['ssim'])}")
@@ -214,6 +285,13 @@ def _show(report: dict[str, Any], console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def _prompt_row(check: dict[str, Any] | None) -> Sequence[tuple[str, str]]:
+    if check is None:
+        return ()
+    shares = f"{check['teacher']:.1%}, {check['student']:.1%} ({check['points']:+.1f} points)"
+    return ((f"captions drawn right of {check['captions']:,}, teacher, student", shares),)
 
 
 def _figure(value: float | None) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["LORA_FILE", "add_lora", "load_lora", "require_peft", "save_lora"]
+from ..save import ADAPTER
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
+__all__ = ["add_lora", "require_peft"]
 
 
 def require_peft() -> None:
@@ -37,19 +34,5 @@ def add_lora(model: Any, layers: list[str], rank: int, seed: int) -> list[str]:
     ]
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the same in every process, and when a run goes on
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
     return [name for name, _ in model.named_parameters() if ".lora_" in name]
-
-
-def save_lora(model: Any, folder: Path) -> Path:
-    """Write the adapter as diffusers does, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model.save_lora_adapter(temporary, weight_name=LORA_FILE)
-        os.replace(Path(temporary) / LORA_FILE, folder / LORA_FILE)
-    return folder / LORA_FILE
-
-
-def load_lora(model: Any, folder: Path) -> None:
-    """Load the adapter that :func:`save_lora` wrote, if there is one."""
-    if (folder / LORA_FILE).is_file():
-        model.load_lora_adapter(folder, prefix=None, weight_name=LORA_FILE)

@@ -15,7 +15,6 @@ from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from ..save import save_attention
 from .buckets import find_buckets, processor_for
-from .lora import save_lora
 from .noise import noise_process
 from .pictures import Pictures
 from .prepare import make_samples, only_denoiser, progress_bar, put_away
@@ -77,8 +76,6 @@ def run(request: Request, console: Console) -> int:
     accelerator.end_training()
     if accelerator.is_main_process:
         path = save_attention(pipe, request.source.out)
-        if stages.needs_lora:
-            save_lora(model, request.source.out)
         _about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

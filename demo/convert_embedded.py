@@ -1,0 +1,169 @@
+"""Converts an embedded pipeline (or another of this language) into each mechanism, and measures what was lost.
+
+    python -m dit_accel.demo.convert_embedded image --out conversions/image
+    python -m dit_accel.demo.convert_embedded video --out conversions/video --only sla --only gna
+
+For each mechanism at a tenth of the logits: the loss on held-out scenes and the share of held-out captions drawn right,
+by the teacher, by the student before it is trained and after. Stopped, the same command goes on. ``quality.json`` and
+``quality.png`` (teacher, before, after) are written into the out folder, and for each mechanism a folder for
+``load_attention``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from dit_accel.attn_spec import parse_attention
+from dit_accel.convert.card import write_card
+from dit_accel.convert.evaluate import Evaluation
+from dit_accel.convert.request import Request, Source
+from dit_accel.convert.run import run
+from dit_accel.demo.judge import prompt_check
+from dit_accel.demo.write_scenes import write_scenes
+from dit_accel.embedded import IMAGE, VIDEO
+from dit_accel.files import replacing, write_json
+
+__all__ = ["MECHANISMS"]
+
+# about a tenth of the logits each: of 64×64 tokens beside 40 of text, and of 13×16×16
+MECHANISMS = {
+    "image": {
+        "sla": "sla:critical=0.08,block_q=64,block_kv=64",
+        "clear": "clear:radius=11",
+        "llsa": "llsa:block_size=16,topk=8,levels=2",
+        "gna": "gna:window=18x18",
+    },
+    "video": {
+        "sla": "sla:critical=0.1,block_q=64,block_kv=64",
+        "clear": "clear:radius=5",
+        "llsa": "llsa:block_size=16,topk=8,levels=2",
+        "gna": "gna:window=5x8x8",
+    },
+}
+LEVELS = 8
+HELD_OUT_SEED = 20261125
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=tuple(MECHANISMS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pipeline", type=Path, help="default the embedded one")
+    parser.add_argument("--only", action="append", choices=tuple(MECHANISMS["image"]), help="of the mechanisms")
+    parser.add_argument("--recipe", default="clear")
+    parser.add_argument("--train", default="lora")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--scenes", type=int, default=2000, help="to train on")
+    parser.add_argument("--held-out", type=int, default=64, help="scenes for the loss")
+    parser.add_argument("--captions", type=int, default=1000, help="to draw and check")
+    parser.add_argument("--pictures", type=int, default=4, help="to show")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--device", choices=("cpu",))
+    convert_all(parser.parse_args())
+
+
+def convert_all(args: argparse.Namespace) -> None:
+    console, embedded = Console(), VIDEO if args.kind == "video" else IMAGE
+    clip = args.kind == "video"
+    pipeline = args.pipeline or embedded.folder
+    size = json.loads((pipeline / "defaults.json").read_text())["height"]
+    for name, count, seed in (("scenes", args.scenes, args.seed), ("held-out", args.held_out, HELD_OUT_SEED)):
+        folder = args.out / name
+        if not (folder / "metadata.jsonl").is_file():
+            write_scenes(folder, count, clip, seed, name == "held-out", size, os.cpu_count() or 1)
+    source = Source(
+        str(pipeline), args.out / "scenes", embedded.prompts, args.scenes, None, None, None, (), None, args.seed,
+        args.device, args.out,
+    )  # fmt: skip
+    held_out = replace(source, data=args.out / "held-out", seed=HELD_OUT_SEED, out=args.out / "teacher")
+    held_out.out.mkdir(exist_ok=True)
+    chosen = args.only or list(MECHANISMS[args.kind])
+    for name in chosen:
+        folder = args.out / name
+        folder.mkdir(exist_ok=True)
+        if not (folder / "samples").exists():
+            (args.out / "samples").mkdir(exist_ok=True)
+            (folder / "samples").symlink_to(Path("..") / "samples")  # the same for all
+        run(_request(args, replace(source, out=folder), MECHANISMS[args.kind][name]), console)
+    evaluation = Evaluation(held_out, LEVELS, args.pictures, console, prompt_check, args.captions)
+    for name in chosen:
+        row = args.out / name / "quality.json"
+        if row.is_file():
+            continue
+        text, folder = MECHANISMS[args.kind][name], args.out / name
+        before = evaluation.measure(parse_attention(text), folder / "before")
+        after = evaluation.measure(str(folder), folder / "report")
+        write_json(folder / "report/evaluate.json", {**evaluation.about(), **after})
+        write_card(folder)
+        told = json.loads((folder / "convert.json").read_text())
+        made = {
+            "mechanism": name, "attention": text, "before": before, "after": after, "steps": told["steps"],
+            "trained_parameters": told["trained_parameters"], "last_losses": told["history"][-1],
+            "bytes": (folder / "dit_accel.safetensors").stat().st_size,
+        }  # fmt: skip
+        write_json(row, made)
+        console.print(_line(made), highlight=False, soft_wrap=True)
+    done = [name for name in MECHANISMS[args.kind] if (args.out / name / "quality.json").is_file()]
+    rows = [json.loads((args.out / name / "quality.json").read_text()) for name in done]
+    write_json(args.out / "quality.json", {
+        "kind": "quality", "command": ["python -m dit_accel.demo.convert_embedded", *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **evaluation.about(), "rows": rows,
+    })  # fmt: skip
+    _picture(args.out, done, args.pictures)
+
+
+def _request(args: argparse.Namespace, source: Source, attention: str) -> Request:
+    return Request(
+        source=source, attention=parse_attention(attention), recipe=args.recipe, train=args.train, rank=args.rank,
+        steps=args.steps, batch=args.batch, accumulate=1, lr=args.lr, warmup=min(50, args.steps // 4),
+        mixed_precision=args.mixed_precision, gradient_checkpointing=False, save_every=200, sample_every=0,
+        tracker=None,
+    )  # fmt: skip
+
+
+def _line(row: dict[str, Any]) -> str:
+    def side(report: dict[str, Any]) -> str:
+        check = report.get("prompt_check")
+        captions = "" if check is None else f", captions {check['points']:+.1f} points"
+        return f"loss {100 * (report['flow_loss']['student_over_teacher'] - 1):+.1f} %{captions}"
+
+    return (
+        f"{row['attention']}, {row['after']['logit_fraction']:.1%} of the logits: before {side(row['before'])}; after "
+        f"{side(row['after'])}; {row['bytes']:,} bytes"
+    )
+
+
+def _picture(out: Path, names: list[str], pictures: int) -> None:
+    """A row a prompt: the teacher's, then each mechanism before and after training."""
+    rows = []
+    for i in range(pictures):
+        tiles: list[np.ndarray] = []
+        for name in names:
+            for side in ("before", "report"):
+                both = np.asarray(Image.open(out / name / side / f"picture-{i}.png").convert("RGB"))
+                half = both.shape[1] // 2
+                tiles += [both[:, half:]] if tiles else [both[:, :half], both[:, half:]]
+        rows.append(np.concatenate(tiles, 1))
+    if rows:
+        with replacing(out / "quality.png") as temporary:
+            sheet = Image.fromarray(np.concatenate(rows))
+            sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(temporary)
+
+
+if __name__ == "__main__":
+    main()

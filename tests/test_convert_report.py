@@ -1,0 +1,256 @@
+"""What a conversion has lost: evaluate, the report at the end, the model card, and the hub."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from tiny_pipelines import save_flux, save_sd
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+import dit_accel
+from dit_accel.attn_spec import parse_attention
+from dit_accel.cli import main
+from dit_accel.compare import metrics
+from dit_accel.convert import card, finish
+from dit_accel.convert.evaluate import Evaluation
+from dit_accel.convert.noise import noise_process
+from dit_accel.convert.request import Source
+from dit_accel.convert.samples import read_sample
+from dit_accel.demo.vocabulary import build_clip_tokenizer
+from dit_accel.embedded import IMAGE
+from dit_accel.install import installed_layers
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    words = folder / "prompts.txt"
+    words.write_text("a red circle\n\na green square moving\n")
+    return {"flux": save_flux(folder / "flux"), "sd": save_sd(folder / "sd"), "prompts": words}
+
+
+def run(*given):
+    """Exit status of the command."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(x) for x in given])
+    return stopped.value.code
+
+
+SMALL = ("--data-free", "--height", "32", "--width", "32", "--device", "cpu")
+
+
+def convert(pipelines, out, *more):
+    given = ("--pipeline", pipelines["flux"], "--prompts", pipelines["prompts"], "--attn", "gna:window=3", "--out", out)
+    few = ("--samples", 2, "--batch", 1, "--steps", 2, "--warmup", 1)
+    return run("convert", *given, *SMALL, *few, *more)
+
+
+def evaluate(pipelines, attention, out, *more, which="flux"):
+    given = ("--pipeline", pipelines[which], "--prompts", pipelines["prompts"], "--out", out)
+    given += () if attention is None else ("--attention", attention)
+    return run("evaluate", *given, *SMALL, "--samples", 2, "--levels", 3, *more)
+
+
+def test_a_student_that_is_its_teacher_has_lost_nothing(pipelines, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=8))
+    dit_accel.save_attention(pipe, tmp_path / "student")
+    assert evaluate(pipelines, tmp_path / "student", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out/evaluate.json").read_text())
+    assert abs(found["flow_loss"]["student_over_teacher"] - 1) < 1e-6 and found["prediction_error"] < 1e-10
+    assert len(found["attention_error"]) == 4 and max(found["attention_error"].values()) < 1e-10
+    assert [picture["psnr"] for picture in found["pictures"]] == [None, None]  # equal
+    assert found["logit_fraction"] == 1.0
+
+
+@pytest.mark.parametrize("which", ["flux", "sd"])
+def test_what_was_lost_is_measured(pipelines, tmp_path, which):
+    """Against the same figures worked out here from the two models."""
+    pipe = DiffusionPipeline.from_pretrained(pipelines[which])
+    pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))
+    dit_accel.save_attention(pipe, tmp_path / "student")
+    assert evaluate(pipelines, tmp_path / "student", tmp_path / "out", "--pictures", "1", which=which) == 0
+    found = json.loads((tmp_path / "out/evaluate.json").read_text())
+    assert sorted(x.name for x in (tmp_path / "out").iterdir() if x.suffix == ".png") == [
+        "evaluate.png",
+        "picture-0.png",
+    ]
+    student = next(iter(dit_accel.install.denoisers(pipe).values()))
+    teacher = next(iter(dit_accel.install.denoisers(DiffusionPipeline.from_pretrained(pipelines[which])).values()))
+    process, errors, flows = noise_process(pipe.scheduler), [], []
+    for i in range(2):
+        sample = read_sample(tmp_path / f"out/samples/{i:06d}.safetensors")
+        noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(1_000_000 + i))
+        noisy, target = process.mix(sample.latents, noise, torch.tensor([0.5]))
+        arguments = sample.conditions.arguments(noisy, process.timestep(torch.tensor([0.5])))
+        with torch.no_grad():
+            ours, theirs = (model.eval()(**arguments)[0] for model in (student, teacher))
+        errors.append((ours - theirs).square().sum() / theirs.square().sum())
+        flows.append((ours - target).square().mean())
+    row = found["by_level"][1]
+    assert row["level"] == 0.5 and row["prediction_error"] > 1e-5
+    assert row["prediction_error"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
+    assert row["student"] == pytest.approx(float(torch.stack(flows).mean()), rel=1e-4)
+    assert 0 < found["logit_fraction"] < 1 and found["pictures"][0]["psnr"] > 0
+
+
+def test_a_student_that_does_not_fit_is_told(pipelines, tmp_path, capsys):
+    assert evaluate(pipelines, tmp_path / "nothing", tmp_path / "out", "--samples", "1") == 2
+    assert "no attention file" in capsys.readouterr().err
+
+
+def test_attention_that_was_not_trained_is_measured_as_the_saved_one(pipelines, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))
+    dit_accel.save_attention(pipe, tmp_path / "student")
+    assert evaluate(pipelines, tmp_path / "student", tmp_path / "saved", "--pictures", "0") == 0
+    assert evaluate(pipelines, None, tmp_path / "named", "--pictures", "0", "--attn", "gna:window=2") == 0
+    saved, named = (json.loads((tmp_path / x / "evaluate.json").read_text()) for x in ("saved", "named"))
+    assert saved["by_level"] == named["by_level"] and saved["attention_error"] == named["attention_error"]
+    assert saved["mechanisms"] == named["mechanisms"] == [str(dit_accel.GNAAttnProcessor(window=2))]
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ((), "give --attention with what convert wrote, or --attn"),
+        (("--attn", "gna:window=2", "--attention", "x"), "give --attention with what convert wrote, or --attn"),
+        (("--attn", "gnu"), "unknown attention 'gnu'"),
+        (("--attn", "gna:window=2", "--captions", "3"), "--captions is for pipelines that"),
+    ],
+)
+def test_a_student_that_is_not_clear_is_refused(pipelines, tmp_path, capsys, more, told):
+    assert evaluate(pipelines, None, tmp_path / "out", *more) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out/samples").exists()
+
+
+def test_captions_are_drawn_by_the_teacher_and_by_each_student(pipelines, tmp_path):
+    """The check is asked once for the teacher and once for each student, on the pipeline as it is then."""
+    asked = []
+
+    def check(pipe, call, count, note):
+        asked.append(len(installed_layers(pipe.transformer)))
+        note(count)
+        return [True, True, False, True] if len(asked) == 1 else [True, False, True, False]
+
+    source = Source(
+        str(pipelines["flux"]), None, ("a red circle",), 1, 32, 32, None, (), None, 7, "cpu", tmp_path / "teacher"
+    )
+    source.out.mkdir()
+    evaluation = Evaluation(source, 2, 0, Console(quiet=True), check, 4)
+    before = {name: x.clone() for name, x in evaluation.model.state_dict().items()}
+    reports = [evaluation.measure(parse_attention(x), tmp_path / x[:3]) for x in ("gna:window=3", "clear:radius=2")]
+    assert asked == [0, 4, 4]
+    assert all(torch.equal(before[name], x) for name, x in evaluation.model.state_dict().items())
+    wanted = {"captions": 4, "teacher": 0.75, "student": 0.5, "both": 0.25, "points": -25.0}
+    assert [report["prompt_check"] for report in reports] == [wanted, wanted]
+    assert reports[0]["prediction_error"] != reports[1]["prediction_error"]
+
+
+def test_the_card_tells_what_was_done_and_what_was_lost(pipelines, tmp_path):
+    out = tmp_path / "my-gna"
+    assert convert(pipelines, out, "--report", "2") == 0
+    report = json.loads((out / "report/evaluate.json").read_text())
+    assert report["samples"] == 2 and report["seed"] == 1_000_000 and len(report["pictures"]) == 2
+    text = (out / "README.md").read_text()
+    front = text.split("---")[1]
+    assert "library_name: diffusers" in front and "- gna" in front and "base_model" not in front  # a folder of mine
+    loss = report["flow_loss"]
+    for told in (
+        "gna (window=3)", 'dit_accel.load_attention(pipe, "my-gna")', "SLA, arXiv 2509.24006", "2 samples that the",
+        f"{loss['teacher']:.5f}", f"{loss['student']:.5f}", "report/picture-1.png", "2 of 1 × 1 × 1 samples",
+    ):  # fmt: skip
+        assert told in text, told
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    dit_accel.load_attention(pipe, out)  # with all that lies beside it
+    assert convert(pipelines, out, "--report", "0") == 0  # once more: nothing is left to train, the report stays
+    assert (out / "README.md").read_text() == text
+
+
+class Hub:
+    """Notes what would be uploaded."""
+
+    def __init__(self, known=True):
+        self.known, self.calls = known, []
+
+    def whoami(self):
+        if not self.known:
+            raise OSError("no token")
+
+    def create_repo(self, name, **options):
+        self.calls.append((name, options))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, **options):
+        self.calls.append(options)
+
+
+def test_what_goes_to_the_hub(pipelines, tmp_path, monkeypatch, capsys):
+    hub = Hub()
+    monkeypatch.setattr(card, "HfApi", lambda: hub)
+    assert convert(pipelines, tmp_path, "--report", "1", "--push-to-hub", "me/mine") == 0
+    (name, options), upload = hub.calls
+    assert name == "me/mine" and options == {"private": True, "exist_ok": True}
+    assert upload["repo_id"] == "me/mine" and upload["folder_path"] == tmp_path
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = [x.relative_to(tmp_path).as_posix() for x in tmp_path.rglob("*") if x.is_file()]
+    sent = sorted(filter_repo_objects(names, allow_patterns=upload["allow_patterns"]))
+    assert sent == [
+        "README.md", "convert.json", "dit_accel.safetensors", "report/evaluate.json", "report/evaluate.png",
+        "report/picture-0.png", "report/picture-1.png",
+    ]  # fmt: skip
+    assert "Uploaded to https://hub/me/mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, known, told", [("mine", True, "takes owner/name"), ("me/mine", False, "run: hf auth login")]
+)
+def test_a_hub_that_cannot_be_had_is_told_before_any_work(pipelines, tmp_path, monkeypatch, capsys, name, known, told):
+    monkeypatch.setattr(card, "HfApi", lambda: Hub(known))
+    assert convert(pipelines, tmp_path / "out", "--push-to-hub", name) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out/samples").exists()
+
+
+def test_the_other_processes_leave_the_report_to_the_first(monkeypatch):
+    monkeypatch.setattr(finish, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    finish.finish(None, 8, None, None)
+
+
+def test_clip_score_is_the_cosine_where_the_weights_are(tmp_path, monkeypatch):
+    """With a tiny CLIP in place of the hub's cache; without one, None."""
+    frames = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
+    assert metrics.clip_score(frames, "a red circle") is None
+    tokenizer = build_clip_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    model = CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    square = {"height": 32, "width": 32}
+    processor = CLIPProcessor(CLIPImageProcessor(size=square, crop_size=square), tokenizer)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr(metrics, "clip_weights", lambda: tmp_path)
+    given = processor(
+        text=["a red circle"] * 2, images=[torch.from_numpy(x).permute(2, 0, 1) for x in frames], return_tensors="pt",
+        padding=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        outputs = model(**given)
+    wanted = 100 * (outputs.image_embeds * outputs.text_embeds).sum(-1).mean().clamp(min=0)
+    assert metrics.clip_score(frames, "a red circle") == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_captions_need_the_embedded_language():
+    from dit_accel.cli import _prompt_check
+
+    assert callable(_prompt_check(str(IMAGE.folder)))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tiny_pipelines import save_flux, save_sd, save_wan
 import dit_accel
 from dit_accel.attn_spec import parse_attention
 from dit_accel.cli import main
+from dit_accel.command import BadInput
 from dit_accel.convert.capture import Conditions, capture
 from dit_accel.convert.checkpoint import NAME
 from dit_accel.convert.matching import matching_loss
@@ -29,6 +31,7 @@ from dit_accel.convert.noise import NoiseProcess, noise_process
 from dit_accel.convert.objective import Batch, losses_of
 from dit_accel.convert.recipes import RECIPES
 from dit_accel.convert.request import Request, Source
+from dit_accel.convert.run import run
 from dit_accel.convert.samples import Sample
 from dit_accel.convert.selection import Selection, usual_number
 from dit_accel.convert.stages import plan
@@ -54,6 +57,14 @@ class Drawn(list):
         return [0] * len(self)
 
 
+def make_request(pipeline, out, recipe, attn=SLA, **asked):
+    """Six steps, two samples each."""
+    source = Source(str(pipeline), None, ("a red circle",), 2, 32, 32, None, (), None, 0, "cpu", out)
+    options = {"train": None, "rank": 2, "steps": 6, "batch": 2, "accumulate": 1, "lr": None, "warmup": 0}
+    options |= {"mixed_precision": "no", "gradient_checkpointing": False, "save_every": 1, "sample_every": 0}
+    return Request(source, parse_attention(attn), recipe, tracker=None, **(options | asked))
+
+
 def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
     """A Trainer on two samples of noise under two prompts."""
     pipe = DiffusionPipeline.from_pretrained(pipeline)
@@ -65,10 +76,7 @@ def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
     for prompt in ("a red circle", "a green square"):
         conditions = capture(pipe, model, {**call, "prompt": prompt})
         samples.append(Sample(torch.randn(conditions.shape, generator=generator), conditions))
-    source = Source(str(pipeline), None, (), 2, 32, 32, None, (), None, 0, "cpu", out)
-    options = {"train": None, "rank": 2, "steps": 6, "batch": 2, "accumulate": 1, "lr": None, "warmup": 0}
-    options |= {"mixed_precision": "no", "gradient_checkpointing": False, "save_every": 1, "sample_every": 0}
-    request = Request(source, parse_attention(attn), recipe, tracker=None, **(options | asked))
+    request = make_request(pipeline, out, recipe, attn, **asked)
     processor = request.attention.processor((8, 8))
     stages = plan(request, RECIPES[recipe], model, processor)
     accelerator = Accelerator(cpu=True)
@@ -96,7 +104,7 @@ def always_the_same_batch(trainer):
         ("sd", "attention-transfer", "gna:window=3", {"epsilon": True}),  # adds no parameters
         ("wan", "linvideo", SLA, {"convert_layers": 2, "lr": 1e-3, "steps": 12}),
         ("sd", "linvideo", SLA, {"epsilon": True, "convert_layers": 3, "steps": 12, "gradient_checkpointing": True}),
-        ("flux", "lit", SLA, {"lr": 1e-3, "accumulate": 2}),
+        ("flux", "lit", "clear:radius=2", {"lr": 1e-3, "accumulate": 2}),
         ("sd", "lit", "linfusion", {"lr": 1e-3}),
     ],
 )
@@ -306,21 +314,21 @@ def test_lit_also_matches_the_variance_of_models_that_predict_one():
 @pytest.mark.parametrize("recipe", ["attention-transfer", "linvideo"])
 def test_stopped_in_any_stage_it_ends_to_the_bit_where_an_undisturbed_run_ends(pipelines, tmp_path, recipe):
     """Also right at the end of the first, before and after the layers are chosen."""
-    number = 2 if recipe == "linvideo" else None
-    whole = make_trainer(pipelines["flux"], tmp_path / "whole", recipe, convert_layers=number)
+    attn, number = ("gna:window=3", 2) if recipe == "linvideo" else (SLA, None)
+    whole = make_trainer(pipelines["flux"], tmp_path / "whole", recipe, attn, convert_layers=number, steps=4)
 
     def keep(step):
         (tmp_path / str(step)).mkdir()
-        if step < 6:
+        if step < 4:
             shutil.copy(tmp_path / "whole" / NAME, tmp_path / str(step))
 
     train(whole, keep)
     ends = torch.load(tmp_path / "whole" / NAME)["parameters"]
-    for step in (2, 3, 4):
-        trainer = make_trainer(pipelines["flux"], tmp_path / str(step), recipe, convert_layers=number)
+    for step in (1, 2, 3):
+        trainer = make_trainer(pipelines["flux"], tmp_path / str(step), recipe, attn, convert_layers=number, steps=4)
         said = io.StringIO()
         trainer.resume(Console(file=said))
-        assert said.getvalue() == f"Going on from step {step}\n" and trainer.index == int(step > 3)
+        assert said.getvalue() == f"Going on from step {step}\n" and trainer.index == int(step > 2)
         train(trainer)
         assert trainer.history == whole.history and trainer.layers == whole.layers and trainer.scores == whole.scores
         found = torch.load(tmp_path / str(step) / NAME)["parameters"]
@@ -331,7 +339,7 @@ def both(pipeline, out, batch):
     """Losses of a run through all stages of two recipes, as JSON."""
     told = {}
     for recipe in ("attention-transfer", "linvideo"):
-        options = {"convert_layers": 4} if recipe == "linvideo" else {}
+        options = {"convert_layers": 4, "attn": "gna:window=3"} if recipe == "linvideo" else {}
         told[recipe] = train(make_trainer(pipeline, out / recipe, recipe, batch=batch, steps=4, **options)).history
     return told
 
@@ -352,17 +360,9 @@ def test_two_processes_are_one_with_twice_the_batch(pipelines, tmp_path):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
 
 
-def convert(pipelines, out, *more, which="flux", attn=SLA):
-    """Exit status of the command."""
-    given = ["convert", "--pipeline", str(pipelines[which]), "--attn", attn, "--out", str(out), "--data-free"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*given, "--device", "cpu", "--height", "32", "--width", "32", "--samples", "1", "--batch", "1", *more])
-    return stopped.value.code
-
-
-def test_the_command_tells_stages_and_layers(pipelines, tmp_path, capsys):
-    more = ("--recipe", "linvideo", "--convert-layers", "2", "--steps", "3")
-    assert convert(pipelines, tmp_path, *more) == 0
+def test_a_run_tells_stages_and_layers(pipelines, tmp_path):
+    request, said = make_request(pipelines["flux"], tmp_path, "linvideo", steps=3, convert_layers=2), io.StringIO()
+    assert run(request, Console(file=said, width=200, force_terminal=True)) == 0
     about = json.loads((tmp_path / "convert.json").read_text())
     assert about["recipe"]["name"] == "linvideo" and len(about["layers"]) == 2 and len(about["scores"]) == 4
     assert about["stages"] == [
@@ -370,9 +370,17 @@ def test_the_command_tells_stages_and_layers(pipelines, tmp_path, capsys):
         {"name": "matching", "first_step": 2, "steps": 2, "train": "full", "lr": 1e-5},
     ]
     assert set(about["history"][0]) == {"loss", "matching", "count", "binary"}
-    assert "matching (2 of 2)" in capsys.readouterr().out
-    assert convert(pipelines, tmp_path, *more[:-1], "6") == 2  # stages would end elsewhere
-    assert "steps 3, now 6" in capsys.readouterr().err
+    assert "selection (1 of 2)" in said.getvalue() and "matching (2 of 2)" in said.getvalue()
+    with pytest.raises(BadInput, match="steps 3, now 6"):  # stages would end elsewhere
+        run(replace(request, steps=6), Console(file=said))
+
+
+def convert(pipelines, out, *more, which, attn):
+    """Exit status of the command."""
+    given = ["convert", "--pipeline", str(pipelines[which]), "--attn", attn, "--out", str(out), "--data-free"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, "--device", "cpu", "--height", "32", "--width", "32", *more])
+    return stopped.value.code
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,8 @@ from .latents import encode
 from .media import Unreadable, read_clip, read_picture
 
 __all__ = ["Sample", "SampleCache", "Samples", "batches", "read_sample"]
+
+_READERS = 4  # files that are read at a time
 
 
 @dataclass
@@ -74,13 +78,13 @@ class SampleCache:
         Raises: ValueError: none can.
         """
         made, read = [], 0
-        for example in data:
+        for example, pending in self._read_ahead(data, fps):
             read += 1
-            path, origin = self._path(example.number), {"name": example.name, "caption": example.caption}
+            path = self._path(example.number)
             try:
-                if not self._there(path, origin):
-                    bucket, pixels = self._read(example, fps)
-                    self._write(path, bucket, origin, partial(encode, self.pipe, pixels))
+                if pending is not None:
+                    bucket, pixels = pending.result()
+                    self._write(path, bucket, _origin(example), partial(encode, self.pipe, pixels))
                 made.append(path)
             except Unreadable as error:
                 self.skipped[example.name] = str(error)
@@ -106,6 +110,19 @@ class SampleCache:
             made.append(path)
             note()
         return made
+
+    def _read_ahead(
+        self, data: Folder | Shards, fps: float | None
+    ) -> Iterator[tuple[Example, Future[tuple[Bucket, Tensor]] | None]]:
+        """Examples in order; those whose sample is not there yet are read while others are being encoded."""
+        waiting: deque[tuple[Example, Future[tuple[Bucket, Tensor]] | None]] = deque()
+        with ThreadPoolExecutor(_READERS) as pool:
+            for example in data:
+                there = self._there(self._path(example.number), _origin(example))
+                waiting.append((example, None if there else pool.submit(self._read, example, fps)))
+                if len(waiting) > 2 * _READERS:
+                    yield waiting.popleft()
+            yield from waiting
 
     def _read(self, example: Example, fps: float | None) -> tuple[Bucket, Tensor]:
         if self.buckets[0].size.frames is None:
@@ -143,6 +160,10 @@ class SampleCache:
         }  # fmt: skip
         with replacing(path) as temporary:
             save_file({k: x.contiguous() for k, x in tensors.items()}, temporary, {"sample": json.dumps(about)})
+
+
+def _origin(example: Example) -> dict[str, str]:
+    return {"name": example.name, "caption": example.caption}
 
 
 def _about(path: Path) -> dict[str, Any]:

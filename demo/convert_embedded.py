@@ -100,7 +100,9 @@ def convert_all(args: argparse.Namespace) -> None:
             (args.out / "samples").mkdir(exist_ok=True)
             (folder / "samples").symlink_to(Path("..") / "samples")  # the same for all
         run(_request(args, replace(source, out=folder), MECHANISMS[args.kind][name]), console)
-    evaluation = Evaluation(held_out, LEVELS, args.pictures, console, prompt_check, args.captions)
+    evaluation = Evaluation(
+        held_out, LEVELS, args.pictures, console, prompt_check, args.captions, args.mixed_precision
+    )  # fmt: skip
     for name in chosen:
         row = args.out / name / "quality.json"
         if row.is_file():
@@ -132,7 +134,7 @@ def _request(args: argparse.Namespace, source: Source, attention: str) -> Reques
         source=source, attention=parse_attention(attention), recipe=args.recipe, train=args.train, rank=args.rank,
         steps=args.steps, batch=args.batch, accumulate=1, lr=args.lr, warmup=min(50, args.steps // 4),
         mixed_precision=args.mixed_precision, gradient_checkpointing=False, save_every=200, sample_every=0,
-        tracker=None,
+        tracker=None, schedule="cosine",
     )  # fmt: skip
 
 

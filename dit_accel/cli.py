@@ -41,6 +41,7 @@ _DATA_HELP = (
     "Pictures, for video pipelines clips, with captions: a folder of files with a .txt beside each or a "
     "metadata.jsonl; or a webdataset: a .tar, a folder of such, or a pattern as shards-{000..003}.tar."
 )
+_PRECISION_HELP = "no, fp16 or bf16; default bf16 on a GPU, else no."
 _SIZE_HELP = (
     "A size to train on, as 512x768 or for clips 480x832x81; repeatable: each picture or clip goes to the one whose "
     "proportions are nearest. Instead of --height, --width and --frames."
@@ -168,9 +169,10 @@ def convert(
     warmup: Annotated[
         int, typer.Option(metavar="N", min=0, help="Steps until the rate is reached, in each stage of the recipe.")
     ] = 50,
-    mixed_precision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="no, fp16 or bf16; default bf16 on a GPU, else no.")
-    ] = None,
+    schedule: Annotated[
+        str, typer.Option("--lr-schedule", metavar="NAME", help="After the warm-up: constant, or cosine, down to 0.")
+    ] = "constant",
+    mixed_precision: Annotated[str | None, typer.Option(metavar="NAME", help=_PRECISION_HELP)] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -196,7 +198,6 @@ def convert(
     Writes into the out folder: dit_accel.safetensors for load_attention, README.md (a model card), report/ (of
     evaluate), convert.json, samples/ and checkpoint.pt.
     """
-    import torch
     from rich.console import Console
 
     from .attn_spec import parse_attention
@@ -204,7 +205,7 @@ def convert(
     from .convert.card import check_hub
     from .convert.finish import finish
     from .convert.recipes import RECIPES
-    from .convert.request import TRAINABLE, Request
+    from .convert.request import SCHEDULES, TRAINABLE, Request
     from .convert.run import Diverged, run
 
     try:
@@ -218,18 +219,18 @@ def convert(
             raise ValueError(f"unknown recipe {recipe!r}; there are: {', '.join(RECIPES)}")
         if train is not None and train not in TRAINABLE:
             raise ValueError(f"--train takes {', '.join(TRAINABLE)}, got {train!r}")
-        precision = mixed_precision or ("bf16" if torch.cuda.is_available() and device != "cpu" else "no")
+        precision = _precision(mixed_precision, device)
+        if schedule not in SCHEDULES:
+            raise ValueError(f"--lr-schedule takes {' or '.join(SCHEDULES)}, got {schedule!r}")
         if lr is not None and not 0 < lr < float("inf"):
             raise ValueError(f"--lr must be above 0, got {lr}")
         if repository is not None:
             check_hub(repository)
-        if precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"--mixed-precision takes no, fp16 or bf16, got {precision!r}")
     except ValueError as error:
         raise BadInput(str(error)) from None
     request = Request(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
-        save_every, sample_every, tracker, convert_layers,
+        save_every, sample_every, tracker, convert_layers, schedule,
     )  # fmt: skip
     console = Console()
     try:
@@ -278,6 +279,7 @@ def evaluate(
     frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Length of a clip.")] = None,
     size: Annotated[list[str] | None, typer.Option(metavar="HxW[xFRAMES]", help=_SIZE_HELP)] = None,
     fps: Annotated[float | None, typer.Option(metavar="RATE", help=_FPS_HELP)] = None,
+    mixed_precision: Annotated[str | None, typer.Option(metavar="NAME", help=_PRECISION_HELP)] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Another than that of the training.")] = 1_000_000,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu; default what accelerate finds.")] = None,
 ) -> int:
@@ -301,13 +303,24 @@ def evaluate(
             out,
         )  # fmt: skip
         check = _prompt_check(source.pipeline) if captions else None
+        precision = _precision(mixed_precision, device)
     except ValueError as error:
         raise BadInput(str(error)) from None
     try:
-        return measure(source, student, levels, pictures, Console(), check, captions)
+        return measure(source, student, levels, pictures, Console(), check, captions, precision)
     except Stopped as stop:
         print(f"dit-accel: stopped by {stop}; the samples are in {out}", file=sys.stderr)
         return stop.status
+
+
+def _precision(asked: str | None, device: str | None) -> str:
+    """Raises: ValueError: one that accelerate does not know."""
+    import torch
+
+    precision = asked or ("bf16" if torch.cuda.is_available() and device != "cpu" else "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"--mixed-precision takes no, fp16 or bf16, got {precision!r}")
+    return precision
 
 
 def _prompt_check(pipeline: str) -> Any:

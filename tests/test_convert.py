@@ -21,6 +21,7 @@ from tiny_pipelines import save_flux, save_sd, save_wan
 import dit_accel
 from dit_accel.cli import main
 from dit_accel.convert import run as convert_run
+from dit_accel.convert import trainer
 from dit_accel.convert.checkpoint import load_checkpoint
 from dit_accel.convert.noise import noise_process
 from dit_accel.convert.samples import batches, read_sample
@@ -169,6 +170,20 @@ def test_a_lora_that_does_not_fit_is_refused(pipelines, tmp_path):
     pipe.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"unload or fuse the LoRA first"):
         dit_accel.load_attention(pipe, tmp_path)
+
+
+def test_a_cosine_ends_at_no_rate_and_a_file_is_told_how_far_it_is(pipelines, drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "_SPEAK_EVERY", 0.0)
+    out = link_samples(drawn, tmp_path / "o")
+    assert convert(pipelines, out, "--lr-schedule", "cosine", "--steps", "4", "--save-every", "3") == 0
+    third, last = (torch.load(out / f"checkpoint{x}.pt") for x in (".previous", ""))
+    assert (third["step"], last["step"]) == (3, 4)
+    assert all(torch.equal(x, last["parameters"][name]) for name, x in third["parameters"].items())
+    assert "step 2 of 4: loss " in capsys.readouterr().out
+    assert convert(pipelines, out, "--lr-schedule", "cosine", "--steps", "6") == 2  # its end was known
+    assert "holds another conversion (steps 4, now 6" in capsys.readouterr().err
+    assert convert(pipelines, tmp_path / "p", "--lr-schedule", "linear") == 2
+    assert "--lr-schedule takes constant or cosine, got 'linear'" in capsys.readouterr().err
 
 
 def losses(out):

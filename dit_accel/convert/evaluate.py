@@ -66,11 +66,11 @@ class Evaluation:
 
     def __init__(
         self, source: Source, levels: int, pictures: int, console: Console, check: PromptCheck | None = None,
-        captions: int = 0,
+        captions: int = 0, mixed_precision: str = "no",
     ) -> None:  # fmt: skip
         """Arguments as of :func:`evaluate`. Raises: BadInput: something that cannot be done."""
         self.source, self.levels, self.console, self.check, self.captions = source, levels, console, check, captions
-        self.accelerator = Accelerator(cpu=source.device == "cpu")
+        self.accelerator = Accelerator(cpu=source.device == "cpu", mixed_precision=mixed_precision)
         self.pipe = load_pipeline(source.pipeline, torch.float32, self.accelerator.device)
         try:
             self.buckets = find_buckets(source, self.pipe)
@@ -107,7 +107,8 @@ class Evaluation:
                 task = progress.add_task("measuring", total=len(self.samples), told="")
                 for i, sample in enumerate(self.samples):
                     seed, device = self.source.seed + i, self.accelerator.device
-                    _measure(sums, sample, self.teacher, self.model, self.process, seed, device)
+                    with self.accelerator.autocast():
+                        _measure(sums, sample, self.teacher, self.model, self.process, seed, device)
                     progress.advance(task)
             report = {"attention": student if isinstance(student, str) else None, **_report(sums)}
             report["pictures"] = [
@@ -131,6 +132,7 @@ class Evaluation:
             "pipeline": source.pipeline, "samples": len(self.samples),
             "data": None if source.data is None else str(source.data), "seed": source.seed, "call": self.call,
             "sizes": [str(bucket.size) for bucket in self.buckets],
+            "mixed_precision": self.accelerator.mixed_precision,
             "machine": about_machine(self.accelerator.device, torch.float32), "versions": about_versions(),
             "figures": FIGURES,
         }  # fmt: skip
@@ -138,7 +140,7 @@ class Evaluation:
     def _draw(self, i: int) -> NDArray[np.uint8]:
         """(T, H, W, 3), of the i-th prompt."""
         generator = torch.Generator().manual_seed(self.source.seed + i)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             drawn = self.pipe(prompt=self.prompts[i], generator=generator, output_type="np", **self.call)[0][0]
         frames = drawn[None] if drawn.ndim == 3 else drawn
         return (frames.clip(0, 1) * 255).round().astype(np.uint8)
@@ -146,15 +148,14 @@ class Evaluation:
     def _checked(self, who: str) -> list[bool] | None:
         if self.check is None or not self.captions:
             return None
-        bfloat16 = torch.autocast("cuda", torch.bfloat16, enabled=self.accelerator.device.type == "cuda")
-        with progress_bar(self.console, self.accelerator) as progress, bfloat16:
+        with progress_bar(self.console, self.accelerator) as progress, self.accelerator.autocast():
             task = progress.add_task(f"{who}'s captions", total=self.captions, told="")
             return self.check(self.pipe, self.call, self.captions, lambda n: progress.advance(task, n))
 
 
 def evaluate(
     source: Source, student: str | AttentionSpec, levels: int, pictures: int, console: Console,
-    check: PromptCheck | None = None, captions: int = 0,
+    check: PromptCheck | None = None, captions: int = 0, mixed_precision: str = "no",
 ) -> int:  # fmt: skip
     """Measure, and write ``evaluate.json``, ``evaluate.png`` and pictures side by side into ``source.out``.
 
@@ -165,10 +166,11 @@ def evaluate(
         pictures: so many of the prompts are drawn by both.
         check: which of so many captions a pipeline draws right; of the language of the embedded ones.
         captions: how many are drawn by both.
+        mixed_precision: of both: "no", "fp16" or "bf16".
     Returns: exit status 0.
     Raises: BadInput: something that cannot be done.
     """
-    evaluation = Evaluation(source, levels, pictures, console, check, captions)
+    evaluation = Evaluation(source, levels, pictures, console, check, captions, mixed_precision)
     report = evaluation.measure(student, source.out)
     write_json(source.out / "evaluate.json", {**evaluation.about(), **report})
     _plot(report, source.out / "evaluate.png")

@@ -10,9 +10,10 @@ from ..attn_spec import AttentionSpec
 from ..compare.sizes import Size
 from .recipes import RECIPES
 
-__all__ = ["TRAINABLE", "Request", "Source"]
+__all__ = ["SCHEDULES", "TRAINABLE", "Request", "Source"]
 
 TRAINABLE = ("new", "attention", "lora", "full")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Source:
 @dataclass(frozen=True)
 class Request:
     """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA.
-    convert_layers: so many layers are chosen; None = the recipe's number."""
+    convert_layers: so many layers are chosen; None = the recipe's number. schedule: of the learning rate after its
+    warm-up, in each stage: "cosine" ends at 0."""
 
     source: Source
     attention: AttentionSpec
@@ -57,6 +59,7 @@ class Request:
     sample_every: int
     tracker: str | None
     convert_layers: int | None = None
+    schedule: str = "constant"
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
@@ -64,7 +67,7 @@ class Request:
         fixed |= fixed.pop("source")
         for free in ("out", "save_every", "sample_every", "tracker", "device"):
             del fixed[free]
-        if len(RECIPES[self.recipe].stages) == 1:  # else they say where stages end
+        if len(RECIPES[self.recipe].stages) == 1 and self.schedule == "constant":  # else the end is known beforehand
             del fixed["steps"]
         fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}
         return {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in fixed.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,6 +30,9 @@ from .stages import Part, Plan, host_parameters
 from .transfer import TeacherForced
 
 __all__ = ["Diverged", "Trainer"]
+
+
+_SPEAK_EVERY = 20.0  # seconds between lines, where the progress bar is not seen: in a file
 
 
 class Diverged(RuntimeError):
@@ -144,6 +148,7 @@ class Trainer:
         order = batches(self.kinds, request.batch * world, request.source.seed)
         drawn = islice(order, self.step * request.accumulate, None)
         first, began = self.step, time.perf_counter()
+        spoken = began
         task = progress.add_task(self._called(), total=request.steps, completed=self.step, told="")
         try:
             while self.step < request.steps:
@@ -163,6 +168,11 @@ class Trainer:
                 told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
                 told += f", {(self.step - first) / (time.perf_counter() - began):.2f} steps/s"
                 progress.update(task, advance=1, told=told)
+                if not progress.console.is_terminal and time.perf_counter() - spoken >= _SPEAK_EVERY:
+                    spoken = time.perf_counter()
+                    progress.console.print(
+                        f"step {self.step} of {request.steps}: {told}", highlight=False, soft_wrap=True
+                    )
                 if self.step % request.save_every == 0 and self.step < request.steps:
                     self.save()
                 after(self.step)
@@ -180,9 +190,11 @@ class Trainer:
     def _take(self, micro_batches: list[list[int]]) -> dict[str, float]:
         """The gradients of one step over so many batches. Returns: mean losses over all processes."""
         accelerator = self.accelerator
-        warm = min(1.0, (self.step - self.part.first + 1) / max(1, self.request.warmup))
+        ramp = min(1.0, (self.step - self.part.first + 1) / max(1, self.request.warmup))
+        if self.request.schedule == "cosine":
+            ramp *= 0.5 * (1 + math.cos(math.pi * self.part.done(self.step)))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * warm
+            group["lr"] = rate * ramp
         total: dict[str, Tensor] = {}
         for i, batch in enumerate(micro_batches):
             place = self.step * len(micro_batches) + i

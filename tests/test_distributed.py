@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import TINY
 
 STEPS = """
-import os, sys
+import sys
 import torch
 import torch.nn.functional as F
 from torch import distributed
@@ -21,65 +20,59 @@ from test_families import NARROW
 from tiny import TINY
 import dit_accel
 
-family, name, wrapper, folder = sys.argv[1:]
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+family, name, folder, rank = *sys.argv[1:4], int(sys.argv[4])
 torch.set_num_threads(1)
-if world > 1:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/{wrapper}", rank=rank, world_size=world)
-model = TINY[family]().train()
-model.set_attn_processor(NARROW[name])
-model.enable_gradient_checkpointing()
-for module in model.modules():
-    if hasattr(module, "dit_accel"):  # as after some training: at zero much has no gradient
-        for i, parameter in enumerate(module.dit_accel.parameters()):
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
-wrapped = model
-if world > 1 and wrapper == "ddp":
-    wrapped = DistributedDataParallel(model)
-elif world > 1:
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+for wrapper in ("alone", "ddp", "fsdp"):
+    torch.manual_seed(0)
+    model = TINY[family]().train()
+    model.set_attn_processor(NARROW[name])
+    model.enable_gradient_checkpointing()
     for module in model.modules():
-        if type(module).__name__ == TINY[family].block:
-            fully_shard(module)
-    wrapped = fully_shard(model)
-optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
-for step in range(2):
-    torch.manual_seed(step)
-    inputs = TINY[family].inputs(TINY[family].size, batch=2)
-    target = torch.randn_like(inputs["hidden_states"])
-    own = slice(None) if world == 1 else slice(rank, rank + 1)
-    mine = {k: v[own] if v.shape[0] == 2 and "ids" not in k else v for k, v in inputs.items()}
-    loss = F.mse_loss(wrapped(**mine, return_dict=False)[0], target[own])
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
-if rank == 0:
-    torch.save(state, f"{folder}/{wrapper}-{world}.pt")
+        if hasattr(module, "dit_accel"):  # as after some training: at zero much has no gradient
+            for i, parameter in enumerate(module.dit_accel.parameters()):
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
+    if rank == 0 and wrapper == "alone":
+        torch.save(model.state_dict(), f"{folder}/start.pt")
+    wrapped = model
+    if wrapper == "ddp":
+        wrapped = DistributedDataParallel(model)
+    elif wrapper == "fsdp":
+        for module in model.modules():
+            if type(module).__name__ == TINY[family].block:
+                fully_shard(module)
+        wrapped = fully_shard(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    for step in range(2):
+        torch.manual_seed(step)
+        inputs = TINY[family].inputs(TINY[family].size, batch=2)
+        target = torch.randn_like(inputs["hidden_states"])
+        own = slice(None) if wrapper == "alone" else slice(rank, rank + 1)
+        mine = {k: v[own] if v.shape[0] == 2 and "ids" not in k else v for k, v in inputs.items()}
+        loss = F.mse_loss(wrapped(**mine, return_dict=False)[0], target[own])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
+    if rank == 0:
+        torch.save(state, f"{folder}/{wrapper}.pt")
 """
 
 
-def train(family, name, wrapper, folder, world):
-    """Two steps, in processes of their own."""
+def test_two_processes_train_as_one_with_both_samples(tmp_path):
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", STEPS, family, name, wrapper, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", STEPS, "wan", "sla", str(tmp_path)]
     running = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
     for process in running:
         _, told = process.communicate(timeout=240)
         assert process.returncode == 0, told[-3000:]
-    return torch.load(folder / f"{wrapper}-{world}.pt", weights_only=True)
-
-
-def test_two_processes_train_as_one_with_both_samples(tmp_path):
-    one = train("wan", "sla", "ddp", tmp_path, 1)
-    start = TINY["wan"]().state_dict()
+    start, one, *two = (torch.load(tmp_path / f"{x}.pt") for x in ("start", "alone", "ddp", "fsdp"))
     assert any("dit_accel" in key for key in one)
-    assert all(not torch.equal(x, start[key]) for key, x in one.items() if key in start and x.is_floating_point())
-    for wrapper in ("ddp", "fsdp"):
-        two = train("wan", "sla", wrapper, tmp_path, 2)
+    assert all(not torch.equal(x, start[key]) for key, x in one.items() if x.is_floating_point())
+    for state in two:
         for key, x in one.items():
-            torch.testing.assert_close(two[key], x, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(state[key], x, atol=1e-6, rtol=1e-5)

@@ -198,14 +198,31 @@ def test_selection_losses_by_hand():
     assert selection.scores() == pytest.approx(dict.fromkeys("abcd", 0.1))
     selection.restore({"a": 0.75, "b": 0.25, "c": 0.6, "d": 0.25})
     found = selection.losses(0.5)  # alpha 11
-    assert found["count"].item() == (2 - 3) ** 2
+    assert found["count"].item() == pytest.approx((1.85 - 3) ** 2)
     assert found["binary"].item() == pytest.approx(4 - 3 * 0.5**11 - 0.2**11)
     found["count"].backward()
-    assert all(float(layer.score.grad) == 2 * (2 - 3) for layer in layers.values())
+    assert [layer.score.grad.item() for layer in layers.values()] == pytest.approx([2 * (1.85 - 3)] * 4)
     assert selection.chosen() == ["a", "b", "c"]  # of the equal two the first
     selection.remove()
     assert not list(layers["a"].named_parameters())
     assert [usual_number(layers) for layers in (1, 30, 40)] == [1, 16, 22]  # the paper's for Wan 1.3B and 14B
+
+
+def test_scores_end_at_0_or_1_and_the_layers_that_cost_least_are_chosen():
+    """Even where the costs are small beside the two losses' weights."""
+    layers, steps = {str(i): torch.nn.Module() for i in range(8)}, 300
+    selection, costs = Selection(layers, 3, torch.device("cpu")), torch.tensor([4, 7, 1, 8, 5, 2, 6, 3]) * 1e-3
+    optimizer = torch.optim.AdamW([selection.optimizer_group(steps)])
+    for step in range(steps):
+        parts = selection.losses(step / (steps - 1))
+        scores = torch.stack([layer.score for layer in layers.values()])
+        (0.01 * (parts["count"] + parts["binary"]) + (costs * scores.square()).sum()).backward()
+        optimizer.step()
+        selection.clamp()
+        optimizer.zero_grad()
+    assert selection.chosen() == ["2", "5", "7"]
+    ends = selection.scores()
+    assert all(abs(ends[name] - (name in selection.chosen())) < 0.05 for name in layers)
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -56,17 +56,23 @@ class Selection:
     def losses(self, done: float) -> dict[str, Tensor]:
         """What pulls the scores to the wanted number, and to 0 or 1; () float32 each.
 
-        count: ``(Σ round(r) - number)²``, eq. 9; the gradient goes through the rounding as if it were not there (ours:
-        no source at hand tells the paper's way). binary: ``Σ 1 - |2r - 1|^α``, eq. 10; α falls linearly from 20, where
-        all but the ends is flat, to 2. done: 0 at the first step, 1 at the last.
+        count: ``(Σ r - number)²``; the paper's eq. 9 rounds r in it, and no source at hand tells what gradient goes
+        through that: with the rounding's left out, scores ended near 1/2, all alike, where losses differ little between
+        layers. binary: ``Σ 1 - |2r - 1|^α``, eq. 10; α falls linearly from 20, where all but the ends is flat, to 2.
+        done: 0 at the first step, 1 at the last.
         """
         scores = self._stacked()
-        rounded = scores + (scores.round() - scores).detach()
         alpha = ALPHA[0] + (ALPHA[1] - ALPHA[0]) * done
         return {
-            "count": (rounded.sum() - self.number).square(),
+            "count": (scores.sum() - self.number).square(),
             "binary": (1 - (2 * scores - 1).abs().pow(alpha)).sum(),
         }
+
+    def optimizer_group(self, steps: int) -> dict[str, Any]:
+        """Of AdamW, for so many steps: scores have [0, 1] to cross some ten times and not to decay. Their short memory
+        forgets the strong pull to the wanted number at first, beside which the later one to 0 or 1 would be nothing."""
+        scores = [layer.get_parameter("score") for layer in self.layers.values()]
+        return {"params": scores, "lr": min(0.1, 10 / steps), "weight_decay": 0.0, "betas": (0.9, 0.95)}
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -73,6 +73,7 @@ class Trainer:
     index: int  # of the stage
     model: Any  # what the stage calls, as accelerate has wrapped it
     optimizer: Any
+    rates: list[float]  # of its groups, once warm
     parameters: dict[str, nn.Parameter]  # that the stage trains
     learned: set[str]  # names of those that any stage so far has trained
     selection: Selection | None  # while layers are chosen
@@ -109,16 +110,15 @@ class Trainer:
         keep_layers(self.host, self.layers)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; scores, which have [0, 1] to cross and not to decay, have a rate of their own, and a shorter memory of
-        the strong pull to the wanted number at first, beside which the later one to 0 or 1 would be nothing."""
-        scores = [p for name, p in self.parameters.items() if self.selection is not None and name.endswith(".score")]
-        rest = [p for p in self.parameters.values() if all(p is not score for score in scores)]
-        groups: list[dict[str, Any]] = [{"params": rest}]
-        self.rates = [self.part.lr]
-        if scores:
-            groups.append({"params": scores, "weight_decay": 0.0, "betas": (0.9, 0.99)})
-            self.rates.append(min(0.1, 5 / (self.part.end - self.part.first)))
-        return torch.optim.AdamW(groups, lr=self.part.lr)
+        """AdamW; scores have a group of their own."""
+        groups: list[dict[str, Any]] = [{"params": list(self.parameters.values())}]
+        if self.selection is not None:
+            groups.append(self.selection.optimizer_group(self.part.end - self.part.first))
+            ours = set(map(id, groups[1]["params"]))
+            groups[0]["params"] = [p for p in self.parameters.values() if id(p) not in ours]
+        optimizer = torch.optim.AdamW(groups, lr=self.part.lr)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
 
     def resume(self, console: Console) -> None:
         """Go on from the checkpoint, if there is one."""

@@ -274,10 +274,12 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, config: Config) -> int:
+def save_pipeline(
+    pipe: DiffusionPipeline, folder: str | Path, config: Config, max_bytes: int | None = MAX_BYTES
+) -> int:
     """Writes the pipeline in half precision, whole or not at all, and returns its bytes.
 
-    Raises: ValueError: it would take more than 8 MiB.
+    Raises: ValueError: it would take more than ``max_bytes``, by default what the embedded ones may.
     """
     target = Path(folder).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -291,8 +293,8 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, config: Config) -
         (staging / DEFAULTS_FILE).write_text(json.dumps(call_defaults(config), indent=2) + "\n")
         (staging / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         size = folder_bytes(staging)
-        if size > MAX_BYTES:
-            raise ValueError(f"the pipeline takes {size:,} bytes, more than {MAX_BYTES:,}: make its parts smaller")
+        if max_bytes is not None and size > max_bytes:
+            raise ValueError(f"the pipeline takes {size:,} bytes, more than {max_bytes:,}: make its parts smaller")
         old = target.with_name(f".{target.name}-old")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():

@@ -16,7 +16,6 @@ import json
 import os
 import sys
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from PIL import Image
 from rich.console import Console
 
 from dit_accel.attn_spec import parse_attention
+from dit_accel.bench.results import now, read_results
 from dit_accel.convert.card import write_card
 from dit_accel.convert.evaluate import Evaluation
 from dit_accel.convert.request import Request, Source
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=4, help="to show")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--results", type=Path, help="file that rows are added to; default quality.json in --out")
     parser.add_argument("--device", choices=("cpu",))
     convert_all(parser.parse_args())
 
@@ -113,20 +114,32 @@ def convert_all(args: argparse.Namespace) -> None:
         write_json(folder / "report/evaluate.json", {**evaluation.about(), **after})
         write_card(folder)
         told = json.loads((folder / "convert.json").read_text())
+        parameters = sum(p.numel() for p in evaluation.teacher.parameters())
         made = {
-            "mechanism": name, "attention": text, "before": before, "after": after, "steps": told["steps"],
+            "teacher": f"{args.kind}, {parameters / 1e6:.1f} M", "mechanism": name, "attention": text,
+            "before": before, "after": after, "steps": told["steps"], "batch": args.batch, "recipe": args.recipe,
             "trained_parameters": told["trained_parameters"], "last_losses": told["history"][-1],
-            "bytes": (folder / "dit_accel.safetensors").stat().st_size,
+            "samples": len(evaluation.samples), "call": evaluation.call,
+            "bytes": (folder / "dit_accel.safetensors").stat().st_size, "status": "complete",
         }  # fmt: skip
         write_json(row, made)
         console.print(_line(made), highlight=False, soft_wrap=True)
     done = [name for name in MECHANISMS[args.kind] if (args.out / name / "quality.json").is_file()]
     rows = [json.loads((args.out / name / "quality.json").read_text()) for name in done]
-    write_json(args.out / "quality.json", {
-        "kind": "quality", "command": ["python -m dit_accel.demo.convert_embedded", *sys.argv[1:]],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **evaluation.about(), "rows": rows,
-    })  # fmt: skip
+    _write(args.results or args.out / "quality.json", evaluation.about(), rows)
     _picture(args.out, done, args.pictures)
+
+
+def _write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The rows, and those that are there of other teachers and mechanisms."""
+    names = {(row["teacher"], row["mechanism"]) for row in rows}
+    earlier = read_results(path)["rows"] if path.is_file() else []
+    kept = [row for row in earlier if (row["teacher"], row["mechanism"]) not in names]
+    command = ["python -m dit_accel.demo.convert_embedded", *sys.argv[1:]]
+    write_json(path, {
+        "kind": "quality", "status": "complete", "smoke": False, "date": now(), "command": command,
+        "machine": about["machine"], "versions": about["versions"], "figures": about["figures"], "rows": kept + rows,
+    })  # fmt: skip
 
 
 def _request(args: argparse.Namespace, source: Source, attention: str) -> Request:

@@ -3,6 +3,7 @@
     python -m dit_accel.demo.train_embedded image --out demo/image --minutes 9
     python -m dit_accel.demo.train_embedded video --out demo/video --minutes 9 --resume demo/video
     python -m dit_accel.demo.train_embedded image --out demo/image --only-eval --seed 20261123
+    python -m dit_accel.demo.train_embedded image --out large --heads 6 --single-blocks 5 --parts demo/image --lr 6e-4
 
 Everything is done when the minutes are over: text encoders, autoencoder, denoiser, writing, and, in what is left,
 drawing held-out captions through the written pipeline and checking the pictures.
@@ -15,17 +16,19 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 BEGUN = time.monotonic()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from diffusers import FluxPipeline, WanPipeline  # noqa: E402
+from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dit_accel.demo.batches import SceneStream  # noqa: E402
 from dit_accel.demo.build import (  # noqa: E402
+    MAX_BYTES,
     Config,
     ImageConfig,
     VideoConfig,
@@ -116,6 +119,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
     parser.add_argument("--minutes", type=float, default=9.0, help="wall-clock budget of the whole run")
     parser.add_argument("--resume", type=Path, help="go on from this pipeline: its autoencoder stays as it is")
+    parser.add_argument("--parts", type=Path, help="a new denoiser with this pipeline's text encoders and autoencoder")
+    parser.add_argument("--heads", type=int, help="of the denoiser, 64 channels each; such a pipeline may be large")
+    parser.add_argument("--single-blocks", type=int, help="of the image denoiser")
+    parser.add_argument("--blocks", type=int, help="of the video denoiser")
     parser.add_argument("--eval", type=int, default=100, help="held-out captions to draw and check at the end")
     parser.add_argument("--only-eval", action="store_true", help="train nothing: draw and check with what is in --out")
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for writing and checking")
@@ -136,6 +143,14 @@ def run(args: argparse.Namespace) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # without it a compiled backward ended in an illegal memory access
     video = args.kind == "video"
     config = smoke_config(args.kind) if args.smoke else (VideoConfig() if video else ImageConfig())
+    sizes = {name: getattr(args, name) for name in ("heads", "single_blocks", "blocks")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    config = replace(config, **sizes)
+    max_bytes = None if sizes else MAX_BYTES
+
+    def save(pipe: DiffusionPipeline) -> int:
+        return save_pipeline(pipe, args.out, config, max_bytes)
+
     if args.only_eval:
         judge(args, config, device, log, args.seed)
         return
@@ -145,19 +160,23 @@ def run(args: argparse.Namespace) -> None:
         pipe = (WanPipeline if video else FluxPipeline).from_pretrained(args.resume)
     else:
         pipe = build_video_pipeline(config) if isinstance(config, VideoConfig) else build_image_pipeline(config)
+    if args.parts:
+        other = type(pipe).from_pretrained(args.parts)
+        pipe.register_modules(**{k: x for k, x in other.components.items() if k not in ("transformer", "scheduler")})
     pipe.to(device)
+    log(f"denoiser of {sum(p.numel() for p in pipe.transformer.parameters()):,} parameters", True)
     log(f"on {device}, {config}", True)
     end = BEGUN + 60 * args.minutes - args.reserve
     total = end - time.monotonic()
-    if not args.resume:
+    if not args.resume and not args.parts:
         right = train_text(pipe, config, stream, time.monotonic() + config.text_share * total, log)
         log(f"text encoders: {right:.4f} of the answers right", True)
         train_vae(pipe, config, stream, time.monotonic() + config.vae_share * total, log)
-        log(f"autoencoder trained, {save_pipeline(pipe, args.out, config):,} bytes written", True)
+        log(f"autoencoder trained, {save(pipe):,} bytes written", True)
     phases = config.resume_phases if args.resume else config.phases
     config.lr = args.lr or config.lr
-    steps = train_denoiser(pipe, config, stream, phases, end, log, lambda p: save_pipeline(p, args.out, config))
-    log(f"{steps} denoiser steps, {save_pipeline(pipe, args.out, config):,} bytes written", True)
+    steps = train_denoiser(pipe, config, stream, phases, end, log, save)
+    log(f"{steps} denoiser steps, {save(pipe):,} bytes written", True)
     del pipe
     if args.eval:
         judge(args, config, device, log)

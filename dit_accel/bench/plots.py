@@ -88,9 +88,26 @@ def _draw_scaling(axes: Any, rows: Sequence[Row]) -> None:
         axes.legend(fontsize=7, frameon=False, loc="upper left")
 
 
+def _draw_quality(axes: Any, rows: Sequence[Row]) -> None:
+    """Captions drawn right, by the student before and after its training; a line where the teacher is."""
+    places = range(len(rows))
+    for side, colour, height, label in (("after", _OURS, 0.6, "trained"), ("before", _DENSE, 0.3, "not trained")):
+        shares = [100 * row[side]["prompt_check"]["student"] for row in rows]
+        axes.barh(places, shares, color=colour, height=height, label=label)
+    for place, row in zip(places, rows, strict=True):
+        share = 100 * row["after"]["prompt_check"]["student"]
+        axes.text(share, place, f" {share:.1f} %", va="center", fontsize=8)
+    teachers = [100 * row["after"]["prompt_check"]["teacher"] for row in rows]
+    axes.plot(teachers, list(places), "|", color=_GOAL, markersize=16, markeredgewidth=2, label="teacher")
+    axes.set_yticks(list(places), [f"{row['teacher']}, {row['mechanism']}" for row in rows])
+    axes.set_xlabel("held-out captions drawn right, in per cent", fontsize=8)
+    axes.legend(fontsize=7, frameon=False, loc="lower left")
+
+
 _DRAW = {
     "attention": _draw_attention,
     "backward": _draw_attention,
+    "quality": _draw_quality,
     "scaling": _draw_scaling,
     "step": _draw_step,
     "train": _draw_step,

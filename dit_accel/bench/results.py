@@ -25,6 +25,7 @@ Row = dict[str, Any]
 KEYS = {
     "attention": ("case", "backend"),
     "backward": ("case", "backend"),
+    "quality": ("teacher", "mechanism"),
     "scaling": ("case", "backend", "pass"),
     "step": ("model", "variant"),
     "train": ("model", "variant", "checkpointing"),

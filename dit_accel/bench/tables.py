@@ -141,7 +141,35 @@ def _train(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
     return [work, *names[1:]], figures[:-1]
 
 
-_COLUMNS = {"attention": _attention, "backward": _backward, "scaling": _scaling, "step": _step, "train": _train}
+def _quality(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
+    """Of students against their teachers, before they were trained and after."""
+
+    def loss(side: str) -> Callable[[Row], str]:
+        return lambda row: f"{100 * (row[side]['flow_loss']['student_over_teacher'] - 1):+.1f} %"
+
+    def captions(side: str) -> Callable[[Row], str]:
+        return lambda row: _number(100 * row[side]["prompt_check"]["student"], ".1f", " %")
+
+    return [("teacher", lambda row: row["teacher"]), ("student", lambda row: f"`{row['attention']}`")], [
+        ("logits", lambda row: f"{row['after']['logit_fraction']:.1%}"),
+        ("steps", lambda row: f"{row['steps']:,}"),
+        ("loss, not trained", loss("before")),
+        ("trained", loss("after")),
+        ("captions right: teacher", lambda row: f"{100 * row['after']['prompt_check']['teacher']:.1f} %"),
+        ("not trained", captions("before")),
+        ("trained", captions("after")),
+        ("file", lambda row: f"{row['bytes'] / 2**20:.2f} MiB"),
+    ]
+
+
+_COLUMNS = {
+    "attention": _attention,
+    "backward": _backward,
+    "quality": _quality,
+    "scaling": _scaling,
+    "step": _step,
+    "train": _train,
+}
 
 
 def _growth(fit: Row) -> str:

@@ -210,8 +210,9 @@ def _pick_blocks_fwd_kernel(
     n_chosen = tl.sum(critical.to(tl.int32), 0)
     p_lists = lists_ptr + row * n_max
     tl.store(p_lists + place, cols, mask=critical & (place < n_max))
-    for start in range(0, n_max, BLOCK):  # once, for a row has at least as many blocks as its list
-        tl.store(p_lists + start + cols, 0, mask=(start + cols >= n_chosen) & (start + cols < n_max))
+    if n_chosen < n_max:
+        for start in range(0, n_max, BLOCK):  # once, for a row has at least as many blocks as its list
+            tl.store(p_lists + start + cols, 0, mask=(start + cols >= n_chosen) & (start + cols < n_max))
     if WANT_MARGINAL:
         n_live = tl.sum(live.to(tl.int32), 0)
         marginal = _highest(image, tl.maximum(n_live - n_negligible, 0)) & ~critical
@@ -244,7 +245,9 @@ def _highest(image, n):
     higher = image > least
     tie = (image == least) & (image > 0)
     room = n - tl.sum(higher.to(tl.int32), 0)
-    return higher | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
+    if tl.sum(tie.to(tl.int32), 0) > room:  # seldom, and a scan costs as much as several bits
+        tie = tie & (tl.cumsum(tie.to(tl.int32), 0) <= room)
+    return higher | tie
 
 
 def _sort_and_pick(

@@ -28,7 +28,6 @@ HELD_OUT_CAPTIONS = {
     "a red cross in the bottom left corner and a large green cross at the top right with a yellow background": 12,
 }
 HELD_OUT_CLIPS = {
-    "a striped black triangle at the right moving down on a cyan background": 1,
     "a white cross on the left moving up and a purple circle at the right standing still on a red background": 1,
 }
 

@@ -71,8 +71,7 @@ def dense(call):
     return out.float(), lse.float()
 
 
-@pytest.mark.parametrize("processors", [132, 3])
-@pytest.mark.parametrize("dim", [128, 64])
+@pytest.mark.parametrize(("dim", "processors"), [(128, 3), (64, 132)])
 @pytest.mark.parametrize("case", HOPPER_CASES)
 def test_walk_agrees_with_attention_over_all_logits(case, dim, processors, monkeypatch):
     """On few processors each program takes many tiles, one after the other."""

@@ -102,7 +102,7 @@ def convert_all(args: argparse.Namespace) -> None:
             (folder / "samples").symlink_to(Path("..") / "samples")  # the same for all
         run(_request(args, replace(source, out=folder), MECHANISMS[args.kind][name]), console)
     evaluation = Evaluation(
-        held_out, LEVELS, args.pictures, console, prompt_check, args.captions, args.mixed_precision
+        held_out, LEVELS, args.pictures, console, prompt_check, args.captions, args.mixed_precision, LEVELS
     )  # fmt: skip
     for name in chosen:
         row = args.out / name / "quality.json"

@@ -269,6 +269,7 @@ def evaluate(
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One on a line.")] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures or clips that the teacher draws.")] = 16,
     levels: Annotated[int, typer.Option(metavar="N", min=1, help="Noise levels, evenly from clean to noise.")] = 8,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Noise levels at a time.")] = 1,
     pictures: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts that both draw.")] = 2,
     captions: Annotated[
         int,
@@ -307,7 +308,7 @@ def evaluate(
     except ValueError as error:
         raise BadInput(str(error)) from None
     try:
-        return measure(source, student, levels, pictures, Console(), check, captions, precision)
+        return measure(source, student, levels, pictures, Console(), check, captions, precision, batch)
     except Stopped as stop:
         print(f"dit-accel: stopped by {stop}; the samples are in {out}", file=sys.stderr)
         return stop.status

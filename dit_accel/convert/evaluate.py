@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
@@ -28,6 +27,7 @@ from ..load import load_attention
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from .buckets import find_buckets, processor_for
+from .capture import merge
 from .noise import NoiseProcess, noise_process
 from .objective import attention_outputs
 from .prepare import make_samples, only_denoiser, progress_bar
@@ -66,10 +66,11 @@ class Evaluation:
 
     def __init__(
         self, source: Source, levels: int, pictures: int, console: Console, check: PromptCheck | None = None,
-        captions: int = 0, mixed_precision: str = "no",
+        captions: int = 0, mixed_precision: str = "no", batch: int = 1,
     ) -> None:  # fmt: skip
         """Arguments as of :func:`evaluate`. Raises: BadInput: something that cannot be done."""
         self.source, self.levels, self.console, self.check, self.captions = source, levels, console, check, captions
+        self.batch = batch
         self.accelerator = Accelerator(cpu=source.device == "cpu", mixed_precision=mixed_precision)
         self.pipe = load_pipeline(source.pipeline, torch.float32, self.accelerator.device)
         try:
@@ -108,7 +109,7 @@ class Evaluation:
                 for i, sample in enumerate(self.samples):
                     seed, device = self.source.seed + i, self.accelerator.device
                     with self.accelerator.autocast():
-                        _measure(sums, sample, self.teacher, self.model, self.process, seed, device)
+                        _measure(sums, sample, self.teacher, self.model, self.process, seed, self.batch, device)
                     progress.advance(task)
             report = {"attention": student if isinstance(student, str) else None, **_report(sums)}
             report["pictures"] = [
@@ -155,7 +156,7 @@ class Evaluation:
 
 def evaluate(
     source: Source, student: str | AttentionSpec, levels: int, pictures: int, console: Console,
-    check: PromptCheck | None = None, captions: int = 0, mixed_precision: str = "no",
+    check: PromptCheck | None = None, captions: int = 0, mixed_precision: str = "no", batch: int = 1,
 ) -> int:  # fmt: skip
     """Measure, and write ``evaluate.json``, ``evaluate.png`` and pictures side by side into ``source.out``.
 
@@ -167,10 +168,11 @@ def evaluate(
         check: which of so many captions a pipeline draws right; of the language of the embedded ones.
         captions: how many are drawn by both.
         mixed_precision: of both: "no", "fp16" or "bf16".
+        batch: levels at a time.
     Returns: exit status 0.
     Raises: BadInput: something that cannot be done.
     """
-    evaluation = Evaluation(source, levels, pictures, console, check, captions, mixed_precision)
+    evaluation = Evaluation(source, levels, pictures, console, check, captions, mixed_precision, batch)
     report = evaluation.measure(student, source.out)
     write_json(source.out / "evaluate.json", {**evaluation.about(), **report})
     _plot(report, source.out / "evaluate.png")
@@ -189,34 +191,39 @@ def _agreement(teacher: list[bool], student: list[bool]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _measure(
-    sums: _Sums, sample: Sample, teacher: nn.Module, student: nn.Module, process: NoiseProcess, seed: int,
+    sums: _Sums, sample: Sample, teacher: nn.Module, student: nn.Module, process: NoiseProcess, seed: int, batch: int,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """One sample at every level, with one noise."""
+    """One sample at every level, with one noise; so many levels at a time."""
     noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     latents = sample.latents.to(device)
     sample.conditions.tensors = {key: x.to(device) for key, x in sample.conditions.tensors.items()}
     layers = list(installed_layers(student))
     n = len(sums.error)
-    for i in range(n):
-        level = torch.tensor([(i + 0.5) / n], device=device)
+    for first in range(0, n, batch):
+        level = (torch.arange(first, min(first + batch, n), device=device) + 0.5) / n
         noisy, target = process.mix(latents, noise, level)
-        arguments = sample.conditions.arguments(noisy, process.timestep(level))
+        arguments = merge([sample.conditions] * len(level)).arguments(noisy, process.timestep(level))
         with attention_outputs(teacher, layers) as theirs:
             wanted = teacher(**arguments)[0].float()
         with attention_outputs(student, layers) as ours:
             found = student(**arguments)[0].float()
-        sums.teacher[i] += float(F.mse_loss(wanted, target))
-        sums.student[i] += float(F.mse_loss(found, target))
-        sums.error[i] += _distance(found, wanted)
-        for name in layers:
-            sums.layers[name] = sums.layers.get(name, 0.0) + _distance(ours[name], theirs[name]) / n
+        losses = [(x - target).square().flatten(1).mean(1).double() for x in (wanted, found)]
+        errors = [_distance(found, wanted), *(_distance(ours[name], theirs[name]) for name in layers)]
+        figures = torch.stack([*losses, *errors]).cpu().numpy()  # one wait for the GPU
+        here = slice(first, first + len(level))
+        sums.teacher[here] += figures[0]
+        sums.student[here] += figures[1]
+        sums.error[here] += figures[2]
+        for name, each in zip(layers, figures[3:], strict=True):
+            sums.layers[name] = sums.layers.get(name, 0.0) + float(each.sum()) / n
     sums.count += 1
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.double(), wanted.double()
-    return float((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
+def _distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """(B,) float64: of each element the squared distance over the square of the second."""
+    found, wanted = found.double().flatten(1), wanted.double().flatten(1)
+    return (found - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-30)
 
 
 def _report(sums: _Sums) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["BadInput", "Stopped", "deferred", "stoppable", "undisturbed"]
+__all__ = ["BadInput", "Stopped", "deferred", "noted", "stoppable", "undisturbed"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -48,10 +48,17 @@ def stoppable() -> Any:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """A SIGINT or SIGTERM that comes inside raises :class:`Stopped` at the end: for what must not be done by half."""
+def noted() -> Iterator[list[int]]:
+    """A SIGINT or SIGTERM that comes inside is only added to the list: for what asks others before it stops."""
     came: list[int] = []
     with _handling(lambda number, _frame: came.append(number)):
+        yield came
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A SIGINT or SIGTERM that comes inside raises :class:`Stopped` at the end: for what must not be done by half."""
+    with noted() as came:
         yield
     if came:
         raise Stopped(came[0])

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .files import replacing
 from .install import denoisers, installation_of, installed_layers
 from .processor import AcceleratedAttnProcessor
 from .weights import FILE_NAME
 
-__all__ = ["ADAPTER", "DOWN", "FILE_NAME", "FORMAT", "UP", "save_attention"]
+__all__ = ["ADAPTER", "DOWN", "FILE_NAME", "FORMAT", "UP", "save_attention", "whole"]
 
 FORMAT = 1
 ADAPTER = "conversion"  # peft's name for a LoRA that belongs to the attention; others are the user's own
@@ -27,7 +28,8 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write ``dit_accel.safetensors``: learned parameters, with the configuration as JSON in the file's metadata.
 
     The file is written whole or not at all. Included are host weights that :func:`dit_accel.load_attention` had
-    overwritten or ``dit-accel convert`` has trained, and the LoRA that it has trained, as its two factors.
+    overwritten or ``dit-accel convert`` has trained, and the LoRA that it has trained, as its two factors. Of a model
+    under ``fully_shard`` every process calls it, and the first writes.
 
     Args:
         pipe_or_model: pipeline or denoiser with an installed mechanism.
@@ -38,6 +40,7 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
     """
     tensors: dict[str, Tensor] = {}
     components: dict[str, Any] = {}
+    writes = True
     for component, model in denoisers(pipe_or_model).items():
         layers = installed_layers(model)
         if not layers:
@@ -46,37 +49,67 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
         for name, layer in layers.items():
             saved = replace(layer.mechanism, backend=None)  # a property of this machine, not of what was learned
             groups.setdefault(saved, []).append(name)
-            for key, value in layer.named_parameters():
-                tensors[f"{component}.{name}.dit_accel.{key}"] = value.detach().cpu().contiguous()
-        installation = installation_of(model)
-        for key in installation.overwritten if installation else ():
-            tensors[f"{component}.{key}"] = model.get_parameter(key).detach().cpu().contiguous()
-        tensors |= {f"{component}.{key}": value for key, value in _low_rank(model).items()}
+        sharded = any(_is_sharded(parameter) for parameter in model.parameters())
+        writes = not sharded or distributed.get_rank() == 0
+        for key, value in _learned(model):
+            full = whole(value.detach())  # in every process, one value after the other
+            if writes:
+                tensors[f"{component}.{key}"] = full.cpu().contiguous()
         components[component] = {
-            "class": type(model).__name__,
+            "class": _class_name(model),
             "attention": [{**_to_json(processor), "layers": names} for processor, names in groups.items()],
         }
     if not components:
         raise ValueError("nothing to save: call dit_accel.set_attn_processor(...) first")
     folder = Path(folder)
+    target = folder / FILE_NAME
+    if not writes:
+        return target
     folder.mkdir(parents=True, exist_ok=True)
     configuration = json.dumps({"format": FORMAT, "components": components})
-    target = folder / FILE_NAME
     with replacing(target) as temporary:
         save_file(tensors, temporary, metadata={"dit_accel": configuration})
     return target
 
 
-def _low_rank(model: nn.Module) -> dict[str, Tensor]:
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, on its mesh's device, in every process, each of which calls this; another tensor itself."""
+    if not _is_sharded(tensor):
+        return tensor
+    split: Any = tensor
+    full: Tensor = split.to(split.device_mesh.device_type).full_tensor()
+    return full
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, the module of which takes long to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _class_name(model: nn.Module) -> str:
+    """Of the class that ``fully_shard`` has put its own in front of."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not hasattr(kind, "reshard"))
+
+
+def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What is to be saved of a model, by its name in the file."""
+    for name, layer in installed_layers(model).items():
+        for key, value in layer.named_parameters():
+            yield f"{name}.dit_accel.{key}", value
+    installation = installation_of(model)
+    for key in installation.overwritten if installation else ():
+        yield key, model.get_parameter(key)
+    yield from _low_rank(model)
+
+
+def _low_rank(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The conversion's LoRA, by the name of the linear layer."""
-    found = {}
     for name, module in model.named_modules():
         down = getattr(getattr(module, DOWN, None), "_modules", {}).get(ADAPTER)
         if down is not None:
             up: Any = module
-            found[f"{name}.{DOWN}"] = down.weight.detach().cpu().contiguous()
-            found[f"{name}.{UP}"] = (up.lora_B[ADAPTER].weight * up.scaling[ADAPTER]).detach().cpu().contiguous()
-    return found
+            yield f"{name}.{DOWN}", down.weight
+            yield f"{name}.{UP}", up.lora_B[ADAPTER].weight * up.scaling[ADAPTER]
 
 
 def _to_json(processor: AcceleratedAttnProcessor) -> dict[str, Any]:

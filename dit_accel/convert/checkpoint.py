@@ -27,16 +27,17 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             os.replace(path, path.with_suffix(".previous.pt"))
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, mapped: bool = False) -> dict[str, Any] | None:
     """The latest state that can be read; None if there is none.
 
+    Args: mapped: values are read when they are used, so that several processes do not hold all of it each.
     Raises: ValueError: files are there, and none can be read.
     """
     paths = [path for path in (folder / NAME, (folder / NAME).with_suffix(".previous.pt")) if path.is_file()]
     failed = None
     for path in paths:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # torch raises many kinds for a file that is no checkpoint
             failed = f"{path}: {error}"
     if failed is not None:

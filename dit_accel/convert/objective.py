@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +105,7 @@ def _split(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def transfer_loss(
-    forced: nn.Module, teacher: nn.Module, layers: list[str], process: NoiseProcess, batch: Batch
+    forced: Callable[..., Tensor], teacher: nn.Module, layers: list[str], process: NoiseProcess, batch: Batch
 ) -> Tensor:
     """Distance of attention modules that are fed what the teacher's are. forced: a :class:`.transfer.TeacherForced`,
     maybe wrapped; () float32."""

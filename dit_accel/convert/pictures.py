@@ -29,16 +29,18 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         self.teacher = [self._draw(i) for i in range(len(prompts))]
 
-    def against_teacher(self, step: int) -> None:
-        """``step-000200-0.png`` and so on: the teacher's on the left, the student's on the right."""
+    def against_teacher(self, step: int, writes: bool = True) -> None:
+        """``step-000200-0.png`` and so on: teacher on the left, student on the right. writes: or only draws,
+        since the student is split among processes, and another writes."""
         model = getattr(self.pipe, self.component)
         device = model.device
         self._move(device)
         model.eval()
         for i, teacher in enumerate(self.teacher):
             both = np.concatenate([teacher, self._draw(i)], 1)
-            with replacing(self.folder / f"step-{step:06d}-{i}.png") as temporary:
-                Image.fromarray(both).save(temporary)
+            if writes:
+                with replacing(self.folder / f"step-{step:06d}-{i}.png") as temporary:
+                    Image.fromarray(both).save(temporary)
         model.train()
         self._move(torch.device("cpu"))
 

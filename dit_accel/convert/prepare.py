@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import distributed, nn
 
 from ..install import denoisers
 from .buckets import Bucket, frame_rate
@@ -42,7 +43,8 @@ def make_samples(
     clips, fps = buckets[0].size.frames is not None, frame_rate(source, pipe)
     data = None if source.data is None else find_data(source.data, clips, type(pipe).__name__)
     cache = SampleCache(source.out / "samples", pipe, model, buckets, {"pipeline": source.pipeline, "fps": fps})
-    with accelerator.main_process_first(), progress_bar(console, accelerator) as progress:
+    alone = not (distributed.is_available() and distributed.is_initialized())  # so is the first one in its last report
+    with nullcontext() if alone else accelerator.main_process_first(), progress_bar(console, accelerator) as progress:
         task = progress.add_task("samples", total=source.samples if data is None else data.total, told="")
 
         def note() -> None:

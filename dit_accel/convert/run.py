@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -20,6 +21,7 @@ from .pictures import Pictures
 from .prepare import make_samples, only_denoiser, progress_bar, put_away
 from .recipes import RECIPES
 from .request import Request
+from .sharding import check_launch, check_model, is_sharded, reshard, set_up
 from .stages import check_request, plan
 from .trainer import Diverged, Trainer
 
@@ -38,12 +40,18 @@ def run(request: Request, console: Console) -> int:
     recipe = RECIPES[request.recipe]
     try:
         check_request(request, recipe)
+        check_launch(request.mixed_precision)
     except ValueError as error:
         raise BadInput(str(error)) from error
     accelerator = Accelerator(
         cpu=request.source.device == "cpu", mixed_precision=request.mixed_precision, log_with=_tracker(request),
         project_dir=request.source.out,
     )  # fmt: skip
+    try:
+        set_up(accelerator)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    sharded = is_sharded(accelerator)  # then every process draws and gathers, and the first one writes
     if accelerator.is_main_process:
         _claim(request, accelerator.num_processes)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
@@ -51,13 +59,14 @@ def run(request: Request, console: Console) -> int:
         buckets = find_buckets(request.source, pipe)
         process = noise_process(pipe.scheduler)
         component, model = only_denoiser(pipe)
+        check_model(accelerator, model)
         processor = processor_for(request.attention, buckets, accelerator.print)
         stages = plan(request, recipe, model, processor)
         samples = make_samples(request.source, accelerator, pipe, model, buckets, console)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     pictures = None
-    if request.sample_every and accelerator.is_main_process:
+    if request.sample_every and (accelerator.is_main_process or sharded):
         source = request.source
         pictures = Pictures(source.out / "pictures", pipe, component, buckets[0].call, source.prompts[:2], source.seed)
     put_away(pipe, component)
@@ -67,15 +76,19 @@ def run(request: Request, console: Console) -> int:
     def after(step: int) -> None:
         if request.sample_every and step % request.sample_every == 0:
             if pictures is not None:
-                pictures.against_teacher(step)
+                with accelerator.autocast() if sharded else nullcontext():
+                    pictures.against_teacher(step, accelerator.is_main_process)
+                reshard(model)
             accelerator.wait_for_everyone()
 
     accelerator.init_trackers("dit_accel_convert")
     with progress_bar(console, accelerator) as progress:
         trainer.train(progress, after)
+    if accelerator.is_main_process or sharded:
+        path = save_attention(pipe, request.source.out)
+    accelerator.wait_for_everyone()  # so that nobody leaves while another still gathers
     accelerator.end_training()
     if accelerator.is_main_process:
-        path = save_attention(pipe, request.source.out)
         _about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..command import BadInput, deferred, undisturbed
+from ..command import BadInput, Stopped, deferred, noted, undisturbed
 from ..install import installation_of, installed_layers, keep_layers, set_attn_processor
 from .capture import merge
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -26,6 +26,17 @@ from .objective import Batch, copy_teacher, losses_of, transfer_loss
 from .request import Request
 from .samples import Samples, batches
 from .selection import Selection
+from .sharding import (
+    average,
+    gather,
+    is_sharded,
+    part_like,
+    reshard,
+    shard,
+    through,
+    whole_states,
+    with_parts,
+)
 from .stages import Part, Plan, host_parameters
 from .transfer import TeacherForced
 
@@ -49,9 +60,12 @@ class Trainer:
         self.request, self.plan, self.accelerator, self.process = request, plan, accelerator, process
         self.samples, self.kinds, self.host = samples, samples.kinds, host
         host.requires_grad_(False)
+        self.sharded = is_sharded(accelerator)
+        if self.sharded:
+            host.to("cpu")  # of it and the teacher one block after the other comes back, in parts
         self.pretrained = {part.scope: host_parameters(host, part.scope) for part in plan.parts}
         trained = set().union(*self.pretrained.values())
-        self.teacher = copy_teacher(host, trained) if plan.needs_teacher else None
+        self.teacher = self._new_teacher(trained) if plan.needs_teacher else None
         set_attn_processor(pipe, processor)
         installation = installation_of(host)
         assert installation is not None
@@ -63,6 +77,8 @@ class Trainer:
         if request.gradient_checkpointing:
             getattr(host, "enable_gradient_checkpointing")()  # noqa: B009 (a diffusers model's)
         host.train()
+        if self.sharded:
+            shard(accelerator, host, self.layers if any(part.stage.transfer for part in plan.parts) else ())
         self.step, self.history, self.saved = 0, [], None
         self.model, self.selection, self.scores, self.learned = None, None, None, set()
         self._enter(0)
@@ -71,6 +87,7 @@ class Trainer:
     history: list[dict[str, float]]
     saved: int | None  # the step of the last checkpoint
     index: int  # of the stage
+    sharded: bool  # by FSDP, which keeps the host the same module; its parameters are so from the beginning
     model: Any  # what the stage calls, as accelerate has wrapped it
     optimizer: Any
     rates: list[float]  # of its groups, once warm
@@ -83,10 +100,22 @@ class Trainer:
     def part(self) -> Part:
         return self.plan.parts[self.index]
 
+    def _new_teacher(self, trained: set[str]) -> nn.Module:
+        """Under FSDP a copy of all, since two models cannot share what is split; of its own parts no process has more
+        than of the student's."""
+        if not self.sharded:
+            return copy_teacher(self.host, trained)
+        teacher = copy_teacher(self.host, {name for name, _ in self.host.named_parameters()})
+        shard(self.accelerator, teacher)
+        getattr(teacher, "set_reshard_after_forward")(True)  # noqa: B009 (FSDPModule's): no backward follows
+        return teacher
+
     def _enter(self, index: int) -> None:
         """Leave the stage before, and make ready what this one trains and calls."""
+        reshard(self.host)
         if self.model is not None:
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            if not self.sharded:
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model = self.optimizer = None
             self.accelerator.free_memory()
         if self.selection is not None:
@@ -101,7 +130,11 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         called = TeacherForced(self.host, self.layers) if self.part.stage.transfer else self.host
-        self.model, self.optimizer = self.accelerator.prepare(called, self._new_optimizer())
+        if self.sharded:
+            self.model = through(self.host, called) if self.part.stage.transfer else called
+            self.optimizer = self.accelerator.prepare_optimizer(self._new_optimizer())
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(called, self._new_optimizer())
 
     def _select(self, selection: Selection) -> None:
         """The layers with the highest scores stay converted, and no others."""
@@ -123,7 +156,7 @@ class Trainer:
     def resume(self, console: Console) -> None:
         """Go on from the checkpoint, if there is one."""
         try:
-            state = load_checkpoint(self.request.source.out)
+            state = load_checkpoint(self.request.source.out, mapped=self.sharded)
         except ValueError as error:
             raise BadInput(str(error)) from error
         if state is None:
@@ -135,8 +168,8 @@ class Trainer:
         named = dict(self.host.named_parameters())
         with torch.no_grad():
             for name, value in state["parameters"].items():
-                named[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+                named[name].copy_(part_like(value, named[name]))
+        self.optimizer.load_state_dict(with_parts(state["optimizer"], self.optimizer))
         self.step, self.history, self.saved = state["step"], state["history"], state["step"]
         if self.accelerator.is_main_process:
             console.print(f"Going on from step {self.step}", highlight=False)
@@ -144,43 +177,57 @@ class Trainer:
     def train(self, progress: Progress, after: Callable[[int], None]) -> None:
         """All steps that are left, ``after`` each what is to be done then; a checkpoint every so many, at the end, and
         when stopped."""
+        many = self.accelerator.num_processes > 1
+        try:
+            with noted() if many else nullcontext(list[int]()) as came:
+                self._steps(progress, after, came)
+        except KeyboardInterrupt:
+            with undisturbed():
+                self.save()
+            raise
+        self.save()
+
+    def _steps(self, progress: Progress, after: Callable[[int], None], came: list[int]) -> None:
+        """came: signals to stop, where they are only noted; else a step that has begun is broken off."""
         request, world = self.request, self.accelerator.num_processes
         order = batches(self.kinds, request.batch * world, request.source.seed)
         drawn = islice(order, self.step * request.accumulate, None)
         first, began = self.step, time.perf_counter()
         spoken = began
         task = progress.add_task(self._called(), total=request.steps, completed=self.step, told="")
-        try:
-            while self.step < request.steps:
-                if self.step == self.part.end:
-                    with deferred():
-                        self._enter(self.index + 1)
-                    progress.update(task, description=self._called())
-                losses = self._take(list(islice(drawn, request.accumulate)))
-                with deferred():  # a checkpoint holds whole steps
-                    self.optimizer.step()
-                    if self.selection is not None:
-                        self.selection.clamp()
-                    self.history.append(losses)
-                    self.step += 1
-                self.optimizer.zero_grad()
-                self.accelerator.log(losses, step=self.step)
-                told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-                told += f", {(self.step - first) / (time.perf_counter() - began):.2f} steps/s"
-                progress.update(task, advance=1, told=told)
-                if not progress.console.is_terminal and time.perf_counter() - spoken >= _SPEAK_EVERY:
-                    spoken = time.perf_counter()
-                    progress.console.print(
-                        f"step {self.step} of {request.steps}: {told}", highlight=False, soft_wrap=True
-                    )
-                if self.step % request.save_every == 0 and self.step < request.steps:
-                    self.save()
-                after(self.step)
-        except KeyboardInterrupt:
-            with undisturbed():
+        at_once = nullcontext if world > 1 else deferred
+        while self.step < request.steps:
+            if self.step == self.part.end:
+                with at_once():
+                    self._enter(self.index + 1)
+                progress.update(task, description=self._called())
+            losses = self._take(list(islice(drawn, request.accumulate)))
+            with at_once():  # a checkpoint holds whole steps
+                self.optimizer.step()
+                if self.selection is not None:
+                    self.selection.clamp()
+                self.history.append(losses)
+                self.step += 1
+            self.optimizer.zero_grad()
+            self.accelerator.log(losses, step=self.step)
+            told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            told += f", {(self.step - first) / (time.perf_counter() - began):.2f} steps/s"
+            progress.update(task, advance=1, told=told)
+            if not progress.console.is_terminal and time.perf_counter() - spoken >= _SPEAK_EVERY:
+                spoken = time.perf_counter()
+                progress.console.print(f"step {self.step} of {request.steps}: {told}", highlight=False, soft_wrap=True)
+            if self.step % request.save_every == 0 and self.step < request.steps:
                 self.save()
-            raise
-        self.save()
+            after(self.step)
+            if world > 1:
+                self._stop_together(came)
+
+    def _stop_together(self, came: list[int]) -> None:
+        """Raises: Stopped: some process was asked to stop; in all of them, after the same step."""
+        asked = torch.tensor(came[0] if came else 0, device=self.accelerator.device)
+        number = int(self.accelerator.gather(asked).max())
+        if number:
+            raise Stopped(number)
 
     def _called(self) -> str:
         """The stage, as progress says it."""
@@ -199,7 +246,7 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             place = self.step * len(micro_batches) + i
             last = i + 1 == len(micro_batches)
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            with nullcontext() if last else accelerator.no_sync(self.host if self.sharded else self.model):
                 parts = self._losses(self._batch(batch, place))
                 loss = torch.stack([self.part.stage.weight(name) * part for name, part in parts.items()]).sum()
                 accelerator.backward(loss / len(micro_batches))
@@ -214,6 +261,8 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {means['loss']}; {kept}: begin anew with a smaller --lr in "
                 "another --out"
             )
+        if self.sharded:
+            average(accelerator, self.parameters.values())
         accelerator.clip_grad_norm_(self.parameters.values(), 1.0)
         return means
 
@@ -248,20 +297,22 @@ class Trainer:
         return Batch(latents, torch.cat(noises).to(device), there, ahead, conditions)
 
     def save(self) -> None:
-        """A checkpoint, by the first process."""
+        """A checkpoint of whole values, written by the first process."""
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        named = self.host.named_parameters()
-        save_checkpoint(self.request.source.out, {
+        reshard(self.host)
+        first = self.accelerator.is_main_process
+        learned = {name: p for name, p in self.host.named_parameters() if name in self.learned}
+        state = {
             "step": self.step,
             "stage": self.index,
             "scores": self.scores,
             "history": self.history,
-            "parameters": {name: p.detach().cpu() for name, p in named if name in self.learned},
-            "optimizer": self.optimizer.state_dict(),
-        })  # fmt: skip
-        self.saved = self.step
+            "parameters": gather(learned, keep=first),
+            "optimizer": whole_states(self.optimizer, keep=first),
+        }
+        if first:
+            save_checkpoint(self.request.source.out, state)
+            self.saved = self.step
 
 
 def _is_finite(x: float) -> bool:

@@ -147,7 +147,7 @@ def _request(args: argparse.Namespace, source: Source, attention: str) -> Reques
         source=source, attention=parse_attention(attention), recipe=args.recipe, train=args.train, rank=args.rank,
         steps=args.steps, batch=args.batch, accumulate=1, lr=args.lr, warmup=min(50, args.steps // 4),
         mixed_precision=args.mixed_precision, gradient_checkpointing=False, save_every=200, sample_every=0,
-        tracker=None, schedule="cosine",
+        tracker=None, schedule="cosine", save_dtype="float16",
     )  # fmt: skip
 
 

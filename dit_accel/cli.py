@@ -178,6 +178,9 @@ def convert(
     ] = False,
     seed: Annotated[int, typer.Option(metavar="N", min=0)] = 0,
     save_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")] = 200,
+    save_dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the finished file: float32, bfloat16 or float16.")
+    ] = "float32",
     sample_every: Annotated[
         int, typer.Option(metavar="N", min=0, help="Steps between pictures of student and teacher; 0 = none.")
     ] = 0,
@@ -205,7 +208,7 @@ def convert(
     from .convert.card import check_hub
     from .convert.finish import finish
     from .convert.recipes import RECIPES
-    from .convert.request import SCHEDULES, TRAINABLE, Request
+    from .convert.request import DTYPES, SCHEDULES, TRAINABLE, Request
     from .convert.run import Diverged, run
 
     try:
@@ -220,6 +223,8 @@ def convert(
         if train is not None and train not in TRAINABLE:
             raise ValueError(f"--train takes {', '.join(TRAINABLE)}, got {train!r}")
         precision = _precision(mixed_precision, device)
+        if save_dtype not in DTYPES:
+            raise ValueError(f"--save-dtype takes {', '.join(DTYPES)}, got {save_dtype!r}")
         if schedule not in SCHEDULES:
             raise ValueError(f"--lr-schedule takes {' or '.join(SCHEDULES)}, got {schedule!r}")
         if lr is not None and not 0 < lr < float("inf"):
@@ -231,6 +236,7 @@ def convert(
     request = Request(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
         save_every, sample_every, tracker, convert_layers, schedule,
+        save_dtype,
     )  # fmt: skip
     console = Console()
     try:

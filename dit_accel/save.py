@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
@@ -24,7 +25,7 @@ ADAPTER = "conversion"  # peft's name for a LoRA that belongs to the attention; 
 DOWN, UP = "lora_A", "lora_B"  # (r, in) and (out, r): up @ down is added to a linear layer's weight
 
 
-def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
+def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
     """Write ``dit_accel.safetensors``: learned parameters, with the configuration as JSON in the file's metadata.
 
     The file is written whole or not at all. Included are host weights that :func:`dit_accel.load_attention` had
@@ -34,10 +35,13 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
     Args:
         pipe_or_model: pipeline or denoiser with an installed mechanism.
         folder: made if it is not there.
+        dtype: to save in, such as ``torch.bfloat16`` for half the size; None = the parameters' own.
 
     Returns: path of the file.
-    Raises: ValueError: nothing is installed; OSError: the folder cannot be written.
+    Raises: ValueError: nothing is installed, or a dtype of whole numbers; OSError: the folder cannot be written.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is to be a floating-point one such as torch.bfloat16, got {dtype}")
     tensors: dict[str, Tensor] = {}
     components: dict[str, Any] = {}
     writes = True
@@ -54,7 +58,7 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str]) -> Path:
         for key, value in _learned(model):
             full = whole(value.detach())  # in every process, one value after the other
             if writes:
-                tensors[f"{component}.{key}"] = full.cpu().contiguous()
+                tensors[f"{component}.{key}"] = full.to("cpu", dtype or full.dtype).contiguous()
         components[component] = {
             "class": _class_name(model),
             "attention": [{**_to_json(processor), "layers": names} for processor, names in groups.items()],

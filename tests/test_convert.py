@@ -154,11 +154,12 @@ def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path
 
 
 def test_a_lora_that_does_not_fit_is_refused(pipelines, tmp_path):
-    more = ("--train", "lora", "--rank", "2", "--steps", "1")
+    more = ("--train", "lora", "--rank", "2", "--steps", "1", "--save-dtype", "bfloat16")
     assert convert(pipelines, tmp_path, *more) == 0
     file = tmp_path / "dit_accel.safetensors"
     with safe_open(file, "pt") as held:
         tensors, about = {key: held.get_tensor(key) for key in held.keys()}, held.metadata()  # noqa: SIM118
+    assert {x.dtype for x in tensors.values()} == {torch.bfloat16}
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     key = next(key for key in tensors if key.endswith("lora_B"))
     assert tensors[key.replace("lora_B", "lora_A")].shape == (2, 32)
@@ -360,6 +361,7 @@ def test_batches_hold_one_kind_and_every_epoch_all():
     [
         (("--recipe", "nothing"), "there are: sla, clear"),
         (("--train", "some"), "new, attention, lora, full"),
+        (("--save-dtype", "int8"), "--save-dtype takes float32, bfloat16, float16, got 'int8'"),
         (("--train", "new"), "adds no parameters"),
         (("--height", "30"), "30"),
         (("--mixed-precision", "fp8"), "no, fp16 or bf16"),

@@ -10,10 +10,11 @@ from ..attn_spec import AttentionSpec
 from ..compare.sizes import Size
 from .recipes import RECIPES
 
-__all__ = ["SCHEDULES", "TRAINABLE", "Request", "Source"]
+__all__ = ["DTYPES", "SCHEDULES", "TRAINABLE", "Request", "Source"]
 
 TRAINABLE = ("new", "attention", "lora", "full")
 SCHEDULES = ("constant", "cosine")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Source:
 class Request:
     """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA.
     convert_layers: so many layers are chosen; None = the recipe's number. schedule: of the learning rate after its
-    warm-up, in each stage: "cosine" ends at 0."""
+    warm-up, in each stage: "cosine" ends at 0. save_dtype: of the finished file."""
 
     source: Source
     attention: AttentionSpec
@@ -60,12 +61,13 @@ class Request:
     tracker: str | None
     convert_layers: int | None = None
     schedule: str = "constant"
+    save_dtype: str = "float32"
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
         fixed = asdict(self)
         fixed |= fixed.pop("source")
-        for free in ("out", "save_every", "sample_every", "tracker", "device"):
+        for free in ("out", "save_every", "sample_every", "tracker", "device", "save_dtype"):
             del fixed[free]
         if len(RECIPES[self.recipe].stages) == 1 and self.schedule == "constant":  # else the end is known beforehand
             del fixed["steps"]

@@ -85,7 +85,7 @@ def run(request: Request, console: Console) -> int:
     with progress_bar(console, accelerator) as progress:
         trainer.train(progress, after)
     if accelerator.is_main_process or sharded:
-        path = save_attention(pipe, request.source.out)
+        path = save_attention(pipe, request.source.out, getattr(torch, request.save_dtype))
     accelerator.wait_for_everyone()  # so that nobody leaves while another still gathers
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -8,11 +8,12 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from .processor import PROCESSORS, AcceleratedAttnProcessor
 
-__all__ = ["AttentionSpec", "grid_defaults", "parse_attention", "short_options"]
+__all__ = ["AttentionSpec", "grid_defaults", "parse_attention", "parse_student", "short_options"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def parse_attention(text: str) -> AttentionSpec:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from None
     return spec
+
+
+def parse_student(text: str) -> AttentionSpec | str:
+    """As :func:`parse_attention`; or the folder, file or hub id of attention that was trained, as it is.
+
+    Raises: ValueError: neither.
+    """
+    text = text.strip()
+    name = text.partition(":")[0].strip().lower()
+    if name not in PROCESSORS and (Path(text).exists() or "/" in text):
+        return text
+    return parse_attention(text)
 
 
 def grid_defaults(name: str, grid: Sequence[int]) -> dict[str, Any]:

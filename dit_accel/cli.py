@@ -20,11 +20,11 @@ app = typer.Typer(
 )
 
 _ATTN_HELP = (
-    "Attention to compare with dense, as NAME or NAME:key=value,key=value; repeatable; default all four: sla, clear, "
-    "llsa, gna. Options are those of the processors, lengths per axis as 16x16 or 2x8x8: gna:window=16x16,stride=8. "
-    "Without options, about a tenth of the logits each: sla critical 0.1 with tile_order; llsa block_size 16 and topk "
-    "8; clear a radius and gna a window that cover a tenth of the token grid (64×64: radius 11.4; window 20x20, "
-    "stride 4x4)."
+    "Attention to compare with dense, as NAME or NAME:key=value,key=value, or a folder, file or hub id of attention "
+    "that was trained; repeatable; default all four: sla, clear, llsa, gna. Options are those of the processors, "
+    "lengths per axis as 16x16 or 2x8x8: gna:window=16x16,stride=8. Without options, about a tenth of the logits each: "
+    "sla critical 0.1 with tile_order; llsa block_size 16 and topk 8; clear a radius and gna a window that cover a "
+    "tenth of the token grid (64×64: radius 11.4; window 20x20, stride 4x4)."
 )
 _RECIPE_HELP = (
     "sla (the model's own objective; trains all); clear (with distillation from the teacher's predictions and "
@@ -99,10 +99,11 @@ def compare(
     """
     from rich.console import Console
 
-    from .attn_spec import parse_attention
+    from .attn_spec import parse_student
     from .command import BadInput, Stopped
     from .compare.request import Request
     from .compare.run import run
+    from .embedded import IMAGE, VIDEO
     from .files import require_writable
     from .machine import pick_device, pick_dtype
     from .processor import PROCESSORS
@@ -113,14 +114,16 @@ def compare(
         if any(not text.strip() for text in prompt or ()):
             raise ValueError("a --prompt is empty")
         usual = [name for name, kind in PROCESSORS.items() if kind.any_host]
-        specs = tuple(parse_attention(text) for text in attn or usual)
+        if pipeline is None:
+            usual = (VIDEO if video else IMAGE).students(usual)
+        students = tuple(parse_student(text) for text in attn or usual)
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
         require_writable(out)
     except ValueError as error:
         raise BadInput(str(error)) from None
     request = Request(
-        pipeline, video, tuple(prompt or ()), specs, steps, seed, height, width, frames, where, precision, out,
+        pipeline, video, tuple(prompt or ()), students, steps, seed, height, width, frames, where, precision, out,
         tuple(sys.argv),
     )  # fmt: skip
     try:
@@ -253,15 +256,14 @@ def convert(
 
 @app.command()
 def evaluate(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")],
-    attention: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="The student: what convert or save_attention wrote, or a hub id."),
-    ] = None,
     attn: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="Or attention that was not trained, as for compare."),
-    ] = None,
+        str,
+        typer.Option(
+            metavar="FOLDER_OR_SPEC",
+            help="The student: what convert wrote, a hub id, or attention not trained, as for compare.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")],
     pipeline: Annotated[
         str | None,
         typer.Option(metavar="FOLDER_OR_HUB_ID", help="The teacher; default the embedded image pipeline."),
@@ -296,15 +298,12 @@ def evaluate(
     """
     from rich.console import Console
 
-    from .attn_spec import parse_attention
+    from .attn_spec import parse_student
     from .command import BadInput, Stopped
     from .convert.evaluate import evaluate as measure
 
     try:
-        if (attention is None) == (attn is None):
-            raise ValueError("give --attention with what convert wrote, or --attn with a mechanism")
-        student = attention if attn is None else parse_attention(attn)
-        assert student is not None
+        student = parse_student(attn)
         source = _source(
             pipeline, video, data, data_free, prompts, samples, (height, width, frames), size or [], fps, seed, device,
             out,

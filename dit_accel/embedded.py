@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ _DEMO = Path(__file__).parent / "demo"
 
 @dataclass(frozen=True)
 class Embedded:
-    """A pipeline inside the package: what ``from_pretrained`` takes, and captions of scenes it was never trained on."""
+    """A pipeline inside the package: what ``from_pretrained`` takes, and captions of scenes it was never trained on.
+    conversions: a folder for ``load_attention`` for each mechanism that it was converted to."""
 
     folder: Path
     prompts: tuple[str, ...]
+    conversions: Path
+
+    def students(self, mechanisms: Iterable[str]) -> list[str]:
+        """Of each mechanism the conversion where there is one, else its name."""
+        folders = {name: self.conversions / name for name in mechanisms}
+        return [str(folder) if folder.is_dir() else name for name, folder in folders.items()]
 
 
 IMAGE = Embedded(
@@ -26,6 +34,7 @@ IMAGE = Embedded(
         "a small white square at the top and an orange checkered circle at the bottom on a green background",
         "three yellow triangles in a row on an orange background",
     ),
+    conversions=_DEMO / "conversions/image",
 )
 
 VIDEO = Embedded(
@@ -34,6 +43,7 @@ VIDEO = Embedded(
         "a white cross at the left moving up and a purple circle at the right standing still on a red background",
         "two blue squares moving right on a gray background",
     ),
+    conversions=_DEMO / "conversions/video",
 )
 
 # for any other pipeline, when no prompt is given

@@ -14,17 +14,18 @@ import imageio.v2
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, WanPipeline
 from PIL import Image
 from tiny_pipelines import save_flux, save_wan
 from torch import nn
 
-from dit_accel import describe, set_attn_processor
+from dit_accel import describe, save_attention, set_attn_processor
 from dit_accel.cli import main
 from dit_accel.compare.metrics import compare_frames
 from dit_accel.compare.step_timer import StepTimer
-from dit_accel.embedded import IMAGE, VIDEO
+from dit_accel.embedded import IMAGE, VIDEO, Embedded
 from dit_accel.files import replacing
+from dit_accel.install import installation_of
 from dit_accel.mechanisms import llsa
 from dit_accel.processor import GNAAttnProcessor
 
@@ -211,6 +212,49 @@ def wait_for_pictures(report: Path, process: subprocess.Popen, count: int) -> No
             return
         time.sleep(0.05)
     raise AssertionError(f"no {count} pictures in time")
+
+
+def test_attention_that_was_trained_is_compared_as_it_was_saved(flux, tmp_path):
+    """Its pictures are those of the pipeline with the file loaded; what comes after it is the pipeline itself again."""
+    pipe = FluxPipeline.from_pretrained(flux)
+    set_attn_processor(pipe, GNAAttnProcessor(window=3))
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    installation_of(pipe.transformer).overwritten["transformer_blocks.0.attn.to_q.weight"] = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(-3)
+    save_attention(pipe, tmp_path / "mine")
+    asked = ["--attn", str(tmp_path / "mine"), "--attn", "gna:window=3"]
+    status, report = compare(tmp_path / "out", "--pipeline", str(flux), *FLUX, "--prompt", "a red circle", *asked)
+    assert status == 0
+    dense, trained, plain = report["attention"]
+    assert (trained["label"], plain["label"]) == ("mine", "gna") and trained["source"] == str(tmp_path / "mine")
+    assert trained["short"] == "gna, trained; window=3,stride=1" and plain["source"] is None
+    assert trained["logit_fraction"] == plain["logit_fraction"] < 1
+    call = {"prompt": "a red circle", "height": 32, "width": 40, "num_inference_steps": 2, "output_type": "np"}
+    drawn = pipe(**call, generator=torch.Generator().manual_seed(0))[0][0]
+    picture = np.array(Image.open(tmp_path / "out" / trained["pictures"][0]["file"]))
+    assert np.abs(picture - drawn * 255).max() <= 0.51
+    assert not np.array_equal(picture, np.array(Image.open(tmp_path / "out" / plain["pictures"][0]["file"])))
+
+
+@pytest.mark.parametrize("name, told", [("no/such", "no attention file"), ("here", "is for Wan")])
+def test_attention_that_was_trained_for_another_model_is_refused(flux, tmp_path, capsys, name, told):
+    (tmp_path / "no").mkdir()
+    video = WanPipeline.from_pretrained(save_wan(tmp_path / "wan"))
+    set_attn_processor(video, GNAAttnProcessor(window=3))
+    save_attention(video, tmp_path / "here")
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["compare", "--out", str(tmp_path / "out"), "--pipeline", str(flux), *FLUX, "--attn", str(tmp_path / name)]
+        )
+    assert stop.value.code == 2
+    print(capsys.readouterr().err)
+
+
+def test_conversions_are_what_the_embedded_pipelines_are_compared_with(tmp_path):
+    embedded = Embedded(tmp_path, (), tmp_path / "conversions")
+    (tmp_path / "conversions/gna").mkdir(parents=True)
+    assert embedded.students(["sla", "gna"]) == ["sla", str(tmp_path / "conversions/gna")]
 
 
 def test_an_earlier_install_is_there_again_afterwards(flux):

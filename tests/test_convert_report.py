@@ -50,8 +50,7 @@ def convert(pipelines, out, *more):
 
 
 def evaluate(pipelines, attention, out, *more, which="flux"):
-    given = ("--pipeline", pipelines[which], "--prompts", pipelines["prompts"], "--out", out)
-    given += () if attention is None else ("--attention", attention)
+    given = ("--pipeline", pipelines[which], "--prompts", pipelines["prompts"], "--out", out, "--attn", attention)
     return run("evaluate", *given, *SMALL, "--samples", 2, "--levels", 3, *more)
 
 
@@ -108,8 +107,8 @@ def test_attention_that_was_not_trained_is_measured_as_the_saved_one(pipelines, 
     pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))
     dit_accel.save_attention(pipe, tmp_path / "student")
     assert evaluate(pipelines, tmp_path / "student", tmp_path / "saved", "--pictures", "0") == 0
-    more = ("--pictures", "0", "--batch", "2", "--attn", "gna:window=2")  # levels two at a time, and one
-    assert evaluate(pipelines, None, tmp_path / "named", *more) == 0
+    more = ("--pictures", "0", "--batch", "2")  # levels two at a time, and one
+    assert evaluate(pipelines, "gna:window=2", tmp_path / "named", *more) == 0
     saved, named = (json.loads((tmp_path / x / "evaluate.json").read_text()) for x in ("saved", "named"))
     for one, other in zip(saved["by_level"], named["by_level"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
@@ -118,16 +117,15 @@ def test_attention_that_was_not_trained_is_measured_as_the_saved_one(pipelines, 
 
 
 @pytest.mark.parametrize(
-    "more, told",
+    "student, more, told",
     [
-        ((), "give --attention with what convert wrote, or --attn"),
-        (("--attn", "gna:window=2", "--attention", "x"), "give --attention with what convert wrote, or --attn"),
-        (("--attn", "gnu"), "unknown attention 'gnu'"),
-        (("--attn", "gna:window=2", "--captions", "3"), "--captions is for pipelines that"),
+        ("gnu", (), "unknown attention 'gnu'"),
+        ("gna:window=2", ("--captions", "3"), "--captions is for pipelines that"),
+        ("gna:window=2", ("--mixed-precision", "int8"), "--mixed-precision takes no, fp16 or bf16"),
     ],
 )
-def test_a_student_that_is_not_clear_is_refused(pipelines, tmp_path, capsys, more, told):
-    assert evaluate(pipelines, None, tmp_path / "out", *more) == 2
+def test_a_student_that_is_not_clear_is_refused(pipelines, tmp_path, capsys, student, more, told):
+    assert evaluate(pipelines, student, tmp_path / "out", *more) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out/samples").exists()
 
 

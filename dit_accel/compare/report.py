@@ -45,11 +45,13 @@ class Picture:
 
 @dataclass
 class Variant:
-    """Dense, or a mechanism with its options. status: waiting, running, complete, failed, interrupted."""
+    """Dense, or a mechanism with its options. source: of attention that was trained. status: waiting, running,
+    complete, failed, interrupted."""
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
     short: str = ""
+    source: str | None = None
     status: str = "waiting"
     error: str | None = None
     logit_fraction: float | None = None

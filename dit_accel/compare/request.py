@@ -14,12 +14,13 @@ __all__ = ["Request"]
 
 @dataclass(frozen=True)
 class Request:
-    """Checked as far as it can be without the pipeline. None: take the pipeline's own."""
+    """Checked as far as it can be without the pipeline. None: take the pipeline's own. attention: by name and options,
+    or what ``load_attention`` takes."""
 
     pipeline: str | None
     video: bool
     prompts: tuple[str, ...]
-    attention: tuple[AttentionSpec, ...]
+    attention: tuple[AttentionSpec | str, ...]
     steps: int | None
     seed: int
     height: int | None

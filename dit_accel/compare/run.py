@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,21 +16,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..attn_spec import short_options
 from ..command import BadInput, undisturbed
 from ..describe import describe, logit_fraction
 from ..embedded import IMAGE, OTHER_PROMPTS, VIDEO, read_defaults
-from ..install import attention, denoisers
-from ..layout import TokenLayout
+from ..install import denoisers
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
-from ..processor import AcceleratedAttnProcessor
 from .metrics import compare_frames, lpips_weights
 from .report import Picture, Report, Variant, figure
 from .request import Request
 from .sheet import Sheet, contact_cell, save_clip, save_image, sheet_frames
 from .sizes import Size, check_size, default_size, token_grid
 from .step_timer import StepTimer
+from .students import Student, make_students
 
 __all__ = ["run"]
 
@@ -56,7 +54,7 @@ class Comparison:
     size: Size
     steps: int
     call: dict[str, Any]  # what the pipeline is called with, but for prompt, steps and seed
-    processors: list[AcceleratedAttnProcessor | None]  # as report.variants; None is dense
+    students: list[Student | None]  # as report.variants; None is dense
     report: Report
     drawn: dict[tuple[int, int], NDArray[np.uint8]]  # (prompt, column) -> (T, H, W, 3)
 
@@ -112,8 +110,8 @@ def _prepare(request: Request) -> Comparison:
             )
         own_steps = call.pop("num_inference_steps", None) or _default(parameters, "num_inference_steps")
         steps = request.steps or own_steps
-        processors = _processors(request, pipe, token_grid(pipe, size))
-    except (ValueError, TypeError) as error:
+        students = make_students(request.attention, pipe, token_grid(pipe, size))
+    except (ValueError, TypeError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
     if not isinstance(steps, int) or steps < 1:
         raise BadInput(f"{name} does not say how many steps it takes; give --steps")
@@ -122,30 +120,15 @@ def _prepare(request: Request) -> Comparison:
         call["num_frames"] = size.frames
     own = {str(embedded.folder): embedded.prompts for embedded in (IMAGE, VIDEO)}
     prompts = list(request.prompts or own.get(_source(request), OTHER_PROMPTS))
-    variants = [Variant("dense", logit_fraction=1.0, short="softmax over everything"), *_variants(request, processors)]
+    variants = [Variant("dense", logit_fraction=1.0, short="softmax over everything"), *map(_variant, students)]
     report = Report(request.out / "report.json", _about(request, pipe, size, steps, call), prompts, variants)
-    return Comparison(request, pipe, size, steps, call, [None, *processors], report, {})
+    return Comparison(request, pipe, size, steps, call, [None, *students], report, {})
 
 
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
     """A parameter's default; None if it has none or does not exist."""
     default = parameters[name].default if name in parameters else None
     return None if default is inspect.Parameter.empty else default
-
-
-def _processors(request: Request, pipe: Any, grid: tuple[int, ...] | None) -> list[AcceleratedAttnProcessor]:
-    """The processors asked for, tried on the pipeline.
-
-    Raises: ValueError, TypeError: one that does not fit the grid, or a model that takes none.
-    """
-    processors = [spec.processor(grid) for spec in request.attention]
-    for processor in processors:
-        with attention(pipe, processor):  # refuses models that are not known
-            pass
-        if grid is not None:  # refuses a window with another number of axes
-            layout = TokenLayout(grid)
-            processor.mechanism.fit(layout, **processor.layer_options(layout))
-    return processors
 
 
 def _size(request: Request, pipe: Any, call: dict[str, Any]) -> Size:
@@ -164,13 +147,9 @@ def _size(request: Request, pipe: Any, call: dict[str, Any]) -> Size:
     return size
 
 
-def _variants(request: Request, processors: list[AcceleratedAttnProcessor]) -> Iterator[Variant]:
-    seen: dict[str, int] = {}
-    for spec, processor in zip(request.attention, processors, strict=True):
-        seen[spec.name] = seen.get(spec.name, 0) + 1
-        label = spec.name if seen[spec.name] == 1 else f"{spec.name}-{seen[spec.name]}"
-        options = {key: _for_json(value) for key, value in asdict(processor).items()}
-        yield Variant(label, options=options, short=short_options(processor))
+def _variant(student: Student) -> Variant:
+    options = {key: _for_json(value) for key, value in asdict(student.processor).items()}
+    return Variant(student.label, options=options, short=student.short, source=student.source)
 
 
 def _for_json(value: Any) -> Any:
@@ -206,14 +185,14 @@ def _draw_all(comparison: Comparison, progress: Progress) -> None:
     """Dense first, then each mechanism; a mechanism that fails does not stop the others."""
     report = comparison.report
     overall = progress.add_task("pictures", total=len(report.variants) * len(report.prompts))
-    for column, (variant, processor) in enumerate(zip(report.variants, comparison.processors, strict=True)):
+    for column, (variant, student) in enumerate(zip(report.variants, comparison.students, strict=True)):
         variant.status = "running"
         try:
-            with attention(comparison.pipe, processor) if processor is not None else nullcontext():
+            with student.installed(comparison.pipe) if student is not None else nullcontext():
                 _draw_variant(comparison, column, progress, overall)
         except Exception as error:
             variant.status, variant.error = "failed", f"{type(error).__name__}: {error}"
-            if processor is None:  # without the baseline there is nothing to compare
+            if student is None:  # without the baseline there is nothing to compare
                 if isinstance(error, (ValueError, TypeError)):
                     raise BadInput(f"{type(comparison.pipe).__name__} cannot draw this: {error}") from error
                 raise
@@ -240,7 +219,7 @@ def _time_dense_again(comparison: Comparison) -> float:
 
 def _draw_variant(comparison: Comparison, column: int, progress: Progress, overall: Any) -> None:
     report, pipe = comparison.report, comparison.pipe
-    variant, processor = report.variants[column], comparison.processors[column]
+    variant, student = report.variants[column], comparison.students[column]
     step = progress.add_task(f"  {variant.label}, steps", total=comparison.steps)
     try:
         _call(comparison, 0, steps=1, output_type="latent")  # warm-up: plans, buffers, kernels; not timed
@@ -249,8 +228,8 @@ def _draw_variant(comparison: Comparison, column: int, progress: Progress, overa
             with StepTimer(denoisers(pipe).values(), comparison.request.device) as timer:
                 output = _call(comparison, prompt, steps=comparison.steps, output_type="np", step=(progress, step))
             frames = _to_frames(output)
-            if processor is not None:
-                dense_steps = min(processor.dense_steps, comparison.steps)
+            if student is not None:
+                dense_steps = min(student.processor.dense_steps, comparison.steps)
                 rest = logit_fraction(pipe) * (comparison.steps - dense_steps)
                 variant.logit_fraction = (dense_steps + rest) / comparison.steps
                 variant.installed = describe(pipe)

@@ -226,7 +226,7 @@ def test_attention_that_was_trained_is_compared_as_it_was_saved(flux, tmp_path):
     asked = ["--attn", str(tmp_path / "mine"), "--attn", "gna:window=3"]
     status, report = compare(tmp_path / "out", "--pipeline", str(flux), *FLUX, "--prompt", "a red circle", *asked)
     assert status == 0
-    dense, trained, plain = report["attention"]
+    _, trained, plain = report["attention"]
     assert (trained["label"], plain["label"]) == ("mine", "gna") and trained["source"] == str(tmp_path / "mine")
     assert trained["short"] == "gna, trained; window=3,stride=1" and plain["source"] is None
     assert trained["logit_fraction"] == plain["logit_fraction"] < 1
@@ -237,18 +237,16 @@ def test_attention_that_was_trained_is_compared_as_it_was_saved(flux, tmp_path):
     assert not np.array_equal(picture, np.array(Image.open(tmp_path / "out" / plain["pictures"][0]["file"])))
 
 
-@pytest.mark.parametrize("name, told", [("no/such", "no attention file"), ("here", "is for Wan")])
+@pytest.mark.parametrize("name, told", [("no/such", "no attention file"), ("here", "layers that FluxTransformer2DModel lacks")])
 def test_attention_that_was_trained_for_another_model_is_refused(flux, tmp_path, capsys, name, told):
     (tmp_path / "no").mkdir()
     video = WanPipeline.from_pretrained(save_wan(tmp_path / "wan"))
     set_attn_processor(video, GNAAttnProcessor(window=3))
     save_attention(video, tmp_path / "here")
+    command = ["compare", "--out", str(tmp_path / "out"), "--pipeline", str(flux), *FLUX]
     with pytest.raises(SystemExit) as stop:
-        main(
-            ["compare", "--out", str(tmp_path / "out"), "--pipeline", str(flux), *FLUX, "--attn", str(tmp_path / name)]
-        )
-    assert stop.value.code == 2
-    print(capsys.readouterr().err)
+        main([*command, "--attn", str(tmp_path / name)])
+    assert stop.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_conversions_are_what_the_embedded_pipelines_are_compared_with(tmp_path):

@@ -237,7 +237,9 @@ def test_attention_that_was_trained_is_compared_as_it_was_saved(flux, tmp_path):
     assert not np.array_equal(picture, np.array(Image.open(tmp_path / "out" / plain["pictures"][0]["file"])))
 
 
-@pytest.mark.parametrize("name, told", [("no/such", "no attention file"), ("here", "layers that FluxTransformer2DModel lacks")])
+@pytest.mark.parametrize(
+    "name, told", [("no/such", "no attention file"), ("here", "layers that FluxTransformer2DModel lacks")]
+)
 def test_attention_that_was_trained_for_another_model_is_refused(flux, tmp_path, capsys, name, told):
     (tmp_path / "no").mkdir()
     video = WanPipeline.from_pretrained(save_wan(tmp_path / "wan"))

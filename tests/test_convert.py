@@ -216,29 +216,6 @@ def test_killed_at_any_moment_it_ends_where_an_undisturbed_run_ends(pipelines, d
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-6) for name in ends[0])
 
 
-def test_two_processes_are_one_with_twice_the_batch(pipelines, drawn, tmp_path):
-    one, two = (link_samples(drawn, tmp_path / name) for name in ("one", "two"))
-    assert convert(pipelines, one) == 0
-    started = []
-    for rank in "01":
-        world = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29517",
-        }
-        environment = {**os.environ, **world, "OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(command(pipelines, two, "--batch", "1"), env=environment, stderr=subprocess.PIPE)
-        )
-    for process in started:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-2000:]
-    assert told(two)["processes"] == 2
-    assert (losses(one) - losses(two)).abs().max() < 1e-5
-
-
 def test_interrupted_it_keeps_a_checkpoint_of_the_last_step(pipelines, drawn, tmp_path, monkeypatch):
     out = link_samples(drawn, tmp_path / "o")
     take, taken = convert_run.Trainer._take, []

@@ -53,6 +53,11 @@ def check_launch(mixed_precision: str) -> None:
             f"accelerate is configured to FSDP of version {version}, and convert runs with version 2: set "
             "fsdp_version: 2 in its configuration, or give accelerate launch --fsdp_version 2"
         )
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        raise ValueError(
+            "FSDP by size would split lists of modules, which torch does not take: set fsdp_auto_wrap_policy: "
+            "TRANSFORMER_BASED_WRAP, which splits a denoiser's blocks"
+        )
     if _asked("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ValueError(
             "accelerate is configured to FSDP's activation checkpointing, which renames modules: set "

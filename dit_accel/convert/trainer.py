@@ -131,7 +131,7 @@ class Trainer:
             parameter.requires_grad_()
         called = TeacherForced(self.host, self.layers) if self.part.stage.transfer else self.host
         if self.sharded:
-            self.model = through(self.host, called) if self.part.stage.transfer else called
+            self.model = through(self.host, called.forward) if self.part.stage.transfer else called
             self.optimizer = self.accelerator.prepare_optimizer(self._new_optimizer())
         else:
             self.model, self.optimizer = self.accelerator.prepare(called, self._new_optimizer())

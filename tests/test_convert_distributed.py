@@ -1,0 +1,185 @@
+"""Conversions by two processes, plain and with FSDP: they are one process with twice the batch, stop together, and what
+cannot be run is told before any work."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors import safe_open
+from tiny_pipelines import save_flux
+
+from dit_accel.cli import main
+from dit_accel.convert.checkpoint import load_checkpoint
+from dit_accel.convert.trainer import Trainer
+
+SLA, GNA = "sla:critical=0.3,block_q=8,block_kv=8", "gna:window=3"
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}  # fmt: skip
+TRANSFER = ("--attn", SLA, "--recipe", "attention-transfer", "--rank", "2", "--accumulate", "2", "--save-every", "2")
+RUNS = {
+    "plain": ("--attn", GNA),
+    "linvideo": (
+        "--attn", SLA, "--recipe", "linvideo", "--convert-layers", "2", "--gradient-checkpointing",
+        "--lr", "0.0001", "--sample-every", "2", "--report", "1",
+    ),
+    "transfer": TRANSFER,
+    "stopped": TRANSFER,
+}  # fmt: skip
+
+
+def convert(folder, out, batch, *more):
+    """Exit status of the command."""
+    given = ["convert", "--pipeline", str(folder / "flux"), "--out", str(out), "--data-free", "--device", "cpu"]
+    given += ["--prompts", str(folder / "prompts.txt"), "--samples", "4", "--height", "32", "--width", "32"]
+    given += ["--batch", str(batch), "--steps", "4", "--warmup", "2", "--report", "0"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, *more])
+    return stopped.value.code
+
+
+def link_samples(folder, out):
+    out.mkdir(parents=True)
+    (out / "samples").symlink_to(folder / "drawn/samples")
+    return out
+
+
+def start_both(folder):
+    """Two processes that do all of RUNS; ports: where they meet, one for each time."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(RUNS) + 1)]
+    ports = ",".join(str(held.getsockname()[1]) for held in sockets)
+    for held in sockets:
+        held.close()
+    started = []
+    for rank in "01":
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **world, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, str(folder), ports]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return started
+
+
+def told(out):
+    return json.loads((out / "convert.json").read_text())
+
+
+def read(path):
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def assert_same(ours, theirs, within):
+    """Losses of each step, the file, and all of the checkpoint: what the optimizer holds as well."""
+    histories = told(ours)["history"], told(theirs)["history"]
+    assert len(histories[0]) == 4
+    for a, b in zip(*histories, strict=True):
+        assert a == pytest.approx(b, rel=within, abs=within)
+    assert told(ours)["layers"] == told(theirs)["layers"]
+    (a, about), (b, there) = (read(out / "dit_accel.safetensors") for out in (ours, theirs))
+    assert a and about == there
+    torch.testing.assert_close(a, b, atol=within, rtol=0)
+    a, b = (load_checkpoint(out) for out in (ours, theirs))
+    torch.testing.assert_close(a["parameters"], b["parameters"], atol=within, rtol=0)
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], atol=within, rtol=0)
+
+
+def assert_same_pictures(ours, theirs):
+    for name in ("step-000002-0.png", "step-000004-0.png"):
+        a, b = (np.array(Image.open(x / "pictures" / name)).astype(int) for x in (ours, theirs))
+        assert np.abs(a - b).max() <= 1 and (a[:, :32] != a[:, 32:]).any()
+
+
+def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_path):
+    """One of plain data parallelism, the others under FSDP: with a teacher, stages, a selection of layers, LoRA,
+    pictures and the report. In one test, since workers share no fixture."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    save_flux(tmp_path / "flux")
+    assert convert(tmp_path, tmp_path / "drawn", 1, "--attn", GNA, "--steps", "1") == 0
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in RUNS:
+        link_samples(tmp_path, two / name)
+    started = start_both(tmp_path)
+    for name in ("plain", "linvideo", "transfer"):
+        assert convert(tmp_path, link_samples(tmp_path, one / name), 2, *RUNS[name], "--report", "0") == 0
+    for process in started:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said[-3000:].decode()
+    for name in ("plain", "linvideo", "transfer"):
+        assert told(two / name)["processes"] == 2
+        assert_same(two / name, one / name, 1e-5)
+    assert_same_pictures(two / "linvideo", one / "linvideo")
+    assert (two / "linvideo/report/evaluate.json").is_file()
+    assert "Against its teacher" in (two / "linvideo/README.md").read_text()
+
+    reached = torch.load(two / "stopped/reached.pt")  # a signal in the third step, to the second process alone
+    assert reached["step"] == 3 and reached["stage"] == 1
+    assert_same(two / "stopped", two / "transfer", 1e-6)
+    alone = link_samples(tmp_path, tmp_path / "alone")  # on with one process and without FSDP
+    torch.save(reached, alone / "checkpoint.pt")
+    assert convert(tmp_path, alone, 2, *TRANSFER) == 0
+    assert_same(alone, one / "transfer", 1e-5)
+
+
+@pytest.mark.parametrize(
+    "environment, more, said",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), "configured to DeepSpeed, which convert does not run with: choose"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, (), "configured to Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, (), "configured to a parallelism_config"),
+        ({"FSDP_VERSION": "1"}, (), "FSDP of version 1, and convert runs with version 2: set fsdp_version: 2"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, (), "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "give --gradient-checkpointing"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, (), "dynamo_backend: no"),
+        ({}, ("--mixed-precision", "fp16"), "fp16 is not taken under FSDP: use bf16"),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_any_work(tmp_path, monkeypatch, environment, more, said, capsys):
+    for key, value in {**FSDP, **environment}.items():
+        monkeypatch.setenv(key, value)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    assert convert(tmp_path, tmp_path / "o", 1, "--attn", GNA, *more) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "o").glob("*"))
+
+
+def stop_in_the_third_step(trainer, batches, take=Trainer._take):
+    if trainer.step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+    return take(trainer, batches)
+
+
+def run_as_one_of_two(folder, ports):
+    """All of RUNS; the last one is stopped and begun again."""
+    torch.set_num_threads(1)
+    for name, more in RUNS.items():
+        os.environ.update(FSDP if name != "plain" else {})
+        out = folder / "two" / name
+        if name == "stopped":
+            os.environ["MASTER_PORT"] = ports.pop()
+            usual, Trainer._take = Trainer._take, stop_in_the_third_step
+            assert convert(folder, out, 1, *more) == 130
+            Trainer._take = usual
+            torch.distributed.barrier()
+            if os.environ["RANK"] == "0":
+                shutil.copy(out / "checkpoint.pt", out / "reached.pt")
+            torch.distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ["MASTER_PORT"] = ports.pop()
+        assert convert(folder, out, 1, *more) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+if __name__ == "__main__":
+    run_as_one_of_two(Path(sys.argv[1]), sys.argv[2].split(","))

@@ -9,17 +9,21 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors import safe_open
+from tiny import TINY
 from tiny_pipelines import save_flux
 
 from dit_accel.cli import main
 from dit_accel.convert.checkpoint import load_checkpoint
+from dit_accel.convert.sharding import choose_blocks
 from dit_accel.convert.trainer import Trainer
 
 SLA, GNA = "sla:critical=0.3,block_q=8,block_kv=8", "gna:window=3"
@@ -140,6 +144,7 @@ def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, (), "configured to a parallelism_config"),
         ({"FSDP_VERSION": "1"}, (), "FSDP of version 1, and convert runs with version 2: set fsdp_version: 2"),
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, (), "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, (), "set fsdp_offload_params: false"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "give --gradient-checkpointing"),
         ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, (), "dynamo_backend: no"),
         ({}, ("--mixed-precision", "fp16"), "fp16 is not taken under FSDP: use bf16"),
@@ -152,6 +157,21 @@ def test_what_cannot_be_run_is_told_before_any_work(tmp_path, monkeypatch, envir
     assert convert(tmp_path, tmp_path / "o", 1, "--attn", GNA, *more) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "o").glob("*"))
+
+
+def test_blocks_are_the_models_own_and_others_are_told():
+    for given, model in ((None, "wan_vace"), (["NoSuch"], "flux")):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=given
+        )
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+        if given is None:
+            choose_blocks(accelerator, TINY[model]())
+            assert plugin.transformer_cls_names_to_wrap == ["WanTransformerBlock", "WanVACETransformerBlock"]
+            continue
+        with pytest.raises(ValueError, match=r"names NoSuch; Flux.* has blocks of FluxTransformerBlock, FluxSingle"):
+            choose_blocks(accelerator, TINY[model]())
 
 
 def stop_in_the_third_step(trainer, batches, take=Trainer._take):

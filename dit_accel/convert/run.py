@@ -21,7 +21,7 @@ from .pictures import Pictures
 from .prepare import make_samples, only_denoiser, progress_bar, put_away
 from .recipes import RECIPES
 from .request import Request
-from .sharding import check_launch, check_model, is_sharded, reshard, set_up
+from .sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
 from .stages import check_request, plan
 from .trainer import Diverged, Trainer
 
@@ -59,7 +59,7 @@ def run(request: Request, console: Console) -> int:
         buckets = find_buckets(request.source, pipe)
         process = noise_process(pipe.scheduler)
         component, model = only_denoiser(pipe)
-        check_model(accelerator, model)
+        choose_blocks(accelerator, model)
         processor = processor_for(request.attention, buckets, accelerator.print)
         stages = plan(request, recipe, model, processor)
         samples = make_samples(request.source, accelerator, pipe, model, buckets, console)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import accelerate.utils
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..save import whole
 
 __all__ = [
-    "average", "check_launch", "check_model", "gather", "is_sharded", "part_like", "reshard", "set_up", "shard",
+    "average", "check_launch", "choose_blocks", "gather", "is_sharded", "part_like", "reshard", "set_up", "shard",
     "through", "whole_states", "with_parts",
 ]  # fmt: skip
 
@@ -53,6 +54,10 @@ def check_launch(mixed_precision: str) -> None:
             f"accelerate is configured to FSDP of version {version}, and convert runs with version 2: set "
             "fsdp_version: 2 in its configuration, or give accelerate launch --fsdp_version 2"
         )
+    if not hasattr(accelerate.utils, "fsdp2_prepare_model"):
+        raise ValueError(f"accelerate {accelerate.__version__} has no FSDP of version 2: pip install -U accelerate")
+    if _asked("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("convert does not keep parameters on the CPU under FSDP: set fsdp_offload_params: false")
     if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
         raise ValueError(
             "FSDP by size would split lists of modules, which torch does not take: set fsdp_auto_wrap_policy: "
@@ -95,18 +100,23 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
-def check_model(accelerator: Accelerator, model: nn.Module) -> None:
-    """Raises: ValueError: the configuration names classes of blocks that the model does not have."""
-    if not is_sharded(accelerator):
+def choose_blocks(accelerator: Accelerator, model: nn.Module) -> None:
+    """The classes of blocks to be split one by one: those of the configuration, else diffusers' own of the model.
+
+    Raises: ValueError: the model does not have them.
+    """
+    if not is_sharded(accelerator) or accelerator.state.fsdp_plugin.auto_wrap_policy is None:
         return
-    wanted = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or []
+    plugin = accelerator.state.fsdp_plugin
     there = {type(module).__name__ for module in model.modules()}
-    if missing := [name for name in wanted if name not in there]:
-        blocks = getattr(model, "_no_split_modules", None) or []
+    blocks = [name for name in getattr(model, "_no_split_modules", None) or [] if name in there]
+    wanted = plugin.transformer_cls_names_to_wrap or blocks
+    if (missing := [name for name in wanted if name not in there]) or not wanted:
         raise ValueError(
-            f"fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, which {type(model).__name__} lacks; leave "
-            f"it out for {', '.join(sorted(there.intersection(blocks))) or 'its own blocks'}"
+            f"fsdp_transformer_layer_cls_to_wrap names {', '.join(missing) or 'nothing'}; {type(model).__name__} has "
+            f"blocks of {', '.join(blocks) or 'other classes'}: name these, or set fsdp_auto_wrap_policy: NO_WRAP"
         )
+    plugin.transformer_cls_names_to_wrap = wanted
 
 
 def shard(accelerator: Accelerator, model: nn.Module, alone: Iterable[str] = ()) -> None:
@@ -114,15 +124,13 @@ def shard(accelerator: Accelerator, model: nn.Module, alone: Iterable[str] = ())
 
     Args: alone: names of modules that are called by themselves, without the block around them.
     """
-    from accelerate.utils import fsdp2_prepare_model
-
     plugin = accelerator.state.fsdp_plugin
     for name in alone:
         fully_shard(
             model.get_submodule(name), reshard_after_forward=plugin.reshard_after_forward,
-            mp_policy=plugin.mixed_precision_policy, offload_policy=plugin.cpu_offload,
+            mp_policy=plugin.mixed_precision_policy,
         )  # fmt: skip
-    fsdp2_prepare_model(accelerator, model)
+    accelerate.utils.fsdp2_prepare_model(accelerator, model)
 
 
 def through(model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:

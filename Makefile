@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/dit-accel compare --out $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not timing" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n 2  # a thread for each of the two processes
 	$(BIN)/python -m pytest -q -m timing
 
 lint: $(READY)

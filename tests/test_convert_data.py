@@ -330,7 +330,7 @@ def test_clips_in_shards_and_evaluation_on_them(pipelines, tmp_path):
     content = (tmp_path / "a.gif").read_bytes()
     shard(tmp_path / "a.tar", {name: {"gif": content, "txt": "a red circle"} for name in "ab"})
     assert convert(pipelines["wan"], tmp_path / "student", "--data", tmp_path / "a.tar") == 0
-    more = ("--attention", tmp_path / "student", "--data", tmp_path / "a.tar", "--size", "16x16x5", "--size", "32x16x9")
+    more = ("--attn", tmp_path / "student", "--data", tmp_path / "a.tar", "--size", "16x16x5", "--size", "32x16x9")
     assert convert(pipelines["wan"], tmp_path / "o", *more, "--levels", 2, "--pictures", 0, command="evaluate") == 0
     about = json.loads((tmp_path / "o/evaluate.json").read_text())
     assert about["samples"] == 2 and about["sizes"] == ["16×16, 5 frames", "32×16, 9 frames"]

@@ -103,19 +103,17 @@ def compare(
     from .command import BadInput, Stopped
     from .compare.request import Request
     from .compare.run import run
-    from .embedded import IMAGE, VIDEO
     from .files import require_writable
     from .machine import pick_device, pick_dtype
     from .processor import PROCESSORS
 
     try:
-        if video and pipeline is not None:
-            raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
+        embedded = _embedded(pipeline, video)
         if any(not text.strip() for text in prompt or ()):
             raise ValueError("a --prompt is empty")
         usual = [name for name, kind in PROCESSORS.items() if kind.any_host]
         if pipeline is None:
-            usual = (VIDEO if video else IMAGE).students(usual)
+            usual = embedded.students(usual)
         students = tuple(parse_student(text) for text in attn or usual)
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
@@ -342,6 +340,18 @@ def _prompt_check(pipeline: str) -> Any:
     return prompt_check
 
 
+def _embedded(pipeline: str | None, video: bool) -> Any:
+    """The embedded pipeline that stands in for one that was not given.
+
+    Raises: ValueError: both are asked for.
+    """
+    from .embedded import IMAGE, VIDEO
+
+    if video and pipeline is not None:
+        raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
+    return VIDEO if video else IMAGE
+
+
 def _source(
     pipeline: str | None,
     video: bool,
@@ -362,11 +372,10 @@ def _source(
     """
     from .convert.buckets import parse_size
     from .convert.request import Source
-    from .embedded import IMAGE, OTHER_PROMPTS, VIDEO
+    from .embedded import OTHER_PROMPTS
     from .files import require_writable
 
-    if video and pipeline is not None:
-        raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
+    embedded = _embedded(pipeline, video)
     if (data is None) == (not data_free):
         raise ValueError("give --data with a folder or .tar shards, or --data-free")
     if sizes and any(length is not None for length in size):
@@ -377,7 +386,6 @@ def _source(
         raise ValueError("--fps is for clips given with --data: what the teacher draws has no other rate than its own")
     if device not in (None, "cpu"):
         raise ValueError(f"--device takes cpu, got {device!r}; else accelerate takes the GPU that it finds")
-    embedded = VIDEO if video else IMAGE
     texts = OTHER_PROMPTS if pipeline is not None else embedded.prompts
     if prompts is not None:
         if not prompts.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -49,6 +50,14 @@ def t5_sizes(width: int) -> dict[str, int]:
     return {"vocab_size": 3 + len(WORDS), "d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 
 
+def tiny_vae(channels: int, **options: Any) -> AutoencoderKL:
+    """Half the height and width; options: of the latents' scale, and without the quantizing convolutions."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
+    )  # fmt: skip
+
+
 def save_flux(folder: Path) -> Path:
     """A FluxPipeline that draws 32×32 by default, in multiples of 4: 8×8 tokens."""
     torch.manual_seed(0)
@@ -56,11 +65,7 @@ def save_flux(folder: Path) -> Path:
         vocab_size=64, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), latent_channels=1, norm_num_groups=4, layers_per_block=1, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0,
-        scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+    vae = tiny_vae(1, shift_factor=0.0, scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=CLIPTextModel(clip),
         tokenizer=clip_tokenizer(), text_encoder_2=T5EncoderModel(T5Config(**t5_sizes(24))),
@@ -92,10 +97,7 @@ def save_sd(folder: Path, prediction: str = "v_prediction") -> Path:
         vocab_size=64, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.2,
-    )  # fmt: skip
+    vae = tiny_vae(4, scaling_factor=0.2)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(clip), tokenizer=clip_tokenizer(), unet=sd15(),
         scheduler=DDIMScheduler(prediction_type=prediction, clip_sample=False, steps_offset=1),
@@ -115,10 +117,7 @@ def projecting_clip() -> dict[str, int]:
 def save_sdxl(folder: Path) -> Path:
     """A StableDiffusionXLPipeline of epsilon prediction, in multiples of 8: 16×16 latents for 32×32."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.13,
-    )  # fmt: skip
+    vae = tiny_vae(4, scaling_factor=0.13)
     pipe = StableDiffusionXLPipeline(
         vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**projecting_clip())), tokenizer=clip_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**projecting_clip(), projection_dim=12)),
@@ -131,11 +130,7 @@ def save_sdxl(folder: Path) -> Path:
 def save_sd3(folder: Path) -> Path:
     """A StableDiffusion3Pipeline, in multiples of 4: 8×8 tokens for 32×32."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.06,
-        scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+    vae = tiny_vae(4, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False)
     clip = [CLIPTextModelWithProjection(CLIPTextConfig(**projecting_clip(), projection_dim=6)) for _ in range(2)]
     pipe = StableDiffusion3Pipeline(
         vae=vae, text_encoder=clip[0], tokenizer=clip_tokenizer(), text_encoder_2=clip[1], tokenizer_2=clip_tokenizer(),

@@ -97,7 +97,7 @@ def _attention(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
 
 
 def _kernels(row: Row) -> float | None:
-    """Sum of what kernels take in a call under the profiler; what ours.ms is more is gaps, and a GPU that grew slower."""
+    """What kernels take in a call under the profiler; by what ours.ms is more, the GPU waited or grew slower."""
     by_kernel = row["ours"].get("by_kernel")
     return sum(by_kernel.values()) if by_kernel else None
 

@@ -27,7 +27,7 @@ from dit_accel.attn_spec import parse_attention
 from dit_accel.bench.results import now, read_results
 from dit_accel.convert.card import write_card
 from dit_accel.convert.evaluate import Evaluation
-from dit_accel.convert.request import Request, Source
+from dit_accel.convert.request import LORA_LAYERS, Request, Source
 from dit_accel.convert.run import run
 from dit_accel.demo.judge import prompt_check
 from dit_accel.demo.write_scenes import write_scenes
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=tuple(MECHANISMS["image"]), help="of the mechanisms")
     parser.add_argument("--recipe", default="clear")
     parser.add_argument("--train", default="lora")
+    parser.add_argument("--lora-layers", default="attention", choices=LORA_LAYERS)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
@@ -94,52 +95,55 @@ def convert_all(args: argparse.Namespace) -> None:
     held_out = replace(source, data=args.out / "held-out", seed=HELD_OUT_SEED, out=args.out / "teacher")
     held_out.out.mkdir(exist_ok=True)
     chosen = args.only or list(MECHANISMS[args.kind])
-    for name in chosen:
+    left = [name for name in chosen if not (args.out / name / "quality.json").is_file()]
+    evaluation = None
+    for name in left:
         folder = args.out / name
         folder.mkdir(exist_ok=True)
         if not (folder / "samples").exists():
             (args.out / "samples").mkdir(exist_ok=True)
             (folder / "samples").symlink_to(Path("..") / "samples")  # the same for all
         run(_request(args, replace(source, out=folder), MECHANISMS[args.kind][name]), console)
-    evaluation = Evaluation(
-        held_out, LEVELS, args.pictures, console, prompt_check, args.captions, args.mixed_precision, LEVELS
-    )  # fmt: skip
-    for name in chosen:
-        row = args.out / name / "quality.json"
-        if row.is_file():
-            continue
-        text, folder = MECHANISMS[args.kind][name], args.out / name
-        before = evaluation.measure(parse_attention(text), folder / "before")
-        after = evaluation.measure(str(folder), folder / "report")
-        write_json(folder / "report/evaluate.json", {**evaluation.about(), **after})
-        write_card(folder)
-        told = json.loads((folder / "convert.json").read_text())
-        parameters = sum(p.numel() for p in evaluation.teacher.parameters())
-        made = {
-            "teacher": f"{args.kind}, {parameters / 1e6:.1f} M", "mechanism": name, "attention": text,
-            "before": before, "after": after, "steps": told["steps"], "batch": args.batch, "recipe": args.recipe,
-            "trained_parameters": told["trained_parameters"], "last_losses": told["history"][-1],
-            "samples": len(evaluation.samples), "call": evaluation.call,
-            "bytes": (folder / "dit_accel.safetensors").stat().st_size, "status": "complete",
-        }  # fmt: skip
-        write_json(row, made)
-        console.print(_line(made), highlight=False, soft_wrap=True)
+        evaluation = evaluation or Evaluation(
+            held_out, LEVELS, args.pictures, console, prompt_check, args.captions, args.mixed_precision, LEVELS
+        )  # fmt: skip
+        row, about = _measure(args, evaluation, name), evaluation.about()
+        on = {key: about[key] for key in ("machine", "versions", "figures")}
+        write_json(folder / "quality.json", {"kind": "quality", "date": now(), **on, "rows": [row]})
+        console.print(_line(row), highlight=False, soft_wrap=True)
     done = [name for name in MECHANISMS[args.kind] if (args.out / name / "quality.json").is_file()]
-    rows = [json.loads((args.out / name / "quality.json").read_text()) for name in done]
-    _write(args.results or args.out / "quality.json", evaluation.about(), rows)
-    _picture(args.out, done, args.pictures)
+    if done:
+        _write(args.results or args.out / "quality.json", [args.out / name / "quality.json" for name in done])
+        _picture(args.out, done, args.pictures)
 
 
-def _write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The rows, and those that are there of other teachers and mechanisms."""
+def _measure(args: argparse.Namespace, evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """A row of the table: a mechanism before training, and after."""
+    text, folder = MECHANISMS[args.kind][name], args.out / name
+    before = evaluation.measure(parse_attention(text), folder / "before")
+    after = evaluation.measure(str(folder), folder / "report")
+    write_json(folder / "report/evaluate.json", {**evaluation.about(), **after})
+    write_card(folder)
+    told = json.loads((folder / "convert.json").read_text())
+    parameters = sum(p.numel() for p in evaluation.teacher.parameters())
+    return {
+        "teacher": f"{args.kind}, {parameters / 1e6:.1f} M", "mechanism": name, "attention": text,
+        "before": before, "after": after, "steps": told["steps"], "batch": args.batch, "recipe": args.recipe,
+        "trained_parameters": told["trained_parameters"], "last_losses": told["history"][-1],
+        "samples": len(evaluation.samples), "call": evaluation.call,
+        "bytes": (folder / "dit_accel.safetensors").stat().st_size, "status": "complete",
+    }  # fmt: skip
+
+
+def _write(path: Path, measured: list[Path]) -> None:
+    """The rows of these files, and those that are there of other teachers and mechanisms."""
+    each = [read_results(file) for file in measured]
+    rows = [row for one in each for row in one["rows"]]
     names = {(row["teacher"], row["mechanism"]) for row in rows}
     earlier = read_results(path)["rows"] if path.is_file() else []
     kept = [row for row in earlier if (row["teacher"], row["mechanism"]) not in names]
     command = ["python -m dit_accel.demo.convert_embedded", *sys.argv[1:]]
-    write_json(path, {
-        "kind": "quality", "status": "complete", "smoke": False, "date": now(), "command": command,
-        "machine": about["machine"], "versions": about["versions"], "figures": about["figures"], "rows": kept + rows,
-    })  # fmt: skip
+    write_json(path, {**each[-1], "status": "complete", "smoke": False, "command": command, "rows": kept + rows})
 
 
 def _request(args: argparse.Namespace, source: Source, attention: str) -> Request:
@@ -147,7 +151,7 @@ def _request(args: argparse.Namespace, source: Source, attention: str) -> Reques
         source=source, attention=parse_attention(attention), recipe=args.recipe, train=args.train, rank=args.rank,
         steps=args.steps, batch=args.batch, accumulate=1, lr=args.lr, warmup=min(50, args.steps // 4),
         mixed_precision=args.mixed_precision, gradient_checkpointing=False, save_every=200, sample_every=0,
-        tracker=None, schedule="cosine", save_dtype="float16",
+        tracker=None, lora_layers=args.lora_layers, schedule="cosine", save_dtype="float16",
     )  # fmt: skip
 
 

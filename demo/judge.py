@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,7 @@ from dit_accel.demo.scenes import Scene, caption, sample_scene
 __all__ = ["check_drawing", "draw_scenes", "held_out_scenes", "prompt_check"]
 
 _FEW = 64  # drawings that are checked in this process
-_WORKERS = 4  # others check the rest, a picture in 30 ms, while the next are drawn
+_WORKERS = min(12, max(1, (os.cpu_count() or 1) // 2))  # others check the rest while the next are drawn
 
 
 def held_out_scenes(count: int, clip: bool, seed: int = 0) -> list[Scene]:
@@ -59,7 +60,7 @@ def prompt_check(
     """
     clip = "num_frames" in arguments
     scenes = held_out_scenes(count, clip, seed)
-    batch = 1 if pipe.device.type == "cpu" else 10 if clip else 25
+    batch = 1 if pipe.device.type == "cpu" else 20 if clip else 40
     done: list[Any] = []
     context = multiprocessing.get_context("spawn")
     with torch.no_grad(), ProcessPoolExecutor(_WORKERS, context) as pool:

@@ -148,6 +148,12 @@ def convert(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRA.")] = 16,
+    lora_layers: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH", help="Linear layers with a LoRA: attention, or blocks, with all of the blocks around it."
+        ),
+    ] = "attention",
     convert_layers: Annotated[
         int | None,
         typer.Option(
@@ -209,7 +215,7 @@ def convert(
     from .convert.card import check_hub
     from .convert.finish import finish
     from .convert.recipes import RECIPES
-    from .convert.request import DTYPES, SCHEDULES, TRAINABLE, Request
+    from .convert.request import DTYPES, LORA_LAYERS, SCHEDULES, TRAINABLE, Request
     from .convert.run import Diverged, run
 
     try:
@@ -223,6 +229,8 @@ def convert(
             raise ValueError(f"unknown recipe {recipe!r}; there are: {', '.join(RECIPES)}")
         if train is not None and train not in TRAINABLE:
             raise ValueError(f"--train takes {', '.join(TRAINABLE)}, got {train!r}")
+        if lora_layers not in LORA_LAYERS:
+            raise ValueError(f"--lora-layers takes {' or '.join(LORA_LAYERS)}, got {lora_layers!r}")
         precision = _precision(mixed_precision, device)
         if save_dtype not in DTYPES:
             raise ValueError(f"--save-dtype takes {', '.join(DTYPES)}, got {save_dtype!r}")
@@ -236,8 +244,7 @@ def convert(
         raise BadInput(str(error)) from None
     request = Request(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
-        save_every, sample_every, tracker, convert_layers, schedule,
-        save_dtype,
+        save_every, sample_every, tracker, convert_layers, lora_layers, schedule, save_dtype,
     )  # fmt: skip
     console = Console()
     try:

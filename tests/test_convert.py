@@ -129,10 +129,11 @@ def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which
     assert np.abs(picture[:, :wide] - picture[:, wide:]).max() > 1
 
 
-def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path):
+@pytest.mark.parametrize("where", ["attention", "blocks"])
+def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path, where):
     """Each weight is the pretrained one and the product, however often the file is loaded; taken off again it is the
     pretrained one to the bit."""
-    more = ("--train", "lora", "--rank", "2", "--lr", "0.05")
+    more = ("--train", "lora", "--rank", "2", "--lr", "0.05", "--lora-layers", where)
     assert convert(pipelines, tmp_path, *more, attn="sla:critical=0.3,block_q=8,block_kv=8") == 0
     trained = load_checkpoint(tmp_path)["parameters"]
     assert all(".lora_" in name or ".dit_accel." in name for name in trained) and len(trained) > 10
@@ -144,6 +145,9 @@ def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path
         name for name, x in pipe.transformer.state_dict().items() if name in before and not x.equal(before[name])
     ]
     assert sorted(changed) == sorted(report.parts[0].overwritten) and len(changed) > 5
+    linear = [name for name, part in pipe.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
+    meant = ".attn." if where == "attention" else "_blocks."
+    assert {key.removesuffix(".weight") for key in report.parts[0].overwritten} == {x for x in linear if meant in x}
     for name in changed:
         down, up = (
             trained[name.replace(".weight", f".lora_{x}.conversion.weight")] for x in ("A", "B")
@@ -338,6 +342,8 @@ def test_batches_hold_one_kind_and_every_epoch_all():
     [
         (("--recipe", "nothing"), "there are: sla, clear"),
         (("--train", "some"), "new, attention, lora, full"),
+        (("--train", "lora", "--lora-layers", "all"), "--lora-layers takes attention or blocks"),
+        (("--train", "full", "--lora-layers", "blocks"), "--lora-layers blocks is for --train lora"),
         (("--save-dtype", "int8"), "--save-dtype takes float32, bfloat16, float16, got 'int8'"),
         (("--train", "new"), "adds no parameters"),
         (("--height", "30"), "30"),

@@ -19,20 +19,31 @@ def require_peft() -> None:
         raise ValueError("LoRA needs peft: pip install 'dit-accel[train]'")
 
 
-def add_lora(model: Any, layers: list[str], rank: int, seed: int) -> list[str]:
-    """Put a LoRA of this rank around every linear layer of the attention modules. What it adds is 0 at first.
+def add_lora(model: Any, layers: list[str], where: str, rank: int, seed: int) -> list[str]:
+    """Put a LoRA of this rank around every linear layer of the attention modules, or of the blocks that they are in.
+    What it adds is 0 at first.
 
     Returns: names of the parameters that it has.
     """
     from peft import LoraConfig
 
+    parts = layers if where == "attention" else sorted({_block_of(model, layer) for layer in layers})
     targets = [
-        f"{layer}.{name}"
-        for layer in layers
-        for name, part in model.get_submodule(layer).named_modules()
-        if isinstance(part, nn.Linear) and not name.startswith("dit_accel.")
+        f"{part}.{name}"
+        for part in parts
+        for name, module in model.get_submodule(part).named_modules()
+        if isinstance(module, nn.Linear) and ".dit_accel." not in f".{name}"
     ]
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the same in every process, and when a run goes on
         model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
     return [name for name, _ in model.named_parameters() if ".lora_" in name]
+
+
+def _block_of(model: nn.Module, layer: str) -> str:
+    """The innermost member of a ModuleList that holds an attention module; else the module itself."""
+    path = layer.split(".")
+    for i in range(len(path) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(path[: i - 1])), nn.ModuleList):
+            return ".".join(path[:i])
+    return layer

@@ -10,9 +10,10 @@ from ..attn_spec import AttentionSpec
 from ..compare.sizes import Size
 from .recipes import RECIPES
 
-__all__ = ["DTYPES", "SCHEDULES", "TRAINABLE", "Request", "Source"]
+__all__ = ["DTYPES", "LORA_LAYERS", "SCHEDULES", "TRAINABLE", "Request", "Source"]
 
 TRAINABLE = ("new", "attention", "lora", "full")
+LORA_LAYERS = ("attention", "blocks")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,8 +42,8 @@ class Source:
 @dataclass(frozen=True)
 class Request:
     """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA.
-    convert_layers: so many layers are chosen; None = the recipe's number. schedule: of the learning rate after its
-    warm-up, in each stage: "cosine" ends at 0. save_dtype: of the finished file."""
+    lora_layers: linear layers of what have one. convert_layers: so many layers are chosen; None = the recipe's number.
+    schedule: of the learning rate after its warm-up, in each stage: "cosine" ends at 0. save_dtype: of the file."""
 
     source: Source
     attention: AttentionSpec
@@ -60,6 +61,7 @@ class Request:
     sample_every: int
     tracker: str | None
     convert_layers: int | None = None
+    lora_layers: str = "attention"
     schedule: str = "constant"
     save_dtype: str = "float32"
 

@@ -86,6 +86,8 @@ def check_request(request: Request, recipe: Recipe) -> None:
             f"--recipe {recipe.name} says itself what each stage trains, so --train {request.train} cannot be given: "
             "leave it out, or choose another recipe"
         )
+    if request.lora_layers != "attention" and request.train != "lora":
+        raise ValueError(f"--lora-layers {request.lora_layers} is for --train lora")
     if request.convert_layers is not None and not recipe.selects:
         raise ValueError(
             f"--convert-layers is for --recipe linvideo, which chooses layers; --recipe {recipe.name} converts all"

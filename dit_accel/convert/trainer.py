@@ -73,7 +73,7 @@ class Trainer:
             installation.overwritten[name] = host.get_parameter(name).detach().to("cpu", copy=True)
         self.layers = list(installed_layers(host))
         if plan.needs_lora:
-            add_lora(host, self.layers, request.rank, request.source.seed)
+            add_lora(host, self.layers, request.lora_layers, request.rank, request.source.seed)
         if request.gradient_checkpointing:
             getattr(host, "enable_gradient_checkpointing")()  # noqa: B009 (a diffusers model's)
         host.train()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import inspect
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,16 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..command import BadInput, undisturbed
-from ..describe import describe, logit_fraction
-from ..embedded import IMAGE, OTHER_PROMPTS, VIDEO, read_defaults
+from ..describe import describe
+from ..embedded import IMAGE, OTHER_PROMPTS, VIDEO
 from ..install import denoisers
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
+from .calling import average_logit_fraction, own_call, to_frames
 from .metrics import compare_frames, lpips_weights
 from .report import Picture, Report, Variant, figure
 from .request import Request
 from .sheet import Sheet, contact_cell, save_clip, save_image, sheet_frames
-from .sizes import Size, check_size, default_size, token_grid
+from .sizes import Size, check_size, token_grid
 from .step_timer import StepTimer
 from .students import Student, make_students
 
@@ -97,50 +97,32 @@ def _prepare(request: Request) -> Comparison:
     """Load the pipeline and check everything that can be checked without drawing."""
     pipe = load_pipeline(_source(request), request.dtype, request.device)
     name = type(pipe).__name__
-    parameters = inspect.signature(pipe.__call__).parameters
-    if "prompt" not in parameters:
-        raise BadInput(f"{name} takes no prompt; compare needs a text-to-image or text-to-video pipeline")
     try:
-        call = read_defaults(_source(request))
-        size = _size(request, pipe, call)
-        unknown = [key for key in call if key not in parameters]
-        if unknown:
-            raise ValueError(
-                f"defaults.json in {_source(request)} has {', '.join(unknown)}, which {name} does not take"
-            )
-        own_steps = call.pop("num_inference_steps", None) or _default(parameters, "num_inference_steps")
-        steps = request.steps or own_steps
+        own = own_call(pipe, _source(request))
+        size = _size(request, pipe, own.size)
         students = make_students(request.attention, pipe, token_grid(pipe, size))
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
-    if not isinstance(steps, int) or steps < 1:
+    steps = request.steps or own.steps
+    if steps is None:
         raise BadInput(f"{name} does not say how many steps it takes; give --steps")
+    call = own.arguments
     call |= {"height": size.height, "width": size.width}
     if size.frames is not None:
         call["num_frames"] = size.frames
-    own = {str(embedded.folder): embedded.prompts for embedded in (IMAGE, VIDEO)}
-    prompts = list(request.prompts or own.get(_source(request), OTHER_PROMPTS))
+    embedded = {str(embedded.folder): embedded.prompts for embedded in (IMAGE, VIDEO)}
+    prompts = list(request.prompts or embedded.get(_source(request), OTHER_PROMPTS))
     variants = [Variant("dense", logit_fraction=1.0, short="softmax over everything"), *map(_variant, students)]
     report = Report(request.out / "report.json", _about(request, pipe, size, steps, call), prompts, variants)
     return Comparison(request, pipe, size, steps, call, [None, *students], report, {})
 
 
-def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
-    """A parameter's default; None if it has none or does not exist."""
-    default = parameters[name].default if name in parameters else None
-    return None if default is inspect.Parameter.empty else default
-
-
-def _size(request: Request, pipe: Any, call: dict[str, Any]) -> Size:
-    """The size asked for, else the folder's, else the pipeline's own; checked. Sizes are taken out of ``call``."""
-    own = default_size(pipe) or Size(0, 0)
-    height = call.pop("height", own.height)
-    width = call.pop("width", own.width)
-    frames = call.pop("num_frames", own.frames)
+def _size(request: Request, pipe: Any, own: Size) -> Size:
+    """The size asked for, else the folder's or the pipeline's own; checked."""
     name = type(pipe).__name__
     if request.frames is not None and "num_frames" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"--frames is for clips, and {name} draws pictures")
-    size = Size(request.height or height, request.width or width, request.frames or frames)
+    size = Size(request.height or own.height, request.width or own.width, request.frames or own.frames)
     if not size.height or not size.width:
         raise ValueError(f"{name} does not say what size it draws; give --height and --width")
     check_size(pipe, size)
@@ -227,11 +209,9 @@ def _draw_variant(comparison: Comparison, column: int, progress: Progress, overa
             progress.reset(step)
             with StepTimer(denoisers(pipe).values(), comparison.request.device) as timer:
                 output = _call(comparison, prompt, steps=comparison.steps, output_type="np", step=(progress, step))
-            frames = _to_frames(output)
+            frames = to_frames(output)
             if student is not None:
-                dense_steps = min(student.processor.dense_steps, comparison.steps)
-                rest = logit_fraction(pipe) * (comparison.steps - dense_steps)
-                variant.logit_fraction = (dense_steps + rest) / comparison.steps
+                variant.logit_fraction = average_logit_fraction(pipe, comparison.steps)
                 variant.installed = describe(pipe)
             picture = _measure(comparison, column, prompt, frames, timer.seconds_per_step(comparison.steps))
             variant.pictures.append(picture)
@@ -262,15 +242,6 @@ def _call(comparison: Comparison, prompt: int, *, steps: int, output_type: str, 
         prompt=comparison.report.prompts[prompt], num_inference_steps=steps, generator=generator,
         output_type=output_type, **comparison.call, **extra,
     )  # fmt: skip
-
-
-def _to_frames(output: Any) -> NDArray[np.uint8]:
-    """(T, H, W, 3) 8-bit frames of a pipeline's output."""
-    values = np.asarray((output.images if hasattr(output, "images") else output.frames)[0], dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise ArithmeticError("the picture holds NaN or infinity")
-    values = values if values.ndim == 4 else values[None]
-    return (values.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _measure(comparison: Comparison, column: int, prompt: int, frames: NDArray[np.uint8], seconds: float) -> Picture:

@@ -117,7 +117,9 @@ def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which
     """On the left what the teacher draws from this seed; on the right the student, which a step has changed."""
     size = ("--samples", "1", "--batch", "1", "--lr", "0.1", "--steps", "2", "--sample-every", "2")
     assert convert(pipelines, tmp_path, *size, *more, which=which, attn="gna:window=2") == 0
-    assert sorted(x.name for x in (tmp_path / "pictures").iterdir()) == ["step-000002-0.png", "step-000002-1.png"]
+    names = [f"step-{step:06d}-{i}.png" for step in (0, 2) for i in (0, 1)]  # 0: not trained yet
+    assert sorted(x.name for x in (tmp_path / "pictures").iterdir()) == names
+    first = np.array(Image.open(tmp_path / "pictures/step-000000-0.png"))
     picture = np.array(Image.open(tmp_path / "pictures/step-000002-0.png")).astype(int)
     assert picture.shape == (32, 2 * wide, 3)
     pipe = DiffusionPipeline.from_pretrained(pipelines[which])
@@ -127,6 +129,12 @@ def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which
     drawn = np.concatenate(list(drawn[[0, 1, 3, 4]]), 1) if which == "wan" else drawn
     assert np.abs(picture[:, :wide] - drawn * 255).max() <= 1
     assert np.abs(picture[:, :wide] - picture[:, wide:]).max() > 1
+    assert np.array_equal(first[:, :wide], picture[:, :wide])
+    with dit_accel.attention(pipe, dit_accel.GNAAttnProcessor(window=2)):
+        call["generator"] = torch.Generator().manual_seed(0)
+        untrained = pipe(**call, output_type="np")[0][0]
+    untrained = np.concatenate(list(untrained[[0, 1, 3, 4]]), 1) if which == "wan" else untrained
+    assert np.abs(first[:, wide:] - untrained * 255).max() <= 1
 
 
 @pytest.mark.parametrize("where", ["attention", "blocks"])

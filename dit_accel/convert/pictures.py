@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,20 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         self.teacher = [self._draw(i) for i in range(len(prompts))]
 
-    def against_teacher(self, step: int, writes: bool = True) -> None:
-        """``step-000200-0.png`` and so on: teacher on the left, student on the right. writes: or only draws,
-        since the student is split among processes, and another writes."""
+    def against_teacher(self, step: int, writes: bool = True) -> Iterator[Path]:
+        """``step-000200-0.png`` and so on, each when it is there: teacher on the left, student on the right. writes: or
+        only draws, since the student is split among processes, and another writes."""
         model = getattr(self.pipe, self.component)
         device = model.device
         self._move(device)
         model.eval()
         for i, teacher in enumerate(self.teacher):
             both = np.concatenate([teacher, self._draw(i)], 1)
+            path = self.folder / f"step-{step:06d}-{i}.png"
             if writes:
-                with replacing(self.folder / f"step-{step:06d}-{i}.png") as temporary:
+                with replacing(path) as temporary:
                     Image.fromarray(both).save(temporary)
+                yield path
         model.train()
         self._move(torch.device("cpu"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ def only_denoiser(pipe: Any) -> tuple[str, nn.Module]:
 
 
 def make_samples(
-    source: Source, accelerator: Accelerator, pipe: Any, model: nn.Module, buckets: Sequence[Bucket], console: Console
-) -> Samples:
-    """The samples; the first process makes what is not in the folder yet.
+    source: Source, accelerator: Accelerator, pipe: Any, model: nn.Module, buckets: Sequence[Bucket], console: Console,
+    tell: Callable[[int, int | None], None] | None = None,
+) -> Samples:  # fmt: skip
+    """The samples; the first process makes what is not in the folder yet, and tells how many of how many (None: not
+    known) are there.
 
     Raises: ValueError: there is no data that the pipeline takes.
     """
@@ -45,10 +47,13 @@ def make_samples(
     cache = SampleCache(source.out / "samples", pipe, model, buckets, {"pipeline": source.pipeline, "fps": fps})
     alone = not (distributed.is_available() and distributed.is_initialized())  # so is the first one in its last report
     with nullcontext() if alone else accelerator.main_process_first(), progress_bar(console, accelerator) as progress:
-        task = progress.add_task("samples", total=source.samples if data is None else data.total, told="")
+        total = source.samples if data is None else data.total
+        task = progress.add_task("samples", total=total, told="")
 
         def note() -> None:
             progress.advance(task)
+            if tell is not None:
+                tell(int(progress.tasks[task].completed), total)
 
         if data is not None:
             files = cache.from_data(data, fps, note)

@@ -24,20 +24,21 @@ from .request import Request
 from .sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
 from .stages import check_request, plan
 from .trainer import Diverged, Trainer
+from .watch import Watch
 
 __all__ = ["Diverged", "run"]
 
 ABOUT = "convert.json"
 
 
-def run(request: Request, console: Console) -> int:
-    """The whole conversion, from where an earlier run of the same request stopped.
+def run(request: Request, console: Console, watch: Watch | None = None) -> int:
+    """The whole conversion, from where an earlier run of the same request stopped; ``watch`` is told how it goes.
 
     Returns: exit status 0.
     Raises: BadInput: something that cannot be done, before any work. Diverged: the loss became NaN or infinite.
         KeyboardInterrupt: stopped; a checkpoint holds what was done.
     """
-    recipe = RECIPES[request.recipe]
+    recipe, watch = RECIPES[request.recipe], watch or Watch()
     try:
         check_request(request, recipe)
         check_launch(request.mixed_precision)
@@ -59,10 +60,11 @@ def run(request: Request, console: Console) -> int:
         buckets = find_buckets(request.source, pipe)
         process = noise_process(pipe.scheduler)
         component, model = only_denoiser(pipe)
+        model.register_forward_pre_hook(lambda *_: watch.check())
         choose_blocks(accelerator, model)
         processor = processor_for(request.attention, buckets, accelerator.print)
         stages = plan(request, recipe, model, processor)
-        samples = make_samples(request.source, accelerator, pipe, model, buckets, console)
+        samples = make_samples(request.source, accelerator, pipe, model, buckets, console, watch.sample)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     pictures = None
@@ -70,18 +72,27 @@ def run(request: Request, console: Console) -> int:
         source = request.source
         pictures = Pictures(source.out / "pictures", pipe, component, buckets[0].call, source.prompts[:2], source.seed)
     put_away(pipe, component)
+    watch.ready(model, process, samples)
     trainer = Trainer(request, stages, accelerator, pipe, model, processor, process, samples)
     trainer.resume(console)
 
-    def after(step: int) -> None:
+    def draw(step: int) -> None:
         if request.sample_every and step % request.sample_every == 0:
             if pictures is not None:
                 with accelerator.autocast() if sharded else nullcontext():
-                    pictures.against_teacher(step, accelerator.is_main_process)
+                    for path in pictures.against_teacher(step, accelerator.is_main_process):
+                        watch.picture(step, path)
                 reshard(model)
             accelerator.wait_for_everyone()
 
+    def after(step: int) -> None:
+        draw(step)
+        watch.step(step, trainer.history[-1])
+
     accelerator.init_trackers("dit_accel_convert")
+    watch.begin(trainer.step, trainer.history)
+    if trainer.step == 0:
+        draw(0)
     with progress_bar(console, accelerator) as progress:
         trainer.train(progress, after)
     if accelerator.is_main_process or sharded:

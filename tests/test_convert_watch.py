@@ -1,0 +1,114 @@
+"""What a conversion tells whoever started it from Python, and that it stops where it is asked to."""
+
+import json
+import threading
+
+import pytest
+from rich.console import Console
+from tiny_pipelines import save_flux
+
+from dit_accel.attn_spec import parse_attention
+from dit_accel.convert.request import Request, Source
+from dit_accel.convert.run import run
+from dit_accel.convert.watch import Watch
+from dit_accel.install import installed_layers
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_flux(tmp_path_factory.mktemp("pipeline") / "flux")
+
+
+class Told(Watch):
+    """Notes what it is told; asks to stop at the so manieth telling of a kind."""
+
+    def __init__(self, stop_at=(None, 0)):
+        self.told, self.stop_at = [], stop_at
+
+    def note(self, kind, *what):
+        self.told.append((kind, *what))
+        if self.stop_at == (kind, self.count(kind)):
+            raise KeyboardInterrupt
+
+    def count(self, kind):
+        return sum(entry[0] == kind for entry in self.told)
+
+    def check(self):
+        self.note("forward" if self.count("begin") else "check")
+
+    def sample(self, made, total):
+        self.note("sample", made, total)
+
+    def ready(self, model, process, samples):
+        assert not installed_layers(model)
+        self.note("ready", len(samples))
+
+    def begin(self, step, history):
+        self.note("begin", step, len(history))
+
+    def picture(self, step, path):
+        assert path.is_file()
+        self.note("picture", step)
+
+    def step(self, step, losses):
+        self.note("step", step, losses["loss"])
+
+
+def request_for(pipeline, out, steps=4):
+    out.mkdir(exist_ok=True)
+    source = Source(str(pipeline), None, ("a red circle",), 2, 32, 32, None, (), None, 0, "cpu", out)
+    return Request(
+        source, parse_attention("gna:window=3"), "clear", "lora", 2, steps, 2, 1, 0.01, 0, "no", False, 100, 2, None
+    )
+
+
+def test_a_watch_is_told_everything_in_order(pipeline, tmp_path):
+    watch = Told()
+    assert run(request_for(pipeline, tmp_path), Console(quiet=True), watch) == 0
+    assert watch.count("check") > 20 and watch.count("forward") > 20  # of drawing, too
+    told = [entry[:2] for entry in watch.told if entry[0] not in ("check", "forward")]
+    assert told[:4] == [("sample", 1), ("sample", 2), ("ready", 2), ("begin", 0)]
+    assert told[4:] == [
+        ("picture", 0), ("step", 1), ("picture", 2), ("step", 2), ("step", 3), ("picture", 4), ("step", 4)
+    ]  # fmt: skip
+    losses = [entry[2] for entry in watch.told if entry[0] == "step"]
+    assert losses == [row["loss"] for row in json.loads((tmp_path / "convert.json").read_text())["history"]]
+
+
+@pytest.fixture(scope="module")
+def losses(pipeline, tmp_path_factory):
+    """Of a run that nothing stopped."""
+    whole = Told()
+    run(request_for(pipeline, tmp_path_factory.mktemp("whole")), Console(quiet=True), whole)
+    return [entry[2] for entry in whole.told if entry[0] == "step"]
+
+
+@pytest.mark.parametrize(
+    "stop_at, done",
+    [
+        (("sample", 1), 0),
+        (("forward", 3), 0),
+        (("forward", 28 + 2 + 2), 1),  # a drawing, student and teacher in step 1, and in step 2
+        (("step", 1), 1),
+        (("picture", 2), 2),
+        (("step", 4), 4),
+    ],
+)
+def test_stopped_by_its_watch_it_goes_on_as_if_never_stopped(pipeline, losses, tmp_path, stop_at, done):
+    """Also within a step, and in another thread than the main one, as in an app."""
+    stopped = []
+
+    def work():
+        try:
+            run(request_for(pipeline, tmp_path), Console(quiet=True), Told(stop_at))
+        except KeyboardInterrupt as error:
+            stopped.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert stopped and not (tmp_path / "dit_accel.safetensors").exists()
+    rest = Told()
+    assert run(request_for(pipeline, tmp_path), Console(quiet=True), rest) == 0
+    assert ("begin", done, done) in rest.told
+    assert [entry[2] for entry in rest.told if entry[0] == "step"] == losses[done:]

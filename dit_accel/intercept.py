@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
 
-__all__ = ["LayoutCell", "MechanismLayer", "Rerouted", "reroute"]
+__all__ = ["LayoutCell", "MechanismLayer", "Rerouted", "key_padding", "reroute"]
 
 
 class LayoutCell:
@@ -104,14 +104,14 @@ class MechanismLayer(nn.Module):
             key,
             value,
             layout,
-            key_padding_mask=None if attn_mask is None else _key_padding(attn_mask, query, key),
+            key_padding_mask=None if attn_mask is None else key_padding(attn_mask, query, key),
             host_scale=scale,
             # a layer installed after group offloading is in no group: bring its few numbers along
             parameters={name: value.to(query.device, query.dtype) for name, value in learned.items()},
         )
 
 
-def _key_padding(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def key_padding(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """(B, S) bool from a host's mask that hides whole keys: (B or 1, 1 or H, 1, S), bool or additive 0 / very negative.
 
     Raises: ValueError: a mask that differs between queries, or an additive bias that is not a mask.

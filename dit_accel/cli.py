@@ -405,6 +405,50 @@ def _source(
     return Source(pipeline or str(embedded.folder), data, texts, samples, *size, buckets, fps, seed, device, out)
 
 
+@app.command()
+def demo(
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers pipeline; default the two embedded ones."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; default the best.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="As for compare.")] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Who may open the page: 127.0.0.1 this machine, 0.0.0.0 all.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(metavar="N", min=0, max=65535, help="Default the first free one from 7860 on.")
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="A public address, through Gradio's servers, for a week.")
+    ] = False,
+) -> int:
+    """Open a page where dense and cheaper attention are compared, looked into, timed and converted."""
+    from importlib.util import find_spec
+
+    from .command import BadInput, Stopped
+    from .machine import pick_device, pick_dtype
+
+    if any(find_spec(package) is None for package in ("gradio", "matplotlib")):
+        raise BadInput("the page needs gradio and matplotlib: pip install 'dit-accel[demo]'")
+    try:
+        where = pick_device(device)
+        precision = pick_dtype(dtype, where)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    from .demo.app import serve
+
+    try:
+        serve(pipeline, where, precision, host, port, share)
+    except Stopped as stop:
+        return stop.status
+    except OSError as error:
+        raise BadInput(f"cannot serve on {host}, port {port or '7860 and up'}: {error}") from None
+    return 0
+
+
 @app.command(
     add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="attention|step|report [OPTIONS]",

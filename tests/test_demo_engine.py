@@ -13,7 +13,7 @@ import dit_accel
 from dit_accel.command import BadInput
 from dit_accel.compare.sizes import Size
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
-from dit_accel.demo.ui.work import message_for, stream
+from dit_accel.demo.ui.work import Stops, message_for, stream
 from dit_accel.install import denoisers, installation_of
 
 CPU = torch.device("cpu")
@@ -127,6 +127,26 @@ def test_waiting_for_a_turn_can_be_given_up(engine):
     assert draw(engine).frames.any()
 
 
+def test_who_waits_is_told_how_many_are_before_and_not_too_many_may_wait(engine, monkeypatch):
+    told, threads = [[], []], []
+    monkeypatch.setattr("dit_accel.demo.ui.engine.MOST_WAITING", 2)
+
+    def wait(number):
+        with engine.turn("image", on_wait=told[number].append):
+            pass
+
+    with engine.turn("image"):
+        for number in range(2):
+            threads.append(in_thread(lambda number=number: wait(number)))
+            while len(told[number]) < 1:
+                time.sleep(0.001)
+        with pytest.raises(BadInput, match="2 requests wait"), engine.turn("image"):
+            pytest.fail("a third may wait")
+    for thread in threads:
+        thread.join()
+    assert told[0] == [1] and told[1][0] == 2
+
+
 def test_two_at_once_with_other_mechanisms_each_draw_what_they_draw_alone(engine):
     attentions = {
         "clear": dit_accel.CLEARAttnProcessor(radius=2),
@@ -193,7 +213,7 @@ def test_stream_that_is_given_up_stops_the_work():
     events = stream(work, stop)
     assert next(events) == 0
     events.close()
-    assert ended.is_set()
+    assert ended.wait(5)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +229,16 @@ def test_stream_that_is_given_up_stops_the_work():
 )
 def test_errors_are_said_in_words(error, said):
     assert said in message_for(error)
+
+
+def test_a_page_stops_what_it_runs_and_no_other():
+    stops = Stops()
+    mine, other = stops.begin("mine"), stops.begin("other")
+    stops.end("mine")
+    other.check()
+    with pytest.raises(Cancelled):
+        mine.check()
+    newer = stops.begin("other")
+    newer.check()
+    with pytest.raises(Cancelled):
+        other.check()

@@ -28,6 +28,7 @@ from dit_accel.loading import load_pipeline
 __all__ = ["Cancelled", "Drawing", "Engine", "Loaded", "Stop"]
 
 _EMBEDDED = {"image": IMAGE, "video": VIDEO}
+MOST_WAITING = 8
 _POLL_SECONDS = 0.1
 _USUAL_SIZE, _USUAL_STEPS = 512, 20  # for pipelines that do not say
 
@@ -124,16 +125,24 @@ class Engine:
             return self._loaded[kind]
 
     @contextmanager
-    def turn(self, kind: str, stop: Stop | None = None) -> Iterator[Loaded]:
+    def turn(
+        self, kind: str, stop: Stop | None = None, on_wait: Callable[[int], None] | None = None
+    ) -> Iterator[Loaded]:
         """Inside, nobody else uses a pipeline: first come, first served. Afterwards it is dense, whatever happened.
 
-        Raises: Cancelled: ``stop`` was set while others had their turn.
+        Args:
+            on_wait: called with the number of requests before this one, whenever it changes.
+        Raises:
+            Cancelled: ``stop`` was set while others had their turn.
+            BadInput: too many wait already.
         """
         me = object()
         with self._moved:
+            if len(self._waiting) > MOST_WAITING:
+                raise BadInput(f"{MOST_WAITING} requests wait already. Try again in a minute.")
             self._waiting.append(me)
         try:
-            self._wait_until_first(me, stop)
+            self._wait_until_first(me, stop, on_wait)
             loaded = self.about(kind)
             try:
                 yield loaded
@@ -144,11 +153,14 @@ class Engine:
                 self._waiting.remove(me)
                 self._moved.notify_all()
 
-    def _wait_until_first(self, me: object, stop: Stop | None) -> None:
+    def _wait_until_first(self, me: object, stop: Stop | None, on_wait: Callable[[int], None] | None) -> None:
+        told = 0
         with self._moved:
-            while self._waiting[0] is not me:
+            while before := self._waiting.index(me):
                 if stop is not None:
                     stop.check()
+                if on_wait is not None and before != told:
+                    on_wait(told := before)
                 self._moved.wait(_POLL_SECONDS)
 
     def draw(

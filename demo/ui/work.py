@@ -11,7 +11,7 @@ import torch
 
 from .engine import Cancelled, Stop
 
-__all__ = ["message_for", "stream"]
+__all__ = ["Stops", "message_for", "stream"]
 
 _WAIT_SECONDS = 0.25
 
@@ -19,7 +19,7 @@ _WAIT_SECONDS = 0.25
 def stream(work: Callable[[Callable[[Any], None]], None], stop: Stop) -> Iterator[Any]:
     """What ``work(tell)`` tells, as it tells it; None in quiet times, so that whoever iterates can look up.
 
-    When the iteration is given up, ``stop`` is set and the work waited for. What the work raises is raised here.
+    When the iteration is given up, as when the page is closed, ``stop`` is set. What the work raises is raised here.
     """
     told: queue.Queue[Any] = queue.Queue()
     finished = object()
@@ -40,9 +40,26 @@ def stream(work: Callable[[Callable[[Any], None]], None], stop: Stop) -> Iterato
             yield event
     finally:
         stop.set()
-        thread.join()
     if failed:
         raise failed[0]
+
+
+class Stops:
+    """The stop of what each open page is running, so that its cancel button finds it."""
+
+    def __init__(self) -> None:
+        self._of_page: dict[str, Stop] = {}
+
+    def begin(self, page: str) -> Stop:
+        """A new one; what the page was running before is stopped."""
+        self.end(page)
+        return self._of_page.setdefault(page, Stop())
+
+    def end(self, page: str) -> None:
+        """Stop what the page is running, if anything."""
+        stop = self._of_page.pop(page, None)
+        if stop is not None:
+            stop.set()
 
 
 def _next(told: queue.Queue[Any]) -> Any:

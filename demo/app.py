@@ -1,0 +1,86 @@
+"""The demo app: a page with a tab for each thing to see. ``dit-accel demo``, or ``python demo/app.py``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+import torch
+
+from dit_accel.demo.ui import compare_tab
+from dit_accel.demo.ui.engine import Engine
+
+__all__ = ["build_app", "launch", "serve"]
+
+_TABS = {"Compare": compare_tab}
+_TITLE = "dit_accel: sub-quadratic attention"
+_INTRODUCTION = (
+    "# Diffusion with less attention\n"
+    "In a diffusion transformer every piece of the picture looks at every other: twice the width and height cost "
+    "sixteen times as much. Here you see what cheaper attention makes of the same prompt and seed."
+)
+_MOST_QUEUED = 20
+_SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+_SYSTEM_MONOSPACE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+
+def build_app(engine: Engine) -> gr.Blocks:
+    """The page; its files are in the engine's folder alone."""
+    os.environ["GRADIO_TEMP_DIR"] = str(engine.folder / "page")  # components read it when they are made
+    with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as app:
+        gr.Markdown(_INTRODUCTION)
+        for name, tab in _TABS.items():
+            with gr.Tab(name):
+                tab.build(engine)
+    return app
+
+
+def serve(
+    pipeline: str | None, device: torch.device, dtype: torch.dtype, host: str, port: int | None, share: bool
+) -> None:
+    """Serve the page until a signal ends it; the temporary folder is gone afterwards.
+
+    Raises: BadInput: the pipeline cannot be loaded; KeyboardInterrupt: a signal.
+    """
+    with Engine(pipeline, device, dtype) as engine:
+        app = launch(engine, host, port, share)
+        try:
+            print(f"The page is at {app.local_url}" + (f" and {app.share_url}" if share else ""), flush=True)
+            print("Ctrl-C ends it.", flush=True)
+            threading.Event().wait()
+        finally:
+            app.close(verbose=False)
+
+
+def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> Any:
+    """Serve the page in threads of its own.
+
+    Args:
+        port: None or 0 = the first free one from 7860 on.
+    Returns: the running ``gr.Blocks``; ``close()`` ends it.
+    """
+    app = build_app(engine)
+    app.queue(max_size=_MOST_QUEUED)
+    app.launch(
+        server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, theme=_theme(),
+        css=compare_tab.CSS, head=compare_tab.HEAD, quiet=True,
+        max_file_size=1, enable_monitoring=False, footer_links=["settings"], run_history=False, pwa=False,
+        mcp_server=False, ssr_mode=False,
+    )  # fmt: skip
+    return app
+
+
+def _theme() -> gr.Theme:
+    """Fonts that every machine has: nothing is fetched."""
+    return gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONOSPACE)
+
+
+if __name__ == "__main__":
+    from dit_accel.cli import main
+
+    main(["demo", *sys.argv[1:]])

@@ -1,0 +1,237 @@
+"""The Compare tab: the same prompt and seed with dense attention and with another, under one slider."""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dit_accel.compare.sheet import save_clip
+from dit_accel.compare.students import Student
+
+from .comparison import Comparison, Progress, Waiting, compare_attention, python_lines
+from .controls import DrawingControls, MechanismControls
+from .engine import MOST_WAITING, Cancelled, Engine
+from .work import Stops, message_for, stream
+
+__all__ = ["CSS", "HEAD", "build"]
+
+_FPS = 16
+_IDLE = (
+    "Press <b>Draw both</b>: first dense attention draws the prompt, then the attention you chose, from the same seed."
+)
+_HELP = (
+    "*seconds per step*: median time in the denoiser. *logits computed*: share of query-key products that are computed "
+    "exactly. *PSNR*, *SSIM*: likeness to the dense picture; above 30 dB, or near 1, few people see a difference."
+)
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important }
+#compare-status progress { width: 100%; height: 0.75rem; accent-color: var(--color-accent) }
+#compare-status .problem { color: var(--error-text-color, #b91c1c); font-weight: 600 }
+"""
+
+# What is done to one of the two clips is done to the other; Gradio has nothing for it.
+HEAD = """<script>
+(() => {
+  const clips = () => [...document.querySelectorAll("#compare-clips video")];
+  const follow = (name, act) => document.addEventListener(name, (event) => {
+    const all = clips();
+    if (!all.includes(event.target)) return;
+    all.filter((clip) => clip !== event.target).forEach((clip) => act(clip, event.target));
+  }, true);
+  const together = (clip, leader) => {
+    if (Math.abs(clip.currentTime - leader.currentTime) > 0.05) clip.currentTime = leader.currentTime;
+  };
+  follow("play", (clip, leader) => { together(clip, leader); clip.play().catch(() => {}); });
+  follow("pause", (clip) => clip.pause());
+  follow("seeked", together);
+  follow("timeupdate", (clip, leader) => { if (leader === clips()[0]) together(clip, leader); });
+  follow("ratechange", (clip, leader) => { clip.playbackRate = leader.playbackRate; });
+})();
+</script>"""
+
+
+def build(engine: Engine) -> None:
+    """The tab's components and what they do."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            drawing = DrawingControls(engine)
+            mechanism = MechanismControls(engine)
+            mechanism.follow(drawing.kind)
+            with gr.Row():
+                run = gr.Button("Draw both", variant="primary", elem_id="compare-run")
+                cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="compare-cancel")
+        with gr.Column(scale=3, min_width=320):
+            view = _View(engine, run, cancel)
+    requests = _Requests(engine, drawing, mechanism, view)
+    gr.on(
+        [run.click, drawing.prompt.submit], requests.run, [*drawing.inputs, *mechanism.inputs], view.outputs,
+        concurrency_id="compare", concurrency_limit=MOST_WAITING + 2, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    cancel.click(requests.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
+    drawing.kind.change(
+        view.for_kind, drawing.kind, [view.slider, view.clips], queue=False, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
+
+
+class _View:
+    """The right side: what is shown, as updates for ``outputs``."""
+
+    def __init__(self, engine: Engine, run: gr.Button, cancel: gr.Button) -> None:
+        self.engine = engine
+        clip = engine.kinds[0] == "video"
+        self.status = gr.HTML(_status(_IDLE), elem_id="compare-status")
+        self.slider = gr.ImageSlider(
+            label="Dense (left) and the other attention (right)", interactive=False, format="png", max_height=640,
+            visible=not clip, elem_id="compare-slider", buttons=["fullscreen"],
+        )  # fmt: skip
+        self.preview = gr.Image(
+            label="The middle of the clip, being drawn", interactive=False, visible=False, height=320,
+            elem_id="compare-preview", buttons=[],
+        )  # fmt: skip
+        with gr.Row(visible=clip, elem_id="compare-clips") as self.clips:
+            options: dict[str, Any] = {"autoplay": True, "loop": True, "interactive": False, "min_width": 150}
+            self.dense = gr.Video(label="Dense", buttons=["download"], elem_id="compare-dense", **options)
+            self.other = gr.Video(label="The other attention", buttons=["download"], elem_id="compare-other", **options)
+        self.figures = gr.Markdown(elem_id="compare-figures")
+        self.code = gr.Code(
+            language="python", label="The same in Python", interactive=False, visible=False, wrap_lines=True,
+            elem_id="compare-code",
+        )  # fmt: skip
+        self.outputs: list[Any] = [
+            run, cancel, self.status, self.slider, self.preview, self.dense, self.other, self.figures, self.code,
+        ]  # fmt: skip
+
+    def for_kind(self, kind: str) -> list[Any]:
+        return [gr.ImageSlider(visible=kind == "image"), gr.Row(visible=kind == "video")]
+
+    def begin(self) -> list[Any]:
+        return self._update(
+            gr.Button(interactive=False), gr.Button(interactive=True), status=_status("Starting …"), figures="",
+            code=gr.Code(visible=False),
+        )  # fmt: skip
+
+    def end(self, message: str, problem: bool) -> list[Any]:
+        return self._update(
+            gr.Button(interactive=True), gr.Button(interactive=False), preview=gr.Image(visible=False),
+            status=_status(html.escape(message), problem=problem),
+        )  # fmt: skip
+
+    def news(self, kind: str, name: str, event: Waiting | Progress) -> list[Any]:
+        if isinstance(event, Waiting):
+            requests = "one request is" if event.before == 1 else f"{event.before} requests are"
+            return self._update(status=_status(f"Waiting: {requests} before yours."))
+        update: dict[str, Any] = {"status": _progress(name, event)}
+        if event.pictures is not None and kind == "image":
+            update["slider"] = gr.ImageSlider(value=_pair(*event.pictures), label=f"Dense (left) and {name} (right)")
+        elif event.pictures is not None:
+            update["preview"] = gr.Image(
+                event.pictures[event.drawing], visible=event.pictures[event.drawing] is not None
+            )
+        return self._update(**update)
+
+    def finished(self, comparison: Comparison, source: str, folder: Path) -> list[Any]:
+        name = _name(comparison.student)
+        update: dict[str, Any] = {
+            "status": _status("Done."), "figures": _figures(comparison, name), "preview": gr.Image(visible=False),
+            "code": gr.Code(python_lines(comparison, source), visible=True),
+        }  # fmt: skip
+        if comparison.wanted.kind == "image":
+            pair = _pair(comparison.dense.frames[0], comparison.other.frames[0])
+            update["slider"] = gr.ImageSlider(value=pair, label=f"Dense (left) and {name} (right)")
+        else:
+            for key, drawn in (("dense", comparison.dense), ("other", comparison.other)):
+                save_clip(folder / f"{key}.mp4", iter(drawn.frames), _FPS)
+                update[key] = gr.Video(str(folder / f"{key}.mp4"), label="Dense" if key == "dense" else name)
+        return self._update(gr.Button(interactive=True), gr.Button(interactive=False), **update)
+
+    def _update(self, run: Any = None, cancel: Any = None, **changed: Any) -> list[Any]:
+        names = ("status", "slider", "preview", "dense", "other", "figures", "code")
+        return [run or gr.skip(), cancel or gr.skip(), *(changed.get(name, gr.skip()) for name in names)]
+
+
+class _Requests:
+    """What the buttons do."""
+
+    def __init__(self, engine: Engine, drawing: DrawingControls, mechanism: MechanismControls, view: _View) -> None:
+        self.engine, self.drawing, self.mechanism, self.view = engine, drawing, mechanism, view
+        self.stops = Stops()
+
+    def run(self, *values: Any, request: gr.Request) -> Iterator[list[Any]]:
+        stop = self.stops.begin(_page(request))
+        yield self.view.begin()
+        try:
+            count = len(self.drawing.inputs)
+            loaded, wanted = self.drawing.read(*values[:count])
+            spec = self.mechanism.student(wanted.kind, *values[count:])
+            name = str(values[count]) if isinstance(spec, str) else spec.name.upper()
+            for event in stream(lambda tell: compare_attention(self.engine, wanted, spec, stop, tell), stop):
+                if isinstance(event, Comparison):
+                    with tempfile.TemporaryDirectory(dir=self.engine.folder) as folder:
+                        yield self.view.finished(event, loaded.source, Path(folder))
+                else:
+                    yield self.view.news(wanted.kind, name, event) if event is not None else self.view._update()
+        except Exception as error:
+            yield self.view.end(message_for(error), not isinstance(error, Cancelled))
+
+    def cancel(self, request: gr.Request) -> None:
+        self.stops.end(_page(request))
+
+
+def _page(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def _name(student: Student) -> str:
+    return student.processor.name.upper() + (", trained" if student.source is not None else "")
+
+
+def _pair(left: NDArray[np.uint8] | None, right: NDArray[np.uint8] | None) -> tuple[Image.Image, Image.Image]:
+    """Both of one size; what is not there yet is like the other."""
+    some = left if left is not None else right
+    assert some is not None
+    pictures = [Image.fromarray(some if one is None else one) for one in (left, right)]
+    size = max(picture.size for picture in pictures)
+    first, second = (picture if picture.size == size else picture.resize(size) for picture in pictures)
+    return first, second
+
+
+def _status(text: str, problem: bool = False) -> str:
+    return f'<div role="{"alert" if problem else "status"}"{" class=problem" if problem else ""}>{text}</div>'
+
+
+def _progress(name: str, event: Progress) -> str:
+    what = ("dense attention", html.escape(name))[event.drawing]
+    left = "" if event.seconds_left is None else f" · about {_duration(event.seconds_left)} left"
+    done, total = event.drawing * event.steps + event.step, 2 * event.steps
+    bar = f'<progress value="{done}" max="{total}" aria-label="Steps of both drawings"></progress>'
+    return f"{_status(f'Drawing with {what}: step {event.step} of {event.steps}{left}')}{bar}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _figures(comparison: Comparison, name: str) -> str:
+    dense, other = comparison.dense, comparison.other
+    times = dense.seconds_per_step / other.seconds_per_step
+    psnr = "equal pictures" if comparison.psnr is None else f"{comparison.psnr:.1f} dB"
+    rows = [
+        ("", "Dense", name),
+        (":--", "--:", "--:"),
+        ("seconds per step", f"{dense.seconds_per_step:.3g}", f"{other.seconds_per_step:.3g}"),
+        ("speed, × dense", "1", f"**{times:.2f}**"),
+        ("logits computed", "100 %", f"{100 * other.logit_fraction:.1f} %"),
+        ("PSNR against dense", "–", psnr),
+        ("SSIM against dense", "–", "–" if comparison.ssim is None else f"{comparison.ssim:.3f}"),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{_HELP}"

@@ -1,0 +1,137 @@
+"""One comparison for the page: dense attention, then another, with news on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_accel.attn_spec import AttentionSpec
+from dit_accel.compare.metrics import compare_frames
+from dit_accel.compare.sizes import token_grid
+from dit_accel.compare.students import Student, make_students
+
+from .controls import Wanted, check_fits
+from .engine import Drawing, Engine, Loaded, Stop
+from .preview import Preview
+
+__all__ = ["Comparison", "Progress", "Waiting", "compare_attention", "python_lines"]
+
+_STEPS_BETWEEN_PREVIEWS = 2
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Others have their turn."""
+
+    before: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``drawing``: 0 dense, 1 the other. pictures: of both, as far as there are any; None: nothing new to see."""
+
+    drawing: int
+    step: int
+    steps: int
+    seconds_left: float | None
+    pictures: tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished one."""
+
+    wanted: Wanted
+    student: Student
+    dense: Drawing
+    other: Drawing
+    psnr: float | None  # None: the pictures are equal
+    ssim: float | None
+
+
+def compare_attention(
+    engine: Engine, wanted: Wanted, spec: AttentionSpec | str, stop: Stop, tell: Callable[[Any], None]
+) -> None:
+    """Draw with dense attention and with the other; tells Waiting, Progress and at last the Comparison.
+
+    Raises: what ``Engine.draw`` and ``make_students`` raise; BadInput: a window larger than the grid.
+    """
+    with engine.turn(wanted.kind, stop, lambda before: tell(Waiting(before))) as loaded:
+        grid = token_grid(loaded.pipe, wanted.size)
+        check_fits(spec, grid)
+        (student,) = make_students([spec], loaded.pipe, grid)
+        watch = _Watch(loaded, wanted, tell)
+        dense = engine.draw(loaded, wanted.prompt, wanted.seed, wanted.size, wanted.steps, stop, watch.step)
+        watch.next_drawing(dense)
+        with student.installed(loaded.pipe):
+            other = engine.draw(loaded, wanted.prompt, wanted.seed, wanted.size, wanted.steps, stop, watch.step)
+    likeness = compare_frames(other.frames, dense.frames)
+    tell(Comparison(wanted, student, dense, other, likeness["psnr"], likeness["ssim"]))
+
+
+class _Watch:
+    """Turns the steps of both drawings into Progress."""
+
+    def __init__(self, loaded: Loaded, wanted: Wanted, tell: Callable[[Any], None]) -> None:
+        self.loaded, self.wanted, self.tell = loaded, wanted, tell
+        self.drawing = 0
+        self.seconds_of_dense: float | None = None
+        self.dense: NDArray[np.uint8] | None = None
+        self.preview = Preview(loaded.pipe, wanted.size)
+        self.began = time.monotonic()
+        tell(Progress(0, 0, wanted.steps, None))
+
+    def next_drawing(self, dense: Drawing) -> None:
+        now = time.monotonic()
+        self.seconds_of_dense, self.began = now - self.began, now
+        self.drawing, self.dense = 1, dense.frames[len(dense.frames) // 2]
+        self.preview = Preview(self.loaded.pipe, self.wanted.size)
+        self.tell(Progress(1, 0, self.wanted.steps, self.seconds_of_dense, (self.dense, None)))
+
+    def step(self, step: int, latents: Any) -> None:
+        self.preview.see(step, latents)
+        steps = self.wanted.steps
+        seen = self.preview.picture() if step % _STEPS_BETWEEN_PREVIEWS == 0 and step < steps else None
+        pictures = None if seen is None else (seen, None) if self.drawing == 0 else (self.dense, seen)
+        each = (time.monotonic() - self.began) / step
+        rest = each * (steps - step) + (0 if self.drawing else each * steps)  # the other is taken to be like dense
+        self.tell(Progress(self.drawing, step, steps, rest, pictures))
+
+
+def python_lines(comparison: Comparison, source: str) -> str:
+    """The Python that draws the other picture. The line that changes the attention is the second last."""
+    wanted, student = comparison.wanted, comparison.student
+    size = f"height={wanted.size.height}, width={wanted.size.width}"
+    if wanted.size.frames is not None:
+        size += f", num_frames={wanted.size.frames}"
+    return "\n".join(
+        [
+            "import dit_accel",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({_short_path(source)!r})",
+            attention_line(student),
+            f"pipe({wanted.prompt!r}, {size}, num_inference_steps={wanted.steps})",
+        ]
+    )
+
+
+def attention_line(student: Student) -> str:
+    """The one line that puts the attention in."""
+    if student.source is not None:
+        return f"dit_accel.load_attention(pipe, {_short_path(student.source)!r})"
+    processor = student.processor
+    name, (_, _, options) = type(processor).__name__, str(processor).partition("(")
+    return f"pipe.set_attn_processor(dit_accel.{name}({options})"
+
+
+def _short_path(source: str) -> str:
+    """From here, where it lies below."""
+    path, here = Path(source), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else source

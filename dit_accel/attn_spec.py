@@ -91,7 +91,7 @@ def parse_student(text: str) -> AttentionSpec | str:
     return parse_attention(text)
 
 
-def grid_defaults(name: str, grid: Sequence[int]) -> dict[str, Any]:
+def grid_defaults(name: str, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
     """What a bare name takes on a grid: about a tenth of the logits. LLSA's own defaults are near that on 64×64.
 
     SLA: a tenth of the blocks, as compact tiles rather than runs of the raster, which catches more untrained.
@@ -99,16 +99,19 @@ def grid_defaults(name: str, grid: Sequence[int]) -> dict[str, Any]:
     CLEAR: the radius, one per axis where the sides differ, of an ellipse or ellipsoid that covers a tenth of the grid.
     GNA: a window of a tenth of the grid, in the grid's proportions, and a stride of a fifth of the window; on 256×256
     these are the paper's for Flux (80 and 16).
+
+    Args:
+        share: another than a tenth; LLSA, whose number of keys hardly grows with the grid, stays as it is.
     """
-    share = 0.1 ** (1 / len(grid))
+    side = share ** (1 / len(grid))
     if name == "clear":
         ball = {1: 2.0, 2: math.pi, 3: 4 / 3 * math.pi}[len(grid)]
-        radii = tuple(max(1.5, round(n * share / ball ** (1 / len(grid)), 1)) for n in grid)
+        radii = tuple(max(1.5, round(n * side / ball ** (1 / len(grid)), 1)) for n in grid)
         return {"radius": radii[0] if len(set(radii)) == 1 else radii}
     if name == "gna":
-        window = tuple(max(1, round(n * share)) for n in grid)
+        window = tuple(max(1, round(n * side)) for n in grid)
         return {"window": window, "stride": tuple(max(1, n // 5) for n in window)}
-    return {"critical": 0.1, "tile_order": True} if name == "sla" else {}
+    return {"critical": share, "tile_order": True} if name == "sla" else {}
 
 
 def short_options(processor: AcceleratedAttnProcessor) -> str:

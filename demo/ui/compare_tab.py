@@ -166,7 +166,7 @@ class _Requests:
         self.engine, self.drawing, self.mechanism, self.view = engine, drawing, mechanism, view
         self.stops = Stops()
 
-    def run(self, *values: Any, request: gr.Request) -> Iterator[list[Any]]:
+    def run(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         stop = self.stops.begin(_page(request))
         yield self.view.begin()
         try:

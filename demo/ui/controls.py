@@ -284,10 +284,11 @@ def _own_values(grid: tuple[int, ...]) -> dict[str, Any]:
     """What a bare name takes on this grid, as the sliders have it."""
     radius, gna = grid_defaults("clear", grid)["radius"], grid_defaults("gna", grid)
     radii = radius if isinstance(radius, tuple) else (radius,) * len(grid)
+    in_time = {"radius_time": round(2 * radii[0]) / 2, "window_time": gna["window"][0]}
     return {
-        "critical": grid_defaults("sla", grid)["critical"], "radius": round(2 * radii[-1]) / 2,
-        "radius_time": round(2 * radii[0]) / 2, "topk": 8, "window": gna["window"][-1],
-        "window_time": gna["window"][0], "stride": gna["stride"][-1],
+        "critical": grid_defaults("sla", grid)["critical"], "radius": round(2 * radii[-1]) / 2, "topk": 8,
+        "window": gna["window"][-1], "stride": gna["stride"][-1],
+        **(in_time if len(grid) == 3 else dict.fromkeys(in_time, 1)),
     }  # fmt: skip
 
 

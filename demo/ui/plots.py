@@ -13,20 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-__all__ = ["NAMES", "caught_figure", "map_figure", "overlay", "speed_figure", "two_digits"]
+__all__ = ["NAMES", "caught_figure", "enlarged", "map_figure", "overlay", "speed_figure", "two_digits"]
 
 NAMES = {"dense": "Dense", "sla": "SLA", "clear": "CLEAR", "llsa": "LLSA", "gna": "GNA"}
 _COLOURS = {"dense": "#7d838c", "sla": "#2f7ed8", "clear": "#e08214", "llsa": "#2a9d5c", "gna": "#9b5fc0"}
 _MARKS = {"dense": "s", "sla": "o", "clear": "^", "llsa": "D", "gna": "v"}  # told apart without colours, too
-_INK, _GRID = "#8a8f98", "#8a8f9840"  # grey: on white and on black
-_STATES = ("#8a8f9822", "#9ec5f0", "#1f5fae")  # left out, linear, critical
+_INK, _GRID = "#737a86", "#737a8640"  # grey: on white and on black
+_STATES = ("#737a8622", "#9ec5f0", "#1f5fae")  # left out, linear, critical
 _PLACE = "#e4572e"
 _LEAST_PIXELS = 512
 _HEAT = np.array([[13, 8, 60], [126, 3, 168], [204, 71, 120], [248, 149, 64], [252, 253, 150]], np.float32)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="none")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
@@ -42,8 +42,10 @@ def _label(axes: Any, x: str, y: str, title: str = "") -> None:
     axes.set_title(title, color=_INK, fontsize=9, loc="left")
 
 
-def _legend(axes: Any, **options: Any) -> None:
-    axes.legend(fontsize=9, frameon=False, labelcolor=_INK, **options)
+def _head(figure: Figure, title: str, columns: int) -> None:
+    """A title above the axes, and the legend under them."""
+    figure.suptitle(title, color=_INK, fontsize=10, fontweight="bold", x=0.02, ha="left")
+    figure.legend(fontsize=8.5, frameon=False, labelcolor=_INK, ncols=columns, loc="outside lower left")
 
 
 def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], subtitle: str) -> Figure:
@@ -69,7 +71,7 @@ def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], s
     axes.grid(color=_GRID, linewidth=0.6)
     _label(axes, "tokens", "milliseconds a call", subtitle)
     if rows:
-        _legend(axes, loc="upper left")
+        axes.legend(fontsize=9, frameon=False, labelcolor=_INK, loc="upper left")
     return figure
 
 
@@ -92,10 +94,10 @@ def _mark_break_even(axes: Any, name: str, point: Any) -> None:
     )  # fmt: skip
 
 
-def caught_figure(name: str, layers: Sequence[str], found: Sequence[Any], chosen: str) -> Figure:
+def caught_figure(name: str, title: str, layers: Sequence[str], found: Sequence[Any], chosen: str) -> Figure:
     """For each layer the share of dense attention's mass on what the mechanism sees; the layer that is looked at is
     filled, and a line stands where it would be if attention were even."""
-    figure, axes = _figure(8, 3.4)
+    figure, axes = _figure(8, 4.4)
     places = range(len(layers))
     colour = _COLOURS[name]
     alphas = [1.0 if layer == chosen else 0.45 for layer in layers]
@@ -112,17 +114,17 @@ def caught_figure(name: str, layers: Sequence[str], found: Sequence[Any], chosen
     axes.set_ylim(0, 108)
     axes.xaxis.set_major_locator(MaxNLocator(30, integer=True)) if len(layers) > 30 else None
     _label(axes, "layer", "% of dense attention")
-    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
+    _head(figure, title, columns=3)
     return figure
 
 
 def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
     """Query blocks by key blocks; the row of the place that is looked at is marked."""
-    figure, axes = _figure(4.6, 4.4)
+    figure, axes = _figure(5.3, 4.4)
     axes.imshow(states, cmap=ListedColormap(_STATES), vmin=0, vmax=2, interpolation="nearest", aspect="auto")
     axes.axhline(row - 0.5, color=_PLACE, linewidth=0.8)
     axes.axhline(row + 0.5, color=_PLACE, linewidth=0.8)
-    words = ["left out", "by linear attention", "critical: softmax"] if name == "sla" else ["not kept", "", "kept"]
+    words = ["left out", "linear", "critical"] if name == "sla" else ["not kept", "", "kept"]
     for colour, word in zip(reversed(_STATES), reversed(words), strict=True):
         if word:
             axes.plot([], [], "s", color=colour, markeredgecolor=_INK, markeredgewidth=0.5, label=word)
@@ -130,7 +132,7 @@ def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     _label(axes, "blocks that are looked at", "blocks that look")
-    axes.legend(fontsize=8, frameon=False, labelcolor=_INK, ncols=2, loc="lower left", bbox_to_anchor=(-0.05, 1.0))
+    _head(figure, f"Blocks that each block of places {'chose' if name == 'sla' else 'kept'}", columns=4)
     return figure
 
 
@@ -139,23 +141,24 @@ def overlay(
     weights: NDArray[np.float32],
     top: float,
     seen: NDArray[np.bool_] | None = None,
-    place: tuple[int, int] | None = None,
+    place: tuple[int, ...] | None = None,
+    faint: bool = True,
 ) -> NDArray[np.uint8]:
-    """Weights as heat over a grey picture.
+    """Weights as heat over a grey picture (with ``faint=False`` over the picture as it is).
 
     Args:
         picture: (H, W, 3). weights: (h, w) of its tokens. top: the weight that is shown brightest.
         seen: (h, w), outlined; the rest is dark. place: row and column of the token that looks, ringed.
     """
-    times = max(1, -(-_LEAST_PIXELS // picture.shape[1]))
+    times = enlarged(picture.shape[1])
     picture = picture.repeat(times, 0).repeat(times, 1)
     height, width = picture.shape[:2]
     rows = np.arange(height) * weights.shape[0] // height
     columns = np.arange(width) * weights.shape[1] // width
     heat = np.sqrt(np.clip(weights / max(top, 1e-12), 0, 1))[rows][:, columns]  # the root: faint ones are seen, too
-    grey = np.repeat(picture.mean(-1, keepdims=True), 3, -1) * 0.55
+    grey = np.repeat(picture.mean(-1, keepdims=True), 3, -1) * 0.55 if faint else picture
     if seen is not None:
-        grey = np.where(seen[rows][:, columns, None], grey, grey * 0.35)
+        grey = np.where(seen[rows][:, columns, None], grey, grey * 0.45)
     alpha = np.clip(0.15 + heat, 0, 0.85)[..., None] * (heat > 0.02)[..., None]
     out = grey * (1 - alpha) + _colour(heat) * alpha
     if seen is not None:
@@ -164,6 +167,11 @@ def overlay(
         centre = [(p + 0.5) * n / m for p, n, m in zip(place, (height, width), weights.shape, strict=True)]
         _ring(out, centre, radius=max(7.0, width / 64))
     return out.round().astype(np.uint8)
+
+
+def enlarged(width: int) -> int:
+    """How many pixels an overlay has for one of a picture of this width, along each side."""
+    return max(1, -(-_LEAST_PIXELS // width))
 
 
 def _colour(heat: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,0 +1,25 @@
+"""The line of a tab that says what is going on."""
+
+from __future__ import annotations
+
+import html
+
+__all__ = ["duration", "progress_line", "status_line"]
+
+
+def status_line(text: str, problem: bool = False) -> str:
+    """HTML that a screen reader reads aloud when it changes; a problem stands out."""
+    role, kind = ("alert", " class=problem") if problem else ("status", "")
+    return f'<div role="{role}"{kind}>{html.escape(text)}</div>'
+
+
+def progress_line(text: str, done: float, total: float, label: str) -> str:
+    """The same with a bar under it."""
+    share = min(max(done / total, 0), 1)
+    style = "width: 100%; accent-color: var(--color-accent)"
+    bar = f'<progress value="{share:.3f}" max="1" style="{style}" aria-label="{html.escape(label)}"></progress>'
+    return status_line(text) + bar
+
+
+def duration(seconds: float) -> str:
+    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

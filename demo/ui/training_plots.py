@@ -1,0 +1,55 @@
+"""Plots of a conversion under way, legible on light and dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .plots import _figure, _label
+
+__all__ = ["distance_figure", "loss_figure"]
+
+_LINE, _FAINT, _INK = "#2f7ed8", "#2f7ed866", "#8a8f98"
+_SIZE = (5, 3)
+_MEAN_OF = 8
+
+
+def distance_figure(distances: Mapping[int, float], steps: int) -> Figure:
+    """In per cent; first and last are written beside their points."""
+    figure, axes = _figure(*_SIZE)
+    at = sorted(distances)
+    values = [100 * distances[step] for step in at]
+    axes.plot(at, values, "o-", color=_LINE, linewidth=2, markersize=5)
+    for i in {0, len(at) - 1} if at else ():
+        axes.annotate(
+            f"{values[i]:.2g} %", (at[i], values[i]), (0, 7), textcoords="offset points", color=_INK, fontsize=10,
+            ha="center" if i else "left",
+        )  # fmt: skip
+    axes.set_xlim(-0.02 * steps, 1.04 * steps)
+    axes.set_ylim(0, 1.25 * max(values, default=1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _label(axes, "step", "%", "Distance to dense attention")
+    return figure
+
+
+def loss_figure(history: Sequence[Mapping[str, float]], steps: int) -> Figure:
+    """Of each step, and the mean of the last few, which is easier to read; on a logarithmic axis."""
+    figure, axes = _figure(*_SIZE)
+    losses = np.array([row["loss"] for row in history])
+    at = np.arange(1, len(losses) + 1)
+    if len(losses):
+        axes.set_yscale("log")
+        sums = np.cumsum(losses) - np.concatenate([np.zeros(_MEAN_OF), np.cumsum(losses)])[: len(losses)]
+        axes.plot(at, losses, "o", color=_FAINT, markersize=4, label="each step")
+        axes.plot(at, sums / np.minimum(at, _MEAN_OF), color=_LINE, linewidth=2, label=f"mean of {_MEAN_OF}")
+        axes.legend(fontsize=9, frameon=False, labelcolor=_INK, loc="upper right", ncols=2, borderaxespad=0)
+        axes.set_ylim(losses.min() / 1.3, losses.max() * 2.2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    axes.set_xlim(-0.02 * steps, 1.04 * steps)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _label(axes, "step", "loss", "Loss that is minimised")
+    return figure

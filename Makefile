@@ -1,11 +1,12 @@
-# make demo | make test | make lint | make clean. Each makes the environment in .venv when it is not there yet.
+# make demo | make test | make test-browser | make lint | make clean. Each makes the environment in .venv when it is not there yet.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   ?= compare-demo
+CHROMIUM := /usr/bin/chromium
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-browser lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -14,6 +15,11 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n 2  # a thread for each of the two processes
 	$(BIN)/python -m pytest -q -m timing
+
+test-browser: $(READY)
+	@command -v $(CHROMIUM) >/dev/null || { echo "Installing Debian's chromium ..."; apt-get update -qq && apt-get install -y -qq chromium; } \
+		|| { echo "$(CHROMIUM) is missing and apt-get could not install it (as root, with Debian's archive): the demo app's browser tests cannot run" >&2; exit 1; }
+	$(BIN)/python -m pytest -q tests/browser
 
 lint: $(READY)
 	$(BIN)/ruff check .

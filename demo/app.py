@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
-import torch
+from starlette.middleware import Middleware
 
 from dit_accel.demo.ui import compare_tab
 from dit_accel.demo.ui.engine import Engine
+from dit_accel.demo.ui.gate import Gate
 
-__all__ = ["build_app", "launch", "serve"]
+__all__ = ["build_app", "launch"]
 
 _TABS = {"Compare": compare_tab}
 _TITLE = "dit_accel: sub-quadratic attention"
@@ -30,31 +30,13 @@ _SYSTEM_MONOSPACE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "mon
 
 
 def build_app(engine: Engine) -> gr.Blocks:
-    """The page; its files are in the engine's folder alone."""
-    os.environ["GRADIO_TEMP_DIR"] = str(engine.folder / "page")  # components read it when they are made
+    """The page."""
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(_INTRODUCTION)
         for name, tab in _TABS.items():
             with gr.Tab(name):
                 tab.build(engine)
     return app
-
-
-def serve(
-    pipeline: str | None, device: torch.device, dtype: torch.dtype, host: str, port: int | None, share: bool
-) -> None:
-    """Serve the page until a signal ends it; the temporary folder is gone afterwards.
-
-    Raises: BadInput: the pipeline cannot be loaded; KeyboardInterrupt: a signal.
-    """
-    with Engine(pipeline, device, dtype) as engine:
-        app = launch(engine, host, port, share)
-        try:
-            print(f"The page is at {app.local_url}" + (f" and {app.share_url}" if share else ""), flush=True)
-            print("Ctrl-C ends it.", flush=True)
-            threading.Event().wait()
-        finally:
-            app.close(verbose=False)
 
 
 def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> Any:
@@ -70,14 +52,16 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, sha
         server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, theme=_theme(),
         css=compare_tab.CSS, head=compare_tab.HEAD, quiet=True,
         max_file_size=1, enable_monitoring=False, footer_links=["settings"], run_history=False, pwa=False,
-        mcp_server=False, ssr_mode=False,
+        mcp_server=False, ssr_mode=False, app_kwargs={"middleware": [Middleware(Gate)]},
     )  # fmt: skip
     return app
 
 
 def _theme() -> gr.Theme:
     """Fonts that every machine has: nothing is fetched."""
-    return gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONOSPACE)
+    theme = gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONOSPACE)
+    plain = {"background_fill": "none", "padding": "0", "text_weight": "600"}
+    return theme.set(**{f"block_title_{name}": value for name, value in plain.items()})
 
 
 if __name__ == "__main__":

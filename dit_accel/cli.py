@@ -438,7 +438,7 @@ def demo(
         precision = pick_dtype(dtype, where)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    from .demo.app import serve
+    from .demo.serve import serve
 
     try:
         serve(pipeline, where, precision, host, port, share)

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+collect_ignore = ["browser"] if torch.cuda.is_available() else ["browser", "gpu"]  # browser: make test-browser
 
 
 def pytest_report_header() -> str:

@@ -18,7 +18,7 @@ from dit_accel.compare.students import Student
 
 from .comparison import Comparison, Progress, Waiting, compare_attention, python_lines
 from .controls import DrawingControls, MechanismControls
-from .engine import MOST_WAITING, Cancelled, Engine
+from .engine import MOST_WAITING, Cancelled, Engine, Loaded
 from .work import Stops, message_for, stream
 
 __all__ = ["CSS", "HEAD", "build"]
@@ -34,8 +34,13 @@ _HELP = (
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important }
-#compare-status progress { width: 100%; height: 0.75rem; accent-color: var(--color-accent) }
+.at-the-bottom { align-self: end }
+#compare-status progress { width: 100%; height: 0.75rem; margin-top: 0.5rem; accent-color: var(--color-accent) }
 #compare-status .problem { color: var(--error-text-color, #b91c1c); font-weight: 600 }
+#compare-figures table { width: 100%; border-collapse: collapse }
+#compare-figures :is(table, thead, tbody, tr) { border: 0 !important }
+#compare-figures :is(th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 0.4rem 0.5rem }
+#compare-figures :is(th, td):not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
 """
 
 # What is done to one of the two clips is done to the other; Gradio has nothing for it.
@@ -47,12 +52,12 @@ HEAD = """<script>
     if (!all.includes(event.target)) return;
     all.filter((clip) => clip !== event.target).forEach((clip) => act(clip, event.target));
   }, true);
-  const together = (clip, leader) => {
-    if (Math.abs(clip.currentTime - leader.currentTime) > 0.05) clip.currentTime = leader.currentTime;
+  const together = (clip, leader, apart = 0.05) => {
+    if (Math.abs(clip.currentTime - leader.currentTime) > apart) clip.currentTime = leader.currentTime;
   };
   follow("play", (clip, leader) => { together(clip, leader); clip.play().catch(() => {}); });
   follow("pause", (clip) => clip.pause());
-  follow("seeked", together);
+  follow("seeked", (clip, leader) => together(clip, leader, leader.paused ? 0.001 : 0.05));
   follow("timeupdate", (clip, leader) => { if (leader === clips()[0]) together(clip, leader); });
   follow("ratechange", (clip, leader) => { clip.playbackRate = leader.playbackRate; });
 })();
@@ -105,6 +110,7 @@ class _View:
         self.figures = gr.Markdown(elem_id="compare-figures")
         self.code = gr.Code(
             language="python", label="The same in Python", interactive=False, visible=False, wrap_lines=True,
+            show_line_numbers=False, lines=1,
             elem_id="compare-code",
         )  # fmt: skip
         self.outputs: list[Any] = [
@@ -139,11 +145,11 @@ class _View:
             )
         return self._update(**update)
 
-    def finished(self, comparison: Comparison, source: str, folder: Path) -> list[Any]:
+    def finished(self, comparison: Comparison, loaded: Loaded, folder: Path) -> list[Any]:
         name = _name(comparison.student)
         update: dict[str, Any] = {
             "status": _status("Done."), "figures": _figures(comparison, name), "preview": gr.Image(visible=False),
-            "code": gr.Code(python_lines(comparison, source), visible=True),
+            "code": gr.Code(python_lines(comparison, loaded), visible=True),
         }  # fmt: skip
         if comparison.wanted.kind == "image":
             pair = _pair(comparison.dense.frames[0], comparison.other.frames[0])
@@ -177,7 +183,7 @@ class _Requests:
             for event in stream(lambda tell: compare_attention(self.engine, wanted, spec, stop, tell), stop):
                 if isinstance(event, Comparison):
                     with tempfile.TemporaryDirectory(dir=self.engine.folder) as folder:
-                        yield self.view.finished(event, loaded.source, Path(folder))
+                        yield self.view.finished(event, loaded, Path(folder))
                 else:
                     yield self.view.news(wanted.kind, name, event) if event is not None else self.view._update()
         except Exception as error:

@@ -104,20 +104,22 @@ class _Watch:
         self.tell(Progress(self.drawing, step, steps, rest, pictures))
 
 
-def python_lines(comparison: Comparison, source: str) -> str:
-    """The Python that draws the other picture. The line that changes the attention is the second last."""
-    wanted, student = comparison.wanted, comparison.student
-    size = f"height={wanted.size.height}, width={wanted.size.width}"
-    if wanted.size.frames is not None:
-        size += f", num_frames={wanted.size.frames}"
+def python_lines(comparison: Comparison, loaded: Loaded) -> str:
+    """The Python that draws the other picture; the line before the last two changes the attention."""
+    wanted = comparison.wanted
+    arguments = {"height": wanted.size.height, "width": wanted.size.width, "num_frames": wanted.size.frames}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    arguments |= {"num_inference_steps": wanted.steps, **loaded.call}
+    options = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return "\n".join(
         [
-            "import dit_accel",
+            "import dit_accel, torch",
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({_short_path(source)!r})",
-            attention_line(student),
-            f"pipe({wanted.prompt!r}, {size}, num_inference_steps={wanted.steps})",
+            f"pipe = DiffusionPipeline.from_pretrained({_short_path(loaded.source)!r})",
+            attention_line(comparison.student),
+            f"seed = torch.Generator().manual_seed({wanted.seed})",
+            f"result = pipe({wanted.prompt!r}, generator=seed, {options})",
         ]
     )
 

@@ -23,10 +23,10 @@ MOST_TIMES_LARGER = 4  # than the pipeline's own picture, in tokens: memory is n
 _MOST_SEED = 2**32 - 1
 _KIND_NAMES = {"image": "Image", "video": "Video"}
 _MECHANISMS = {
-    "sla": "SLA: the most important blocks, the rest by linear attention",
+    "sla": "SLA: best blocks, linear attention for the rest",
     "clear": "CLEAR: a circle around each token",
-    "llsa": "LLSA: the best blocks, searched from coarse to fine",
-    "gna": "GNA: a sliding window",
+    "llsa": "LLSA: best blocks, found from coarse to fine",
+    "gna": "GNA: a window that slides over the grid",
 }
 _SHOWN_FOR = {
     "sla": ("critical",),
@@ -108,8 +108,8 @@ class DrawingControls:
         self.kind = gr.Radio(choices, value=about.kind, label="What to draw", visible=len(choices) > 1)
         self.prompt = gr.Textbox(label="Prompt", value=about.prompts[0], lines=2, max_lines=6)
         self.examples = gr.Dataset(
-            components=[self.prompt], samples=_samples(about), label="Examples (click one)", layout="table",
-            show_label=True,
+            components=[self.prompt], samples=_samples(about), sample_labels=list(about.prompts), layout="gallery",
+            label="Examples: click one",
         )  # fmt: skip
         with gr.Accordion("Size, steps and seed", open=False):
             with gr.Row():
@@ -119,9 +119,9 @@ class DrawingControls:
                     about.size.frames or 1, label="Frames", precision=0, min_width=90, visible=about.kind == "video"
                 )
             self.steps = gr.Slider(1, MOST_STEPS, about.steps, step=1, precision=0, label="Steps")
-            with gr.Row(equal_height=True):
+            with gr.Row():
                 self.seed = gr.Number(0, label="Seed", precision=0, min_width=120)
-                dice = gr.Button("Another seed", min_width=120)
+                dice = gr.Button("Another seed", size="md", min_width=120, elem_classes="at-the-bottom")
         self.inputs: list[Any] = [
             self.kind, self.prompt, self.seed, self.height, self.width, self.frames, self.steps,
         ]  # fmt: skip
@@ -143,7 +143,7 @@ class DrawingControls:
     def _for_kind(self, kind: str) -> list[Any]:
         about = self.engine.about(kind)
         return [
-            about.prompts[0], gr.Dataset(samples=_samples(about)), about.size.height, about.size.width,
+            about.prompts[0], gr.Dataset(samples=_samples(about), sample_labels=list(about.prompts)), about.size.height, about.size.width,
             gr.Number(about.size.frames or 1, visible=kind == "video"), about.steps,
         ]  # fmt: skip
 

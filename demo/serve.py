@@ -1,0 +1,33 @@
+"""Runs the app until a signal ends it. Gradio is imported once there is a folder for its files."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+
+from dit_accel.demo.ui.engine import Engine
+
+__all__ = ["serve"]
+
+
+def serve(
+    pipeline: str | None, device: torch.device, dtype: torch.dtype, host: str, port: int | None, share: bool
+) -> None:
+    """Load, serve and print the address; the temporary folder is gone afterwards.
+
+    Raises: BadInput: the pipeline cannot be loaded; OSError: the port is taken; KeyboardInterrupt: a signal.
+    """
+    with Engine(pipeline, device, dtype) as engine:
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = str(engine.folder / "page")
+        from dit_accel.demo.app import launch
+
+        app = launch(engine, host, port, share)
+        try:
+            print(f"The page is at {app.local_url}" + (f" and {app.share_url}" if share else ""), flush=True)
+            print("Ctrl-C ends it.", flush=True)
+            threading.Event().wait()
+        finally:
+            app.close(verbose=False)

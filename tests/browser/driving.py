@@ -1,0 +1,58 @@
+"""What tests do with the page, as a person would."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect
+
+PATIENCE = 60_000  # milliseconds: other work may keep this machine busy
+
+
+def set_number(page: Page, label: str, value: float) -> None:
+    """Of a number field, or of the number beside a slider."""
+    field = page.locator("input[type=number]:visible").and_(page.get_by_label(label, exact=False)).first
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def set_drawing(page: Page, *, side: int = 256, steps: int = 2, seed: int = 0, prompt: str | None = None) -> None:
+    """Open the details and make the picture small and quick."""
+    if not page.get_by_label("Width", exact=True).is_visible():
+        page.get_by_role("button", name="Size, steps and seed").first.click()
+    for label, value in {"Width": side, "Height": side, "Seed": seed, "Steps": steps}.items():
+        set_number(page, label, value)
+    if prompt is not None:
+        page.get_by_label("Prompt").first.fill(prompt)
+
+
+def choose_attention(page: Page, name: str) -> None:
+    """By the first word of its label."""
+    page.get_by_label("Attention to compare").first.click()
+    page.get_by_role("option", name=re.compile(f"^{name}\\b")).click()
+
+
+def draw_button(page: Page) -> Locator:
+    return page.get_by_role("button", name="Draw both")
+
+
+def status(page: Page) -> Locator:
+    return page.locator("#compare-status")
+
+
+def draw(page: Page) -> None:
+    """Press the button and wait for both pictures."""
+    draw_button(page).click()
+    expect(status(page)).to_contain_text(re.compile("Starting|Waiting|Drawing"), timeout=PATIENCE)
+    expect(status(page)).to_contain_text("Done.", timeout=PATIENCE)
+
+
+def pictures(page: Page) -> list[np.ndarray]:
+    """The two under the slider, (H, W, 3)."""
+    images = page.get_by_test_id("imageslider-image")
+    expect(images).to_have_count(2)
+    answers = [page.request.get(images.nth(i).get_attribute("src")) for i in range(2)]
+    return [np.asarray(Image.open(io.BytesIO(answer.body())).convert("RGB")) for answer in answers]

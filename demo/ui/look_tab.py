@@ -158,7 +158,8 @@ class _View:
         title = (
             f"How much of dense attention {NAMES[name]} catches: mean of {some.places:,} of {some.all_places:,} places"
         )
-        figure = caught_figure(name, title, list(shares), list(shares.values()), layer)
+        alone = name in ("clear", "gna")  # windows have no map beside it
+        figure = caught_figure(name, title, list(shares), list(shares.values()), layer, wide=alone)
         return self._only(status_line(_READY), figure)
 
     def trouble(self, message: str) -> list[Any]:
@@ -294,14 +295,15 @@ def _summary(found: Look, where: Where, steps: int) -> str:
     place = ", ".join(f"{axis} {i + 1} of {n}" for axis, i, n in zip(axes, found.place, found.layout.grid, strict=True))
     number, seen = found.layout.grid_len, int(one.seen.sum())
     rows = [
-        (f"Weights of this place: {place}; head {where.head + 1}, step {where.step + 1} of {steps}", "Dense", name),
+        ("", "Dense", name),
         (":--", "--:", "--:"),
         ("places that it sees itself", f"{number:,}", f"{seen:,} ({_percent(seen / number)})"),
         ("weight on text", _percent(one.dense_text), _percent(one.text)),
         ("weight on pooled tokens", "–", _percent(one.pooled) if one.pooled else "–"),
         ("**dense attention on what it sees**", "100 %", f"**{_percent(one.caught)}**"),
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    title = f"**This place**: {place}; head {where.head + 1}, step {where.step + 1} of {steps}"
+    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _percent(share: float) -> str:

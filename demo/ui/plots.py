@@ -18,8 +18,8 @@ __all__ = ["NAMES", "caught_figure", "enlarged", "map_figure", "overlay", "speed
 NAMES = {"dense": "Dense", "sla": "SLA", "clear": "CLEAR", "llsa": "LLSA", "gna": "GNA"}
 _COLOURS = {"dense": "#7d838c", "sla": "#2f7ed8", "clear": "#e08214", "llsa": "#2a9d5c", "gna": "#9b5fc0"}
 _MARKS = {"dense": "s", "sla": "o", "clear": "^", "llsa": "D", "gna": "v"}  # told apart without colours, too
-_INK, _GRID = "#737a86", "#737a8640"  # grey: on white and on black
-_STATES = ("#737a8622", "#9ec5f0", "#1f5fae")  # left out, linear, critical
+_INK, _GRID = "#7b8290", "#7b829040"  # grey: on white and on black
+_STATES = ("#7b829022", "#9ec5f0", "#1f5fae")  # left out, linear, critical
 _PLACE = "#e4572e"
 _LEAST_PIXELS = 512
 _HEAT = np.array([[13, 8, 60], [126, 3, 168], [204, 71, 120], [248, 149, 64], [252, 253, 150]], np.float32)
@@ -94,10 +94,12 @@ def _mark_break_even(axes: Any, name: str, point: Any) -> None:
     )  # fmt: skip
 
 
-def caught_figure(name: str, title: str, layers: Sequence[str], found: Sequence[Any], chosen: str) -> Figure:
+def caught_figure(
+    name: str, title: str, layers: Sequence[str], found: Sequence[Any], chosen: str, wide: bool
+) -> Figure:
     """For each layer the share of dense attention's mass on what the mechanism sees; the layer that is looked at is
     filled, and a line stands where it would be if attention were even."""
-    figure, axes = _figure(8, 4.4)
+    figure, axes = _figure(*((9.5, 3.8) if wide else (8, 4.4)))
     places = range(len(layers))
     colour = _COLOURS[name]
     alphas = [1.0 if layer == chosen else 0.45 for layer in layers]

@@ -87,6 +87,7 @@ def check_fits(spec: AttentionSpec | str, grid: tuple[int, ...] | None) -> None:
     window = spec.options.get("window") if isinstance(spec, AttentionSpec) else None
     if window is None or grid is None:
         return
+    window = window if isinstance(window, tuple) else (window,) * len(grid)
     if any(length > tokens for length, tokens in zip(window, grid, strict=True)):
         raise BadInput(
             f"The window of {_times(window)} tokens is larger than the grid of {_times(grid)} tokens that this size "
@@ -143,7 +144,8 @@ class DrawingControls:
     def _for_kind(self, kind: str) -> list[Any]:
         about = self.engine.about(kind)
         return [
-            about.prompts[0], gr.Dataset(samples=_samples(about), sample_labels=list(about.prompts)), about.size.height, about.size.width,
+            about.prompts[0], gr.Dataset(samples=_samples(about), sample_labels=list(about.prompts)),
+            about.size.height, about.size.width,
             gr.Number(about.size.frames or 1, visible=kind == "video"), about.steps,
         ]  # fmt: skip
 

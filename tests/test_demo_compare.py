@@ -1,0 +1,255 @@
+"""The Compare tab without a browser: what is told, what is checked, and the Python that does the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipelines import save_flux, save_wan
+
+pytest.importorskip("gradio")
+
+import gradio as gr
+
+from dit_accel.attn_spec import parse_attention
+from dit_accel.cli import main
+from dit_accel.command import BadInput
+from dit_accel.compare.calling import to_frames
+from dit_accel.compare.sizes import Size
+from dit_accel.demo.ui import compare_tab
+from dit_accel.demo.ui.comparison import Comparison, Progress, compare_attention, python_lines
+from dit_accel.demo.ui.controls import DrawingControls, MechanismControls, Wanted, check_drawing
+from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
+from dit_accel.demo.ui.preview import Preview
+
+CPU = torch.device("cpu")
+FAIR = {"prompt": "a red circle", "seed": 0, "height": 32, "width": 32, "frames": None, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    with Engine(str(save_flux(tmp_path_factory.mktemp("flux"))), CPU, torch.float32) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    with Engine(str(save_wan(tmp_path_factory.mktemp("wan"))), CPU, torch.float32) as engine:
+        yield engine
+
+
+def compare(engine, spec, size, steps=3):
+    kind, told = engine.kinds[0], []
+    wanted = Wanted(kind, "a red circle", 5, size, steps)
+    compare_attention(engine, wanted, parse_attention(spec), Stop(), told.append)
+    return told
+
+
+def test_progress_is_told_for_each_step_of_both_and_then_the_result(image):
+    told = compare(image, "clear:radius=2", Size(32, 32))
+    assert [(news.drawing, news.step) for news in told[:-1]] == [(i, step) for i in (0, 1) for step in range(4)]
+    assert isinstance(told[-1], Comparison) and not np.array_equal(told[-1].dense.frames, told[-1].other.frames)
+    assert 0 < told[-1].other.logit_fraction < 1 and told[-1].psnr > 0
+    left = [news.seconds_left for news in told[:-1] if news.step]
+    assert left[-1] == 0 and all(a >= 0 for a in left)
+
+
+def test_previews_are_pictures_of_the_size_that_is_drawn(image, video):
+    seen = [news.pictures for news in compare(image, "clear:radius=2", Size(32, 32)) if isinstance(news, Progress)]
+    assert any(pictures and pictures[1] is not None and pictures[1].shape == (16, 16, 3) for pictures in seen)
+    seen = [news.pictures for news in compare(video, "clear:radius=2", Size(32, 32, 5)) if isinstance(news, Progress)]
+    assert any(pictures and pictures[1] is not None and pictures[1].shape == (32, 32, 3) for pictures in seen)
+
+
+def test_preview_expects_the_latents_that_euler_steps_lead_to(image):
+    pipe = image.about("image").pipe
+    pipe.scheduler.set_timesteps(4, mu=1.0)
+    noise, clean = torch.randn(1, 64, 4), torch.randn(1, 64, 4)
+    preview = Preview(pipe, Size(32, 32))
+    for step in (1, 2):
+        sigma = pipe.scheduler.sigmas[step]
+        preview.see(step, (1 - sigma) * clean + sigma * noise)
+    assert torch.allclose(preview._expected(), clean, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_lines_of_python_draw_the_same(request, kind):
+    engine = request.getfixturevalue(kind)
+    size = Size(32, 32, 5 if kind == "video" else None)
+    result = compare(engine, "gna:window=2", size)[-1]
+    loaded = engine.about(kind)
+    lines = python_lines(result, loaded)
+    assert "pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))" in lines.splitlines()
+    given = {}
+    code = lines.replace("result = pipe(", "result = pipe(output_type='np', prompt=")
+    exec(code, given)
+    assert np.array_equal(to_frames(given["result"]), result.other.frames)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": None}, "prompt is empty"),
+        ({"prompt": "x" * 10_000}, "10,000 characters; at most 2,000"),
+        ({"height": 33}, "nearest: 32×32"),
+        ({"height": None}, "height must be a whole number"),
+        ({"width": 0}, "width must be at least 1"),
+        ({"width": float("nan")}, "width must be a whole number"),
+        ({"width": float("inf")}, "width must be a whole number"),
+        ({"width": 10**6}, "too large for this page"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 2**40}, "seed must be from 0"),
+        ({"steps": 0}, "steps must be from 1 to 100"),
+        ({"steps": True}, "steps must be a whole number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(image, changed, said):
+    with pytest.raises(ValueError, match=said):
+        check_drawing(image.about("image"), **{**FAIR, **changed})
+
+
+def test_what_can_be_drawn_passes(image):
+    wanted = check_drawing(image.about("image"), **FAIR)
+    assert wanted == Wanted("image", "a red circle", 0, Size(32, 32), 2)
+
+
+@pytest.mark.parametrize(("spec", "said"), [("gna:window=9x9", "9×9 tokens is larger than the grid of 8×8")])
+def test_window_larger_than_the_grid_is_refused_before_anything_is_drawn(image, spec, said, monkeypatch):
+    monkeypatch.setattr(image, "draw", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(BadInput, match=said):
+        compare(image, spec, Size(32, 32))
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_sliders_begin_within_their_limits_and_each_mechanism_takes_them(request, kind):
+    engine = request.getfixturevalue(kind)
+    with gr.Blocks():
+        controls = MechanismControls(engine)
+    values = [slider.value for slider in controls.sliders.values()]
+    for slider in controls.sliders.values():
+        assert slider.minimum <= slider.value <= slider.maximum
+    for name in ("sla", "clear", "llsa", "gna"):
+        assert controls.student(kind, name, *values).name == name
+    with pytest.raises(BadInput, match="from the list"):
+        controls.student(kind, "/etc/passwd", *values)
+
+
+def test_conversion_made_in_the_app_is_offered_and_chosen(image, tmp_path):
+    with gr.Blocks():
+        controls = MechanismControls(image)
+    image.add_conversion("image", "mine", tmp_path)
+    assert ("mine", "mine") in controls._renew("image", "sla").choices
+    assert controls.student("image", "mine", *[slider.value for slider in controls.sliders.values()]) == str(tmp_path)
+    image._made["image"].clear()
+
+
+def handler(engine):
+    """What the button of a fresh page calls, and the values it sends."""
+    with gr.Blocks():
+        drawing, mechanism = DrawingControls(engine), MechanismControls(engine)
+        view = compare_tab._View(engine, gr.Button(), gr.Button())
+    values = ["image", "a red circle", 0, 32, 32, 1, 2, "clear", *[s.value for s in mechanism.sliders.values()]]
+    requests = compare_tab._Requests(engine, drawing, mechanism, view)
+    return requests, types.SimpleNamespace(session_hash="page"), values
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "Out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Out of memory"),
+        (KeyError("strange"), "did not work: KeyError"),
+        (ArithmeticError("the picture holds NaN or infinity"), "NaN"),
+    ],
+)
+def test_error_while_drawing_is_said_and_the_button_works_again(image, monkeypatch, error, said):
+    def draw(*_):
+        raise error
+
+    monkeypatch.setattr(image, "draw", draw)
+    requests, page, values = handler(image)
+    run, cancel, status, *_ = list(requests.run(page, *values))[-1]
+    assert said in status and 'role="alert"' in status and "Traceback" not in status
+    assert run.interactive and not cancel.interactive
+
+
+def test_button_draws_and_cancel_of_another_page_does_nothing(image):
+    requests, page, values = handler(image)
+    updates = requests.run(page, *values)
+    next(updates)
+    requests.cancel(types.SimpleNamespace(session_hash="other"))
+    *_, figures, code = list(updates)[-1]
+    assert "PSNR" in figures and "CLEARAttnProcessor" in code.value
+    updates = requests.run(page, *values)
+    next(updates)
+    requests.cancel(page)
+    assert "Stopped" in list(updates)[-1][2]
+
+
+def test_prompt_cannot_smuggle_markup_into_the_page(image):
+    requests, page, values = handler(image)
+    values[7] = "<img src=x onerror=alert(1)>"
+    assert all("<img" not in str(update) for updates in requests.run(page, *values) for update in updates)
+
+
+def test_closed_page_stops_its_drawing(image, monkeypatch):
+    stops = []
+
+    def draw(_loaded, _prompt, _seed, _size, _steps, stop, _on_step):
+        stops.append(stop)
+        while True:
+            stop.check()
+
+    monkeypatch.setattr(image, "draw", draw)
+    requests, page, values = handler(image)
+    updates = requests.run(page, *values)
+    while not stops:
+        next(updates)
+    updates.close()
+    with pytest.raises(Cancelled):
+        stops[0].check()
+    with image.turn("image"):
+        pass
+
+
+def test_signal_ends_the_app_and_its_folder_is_gone(tmp_path):
+    source, temporary = save_flux(tmp_path / "flux"), tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dit_accel.cli", "demo", "--pipeline", str(source), "--device", "cpu", "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )  # fmt: skip
+    assert "http://127.0.0.1:" in process.stdout.readline()
+    assert list(temporary.glob("dit-accel-*"))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    assert not list(temporary.glob("dit-accel-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "said"),
+    [
+        ([], "gradio", "pip install 'dit-accel[demo]'"),
+        (["--pipeline", "/nowhere"], None, "there is no folder /nowhere"),
+        (["--device", "toaster"], None, "unknown device 'toaster'"),
+        (["--port", "70000"], None, "--port"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said(arguments, missing, said, monkeypatch, capsys):
+    if missing is not None:
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", *arguments])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_command_imports_gradio_only_to_serve():
+    code = "import sys, dit_accel.cli; assert 'gradio' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,27 +1,32 @@
-"""The text form of a processor on the command line: ``gna:window=16x16,stride=8``."""
+"""The text form of processors on the command line: ``gna:window=16x16,stride=8;window=40x40@blocks.1``."""
 
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from .processor import PROCESSORS, AcceleratedAttnProcessor
 
-__all__ = ["AttentionSpec", "grid_defaults", "parse_attention", "parse_student", "short_options"]
+__all__ = ["AttentionSpec", "ByLayer", "grid_defaults", "parse_attention", "parse_student", "short_options"]
+
+ByLayer = tuple[tuple[str | None, AcceleratedAttnProcessor], ...]  # None: on all layers
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """A mechanism by name and the options that the user gave for it."""
+    """A mechanism by name and the options that the user gave for it. exceptions: which options are others on which
+    layers, named as :func:`dit_accel.set_attn_processor` takes them."""
 
     name: str
     options: Mapping[str, Any]
+    exceptions: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     @property
     def needs_grid(self) -> bool:
@@ -48,20 +53,52 @@ class AttentionSpec:
             options = {**grid_defaults(self.name, grid), **options}
         return PROCESSORS[self.name](**options)
 
+    def by_layer(self, usual: AcceleratedAttnProcessor) -> ByLayer:
+        """What is set on which layers, the later over the earlier. usual: :meth:`processor`, on all of them.
+
+        Raises: ValueError, TypeError: an option out of range.
+        """
+        return (None, usual), *((layers, replace(usual, **options)) for layers, options in self.exceptions)
+
 
 def parse_attention(text: str) -> AttentionSpec:
-    """Read ``NAME`` or ``NAME:key=value,key=value`` (tuples as ``16x16``, None as ``none``).
+    """Read ``NAME`` or ``NAME:key=value,key=value`` (tuples as ``16x16``, None as ``none``); behind it, each after a
+    semicolon, ``key=value,key=value@LAYERS``: options that differ on layers in whose name the expression is found.
 
     Raises: ValueError: an unknown name or option (with the nearest right one), or a value that does not fit.
     """
-    name, _, rest = text.strip().partition(":")
+    usual, *others = text.strip().split(";")
+    name, _, rest = usual.strip().partition(":")
     name = name.strip().lower()
     if name not in PROCESSORS:
         raise ValueError(f"unknown attention {name!r}{_nearest(name, PROCESSORS)}")
+    options = _read_options(name, rest)
+    spec = AttentionSpec(name, options, tuple(_exception(name, other) for other in others))
+    tuples = (value for part in (options, *(x for _, x in spec.exceptions)) for value in part.values())
+    axes = max((len(value) for value in tuples if isinstance(value, tuple)), default=2)
+    try:
+        spec.by_layer(spec.processor((4096,) * min(axes, 3)))  # a stand-in for the real grid
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return spec
+
+
+def _exception(name: str, text: str) -> tuple[str, dict[str, Any]]:
+    options, at, layers = (piece.strip() for piece in text.partition("@"))
+    if not at or not layers or not options:
+        raise ValueError(f"{name}: {text.strip()!r} does not say which options on which layers; write key=VALUE@LAYERS")
+    try:
+        re.compile(layers)
+    except re.error as error:
+        raise ValueError(f"{name}: {layers!r} is no regular expression of layers' names: {error}") from None
+    return layers, _read_options(name, options)
+
+
+def _read_options(name: str, text: str) -> dict[str, Any]:
     hints = typing.get_type_hints(PROCESSORS[name])
     known = {field.name: hints[field.name] for field in fields(PROCESSORS[name])}
     options: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in rest.split(","))):
+    for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}")
@@ -70,13 +107,7 @@ def parse_attention(text: str) -> AttentionSpec:
         if key in options:
             raise ValueError(f"{name}: option {key} is given twice")
         options[key] = _read(name, key, value, known[key])
-    spec = AttentionSpec(name, options)
-    axes = max((len(value) for value in options.values() if isinstance(value, tuple)), default=2)
-    try:
-        spec.processor((4096,) * min(axes, 3))  # a stand-in grid: what was left out is chosen later, for the real one
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    return spec
+    return options
 
 
 def parse_student(text: str) -> AttentionSpec | str:

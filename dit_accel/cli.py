@@ -22,7 +22,9 @@ app = typer.Typer(
 _ATTN_HELP = (
     "Attention to compare with dense, as NAME or NAME:key=value,key=value, or a folder, file or hub id of attention "
     "that was trained; repeatable; default all four: sla, clear, llsa, gna. Options are those of the processors, "
-    "lengths per axis as 16x16 or 2x8x8: gna:window=16x16,stride=8. Without options, about a tenth of the logits each: "
+    "lengths per axis as 16x16 or 2x8x8: gna:window=16x16,stride=8. Layers may differ: "
+    "gna:window=12x12;window=40x40@blocks.1 has the larger window where blocks.1 is found in a layer's name. Without "
+    "options, about a tenth of the logits each: "
     "sla critical 0.1 with tile_order; llsa block_size 16 and topk 8; clear a radius and gna a window that cover a "
     "tenth of the token grid (64×64: radius 11.4; window 20x20, stride 4x4)."
 )

@@ -112,8 +112,41 @@ def set_attn_processor(
         )
     models = denoisers(pipe_or_model)
     plans = {name: _plan(model, layout) for name, model in models.items()}
-    chosen = _choose({name: [layer for site in plan for layer in site.layers] for name, plan in plans.items()}, layers)
+    chosen = _choose(_names(plans), layers)
     _install(models, plans, {name: dict.fromkeys(found, processor) for name, found in chosen.items() if found})
+
+
+def set_by_layer(
+    pipe_or_model: Any, choices: Iterable[tuple[Layers | None, AcceleratedAttnProcessor]]
+) -> dict[str, dict[str, AcceleratedAttnProcessor]]:
+    """As :func:`set_attn_processor` for each of these layers and processors, the later over the earlier; all or none.
+
+    Returns: processors by the name of the attention module, by component.
+    """
+    models = denoisers(pipe_or_model)
+    chosen = processors_by_layer(models, choices)
+    _install(models, {name: _plan(models[name], None) for name in chosen}, chosen)
+    return chosen
+
+
+def processors_by_layer(
+    models: Mapping[str, nn.Module], choices: Iterable[tuple[Layers | None, AcceleratedAttnProcessor]]
+) -> dict[str, dict[str, AcceleratedAttnProcessor]]:
+    """What :func:`set_by_layer` sets; nothing is changed.
+
+    Raises: ValueError: layers that are not there.
+    """
+    names = _names({name: _plan(model, None) for name, model in models.items()})
+    chosen: dict[str, dict[str, AcceleratedAttnProcessor]] = {}
+    for layers, processor in choices:
+        for name, found in _choose(names, layers).items():
+            if found:
+                chosen.setdefault(name, {}).update(dict.fromkeys(found, processor))
+    return chosen
+
+
+def _names(plans: Mapping[str, list[Site]]) -> dict[str, list[str]]:
+    return {name: [layer for site in plan for layer in site.layers] for name, plan in plans.items()}
 
 
 def install_processors(

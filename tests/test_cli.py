@@ -60,11 +60,23 @@ def test_attention_is_read_as_the_processor_that_it_names(text, processor):
         ("gna:window=4,stride=8", "stride 8 is larger than window 4"),
         ("llsa:topk=0", "topk"),
         ("llsa:block_size=1", "block_size"),
+        ("gna:window=4;window=8", "does not say which options on which layers; write key=VALUE@LAYERS"),
+        ("gna:window=4;@blocks", "does not say which options on which layers"),
+        ("gna:window=4;windw=8@blocks", "gna has no option 'windw'"),
+        ("gna:window=4;stride=8@blocks", "stride 8 is larger than window 4"),
+        ("gna:window=4;window=8@(blocks", "is no regular expression"),
     ],
 )
 def test_attention_that_cannot_be_is_refused_with_what_would_be_right(text, message):
     with pytest.raises(ValueError, match=message):
         parse_attention(text)
+
+
+def test_options_that_differ_by_layer_are_read():
+    spec = parse_attention(r"gna:window=4x4,stride=2; window=8x8@blocks\.1\. ;stride=1@single")
+    usual = GNAAttnProcessor(window=(4, 4), stride=2)
+    wide, even = GNAAttnProcessor(window=(8, 8), stride=2), GNAAttnProcessor(window=(4, 4), stride=1)
+    assert spec.by_layer(spec.processor()) == ((None, usual), (r"blocks\.1\.", wide), ("single", even))
 
 
 @pytest.mark.parametrize("name", ["clear", "gna"])

@@ -71,7 +71,7 @@ def link_samples(drawn, out):
 @pytest.mark.parametrize(
     "which, attn, more",
     [
-        ("flux", "clear:radius=2", ()),
+        ("flux", "clear:radius=2;radius=3@single_", ()),
         ("wan", "sla:critical=0.3,block_q=8,block_kv=8", ("--frames", "5")),
         ("sd", "gna:window=3", ("--recipe", "clear", "--gradient-checkpointing", "--accumulate", "2")),
         ("sd", "linfusion", ("--train", "new")),
@@ -89,6 +89,9 @@ def test_every_family_is_converted_and_loaded(pipelines, tmp_path, which, attn, 
     model = next(iter(dit_accel.install.denoisers(pipe).values()))
     before = {name: p.clone() for name, p in model.state_dict().items()}
     dit_accel.load_attention(pipe, tmp_path)
+    if ";" in attn:  # the options of each layer
+        told_of = {name: layer.mechanism.radius for name, layer in dit_accel.install.installed_layers(model).items()}
+        assert len(set(told_of.values())) == 2 and all(x == 2 + ("single_" in name) for name, x in told_of.items())
     trained = load_checkpoint(tmp_path)["parameters"]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], x) for name, x in trained.items())
@@ -354,6 +357,7 @@ def test_batches_hold_one_kind_and_every_epoch_all():
         (("--train", "full", "--lora-layers", "blocks"), "--lora-layers blocks is for --train lora"),
         (("--save-dtype", "int8"), "--save-dtype takes float32, bfloat16, float16, got 'int8'"),
         (("--train", "new"), "adds no parameters"),
+        (("--attn", "clear:radius=3;radius=4@nowhere"), "selects no self-attention layer: nowhere"),
         (("--height", "30"), "30"),
         (("--mixed-precision", "fp8"), "no, fp16 or bf16"),
         (("--device", "tpu"), "takes cpu"),

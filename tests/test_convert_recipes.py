@@ -79,9 +79,10 @@ def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
     request = make_request(pipeline, out, recipe, attn, **asked)
     processor = request.attention.processor((8, 8))
     stages = plan(request, RECIPES[recipe], model, processor)
+    choices = request.attention.by_layer(processor)
     accelerator = Accelerator(cpu=True)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(request, stages, accelerator, pipe, model, processor, noise_process(pipe.scheduler), samples)
+    trainer = Trainer(request, stages, accelerator, pipe, model, choices, noise_process(pipe.scheduler), samples)
     trainer.pipe = pipe
     return trainer
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attn_spec import AttentionSpec, short_options
+from ..attn_spec import AttentionSpec, ByLayer, short_options
 from ..compare.sizes import Size, check_size, default_size, token_grid
 from ..embedded import read_defaults
 from ..layout import TokenLayout
 from ..processor import AcceleratedAttnProcessor
 from .request import Source
 
-__all__ = ["Bucket", "find_buckets", "frame_rate", "nearest", "parse_size", "processor_for"]
+__all__ = ["Bucket", "find_buckets", "frame_rate", "nearest", "parse_size", "processors_for"]
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,8 @@ def nearest(buckets: Sequence[Bucket], height: int, width: int, frames: int | No
     return min(fits, key=distance, default=None)
 
 
-def processor_for(
-    attention: AttentionSpec, buckets: Sequence[Bucket], tell: Callable[[str], None]
-) -> AcceleratedAttnProcessor:
-    """The one processor for all sizes. tell: called with what is larger than a grid, and capped there.
+def processors_for(attention: AttentionSpec, buckets: Sequence[Bucket], tell: Callable[[str], None]) -> ByLayer:
+    """What is set on which layers, the same for all sizes. tell: called with what is larger than a grid, and capped.
 
     Raises: ValueError, TypeError: options that were left out differ from size to size, or do not fit one of them.
     """
@@ -119,19 +117,28 @@ def processor_for(
             f"{attention.name} takes what is left out from the token grid, and these sizes have different ones: give "
             f"all options, such as {each}"
         )
-    processor = made[0]
-    for bucket in buckets:
-        if bucket.grid is None:
-            continue
-        layout = TokenLayout(bucket.grid)
-        options = processor.layer_options(layout)
-        try:
-            fitted = processor.mechanism.fit(layout, **options)
-        except ValueError as error:
-            raise ValueError(f"{attention.name} does not fit {bucket.size}: {error}") from error
-        for text in _capped(options, fitted):
-            tell(f"{attention.name} on {bucket.size}, {'×'.join(map(str, bucket.grid))} tokens: {text}")
-    return processor
+    choices = attention.by_layer(made[0])
+    for layers, processor in choices:
+        for bucket in buckets:
+            for text in _misfits(processor, bucket):
+                where = "" if layers is None else f" in {layers}"
+                tell(
+                    f"{processor.name} on {bucket.size}{where}, {'×'.join(map(str, bucket.grid or ()))} tokens: {text}"
+                )
+    return choices
+
+
+def _misfits(processor: AcceleratedAttnProcessor, bucket: Bucket) -> list[str]:
+    """What is capped. Raises: ValueError: it does not fit at all."""
+    if bucket.grid is None:
+        return []
+    layout = TokenLayout(bucket.grid)
+    options = processor.layer_options(layout)
+    try:
+        fitted = processor.mechanism.fit(layout, **options)
+    except ValueError as error:
+        raise ValueError(f"{processor.name} does not fit {bucket.size}: {error}") from error
+    return _capped(options, fitted)
 
 
 def _capped(options: Mapping[str, Any], fitted: Mapping[str, Any]) -> list[str]:

@@ -64,6 +64,8 @@ def _what(folder: Path, about: dict[str, Any]) -> str:
     teacher = Path(teacher).name if Path(teacher).is_dir() else teacher
     spec = request["attention"]
     options = ", ".join(f"{key}={value}" for key, value in spec["options"].items()) or "those of the token grid"
+    for layers, others in spec.get("exceptions", {}).items():
+        options += f"; {', '.join(f'{key}={value}' for key, value in others.items())} in layers named {layers}"
     return f"""# {teacher} with {spec["name"]} attention
 
 dit_accel replaces the self-attention of {teacher} by {spec["name"]} ({options}). Here is what was learned for it.

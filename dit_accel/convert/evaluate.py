@@ -22,11 +22,11 @@ from ..command import BadInput
 from ..compare.metrics import clip_score, compare_frames
 from ..describe import logit_fraction
 from ..files import replacing, write_json
-from ..install import installed_layers, reset_attn_processor, set_attn_processor
+from ..install import installed_layers, reset_attn_processor, set_by_layer
 from ..load import load_attention
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
-from .buckets import find_buckets, processor_for
+from .buckets import find_buckets, processors_for
 from .capture import merge
 from .noise import NoiseProcess, noise_process
 from .objective import attention_outputs
@@ -98,7 +98,7 @@ class Evaluation:
             if isinstance(student, str):
                 load_attention(self.pipe, student)
             else:
-                set_attn_processor(self.pipe, processor_for(student, self.buckets, self.console.print))
+                set_by_layer(self.pipe, processors_for(student, self.buckets, self.console.print))
         except (ValueError, TypeError, FileNotFoundError) as error:
             raise BadInput(str(error)) from error
         try:

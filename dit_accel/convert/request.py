@@ -73,7 +73,9 @@ class Request:
             del fixed[free]
         if len(RECIPES[self.recipe].stages) == 1 and self.schedule == "constant":  # else the end is known beforehand
             del fixed["steps"]
+        exceptions = {layers: dict(options) for layers, options in self.attention.exceptions}
         fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}
+        fixed["attention"] |= {"exceptions": exceptions} if exceptions else {}
         return {key: str(value) if isinstance(value, Path) else _plain(value) for key, value in fixed.items()}
 
 

@@ -12,10 +12,11 @@ from rich.console import Console
 
 from ..command import BadInput
 from ..files import write_json
+from ..install import processors_by_layer
 from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from ..save import save_attention
-from .buckets import find_buckets, processor_for
+from .buckets import find_buckets, processors_for
 from .noise import noise_process
 from .pictures import Pictures
 from .prepare import make_samples, only_denoiser, progress_bar, put_away
@@ -62,8 +63,9 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         component, model = only_denoiser(pipe)
         model.register_forward_pre_hook(lambda *_: watch.check())
         choose_blocks(accelerator, model)
-        processor = processor_for(request.attention, buckets, accelerator.print)
-        stages = plan(request, recipe, model, processor)
+        choices = processors_for(request.attention, buckets, accelerator.print)
+        processors_by_layer({component: model}, choices)  # layers that are not there are told before any work
+        stages = plan(request, recipe, model, choices[0][1])
         samples = make_samples(request.source, accelerator, pipe, model, buckets, console, watch.sample)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
@@ -73,7 +75,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         pictures = Pictures(source.out / "pictures", pipe, component, buckets[0].call, source.prompts[:2], source.seed)
     put_away(pipe, component)
     watch.ready(model, process, samples)
-    trainer = Trainer(request, stages, accelerator, pipe, model, processor, process, samples)
+    trainer = Trainer(request, stages, accelerator, pipe, model, choices, process, samples)
     trainer.resume(console)
 
     def draw(step: int) -> None:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from ..attn_spec import ByLayer
 from ..command import BadInput, Stopped, deferred, noted, undisturbed
-from ..install import installation_of, installed_layers, keep_layers, set_attn_processor
+from ..install import installation_of, installed_layers, keep_layers, set_by_layer
 from .capture import merge
 from .checkpoint import load_checkpoint, save_checkpoint
 from .lora import add_lora
@@ -54,7 +55,7 @@ class Trainer:
     """A student that is trained one step after the other; all that is random follows from seed and step."""
 
     def __init__(
-        self, request: Request, plan: Plan, accelerator: Accelerator, pipe: Any, host: nn.Module, processor: Any,
+        self, request: Request, plan: Plan, accelerator: Accelerator, pipe: Any, host: nn.Module, choices: ByLayer,
         process: NoiseProcess, samples: Samples,
     ) -> None:  # fmt: skip
         self.request, self.plan, self.accelerator, self.process = request, plan, accelerator, process
@@ -66,7 +67,7 @@ class Trainer:
         self.pretrained = {part.scope: host_parameters(host, part.scope) for part in plan.parts}
         trained = set().union(*self.pretrained.values())
         self.teacher = self._new_teacher(trained) if plan.needs_teacher else None
-        set_attn_processor(pipe, processor)
+        set_by_layer(pipe, choices)
         installation = installation_of(host)
         assert installation is not None
         for name in sorted(trained):  # so that they are saved, and reset puts the pretrained ones back

@@ -43,22 +43,27 @@ CSS = """
 #compare-figures :is(th, td):not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
 """
 
+_MOVE_BORDER = "(percent) => ({ __type__: 'update', slider_position: percent })"  # in the browser, at once
+
 # What is done to one of the two clips is done to the other; Gradio has nothing for it.
 HEAD = """<script>
 (() => {
   const clips = () => [...document.querySelectorAll("#compare-clips video")];
+  const led = new WeakSet();  // clips that were just moved here, not by a person
   const follow = (name, act) => document.addEventListener(name, (event) => {
     const all = clips();
     if (!all.includes(event.target)) return;
     all.filter((clip) => clip !== event.target).forEach((clip) => act(clip, event.target));
   }, true);
-  const together = (clip, leader, apart = 0.05) => {
-    if (Math.abs(clip.currentTime - leader.currentTime) > apart) clip.currentTime = leader.currentTime;
+  const together = (clip, leader, apart) => {
+    if (Math.abs(clip.currentTime - leader.currentTime) <= apart) return;
+    led.add(clip);
+    clip.currentTime = leader.currentTime;
   };
-  follow("play", (clip, leader) => { together(clip, leader); clip.play().catch(() => {}); });
-  follow("pause", (clip) => clip.pause());
-  follow("seeked", (clip, leader) => together(clip, leader, leader.paused ? 0.001 : 0.05));
-  follow("timeupdate", (clip, leader) => { if (leader === clips()[0]) together(clip, leader); });
+  follow("play", (clip, leader) => { together(clip, leader, 0.05); clip.play().catch(() => {}); });
+  follow("pause", (clip, leader) => { clip.pause(); together(clip, leader, 0.001); });
+  follow("seeking", (clip, leader) => { led.delete(leader) || together(clip, leader, leader.paused ? 0.001 : 0.05); });
+  follow("timeupdate", (clip, leader) => { leader.paused || leader !== clips()[0] || together(clip, leader, 0.05); });
   follow("ratechange", (clip, leader) => { clip.playbackRate = leader.playbackRate; });
 })();
 </script>"""
@@ -83,7 +88,7 @@ def build(engine: Engine) -> None:
     )  # fmt: skip
     cancel.click(requests.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
     drawing.kind.change(
-        view.for_kind, drawing.kind, [view.slider, view.clips], queue=False, show_progress="hidden",
+        view.for_kind, drawing.kind, [view.slider, view.border, view.clips], queue=False, show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
 
@@ -99,6 +104,11 @@ class _View:
             label="Dense (left) and the other attention (right)", interactive=False, format="png", max_height=640,
             visible=not clip, elem_id="compare-slider", buttons=["fullscreen"],
         )  # fmt: skip
+        self.border = gr.Slider(
+            0, 100, 50, step=1, precision=0, label="Border between the two", info="Also by dragging in the picture.",
+            visible=False, buttons=[],
+        )  # fmt: skip
+        self.border.input(None, self.border, self.slider, js=_MOVE_BORDER, api_visibility="private")
         self.preview = gr.Image(
             label="The middle of the clip, being drawn", interactive=False, visible=False, height=320,
             elem_id="compare-preview", buttons=[],
@@ -114,11 +124,12 @@ class _View:
             elem_id="compare-code",
         )  # fmt: skip
         self.outputs: list[Any] = [
-            run, cancel, self.status, self.slider, self.preview, self.dense, self.other, self.figures, self.code,
+            run, cancel, self.status, self.slider, self.border, self.preview, self.dense, self.other, self.figures,
+            self.code,
         ]  # fmt: skip
 
     def for_kind(self, kind: str) -> list[Any]:
-        return [gr.ImageSlider(visible=kind == "image"), gr.Row(visible=kind == "video")]
+        return [gr.ImageSlider(visible=kind == "image"), gr.Slider(visible=False), gr.Row(visible=kind == "video")]
 
     def begin(self) -> list[Any]:
         return self._update(
@@ -161,7 +172,9 @@ class _View:
         return self._update(gr.Button(interactive=True), gr.Button(interactive=False), **update)
 
     def _update(self, run: Any = None, cancel: Any = None, **changed: Any) -> list[Any]:
-        names = ("status", "slider", "preview", "dense", "other", "figures", "code")
+        if "slider" in changed:
+            changed["border"] = gr.Slider(visible=True)
+        names = ("status", "slider", "border", "preview", "dense", "other", "figures", "code")
         return [run or gr.skip(), cancel or gr.skip(), *(changed.get(name, gr.skip()) for name in names)]
 
 

@@ -49,7 +49,11 @@ def test_slider_moves_the_border_between_the_pictures(page):
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.3, middle, steps=5)
     page.mouse.up()
-    assert right.evaluate("image => image.style.clipPath") != before
+    dragged = right.evaluate("image => image.style.clipPath")
+    assert dragged != before
+    page.get_by_role("slider", name="Border between the two").focus()
+    page.keyboard.press("ArrowRight")
+    expect(right).not_to_have_css("clip-path", dragged)
 
 
 def test_picture_forms_while_it_is_drawn(page):
@@ -130,7 +134,7 @@ def test_two_pages_at_once_get_what_each_gets_alone(pages):
 
 
 def test_clips_are_side_by_side_and_play_in_step(page):
-    page.get_by_label("Video", exact=True).check()
+    page.get_by_label("Video", exact=True).first.check()
     expect(page.get_by_label("Prompt").first).to_have_value(re.compile("moving"))
     set_drawing(page, side=128)
     set_number(page, "Frames", 9)

@@ -11,13 +11,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dit_accel.demo.ui import compare_tab, look_tab, speed_tab
+from dit_accel.demo.ui import compare_tab, convert_tab, look_tab, speed_tab
 from dit_accel.demo.ui.engine import Engine
 from dit_accel.demo.ui.gate import Gate
 
 __all__ = ["build_app", "launch"]
 
-_TABS = {"Compare": compare_tab, "Look inside": look_tab, "Speed": speed_tab}
+_TABS = {"Compare": compare_tab, "Look inside": look_tab, "Speed": speed_tab, "Convert": convert_tab}
 _TITLE = "dit_accel: sub-quadratic attention"
 _INTRODUCTION = (
     "# Diffusion with less attention\n"

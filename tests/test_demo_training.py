@@ -77,7 +77,7 @@ def test_page_is_told_losses_distances_and_pictures_until_compare_offers_the_res
     assert steps[0].seconds_left is None and steps[1].seconds_left > 0 and steps[-1].seconds_left == 0
     assert [event.step for event in only(Distance, told)] == [0, 1, 2, 3, 4]
     drawn = only(Drawn, told)
-    assert [event.step for event in drawn] == [0, 1, 2, 3, 4]
+    assert [event.step for event in drawn] == [0, 4]
     assert all(event.teacher.shape == event.student.shape == (SIDE, SIDE, 3) for event in drawn)
     assert all(np.array_equal(event.teacher, drawn[0].teacher) for event in drawn)
     assert not np.array_equal(drawn[0].student, drawn[-1].student)
@@ -128,7 +128,7 @@ def test_stopped_it_goes_on_when_pressed_again_as_if_never_stopped(engine):
     rest = told_by(engine, wish_for())
     assert only(Step, rest)[0].step == 2  # with what was done before
     assert [event.step for event in only(Distance, rest)] == [0, 1, 2, 3, 4]
-    assert [event.step for event in only(Drawn, rest)] == [0, 2, 3, 4]
+    assert [event.step for event in only(Drawn, rest)] == [0, 4]
     assert rest[-1].new_steps == 2
     whole = told_by(engine, wish_for(), anew=True)
     assert only(Step, whole)[0].step == 0 and whole[-1].new_steps == 4
@@ -222,8 +222,8 @@ def test_other_errors_are_not_taken_for_a_full_disk(engine, monkeypatch):
 
 def test_clip_is_shown_as_four_frames_in_two_rows(tiny):
     with Engine(str(tiny["video"]), CPU, torch.float32) as engine:
-        drawn = only(Drawn, told_by(engine, wish_for(steps=1, kind="video", attention="gna:window=2x2x2")))
-    assert [event.step for event in drawn] == [0, 1] and drawn[0].teacher.shape == (2 * SIDE, 2 * SIDE, 3)
+        drawn = only(Drawn, told_by(engine, wish_for(kind="video", attention="gna:window=2x2x2")))
+    assert [event.step for event in drawn] == [0, 4] and drawn[0].teacher.shape == (2 * SIDE, 2 * SIDE, 3)
 
 
 def test_embedded_pipeline_is_trained_on_scenes_that_are_rendered_once(tiny, tmp_path, monkeypatch):
@@ -233,11 +233,14 @@ def test_embedded_pipeline_is_trained_on_scenes_that_are_rendered_once(tiny, tmp
     (folder / "training.json").write_text("{}")
     monkeypatch.setattr(training, "SCENES", {"image": 3})
     threads, rendered, write = torch.get_num_threads(), [], training.write_scenes
+    torch.set_num_threads(2)
     monkeypatch.setattr(training, "write_scenes", lambda *args, **more: (rendered.append(args), write(*args, **more)))
     with Engine(str(folder), CPU, torch.float32) as engine:
         told = told_by(engine, wish_for(steps=1))
         told_by(engine, wish_for(steps=1, attention="clear:radius=2"))
-    assert len(rendered) == 1 and torch.get_num_threads() == threads
+    left = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert len(rendered) == 1 and left == 2
     assert [event.total for event in only(Preparing, told)] == [3, 3, 3]
     assert rendered[0][:4] == (engine.folder / "scenes-image", 3, False, training._SEED)
 

@@ -23,18 +23,30 @@ __all__ = ["build"]
 
 _KIND_NAMES = {"image": "Image", "video": "Video"}
 _RECIPES = {
-    "clear": "CLEAR: imitate the dense pipeline, its predictions and its attention outputs, on data",
-    "sla": "SLA: the data alone, just as the pipeline itself was trained",
-    "lit": "LiT: imitate the dense pipeline's predictions, on data",
-    "attention-transfer": "LoLCATs: first each layer imitates its dense attention, then LoRA on data",
-    "linvideo": "LinVideo: learn which half of the layers to convert, and draw as the dense pipeline does",
+    "clear": (
+        "CLEAR: imitate, and learn from data",
+        "The dense pipeline's predictions, its attention outputs, and data.",
+    ),
+    "sla": ("SLA: learn from data", "Data alone, just as the pipeline itself was trained."),
+    "lit": ("LiT: imitate predictions, and data", "The dense pipeline's predictions, and data."),
+    "attention-transfer": (
+        "LoLCATs: layer by layer, then data",
+        "First each layer imitates what dense attention gives it; then LoRA learns from data.",
+    ),
+    "linvideo": (
+        "LinVideo: choose layers, and imitate",
+        "Learns which half of the layers to convert, then to draw as the dense pipeline does.",
+    ),
 }
 _TRAIN = {
-    "lora": "LoRA: small matrices beside the attention's weights (smallest file)",
-    "new": "Only what the attention adds (nothing for CLEAR, LLSA and GNA)",
-    "attention": "All weights of the attention layers",
-    "full": "All weights of the denoiser",
-    "": "What the recipe says",
+    "lora": (
+        "LoRA on attention layers",
+        "Small matrices beside the weights, and what the attention adds: a small file.",
+    ),
+    "new": ("What the attention adds", "Parameters of SLA's linear branch; CLEAR, LLSA and GNA add none."),
+    "attention": ("All of the attention layers", "Their own weights, and what the attention adds."),
+    "full": ("The whole denoiser", "All weights: the largest file."),
+    "": ("What the recipe says", "Its stages train different things."),
 }
 _LORA_RATE = 3e-3  # measured: at 1e-3 the loss falls more slowly
 _STEPS, _MOST_STEPS = 40, 1000
@@ -83,12 +95,12 @@ class _Controls:
         self.mechanism.choice.elem_id = "convert-attention"
         self.mechanism.follow(self.kind)
         self.recipe = gr.Dropdown(
-            [(text, name) for name, text in _RECIPES.items()], value="clear", label="Recipe", filterable=False,
-            info="What is minimised.", elem_id="convert-recipe",
+            [(label, name) for name, (label, _) in _RECIPES.items()], value="clear", label="Recipe", filterable=False,
+            info=_RECIPES["clear"][1], elem_id="convert-recipe",
         )  # fmt: skip
         self.train = gr.Dropdown(
-            [(text, name) for name, text in _TRAIN.items()], value="lora", label="What is trained", filterable=False,
-            elem_id="convert-train",
+            [(label, name) for name, (label, _) in _TRAIN.items()], value="lora", label="What is trained",
+            info=_TRAIN["lora"][1], filterable=False, elem_id="convert-train",
         )  # fmt: skip
         with gr.Row():
             self.steps = gr.Slider(
@@ -106,8 +118,8 @@ class _Controls:
             self.kind, self.recipe, self.train, self.steps, self.lr, self.prompts, *self.mechanism.inputs,
         ]  # fmt: skip
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        self.recipe.change(_train_of, [self.recipe, self.train], self.train, **quiet)
-        self.train.change(_rate_of, self.train, self.lr, **quiet)
+        self.recipe.input(_for_recipe, [self.recipe, self.train], [self.recipe, self.train, self.lr], **quiet)
+        self.train.input(_for_train, self.train, [self.train, self.lr], **quiet)
         self.kind.change(self._prompts, self.kind, self.prompts, **quiet)
         gr.on([self.kind.change, self.steps.change], self._estimate, [self.kind, self.steps], self.estimate, **quiet)
 
@@ -155,10 +167,18 @@ def _lines(prompts: Any) -> tuple[str, ...]:
     return lines
 
 
-def _train_of(recipe: str, train: str) -> Any:
+def _for_recipe(recipe: str, train: str) -> list[Any]:
     """What a recipe with several stages trains is its own affair."""
-    fixed = recipe in RECIPES and RECIPES[recipe].fixes_train
-    return gr.Dropdown(value="" if fixed else train or "lora", interactive=not fixed)
+    if recipe not in RECIPES:
+        return [gr.skip()] * 3
+    fixed = RECIPES[recipe].fixes_train
+    train = "" if fixed else train or "lora"
+    about = gr.Dropdown(value=train, info=_TRAIN[train][1], interactive=not fixed)
+    return [gr.Dropdown(info=_RECIPES[recipe][1]), about, _rate_of(train)]
+
+
+def _for_train(train: str) -> list[Any]:
+    return [gr.Dropdown(info=_TRAIN[train][1]), _rate_of(train)] if train in _TRAIN else [gr.skip()] * 2
 
 
 def _rate_of(train: str) -> float | None:
@@ -183,7 +203,8 @@ class _View:
             "Download dit_accel.safetensors", visible=False, variant="primary", elem_id="convert-file"
         )
         self.command = gr.Code(
-            language="shell", label="The same in a shell", interactive=False, visible=False, wrap_lines=True,
+            language="shell", label="The same in a shell", interactive=False, visible=False, wrap_lines=True, lines=1,
+            show_line_numbers=False,
             elem_id="convert-command",
         )  # fmt: skip
         gr.Markdown(_HELP)

@@ -35,6 +35,7 @@ SCENES = {"image": 32, "video": 16}
 TEACHER_SAMPLES = 8  # of pipelines whose data is not there: drawn by themselves
 PICTURES = 4  # while a conversion runs, and one before
 RANK = 16
+_LEAST_BETWEEN = 4  # steps from picture to picture: each takes as long as a few
 _SEED = 1
 _SAVE_EVERY = 50
 _WARMUP = 4  # the same for any number of steps, so that it can be raised
@@ -164,7 +165,7 @@ def _request(engine: Engine, loaded: Loaded, wish: Wish, out: Path) -> Request:
     )  # fmt: skip
     return Request(
         source, wish.attention, wish.recipe, wish.train, RANK, wish.steps, 1, 1, wish.lr, _WARMUP,
-        "bf16" if engine.device.type == "cuda" else "no", False, _SAVE_EVERY, max(1, wish.steps // PICTURES), None,
+        "bf16" if engine.device.type == "cuda" else "no", False, _SAVE_EVERY, max(_LEAST_BETWEEN, wish.steps // PICTURES), None,
         save_dtype="float16",
     )  # fmt: skip
 

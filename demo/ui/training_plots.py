@@ -13,7 +13,7 @@ from .plots import _figure, _label
 __all__ = ["distance_figure", "loss_figure"]
 
 _LINE, _FAINT, _INK = "#2f7ed8", "#2f7ed866", "#8a8f98"
-_SIZE = (5, 3)
+_SIZE = (4.2, 2.7)
 _MEAN_OF = 8
 
 

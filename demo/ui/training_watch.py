@@ -26,7 +26,7 @@ from .engine import Cancelled, Stop
 __all__ = ["Asked", "Distance", "Drawn", "Preparing", "Step", "TrainingWatch"]
 
 _DISTANCES = 8  # are measured, and one before
-_LEVELS = (0.2, 0.5, 0.8)
+_LEVELS = (0.125, 0.375, 0.625, 0.875)  # of noise, as dit-accel evaluate takes them
 _FRAMES = 4  # of a clip, as convert's pictures have them
 
 

@@ -25,6 +25,14 @@ _INTRODUCTION = (
     "sixteen times as much. Here you see what cheaper attention makes of the same prompt and seed."
 )
 _MOST_QUEUED = 20
+_CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important }
+.gradio-container .problem { color: var(--error-text-color, #b91c1c); font-weight: 600 }
+.gradio-container progress { appearance: none; width: 100%; height: 0.6rem; margin-top: 0.5rem; border: 0 }
+progress, progress::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 9px }
+.gradio-container progress::-webkit-progress-value { background: var(--color-accent); border-radius: 9px }
+.gradio-container progress::-moz-progress-bar { background: var(--color-accent); border-radius: 9px }
+"""
 _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 _SYSTEM_MONOSPACE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -50,7 +58,7 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, sha
     app.queue(max_size=_MOST_QUEUED)
     app.launch(
         server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, theme=_theme(),
-        css=compare_tab.CSS, head=compare_tab.HEAD, quiet=True,
+        css=_CSS + compare_tab.CSS, head=compare_tab.HEAD, quiet=True,
         max_file_size=1, enable_monitoring=False, footer_links=["settings"], run_history=False, pwa=False,
         mcp_server=False, ssr_mode=False, app_kwargs={"middleware": [Middleware(Gate)]},
     )  # fmt: skip
@@ -61,7 +69,10 @@ def _theme() -> gr.Theme:
     """Fonts that every machine has: nothing is fetched."""
     theme = gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONOSPACE)
     plain = {"background_fill": "none", "padding": "0", "text_weight": "600"}
-    return theme.set(**{f"block_title_{name}": value for name, value in plain.items()})
+    return theme.set(
+        **{f"block_title_{name}": value for name, value in plain.items()},
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

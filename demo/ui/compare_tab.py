@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from dit_accel.compare.students import Student
 from .comparison import Comparison, Progress, Waiting, compare_attention, python_lines
 from .controls import DrawingControls, MechanismControls
 from .engine import MOST_WAITING, Cancelled, Engine, Loaded
+from .status import duration, progress_line, status_line
 from .work import Stops, message_for, stream
 
 __all__ = ["CSS", "HEAD", "build"]
@@ -31,12 +31,14 @@ _HELP = (
     "*seconds per step*: median time in the denoiser. *logits computed*: share of query-key products that are computed "
     "exactly. *PSNR*, *SSIM*: likeness to the dense picture; above 30 dB, or near 1, few people see a difference."
 )
+_UNTRAINED = (
+    "This attention was put in as it is, without training. Weights that were trained with it bring the picture back "
+    "towards the dense one: choose them in the list where there are any, or make them under *Convert*."
+)
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important }
 .at-the-bottom { align-self: end }
-#compare-status progress { width: 100%; height: 0.75rem; margin-top: 0.5rem; accent-color: var(--color-accent) }
-#compare-status .problem { color: var(--error-text-color, #b91c1c); font-weight: 600 }
+#compare-code .cm-gutters { display: none }  /* empty, and of the height that the code had before it was shown */
 #compare-figures table { width: 100%; border-collapse: collapse }
 #compare-figures :is(table, thead, tbody, tr) { border: 0 !important }
 #compare-figures :is(th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 0.4rem 0.5rem }
@@ -99,9 +101,9 @@ class _View:
     def __init__(self, engine: Engine, run: gr.Button, cancel: gr.Button) -> None:
         self.engine = engine
         clip = engine.kinds[0] == "video"
-        self.status = gr.HTML(_status(_IDLE), elem_id="compare-status")
+        self.status = gr.HTML(status_line(_IDLE), elem_id="compare-status")
         self.slider = gr.ImageSlider(
-            label="Dense (left) and the other attention (right)", interactive=False, format="png", max_height=640,
+            label="Dense | the other attention", interactive=False, format="png", max_height=640,
             visible=not clip, elem_id="compare-slider", buttons=["fullscreen"],
         )  # fmt: skip
         self.border = gr.Slider(
@@ -133,23 +135,23 @@ class _View:
 
     def begin(self) -> list[Any]:
         return self._update(
-            gr.Button(interactive=False), gr.Button(interactive=True), status=_status("Starting …"), figures="",
+            gr.Button(interactive=False), gr.Button(interactive=True), status=status_line("Starting …"), figures="",
             code=gr.Code(visible=False),
         )  # fmt: skip
 
     def end(self, message: str, problem: bool) -> list[Any]:
         return self._update(
             gr.Button(interactive=True), gr.Button(interactive=False), preview=gr.Image(visible=False),
-            status=_status(html.escape(message), problem=problem),
+            status=status_line(message, problem),
         )  # fmt: skip
 
     def news(self, kind: str, name: str, event: Waiting | Progress) -> list[Any]:
         if isinstance(event, Waiting):
             requests = "one request is" if event.before == 1 else f"{event.before} requests are"
-            return self._update(status=_status(f"Waiting: {requests} before yours."))
+            return self._update(status=status_line(f"Waiting: {requests} before yours."))
         update: dict[str, Any] = {"status": _progress(name, event)}
         if event.pictures is not None and kind == "image":
-            update["slider"] = gr.ImageSlider(value=_pair(*event.pictures), label=f"Dense (left) and {name} (right)")
+            update["slider"] = gr.ImageSlider(value=_pair(*event.pictures), label=f"Dense | {name}")
         elif event.pictures is not None:
             update["preview"] = gr.Image(
                 event.pictures[event.drawing], visible=event.pictures[event.drawing] is not None
@@ -159,12 +161,12 @@ class _View:
     def finished(self, comparison: Comparison, loaded: Loaded, folder: Path) -> list[Any]:
         name = _name(comparison.student)
         update: dict[str, Any] = {
-            "status": _status("Done."), "figures": _figures(comparison, name), "preview": gr.Image(visible=False),
+            "status": status_line("Done."), "figures": _figures(comparison, name), "preview": gr.Image(visible=False),
             "code": gr.Code(python_lines(comparison, loaded), visible=True),
         }  # fmt: skip
         if comparison.wanted.kind == "image":
             pair = _pair(comparison.dense.frames[0], comparison.other.frames[0])
-            update["slider"] = gr.ImageSlider(value=pair, label=f"Dense (left) and {name} (right)")
+            update["slider"] = gr.ImageSlider(value=pair, label=f"Dense | {name}")
         else:
             for key, drawn in (("dense", comparison.dense), ("other", comparison.other)):
                 save_clip(folder / f"{key}.mp4", iter(drawn.frames), _FPS)
@@ -224,20 +226,12 @@ def _pair(left: NDArray[np.uint8] | None, right: NDArray[np.uint8] | None) -> tu
     return first, second
 
 
-def _status(text: str, problem: bool = False) -> str:
-    return f'<div role="{"alert" if problem else "status"}"{" class=problem" if problem else ""}>{text}</div>'
-
-
 def _progress(name: str, event: Progress) -> str:
-    what = ("dense attention", html.escape(name))[event.drawing]
-    left = "" if event.seconds_left is None else f" · about {_duration(event.seconds_left)} left"
+    what = ("dense attention", name)[event.drawing]
+    left = "" if event.seconds_left is None else f" · about {duration(event.seconds_left)} left"
     done, total = event.drawing * event.steps + event.step, 2 * event.steps
-    bar = f'<progress value="{done}" max="{total}" aria-label="Steps of both drawings"></progress>'
-    return f"{_status(f'Drawing with {what}: step {event.step} of {event.steps}{left}')}{bar}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    text = f"Drawing with {what}: step {event.step} of {event.steps}{left}"
+    return progress_line(text, done, total, "Steps of both drawings")
 
 
 def _figures(comparison: Comparison, name: str) -> str:
@@ -253,4 +247,6 @@ def _figures(comparison: Comparison, name: str) -> str:
         ("PSNR against dense", "–", psnr),
         ("SSIM against dense", "–", "–" if comparison.ssim is None else f"{comparison.ssim:.3f}"),
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{_HELP}"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    untrained = "" if comparison.student.source is not None else f"\n\n{_UNTRAINED}"
+    return f"{table}\n\n{_HELP}{untrained}"

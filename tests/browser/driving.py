@@ -56,3 +56,12 @@ def pictures(page: Page) -> list[np.ndarray]:
     expect(images).to_have_count(2)
     answers = [page.request.get(images.nth(i).get_attribute("src")) for i in range(2)]
     return [np.asarray(Image.open(io.BytesIO(answer.body())).convert("RGB")) for answer in answers]
+
+
+def choose_tab(page: Page, name: str) -> None:
+    """Also where there is no room for all of them side by side."""
+    tab = page.get_by_role("tab", name=name)
+    if tab.count() == 0:
+        page.get_by_role("button", name="More tabs").click()
+        tab = page.locator(".overflow-dropdown").get_by_text(name)
+    tab.click()

@@ -168,6 +168,10 @@ class _View:
     def waiting(self, before: int) -> list[Any]:
         return self._only(status_line(_waiting(before)), gr.skip())
 
+    def nothing(self) -> list[Any]:
+        """Gradio empties the outputs of a generator that yields nothing at all."""
+        return [gr.skip()] * len(self.outputs)
+
     @staticmethod
     def _only(status: str, plot: Any) -> list[Any]:
         return [status, *[gr.skip()] * 5, plot]
@@ -228,7 +232,7 @@ class _Requests:
                     caught_in = partial(self.view.caught_in, spec.name, layer=layer)
                     yield caught_in(event) if isinstance(event, dict) else self.view.waiting(event)
         except Cancelled:
-            return
+            yield self.view.nothing()
         except Exception as error:
             yield self.view.trouble(message_for(error))
 
@@ -237,6 +241,7 @@ class _Requests:
         try:
             self.drawings.get(_page(request))
         except ValueError:
+            yield self.view.nothing()
             return
         yield from self.look(request, *values)
 

@@ -168,13 +168,17 @@ class MechanismControls:
     Args:
         kind: the kind at the beginning; ``follow(radio)`` changes with it.
         trained: offer converted weights, too.
+        first: what is chosen at the beginning.
     """
 
-    def __init__(self, engine: Engine, kind: str | None = None, trained: bool = True) -> None:
-        self.engine, self.trained = engine, trained
+    def __init__(
+        self, engine: Engine, kind: str | None = None, trained: bool = True, first: str = "sla",
+        label: str = "Attention to compare",
+    ) -> None:  # fmt: skip
+        self.engine, self.trained, self.first = engine, trained, first
         kind = kind or engine.kinds[0]
         choices = self._choices(kind)
-        self.choice = gr.Dropdown(choices, value=choices[0][1], label="Attention to compare", filterable=False)
+        self.choice = gr.Dropdown(choices, value=first, label=label, filterable=False)
         self.sliders = self._sliders(kind)
         self.inputs: list[Any] = [self.choice, *self.sliders.values()]
         self._kind = gr.State(kind)
@@ -221,7 +225,7 @@ class MechanismControls:
         return [(label, name) for name, label in _MECHANISMS.items()] + [(label, label) for label in trained]
 
     def _sliders(self, kind: str) -> dict[str, gr.Slider]:
-        shown, own = _shown(kind, "sla"), _own_values(self._grid(kind))
+        shown, own = _shown(kind, self.first), _own_values(self._grid(kind))
         side = max(self._grid(kind)[-2:])
         frames = self._grid(kind)[0] if kind == "video" else 1
         return {
@@ -260,14 +264,14 @@ class MechanismControls:
         own, side, frames = _own_values(grid), max(grid[-2:]), grid[0] if kind == "video" else 1
         most = {"radius": side, "window": side, "stride": side, "radius_time": frames, "window_time": max(frames, 2)}
         choices = self._choices(kind)
-        shown = _shown(kind, choices[0][1])
+        shown = _shown(kind, self.first)
         sliders = [
             gr.Slider(
                 value=own[name], visible=name in shown, maximum=most.get(name, slider.maximum)
             )
             for name, slider in self.sliders.items()
         ]  # fmt: skip
-        return [kind, gr.Dropdown(choices=choices, value=choices[0][1]), *sliders]
+        return [kind, gr.Dropdown(choices=choices, value=self.first), *sliders]
 
     def _visibility(self, kind: str, choice: str) -> list[Any]:
         shown = _shown(kind, choice)

@@ -90,9 +90,7 @@ class _Controls:
         about = engine.about(engine.kinds[0])
         choices = [(_KIND_NAMES[kind], kind) for kind in engine.kinds]
         self.kind = gr.Radio(choices, value=about.kind, label="Pipeline", visible=len(choices) > 1)
-        self.mechanism = MechanismControls(engine, trained=False)
-        self.mechanism.choice.label = "Attention to convert to"
-        self.mechanism.choice.elem_id = "convert-attention"
+        self.mechanism = MechanismControls(engine, trained=False, first="clear", label="Attention to convert to")
         self.mechanism.follow(self.kind)
         self.recipe = gr.Dropdown(
             [(label, name) for name, (label, _) in _RECIPES.items()], value="clear", label="Recipe", filterable=False,

@@ -165,7 +165,8 @@ def _request(engine: Engine, loaded: Loaded, wish: Wish, out: Path) -> Request:
     )  # fmt: skip
     return Request(
         source, wish.attention, wish.recipe, wish.train, RANK, wish.steps, 1, 1, wish.lr, _WARMUP,
-        "bf16" if engine.device.type == "cuda" else "no", False, _SAVE_EVERY, max(_LEAST_BETWEEN, wish.steps // PICTURES), None,
+        "bf16" if engine.device.type == "cuda" else "no", False, _SAVE_EVERY,
+        max(_LEAST_BETWEEN, wish.steps // PICTURES), None,
         save_dtype="float16",
     )  # fmt: skip
 

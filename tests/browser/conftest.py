@@ -13,9 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
+
+# The app's command, and a file with a line for every other machine that it turns to.
+_COMMAND = """
+import sys
+def note(event, arguments):
+    if event not in ("socket.getaddrinfo", "socket.connect"):
+        return
+    host = arguments[0] if event == "socket.getaddrinfo" else arguments[1][0]
+    if str(host) not in ("None", "localhost", "127.0.0.1", "0.0.0.0", "::1") and not str(host).startswith("/"):
+        open(sys.argv[1], "a").write(f"{event} {host}\\n")
+sys.addaudithook(note)
+from dit_accel.cli import main
+main(["demo", "--port", "0"])
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,17 +42,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class App:
     url: str
     folder: Path  # its own temporary folder
-    printed: float  # time.monotonic() when the address was printed
+    seconds_to_usable: float  # from the printed address to a button that can be pressed
     log: Path
 
 
 @pytest.fixture(scope="session")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    temporary, log = tmp_path_factory.mktemp("app"), tmp_path_factory.mktemp("log") / "stderr"
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[App]:
+    temporary, logs = tmp_path_factory.mktemp("app"), tmp_path_factory.mktemp("log")
+    log, foreign = logs / "stderr", logs / "foreign"
     environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dit_accel.cli", "demo", "--port", "0"], stdout=subprocess.PIPE, stderr=errors,
+            [sys.executable, "-c", _COMMAND, str(foreign)], stdout=subprocess.PIPE, stderr=errors,
             text=True, env=environment, cwd=temporary,
         )  # fmt: skip
     try:
@@ -48,21 +71,24 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found is not None, f"no address in {line!r}: {log.read_text()}"
         (folder,) = temporary.glob("dit-accel-*")
-        yield App(found.group(), folder, printed, log)
+        yield App(found.group(), folder, _open(browser, found.group()) - printed, log)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
     assert not folder.exists(), "the app's folder was left behind"
+    assert not foreign.exists(), f"the app turned to other machines: {foreign.read_text()}"
     beside = {path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor")}  # torch's own
     assert beside == set(), "something was written beside it"
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+def _open(browser: Browser, url: str) -> float:
+    """When the page is usable."""
+    page = browser.new_page()
+    page.goto(url)
+    expect(page.get_by_role("button", name="Draw both")).to_be_enabled(timeout=60_000)
+    usable = time.monotonic()
+    page.close()
+    return usable
 
 
 class Pages:

@@ -17,9 +17,8 @@ def start_long_drawing(page):
     expect(status(page)).to_contain_text(re.compile(r"step [1-9]"), timeout=PATIENCE)
 
 
-def test_page_is_usable_soon_after_its_address_is_printed(app, pages):
-    pages.open()
-    assert time.monotonic() - app.printed < 5
+def test_page_is_usable_soon_after_its_address_is_printed(app):
+    assert app.seconds_to_usable < 5
 
 
 def test_example_is_drawn_twice_under_a_slider_with_figures_and_the_line_of_python(page):

@@ -19,7 +19,7 @@ from dit_accel.demo.scenes import Scene, caption, sample_scene
 __all__ = ["check_drawing", "draw_scenes", "held_out_scenes", "prompt_check"]
 
 _FEW = 64  # drawings that are checked in this process
-_WORKERS = min(12, max(1, (os.cpu_count() or 1) // 2))  # others check the rest while the next are drawn
+_WORKERS = min(8, max(1, (os.cpu_count() or 1) // 4))  # others check the rest while the next are drawn
 
 
 def held_out_scenes(count: int, clip: bool, seed: int = 0) -> list[Scene]:

@@ -83,14 +83,16 @@ class Evaluation:
             raise BadInput(str(error)) from error
         self.prompts = source.prompts[:pictures]
         self.drawn = [self._draw(i) for i in range(len(self.prompts))]
-        self.right = self._checked("teacher")
+        self.right = self._checked("teacher", captions)
         self.teacher = copy.deepcopy(self.model).eval()
 
-    def measure(self, student: str | AttentionSpec, out: Path) -> dict[str, Any]:
+    def measure(self, student: str | AttentionSpec, out: Path, captions: int | None = None) -> dict[str, Any]:
         """What a student has lost; its pictures beside the teacher's go into ``out``. The pipeline is then the teacher
         again.
 
-        Args: student: what ``load_attention`` takes, or attention that was not trained.
+        Args:
+            student: what ``load_attention`` takes, or attention that was not trained.
+            captions: so many of the captions that the teacher has drawn; default all.
         Raises: BadInput: it is not there, or does not fit.
         """
         out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,8 @@ class Evaluation:
                 for i, prompt in enumerate(self.prompts)
             ]
             if self.right is not None:
-                report["prompt_check"] = _agreement(self.right, self._checked("student") or [])
+                right = self.right[:captions]
+                report["prompt_check"] = _agreement(right, self._checked("student", len(right)) or [])
             layers = installed_layers(self.model)
             report["mechanisms"] = sorted({str(layer.mechanism) for layer in layers.values()})
             report["converted_layers"] = list(layers)
@@ -146,12 +149,12 @@ class Evaluation:
         frames = drawn[None] if drawn.ndim == 3 else drawn
         return (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
-    def _checked(self, who: str) -> list[bool] | None:
-        if self.check is None or not self.captions:
+    def _checked(self, who: str, captions: int) -> list[bool] | None:
+        if self.check is None or not captions:
             return None
         with progress_bar(self.console, self.accelerator) as progress, self.accelerator.autocast():
-            task = progress.add_task(f"{who}'s captions", total=self.captions, told="")
-            return self.check(self.pipe, self.call, self.captions, lambda n: progress.advance(task, n))
+            task = progress.add_task(f"{who}'s captions", total=captions, told="")
+            return self.check(self.pipe, self.call, captions, lambda n: progress.advance(task, n))
 
 
 def evaluate(

@@ -80,6 +80,7 @@ def clocked(monkeypatch):
     monkeypatch.setattr(speed, "time_once", once)
     monkeypatch.setattr(speed, "time_calls", calls)
     monkeypatch.setattr(speed.time, "monotonic", lambda: state["now"])
+    monkeypatch.setattr(speed, "_UNDISTURBED", 0.0)
     return state
 
 
@@ -137,6 +138,18 @@ def test_out_of_memory_ends_that_series_and_is_said(clocked, monkeypatch):
     assert result.sentences() == ["SLA: out of memory at 256 tokens."]
     assert len(result.rows) > 2
     result.figure()
+
+
+def test_other_work_on_the_machine_is_said():
+    rows = rows_of(dense=(1, 10, 100), sla=(4, 20, 50))
+    for row, share in zip(rows, (0.1, 0.5, 0.6, 1, 1, 1), strict=True):
+        row["cpu_share"] = share
+    result = Speed(Plan(), CPU, FLOAT, rows)
+    assert "got 55% of the processor time" in result.sentences()[-1]
+    assert result.content()["processor_share"] == pytest.approx(0.55)
+    for row in rows:
+        row["cpu_share"] = 0.95
+    assert len(result.sentences()) == 1
 
 
 def test_stop_ends_between_two_measurements(clocked):
@@ -224,3 +237,4 @@ def test_a_real_measurement():
     rows = [row for row, _ in zip(speed.measure(plan, CPU, FLOAT, Stop()), range(4), strict=False)]
     assert [row["attention"] for row in rows] == ["dense", "clear", "dense", "clear"]
     assert all(0 < row["least"] <= row["ms"] and row["samples"] >= 3 for row in rows)
+    assert all(0 < row["cpu_share"] < 1.2 for row in rows)

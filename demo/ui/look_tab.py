@@ -304,7 +304,7 @@ def _summary(found: Look, where: Where, steps: int) -> str:
         (":--", "--:", "--:"),
         ("places that it sees itself", f"{number:,}", f"{seen:,} ({_percent(seen / number)})"),
         ("weight on text", _percent(one.dense_text), _percent(one.text)),
-        ("weight on pooled tokens", "–", _percent(one.pooled) if one.pooled else "–"),
+        *([("weight on pooled tokens", "–", _percent(one.pooled))] if one.pooled else []),
         ("**dense attention on what it sees**", "100 %", f"**{_percent(one.caught)}**"),
     ]
     title = f"**This place**: {place}; head {where.head + 1}, step {where.step + 1} of {steps}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,17 @@ from dit_accel.layout import TokenLayout
 from .engine import Stop
 from .plots import NAMES, speed_figure, two_digits
 
-__all__ = ["DENSE", "MECHANISMS", "BreakEven", "Plan", "Speed", "break_even", "check_plan", "measure"]
+__all__ = [
+    "DENSE",
+    "MECHANISMS",
+    "BreakEven",
+    "Plan",
+    "Speed",
+    "break_even",
+    "check_plan",
+    "measure",
+    "processor_share",
+]
 
 DENSE = "dense"
 MECHANISMS = ("sla", "clear", "llsa", "gna")
@@ -38,6 +49,7 @@ _SIDES = {
 }
 _MOST_BYTES = 2 << 30  # of query, key, value and output together
 _SAMPLE_SECONDS = 0.5
+_UNDISTURBED = 0.8  # of the processor time: less is said aloud
 _CALLS = 5  # calls that a measurement takes at least: the first, a warm-up and three samples
 _FIGURES = (
     f"{TIMING} A call is the attention function on random query, key and value of shape (1, heads, tokens, head_dim), "
@@ -45,7 +57,9 @@ _FIGURES = (
     "learned projection included. dense: torch's scaled_dot_product_attention on the same tensors. first_call_s: the "
     "first call, with compilation and plans. logit_fraction: softmax logits that are computed, as a share of dense "
     "attention's. break_even: tokens from which on a mechanism is faster than dense at every measured size, "
-    "interpolated between the sizes around it on logarithmic axes."
+    "interpolated between the sizes around it on logarithmic axes. cpu_share: processor time of the calls over wall "
+    "time and threads; processor_share: its median over dense attention's sizes of at least 1,000 tokens; well below "
+    "1: other work disturbed the times."
 )
 
 
@@ -179,7 +193,11 @@ def _time(call: Callable[[], Tensor], device: torch.device) -> Row:
     timed = finished if device.type == "mps" else call
     _, first = time_once(timed, device)
     samples = max(3, min(15, int(_SAMPLE_SECONDS / max(first, 1e-6))))
-    return {"first_call_s": first, **time_calls(timed, device, samples=samples, warm_up_ms=50).as_row()}
+    wall, cpu = time.perf_counter(), time.process_time()
+    times = time_calls(timed, device, samples=samples, warm_up_ms=50)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    share = {"cpu_share": cpu / (wall * torch.get_num_threads())} if device.type == "cpu" else {}
+    return {"first_call_s": first, **times.as_row(), **share}
 
 
 @dataclass(frozen=True)
@@ -214,6 +232,13 @@ def break_even(rows: Sequence[Row], name: str) -> BreakEven | None:
     way = -ahead[first - 1] / (ahead[first] - ahead[first - 1])
     between = [_between(x[below], x[above], way) for x in ({n: n for n in sizes}, dense)]
     return BreakEven(between[0], between[1], below, above, **end)
+
+
+def _processor_share(rows: Sequence[Row]) -> float | None:
+    """Of the processor time that dense attention's threads could have had, the part that they got (median over sizes
+    that keep all threads at work): less where other work goes on. None where it was not measured."""
+    shares = [row["cpu_share"] for row in _complete(rows, DENSE) if row["tokens"] >= 1000 and "cpu_share" in row]
+    return statistics.median(shares) if shares else None
 
 
 def _between(a: float, b: float, way: float) -> float:
@@ -254,10 +279,23 @@ class Speed:
 
     def sentences(self) -> list[str]:
         """What came out, one sentence a mechanism."""
-        return [_sentence(NAMES[name], point) for name, point in self.points.items()] + [
-            f"{NAMES[row['attention']]}: {row['error']} at {row['tokens']:,} tokens."
-            for row in self.rows
-            if row["status"] == "failed"
+        return (
+            [_sentence(NAMES[name], point) for name, point in self.points.items()]
+            + [
+                f"{NAMES[row['attention']]}: {row['error']} at {row['tokens']:,} tokens."
+                for row in self.rows
+                if row["status"] == "failed"
+            ]
+            + self._disturbed()
+        )
+
+    def _disturbed(self) -> list[str]:
+        share = _processor_share(self.rows)
+        if share is None or share >= _UNDISTURBED:
+            return []
+        return [
+            f"Do not rely on these times: other work kept this machine busy. Dense attention's threads got {share:.0%} "
+            "of the processor time that they asked for."
         ]
 
     def content(self) -> dict[str, Any]:
@@ -268,6 +306,7 @@ class Speed:
             **self.about,
             "plan": asdict(self.plan) | {"mechanisms": list(self.plan.mechanisms)},
             "figures": _FIGURES,
+            "processor_share": _processor_share(self.rows),
             "break_even": {name: asdict(point) for name, point in self.points.items()},
             "rows": self.rows,
         }

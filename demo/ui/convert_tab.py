@@ -278,7 +278,8 @@ class _Shown:
         if len(steps) < 2:
             return told
         first, last = (100 * self.distances[step] for step in (steps[0], steps[-1]))
-        return f"The distance to dense went from {_percent(first)} to **{_percent(last)}**. {told}"
+        fell = f"The distance to dense went from {_percent(first)} to **{_percent(last)}**"
+        return f"{fell}; with more steps Convert goes on. {told}"
 
 
 class _Requests:

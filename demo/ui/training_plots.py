@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .plots import _figure, _label
 
@@ -42,6 +42,7 @@ def loss_figure(history: Sequence[Mapping[str, float]], steps: int) -> Figure:
     at = np.arange(1, len(losses) + 1)
     if len(losses):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         sums = np.cumsum(losses) - np.concatenate([np.zeros(_MEAN_OF), np.cumsum(losses)])[: len(losses)]
         axes.plot(at, losses, "o", color=_FAINT, markersize=4, label="each step")
         axes.plot(at, sums / np.minimum(at, _MEAN_OF), color=_LINE, linewidth=2, label=f"mean of {_MEAN_OF}")

@@ -38,7 +38,6 @@ __all__ = [
     "break_even",
     "check_plan",
     "measure",
-    "processor_share",
 ]
 
 DENSE = "dense"

@@ -26,7 +26,7 @@ _INTRODUCTION = (
 _IDLE = "Press Measure. While it measures, other requests to this page wait, so that they do not disturb the times."
 _CPU_NOTE = (
     "This is the CPU, where the mechanisms run in plain PyTorch: they gather their blocks before they multiply, which "
-    "does not pay at small sizes, so dense attention is ahead there. On a GPU they are Triton kernels."
+    "pays only from some size on; below it dense attention is faster. On a GPU they are Triton kernels."
 )
 _HOW = (
     "A time is the median of several calls after a warm-up; the shade is from the lower to the upper quartile. "

@@ -275,3 +275,16 @@ def test_command_line_asks_for_the_same_conversion(monkeypatch, attention, train
     full = wanted.attention.processor((64, 64))
     assert request.attention.processor() == full
     assert (request.steps, request.save_dtype, request.sample_every) == (4, "float16", wanted.sample_every)
+
+
+def test_page_has_a_line_for_every_recipe_and_what_a_recipe_fixes_cannot_be_chosen():
+    pytest.importorskip("gradio")
+    from dit_accel.convert.recipes import RECIPES
+    from dit_accel.convert.request import TRAINABLE
+    from dit_accel.demo.ui import convert_tab
+
+    assert set(convert_tab._RECIPES) == set(RECIPES) and set(convert_tab._TRAIN) == {*TRAINABLE, ""}
+    for recipe, fixed in (("attention-transfer", True), ("clear", False)):
+        _, train, rate = convert_tab._for_recipe(recipe, "lora")
+        assert (train.value, train.interactive) == ("" if fixed else "lora", not fixed)
+        assert rate == (None if fixed else convert_tab._LORA_RATE)

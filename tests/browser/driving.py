@@ -30,9 +30,9 @@ def set_drawing(page: Page, *, side: int = 256, steps: int = 2, seed: int = 0, p
 
 
 def choose_attention(page: Page, name: str) -> None:
-    """By the first word of its label."""
+    """By its whole label, or what is before the colon in it."""
     page.get_by_label("Attention to compare").first.click()
-    page.get_by_role("option", name=re.compile(f"^{name}\\b")).click()
+    page.get_by_role("option", name=re.compile(f"^{name}(:|$)")).click()
 
 
 def draw_button(page: Page) -> Locator:

@@ -81,6 +81,18 @@ def test_another_attention_has_its_own_sliders_and_draws_another_picture(page):
     expect(page.locator("#compare-code")).to_contain_text("CLEARAttnProcessor(radius=4")
 
 
+def test_trained_weights_are_chosen_where_there_are_any(page):
+    page.get_by_label("Attention to compare").first.click()
+    trained = page.get_by_role("option", name="SLA, trained")
+    if not trained.count():
+        pytest.skip("the repository has no converted weights")
+    trained.click()
+    expect(page.get_by_label("Critical fraction").first).to_be_hidden()
+    set_drawing(page, side=512, steps=1)
+    draw(page)
+    expect(page.locator("#compare-code")).to_contain_text("dit_accel.load_attention(pipe, ")
+
+
 def test_cancel_stops_the_denoiser_and_another_drawing_can_start(page):
     start_long_drawing(page)
     page.get_by_role("button", name="Cancel").click()

@@ -59,7 +59,7 @@ def test_converted_stopped_gone_on_with_downloaded_and_chosen_in_compare(page, t
         )
 
     page.get_by_role("tab", name="Compare").click()
-    choose_attention(page, "CLEAR, converted here")
+    choose_attention(page, r"CLEAR, converted here \(clear, 4 steps\)")
     set_drawing(page)
     draw(page)
     dense, converted = pictures(page)

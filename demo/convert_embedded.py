@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 from dit_accel.attn_spec import parse_attention
@@ -191,7 +191,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _picture(out: Path, names: list[str], pictures: int) -> None:
-    """A row a prompt: the teacher's, then each mechanism before and after training."""
+    """A row a prompt: the teacher's, then each mechanism's before and after training; in half size, with headings."""
     rows = []
     for i in range(pictures):
         tiles: list[np.ndarray] = []
@@ -201,10 +201,21 @@ def _picture(out: Path, names: list[str], pictures: int) -> None:
                 half = both.shape[1] // 2
                 tiles += [both[:, half:]] if tiles else [both[:, :half], both[:, half:]]
         rows.append(np.concatenate(tiles, 1))
-    if rows:
-        with replacing(out / "quality.png") as temporary:
-            sheet = Image.fromarray(np.concatenate(rows))
-            sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(temporary)
+    if not rows:
+        return
+    drawn = Image.fromarray(np.concatenate(rows))
+    drawn = drawn.resize((drawn.width // 2, drawn.height // 2), Image.Resampling.LANCZOS)
+    headings = ["teacher", *(f"{name}, {side}" for name in names for side in ("not trained", "trained"))]
+    width = drawn.width // len(headings)
+    font = ImageFont.load_default(max(10, width // 12))
+    strip = width // 6
+    sheet = Image.new("RGB", (drawn.width, drawn.height + strip), "white")
+    sheet.paste(drawn, (0, strip))
+    pen = ImageDraw.Draw(sheet)
+    for i, heading in enumerate(headings):
+        pen.text((i * width + width // 2, strip // 2), heading, "black", font, "mm")
+    with replacing(out / "quality.png") as temporary:
+        sheet.save(temporary)
 
 
 if __name__ == "__main__":

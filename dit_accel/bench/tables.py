@@ -157,9 +157,11 @@ def _quality(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
         return lambda row: f"{100 * (row[side]['flow_loss']['student_over_teacher'] - 1):+.1f} %"
 
     def captions(side: str) -> Callable[[Row], str]:
-        return lambda row: _number(100 * row[side]["prompt_check"]["student"], ".1f", " %")
+        return lambda row: (
+            f"{100 * row[side]['prompt_check']['student']:.1f} % of {row[side]['prompt_check']['captions']:,}"
+        )
 
-    return [("teacher", lambda row: row["teacher"]), ("student", lambda row: f"`{row['attention']}`")], [
+    return [("teacher", lambda row: row["teacher"]), ("mechanism", lambda row: row["mechanism"])], [
         ("logits", lambda row: f"{row['after']['logit_fraction']:.1%}"),
         ("steps", lambda row: f"{row['steps']:,}"),
         ("loss, not trained", loss("before")),

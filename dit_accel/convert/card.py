@@ -65,7 +65,7 @@ def _what(folder: Path, about: dict[str, Any]) -> str:
     spec = request["attention"]
     options = ", ".join(f"{key}={value}" for key, value in spec["options"].items()) or "those of the token grid"
     for layers, others in spec.get("exceptions", {}).items():
-        options += f"; {', '.join(f'{key}={value}' for key, value in others.items())} in layers named {layers}"
+        options += f"; {', '.join(f'{key}={value}' for key, value in others.items())} in layers named `{layers}`"
     return f"""# {teacher} with {spec["name"]} attention
 
 dit_accel replaces the self-attention of {teacher} by {spec["name"]} ({options}). Here is what was learned for it.
@@ -73,6 +73,7 @@ dit_accel replaces the self-attention of {teacher} by {spec["name"]} ({options})
 ```python
 import dit_accel
 from diffusers import DiffusionPipeline
+
 pipe = DiffusionPipeline.from_pretrained("{teacher}")
 dit_accel.load_attention(pipe, "{folder.name}")  # this folder, or its name on the hub
 ```"""

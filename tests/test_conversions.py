@@ -1,0 +1,63 @@
+"""The conversions of the embedded pipelines that come with the package."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import dit_accel
+from dit_accel.demo.judge import prompt_check
+from dit_accel.embedded import IMAGE, VIDEO, read_defaults
+from dit_accel.install import denoisers
+
+MECHANISMS = ("sla", "clear", "llsa", "gna")
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    made = {}
+    for embedded in (IMAGE, VIDEO):
+        made[embedded] = DiffusionPipeline.from_pretrained(embedded.folder)
+        made[embedded].set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("embedded", [IMAGE, VIDEO], ids=["image", "video"])
+def test_each_is_small_and_computes_a_tenth_of_the_logits(pipelines, embedded, mechanism):
+    pipe, folder = pipelines[embedded], embedded.conversions / mechanism
+    assert (folder / "dit_accel.safetensors").stat().st_size <= 2**20
+    model = next(iter(denoisers(pipe).values()))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    loaded = dit_accel.load_attention(pipe, folder)
+    assert {x.name for x in loaded.parts[0].processors.values()} == {mechanism} and loaded.parts[0].overwritten
+    small = {**read_defaults(str(embedded.folder)), "num_inference_steps": 1, "output_type": "latent"}
+    pipe(embedded.prompts[0], **small)
+    assert 0.05 < dit_accel.logit_fraction(pipe) < 0.1005  # 10.0 %
+    dit_accel.reset_attn_processor(pipe)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("mechanism", ["sla", "llsa"])
+def test_captions_are_drawn_right_by_the_converted_image_pipeline(pipelines, mechanism):
+    """Three held-out ones; without the training, which the file holds, fewer are."""
+    pipe = pipelines[IMAGE]
+    dit_accel.load_attention(pipe, IMAGE.conversions / mechanism)
+    try:
+        right = prompt_check(pipe, read_defaults(str(IMAGE.folder)), 3)
+    finally:
+        dit_accel.reset_attn_processor(pipe)
+    assert sum(right) >= 2
+
+
+def test_what_was_measured_of_them_is_what_their_cards_say():
+    results = json.loads((IMAGE.folder.parents[2] / "benchmarks/quality.json").read_text())
+    rows = {(row["teacher"].split(",")[0], row["mechanism"]): row for row in results["rows"]}
+    for embedded, name in ((IMAGE, "image"), (VIDEO, "video")):
+        for mechanism in MECHANISMS:
+            row, card = rows[name, mechanism], (embedded.conversions / mechanism / "README.md").read_text()
+            check = row["after"]["prompt_check"]
+            assert check["captions"] >= 1000 and f"{check['teacher']:.1%}, {check['student']:.1%}" in card
+            assert row["bytes"] == (embedded.conversions / mechanism / "dit_accel.safetensors").stat().st_size

@@ -140,7 +140,7 @@ def test_tables_of_training_and_scaling():
 def test_table_of_what_conversions_have_lost():
     line = table(QUALITY).splitlines()[2]
     assert line == (
-        "| image, 3.0 M | `gna:window=18x18` | 9.7% | 400 | +50.0 % | +1.2 % | 95.0 % | 10.0 % | 94.0 % | 0.50 MiB |"
+        "| image, 3.0 M | gna | 9.7% | 400 | +50.0 % | +1.2 % | 95.0 % | 10.0 % of 1,000 | 94.0 % of 1,000 | 0.50 MiB |"
     )
 
 

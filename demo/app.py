@@ -9,6 +9,7 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
+from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from dit_accel.demo.ui import compare_tab, convert_tab, look_tab, speed_tab
@@ -54,6 +55,7 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, sha
         port: None or 0 = the first free one from 7860 on.
     Returns: the running ``gr.Blocks``; ``close()`` ends it.
     """
+    processing_utils.async_ssrf_protected_get = _fetch_nothing
     app = build_app(engine)
     app.queue(max_size=_MOST_QUEUED)
     app.launch(
@@ -63,6 +65,11 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, sha
         mcp_server=False, ssr_mode=False, app_kwargs={"middleware": [Middleware(Gate)]},
     )  # fmt: skip
     return app
+
+
+async def _fetch_nothing(url: str) -> Any:
+    """In place of Gradio's download of what a request names by its URL."""
+    raise ValueError(f"nothing is fetched from other machines, as {url} would be")
 
 
 def _theme() -> gr.Theme:

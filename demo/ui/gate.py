@@ -7,9 +7,11 @@ from typing import Any
 
 __all__ = ["Gate"]
 
+_FILE = r"file=(?![\w+.-]{2,}:/).+"  # a path: what a URL names Gradio would fetch and pass on
 _NEEDED = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.+|gradio_api/("
-    r"heartbeat/\w+|queue/join|queue/data|run/predict|cancel|reset|info|app_id|startup-events|theme\.css|file=.+))?/?"
+    r"heartbeat/\w+|queue/join|queue/data|run/predict|cancel|reset|info|app_id|startup-events|theme\.css|"
+    rf"{_FILE}))?/?"
 )
 _MOST_BYTES = 1_000_000  # of a request: numbers and a prompt
 

@@ -23,6 +23,7 @@ def set_drawing(page: Page, *, side: int = 256, steps: int = 2, seed: int = 0, p
     """Open the details and make the picture small and quick."""
     if not page.get_by_label("Width", exact=True).is_visible():
         page.get_by_role("button", name="Size, steps and seed").first.click()
+        page.wait_for_timeout(500)  # what is typed into a field that has just appeared is lost
     for label, value in {"Width": side, "Height": side, "Seed": seed, "Steps": steps}.items():
         set_number(page, label, value)
     if prompt is not None:

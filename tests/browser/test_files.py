@@ -62,10 +62,13 @@ def test_nothing_can_be_uploaded(app, way, name):
 
 
 @pytest.mark.parametrize("way", ["/gradio_api/queue/join", "/gradio_api/run/predict"])
-@pytest.mark.parametrize("key", ["path", "url"])
-def test_payload_that_names_a_file_is_refused(app, way, key):
-    """For every event of the page, with a file in the place of every input."""
-    file = {key: "/etc/passwd", "orig_name": "passwd", "meta": {"_type": "gradio.FileData"}}
+@pytest.mark.parametrize(
+    "key, named", [("path", "/etc/passwd"), ("url", "/etc/passwd"), ("url", "http://example.com/")]
+)
+def test_payload_that_names_a_file_is_refused(app, way, key, named):
+    """For every event of the page, with a file in the place of every input; nor is another machine asked for it, which
+    the app's fixture sees."""
+    file = {key: named, "orig_name": "passwd", "meta": {"_type": "gradio.FileData"}}
     for event in json.loads(ask(app, "GET", "/config")[1])["dependencies"]:
         body = {"data": [file] * len(event["inputs"]), "fn_index": event["id"], "session_hash": f"evil{key}"}
         assert SECRET not in ask(app, "POST", way, json.dumps(body), Content_Type="application/json")[1]

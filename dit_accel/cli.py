@@ -181,6 +181,15 @@ def convert(
     schedule: Annotated[
         str, typer.Option("--lr-schedule", metavar="NAME", help="After the warm-up: constant, or cosine, down to 0.")
     ] = "constant",
+    sampling: Annotated[
+        str,
+        typer.Option(
+            "--timestep-sampling",
+            metavar="NAME",
+            help="Noise levels of flow matching: shift (logit-normal, shifted as the scheduler's) or uniform, with "
+            "more of little noise.",
+        ),
+    ] = "shift",
     mixed_precision: Annotated[str | None, typer.Option(metavar="NAME", help=_PRECISION_HELP)] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
@@ -217,7 +226,7 @@ def convert(
     from .convert.card import check_hub
     from .convert.finish import finish
     from .convert.recipes import RECIPES
-    from .convert.request import DTYPES, LORA_LAYERS, SCHEDULES, TRAINABLE, Request
+    from .convert.request import DTYPES, LORA_LAYERS, SAMPLINGS, SCHEDULES, TRAINABLE, Request
     from .convert.run import Diverged, run
 
     try:
@@ -236,6 +245,8 @@ def convert(
         precision = _precision(mixed_precision, device)
         if save_dtype not in DTYPES:
             raise ValueError(f"--save-dtype takes {', '.join(DTYPES)}, got {save_dtype!r}")
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"--timestep-sampling takes {' or '.join(SAMPLINGS)}, got {sampling!r}")
         if schedule not in SCHEDULES:
             raise ValueError(f"--lr-schedule takes {' or '.join(SCHEDULES)}, got {schedule!r}")
         if lr is not None and not 0 < lr < float("inf"):
@@ -247,6 +258,7 @@ def convert(
     request = Request(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
         save_every, sample_every, tracker, convert_layers, lora_layers, schedule, save_dtype,
+        sampling,
     )  # fmt: skip
     console = Console()
     try:

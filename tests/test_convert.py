@@ -23,7 +23,7 @@ from dit_accel.cli import main
 from dit_accel.convert import run as convert_run
 from dit_accel.convert import trainer
 from dit_accel.convert.checkpoint import load_checkpoint
-from dit_accel.convert.noise import noise_process
+from dit_accel.convert.noise import NoiseProcess, noise_process
 from dit_accel.convert.samples import batches, read_sample
 
 COMMON = (
@@ -337,6 +337,16 @@ def test_noise_processes_are_the_schedulers(pipelines):
     torch.testing.assert_close(target, noise - clean)
 
 
+def test_levels_are_drawn_as_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    for sampling, quarter, middle in (("shift", 0.014, 0.75), ("uniform", 0.25, 0.5)):
+        process = NoiseProcess("flow", 1000, shift=3.0, sampling=sampling)
+        drawn = torch.tensor([process.draw(generator) for _ in range(4000)])
+        assert drawn.min() > 0 and drawn.max() < 1
+        assert float((drawn < 0.25).float().mean()) == pytest.approx(quarter, abs=0.03)
+        assert float(drawn.median()) == pytest.approx(middle, abs=0.03)
+
+
 def test_batches_hold_one_kind_and_every_epoch_all():
     kinds = ["a"] * 5 + ["b"] * 3
     drawn = batches(kinds, 2, seed=3)
@@ -362,6 +372,7 @@ def test_batches_hold_one_kind_and_every_epoch_all():
         (("--mixed-precision", "fp8"), "no, fp16 or bf16"),
         (("--device", "tpu"), "takes cpu"),
         (("--lr", "0"), "--lr must be above 0"),
+        (("--timestep-sampling", "even"), "--timestep-sampling takes shift or uniform"),
         (("--tracker", "nowhere"), "--tracker nowhere is not installed"),
         (("--prompts", "/nowhere.txt"), "no file /nowhere.txt"),
     ],

@@ -19,7 +19,8 @@ class NoiseProcess:
 
     prediction: "flow" (noise - clean), "epsilon" (noise) or "v_prediction" (keep · noise - add · clean).
     keep, add: of diffusion models, (T,) float32 by timestep; None for flow matching, where they are 1 - σ and σ.
-    timesteps: T. shift: σ → shift·σ / (1 + (shift - 1) σ), as the scheduler spaces its own.
+    timesteps: T. shift: σ → shift·σ / (1 + (shift - 1) σ), as the scheduler spaces its own. sampling: how training
+    draws levels of flow matching: "shift" (logit-normal, then shifted [SD3, arXiv 2403.03206]) or "uniform".
     """
 
     prediction: str
@@ -27,11 +28,14 @@ class NoiseProcess:
     keep: Tensor | None = None
     add: Tensor | None = None
     shift: float = 1.0
+    sampling: str = "shift"
 
     def draw(self, generator: torch.Generator) -> float:
-        """A level in (0, 1): in flow matching logit-normal and shifted [SD3, arXiv 2403.03206], else uniform."""
+        """A level in (0, 1) to train at; of diffusion models uniform."""
         if self.keep is not None:
             return float((torch.randint(self.timesteps, (), generator=generator) + 0.5) / self.timesteps)
+        if self.sampling == "uniform":
+            return float(torch.rand((), generator=generator))
         sigma = float(torch.sigmoid(torch.randn((), generator=generator)))
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 

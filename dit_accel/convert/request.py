@@ -10,10 +10,11 @@ from ..attn_spec import AttentionSpec
 from ..compare.sizes import Size
 from .recipes import RECIPES
 
-__all__ = ["DTYPES", "LORA_LAYERS", "SCHEDULES", "TRAINABLE", "Request", "Source"]
+__all__ = ["DTYPES", "LORA_LAYERS", "SAMPLINGS", "SCHEDULES", "TRAINABLE", "Request", "Source"]
 
 TRAINABLE = ("new", "attention", "lora", "full")
 LORA_LAYERS = ("attention", "blocks")
+SAMPLINGS = ("shift", "uniform")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,7 +44,8 @@ class Source:
 class Request:
     """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA.
     lora_layers: linear layers of what have one. convert_layers: so many layers are chosen; None = the recipe's number.
-    schedule: of the learning rate after its warm-up, in each stage: "cosine" ends at 0. save_dtype: of the file."""
+    schedule: of the learning rate after its warm-up, in each stage: "cosine" ends at 0. save_dtype: of the file.
+    sampling: of noise levels, as :class:`.noise.NoiseProcess` has it."""
 
     source: Source
     attention: AttentionSpec
@@ -64,6 +66,7 @@ class Request:
     lora_layers: str = "attention"
     schedule: str = "constant"
     save_dtype: str = "float32"
+    sampling: str = "shift"
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""

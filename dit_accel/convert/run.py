@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from accelerate import Accelerator
@@ -59,7 +59,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
     try:
         buckets = find_buckets(request.source, pipe)
-        process = noise_process(pipe.scheduler)
+        process = replace(noise_process(pipe.scheduler), sampling=request.sampling)
         component, model = only_denoiser(pipe)
         model.register_forward_pre_hook(lambda *_: watch.check())
         choose_blocks(accelerator, model)

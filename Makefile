@@ -17,7 +17,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -m timing
 
 test-browser: $(READY)
-	@command -v $(CHROMIUM) >/dev/null || { echo "Installing Debian's chromium ..."; apt-get update -qq && apt-get install -y -qq chromium; } \
+	@command -v $(CHROMIUM) >/dev/null || { echo "Installing Debian's chromium ..."; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
 		|| { echo "$(CHROMIUM) is missing and apt-get could not install it (as root, with Debian's archive): the demo app's browser tests cannot run" >&2; exit 1; }
 	$(BIN)/python -m pytest -q tests/browser
 

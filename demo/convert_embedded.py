@@ -40,8 +40,9 @@ from dit_accel.install import denoisers, installed_layers
 __all__ = ["MECHANISMS"]
 
 # a tenth of the logits each, of 64×64 tokens beside 40 of text and of 13×16×16: most where a layer cannot do without
-# (with that layer alone restricted to a tenth, the image's loss rose by 33 % for the second double block and by 12 %
-# for single blocks 2 and 6, else by 1 to 4 %; the video's by 119 to 200 % for blocks 0, 1, 4 and 6, else by 18 to 40 %)
+# (GNA in that layer alone, a tenth, two samples: the image's loss rose by 33 % for the second double block, by 12 % for
+# single blocks 2 and 6, else by 1 to 4 %; the video's by 119 to 200 % for blocks 0, 1, 4 and 6, by 18 to 40 % for 2, 3
+# and 5; blocks 7 to 9 were not measured)
 _MAIN, _SINGLE, _HOT = r"@\.transformer_blocks\.1\.", r"@single_transformer_blocks\.", r"@blocks\.[0146]\."
 MECHANISMS = {
     "image": {

@@ -34,7 +34,7 @@ def test_each_is_small_and_computes_a_tenth_of_the_logits(pipelines, embedded, m
     assert {x.name for x in loaded.parts[0].processors.values()} == {mechanism} and loaded.parts[0].overwritten
     small = {**read_defaults(str(embedded.folder)), "num_inference_steps": 1, "output_type": "latent"}
     pipe(embedded.prompts[0], **small)
-    assert 0.05 < dit_accel.logit_fraction(pipe) < 0.1005  # 10.0 %
+    assert 0.05 < dit_accel.logit_fraction(pipe) <= 0.1
     dit_accel.reset_attn_processor(pipe)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], x) for name, x in before.items())

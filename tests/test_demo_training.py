@@ -19,8 +19,9 @@ from dit_accel.convert import checkpoint
 from dit_accel.convert.request import Request
 from dit_accel.demo.ui import training
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
-from dit_accel.demo.ui.training import Converted, Waiting, Wish, command_line, convert
+from dit_accel.demo.ui.training import Converted, Wish, command_line, convert
 from dit_accel.demo.ui.training_watch import Distance, Drawn, Preparing, Step
+from dit_accel.demo.ui.work import Waiting
 from dit_accel.embedded import IMAGE
 from dit_accel.install import denoisers
 

@@ -15,11 +15,11 @@ from PIL import Image
 from dit_accel.compare.sheet import save_clip
 from dit_accel.compare.students import Student
 
-from .comparison import Comparison, Progress, Waiting, compare_attention, python_lines
+from .comparison import Comparison, Progress, compare_attention, python_lines
 from .controls import DrawingControls, MechanismControls
 from .engine import MOST_WAITING, Cancelled, Engine, Loaded
-from .status import duration, progress_line, status_line
-from .work import Stops, message_for, stream
+from .status import duration, progress_line, status_line, waiting_line
+from .work import Stops, Waiting, message_for, stream
 
 __all__ = ["CSS", "HEAD", "build"]
 
@@ -147,8 +147,7 @@ class _View:
 
     def news(self, kind: str, name: str, event: Waiting | Progress) -> list[Any]:
         if isinstance(event, Waiting):
-            requests = "one request is" if event.before == 1 else f"{event.before} requests are"
-            return self._update(status=status_line(f"Waiting: {requests} before yours."))
+            return self._update(status=waiting_line(event.before))
         update: dict[str, Any] = {"status": _progress(name, event)}
         if event.pictures is not None and kind == "image":
             update["slider"] = gr.ImageSlider(value=_pair(*event.pictures), label=f"Dense | {name}")

@@ -19,17 +19,11 @@ from dit_accel.compare.students import Student, make_students
 from .controls import Wanted, check_fits
 from .engine import Drawing, Engine, Loaded, Stop
 from .preview import Preview
+from .work import Waiting
 
-__all__ = ["Comparison", "Progress", "Waiting", "compare_attention", "python_lines"]
+__all__ = ["Comparison", "Progress", "compare_attention", "python_lines"]
 
 _STEPS_BETWEEN_PREVIEWS = 2
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Others have their turn."""
-
-    before: int
 
 
 @dataclass(frozen=True)

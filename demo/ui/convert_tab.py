@@ -13,11 +13,11 @@ from dit_accel.convert.recipes import RECIPES
 
 from .controls import MechanismControls, check_fits
 from .engine import MOST_WAITING, Cancelled, Engine
-from .status import duration, progress_line, status_line
-from .training import Converted, Waiting, Wish, command_line, convert, expected_seconds, is_embedded
+from .status import duration, progress_line, status_line, waiting_line
+from .training import Converted, Wish, command_line, convert, expected_seconds, is_embedded
 from .training_plots import distance_figure, loss_figure
 from .training_watch import Distance, Drawn, Preparing, Step
-from .work import Stops, message_for, stream
+from .work import Stops, Waiting, message_for, stream
 
 __all__ = ["build"]
 
@@ -239,8 +239,7 @@ class _Shown:
 
     def news(self, event: Waiting | Preparing | Step | Distance | Drawn | None) -> list[Any]:
         if isinstance(event, Waiting):
-            requests = "one request is" if event.before == 1 else f"{event.before} requests are"
-            return self.view.update(status=status_line(f"Waiting: {requests} before yours."))
+            return self.view.update(status=waiting_line(event.before))
         if isinstance(event, Preparing):
             return self.view.update(status=_preparing(event))
         if isinstance(event, Distance):

@@ -16,7 +16,7 @@ from .controls import DrawingControls, MechanismControls
 from .engine import MOST_WAITING, Cancelled, Engine
 from .looking import Drawings, Drawn, Look, Step, Where, catch, draw, look
 from .plots import NAMES, caught_figure, enlarged, map_figure
-from .status import progress_line, status_line
+from .status import progress_line, status_line, waiting_line
 from .work import Stops, message_for, stream
 
 __all__ = ["build"]
@@ -137,7 +137,7 @@ class _View:
 
     def news(self, event: Step | int) -> list[Any]:
         if isinstance(event, int):
-            return self.drawing(gr.skip(), gr.skip(), status_line(_waiting(event)))
+            return self.drawing(gr.skip(), gr.skip(), waiting_line(event))
         bar = progress_line(f"Drawing: step {event.step} of {event.steps}", event.step, event.steps, "Steps")
         if event.picture is None:
             return self.drawing(gr.skip(), gr.skip(), bar)
@@ -166,7 +166,7 @@ class _View:
         return self._only(status_line(message, problem=True), gr.skip())
 
     def waiting(self, before: int) -> list[Any]:
-        return self._only(status_line(_waiting(before)), gr.skip())
+        return self._only(waiting_line(before), gr.skip())
 
     def nothing(self) -> list[Any]:
         """Gradio empties the outputs of a generator that yields nothing at all."""
@@ -287,10 +287,6 @@ def _wire(requests: _Requests, where: _WhereControls) -> None:
 
 def _page(request: gr.Request) -> str:
     return str(request.session_hash)
-
-
-def _waiting(before: int) -> str:
-    return f"Waiting: {'one request is' if before == 1 else f'{before} requests are'} before yours."
 
 
 def _summary(found: Look, where: Where, steps: int) -> str:

@@ -14,7 +14,7 @@ import gradio as gr
 from .engine import MOST_WAITING, Cancelled, Engine, Stop
 from .plots import NAMES
 from .speed import DENSE, MECHANISMS, Plan, Speed, check_plan, measure
-from .status import progress_line, status_line
+from .status import progress_line, status_line, waiting_line
 from .work import Stops, message_for, stream
 
 __all__ = ["build"]
@@ -99,8 +99,7 @@ class _View:
         return [*buttons, status_line("Starting …"), gr.skip(), "", "", *hidden]
 
     def waiting(self, before: int) -> list[Any]:
-        others = "one request is" if before == 1 else f"{before} requests are"
-        return self._changed(status=status_line(f"Waiting: {others} before yours."))
+        return self._changed(status=waiting_line(before))
 
     def measured(self, speed: Speed, spent: float) -> list[Any]:
         row = speed.rows[-1]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import html
 
-__all__ = ["duration", "progress_line", "status_line"]
+__all__ = ["duration", "progress_line", "status_line", "waiting_line"]
 
 
 def status_line(text: str, problem: bool = False) -> str:
     """HTML that a screen reader reads aloud when it changes; a problem stands out."""
     role, kind = ("alert", " class=problem") if problem else ("status", "")
     return f'<div role="{role}"{kind}>{html.escape(text)}</div>'
+
+
+def waiting_line(before: int) -> str:
+    """While so many requests have their turn first."""
+    return status_line(f"Waiting: {'one request is' if before == 1 else f'{before} requests are'} before yours.")
 
 
 def progress_line(text: str, done: float, total: float, label: str) -> str:

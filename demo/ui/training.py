@@ -28,8 +28,9 @@ from dit_accel.weights import FILE_NAME
 
 from .engine import Cancelled, Engine, Loaded, Stop
 from .training_watch import Asked, TrainingWatch
+from .work import Waiting
 
-__all__ = ["Converted", "Waiting", "Wish", "command_line", "convert", "expected_seconds", "is_embedded"]
+__all__ = ["Converted", "Wish", "command_line", "convert", "expected_seconds", "is_embedded"]
 
 SCENES = {"image": 32, "video": 16}
 TEACHER_SAMPLES = 8  # of pipelines whose data is not there: drawn by themselves
@@ -56,13 +57,6 @@ class Wish:
     steps: int
     lr: float | None
     prompts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Others have their turn."""
-
-    before: int
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .engine import Cancelled, Stop
 
-__all__ = ["Stops", "message_for", "stream"]
+__all__ = ["Stops", "Waiting", "message_for", "stream"]
 
 _WAIT_SECONDS = 0.25
 
@@ -42,6 +43,13 @@ def stream(work: Callable[[Callable[[Any], None]], None], stop: Stop) -> Iterato
         stop.set()
     if failed:
         raise failed[0]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What is told while others have their turn. before: so many requests."""
+
+    before: int
 
 
 class Stops:

@@ -69,7 +69,7 @@ class Evaluation:
         captions: int = 0, mixed_precision: str = "no", batch: int = 1,
     ) -> None:  # fmt: skip
         """Arguments as of :func:`evaluate`. Raises: BadInput: something that cannot be done."""
-        self.source, self.levels, self.console, self.check, self.captions = source, levels, console, check, captions
+        self.source, self.levels, self.console, self.check = source, levels, console, check
         self.batch = batch
         self.accelerator = Accelerator(cpu=source.device == "cpu", mixed_precision=mixed_precision)
         self.pipe = load_pipeline(source.pipeline, torch.float32, self.accelerator.device)

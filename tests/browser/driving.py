@@ -19,11 +19,17 @@ def set_number(page: Page, label: str, value: float) -> None:
     field.press("Tab")
 
 
+def open_details(page: Page) -> None:
+    """The fields for size, steps and seed."""
+    page.get_by_role("button", name="Size, steps and seed").locator("visible=true").first.click()
+    expect(page.get_by_label("Width").locator("visible=true")).to_be_visible()
+    page.wait_for_timeout(500)  # what is typed into a field that has just appeared is lost
+
+
 def set_drawing(page: Page, *, side: int = 256, steps: int = 2, seed: int = 0, prompt: str | None = None) -> None:
     """Open the details and make the picture small and quick."""
     if not page.get_by_label("Width", exact=True).is_visible():
-        page.get_by_role("button", name="Size, steps and seed").first.click()
-        page.wait_for_timeout(500)  # what is typed into a field that has just appeared is lost
+        open_details(page)
     for label, value in {"Width": side, "Height": side, "Seed": seed, "Steps": steps}.items():
         set_number(page, label, value)
     if prompt is not None:

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from driving import PATIENCE, choose_tab, set_drawing, set_number
+from driving import PATIENCE, choose_tab, open_details, set_drawing, set_number
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -18,9 +18,7 @@ def look(page):
 def open_tab(page):
     choose_tab(page, "Look inside")
     expect(page.locator("#look-run")).to_be_visible()
-    page.get_by_role("button", name="Size, steps and seed").click()
-    expect(page.get_by_label("Width").locator("visible=true")).to_be_visible()
-    page.wait_for_timeout(500)  # fields that have just come forget what is typed at once
+    open_details(page)
     return page
 
 

@@ -29,6 +29,7 @@ from dit_accel.attn_spec import parse_attention
 from dit_accel.bench.results import now, read_results
 from dit_accel.convert.card import write_card
 from dit_accel.convert.evaluate import Evaluation
+from dit_accel.convert.recipes import parse_weight
 from dit_accel.convert.request import LORA_LAYERS, SAMPLINGS, Request, Source
 from dit_accel.convert.run import run
 from dit_accel.demo.judge import prompt_check
@@ -82,6 +83,8 @@ def main() -> None:
     parser.add_argument(
         "--timestep-sampling", default="uniform", choices=SAMPLINGS, help="the loss is over even levels"
     )
+    parser.add_argument("--loss-weight", action="append", metavar="NAME=WEIGHT", type=parse_weight, default=[])
+    parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--scenes", type=int, default=2000, help="to train on")
     parser.add_argument("--held-out", type=int, default=64, help="scenes for the loss")
     parser.add_argument("--captions", type=int, default=1000, help="to draw and check")
@@ -179,7 +182,7 @@ def _request(args: argparse.Namespace, source: Source, attention: str) -> Reques
         steps=args.steps, batch=args.batch, accumulate=1, lr=args.lr, warmup=min(50, args.steps // 4),
         mixed_precision=args.mixed_precision, gradient_checkpointing=False, save_every=200, sample_every=0,
         tracker=None, lora_layers=args.lora_layers, schedule="cosine", save_dtype="float16",
-        sampling=args.timestep_sampling,
+        sampling=args.timestep_sampling, weights=tuple(args.loss_weight), cuda_graph=args.cuda_graph,
     )  # fmt: skip
 
 

@@ -190,9 +190,20 @@ def convert(
             "more of little noise.",
         ),
     ] = "shift",
+    loss_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WEIGHT",
+            help="Instead of the recipe's: flow, prediction, variance or attention; repeatable.",
+        ),
+    ] = None,
     mixed_precision: Annotated[str | None, typer.Option(metavar="NAME", help=_PRECISION_HELP)] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph", help="Capture a step's gradients: small models train several times as fast."),
     ] = False,
     seed: Annotated[int, typer.Option(metavar="N", min=0)] = 0,
     save_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")] = 200,
@@ -225,7 +236,7 @@ def convert(
     from .command import BadInput, Stopped
     from .convert.card import check_hub
     from .convert.finish import finish
-    from .convert.recipes import RECIPES
+    from .convert.recipes import RECIPES, parse_weight
     from .convert.request import DTYPES, LORA_LAYERS, SAMPLINGS, SCHEDULES, TRAINABLE, Request
     from .convert.run import Diverged, run
 
@@ -247,6 +258,7 @@ def convert(
             raise ValueError(f"--save-dtype takes {', '.join(DTYPES)}, got {save_dtype!r}")
         if sampling not in SAMPLINGS:
             raise ValueError(f"--timestep-sampling takes {' or '.join(SAMPLINGS)}, got {sampling!r}")
+        weights = tuple(map(parse_weight, loss_weight or ()))
         if schedule not in SCHEDULES:
             raise ValueError(f"--lr-schedule takes {' or '.join(SCHEDULES)}, got {schedule!r}")
         if lr is not None and not 0 < lr < float("inf"):
@@ -258,7 +270,7 @@ def convert(
     request = Request(
         source, spec, recipe, train, rank, steps, batch, accumulate, lr, warmup, precision, gradient_checkpointing,
         save_every, sample_every, tracker, convert_layers, lora_layers, schedule, save_dtype,
-        sampling,
+        sampling, weights, cuda_graph,
     )  # fmt: skip
     console = Console()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,8 +86,14 @@ class NoiseProcess:
     def _weights(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         if self.keep is None or self.add is None:
             return 1 - levels, levels
-        index = self.timestep(levels).long().cpu()
+        index = self.timestep(levels).long().to(self.keep.device)
         return self.keep[index].to(levels.device), self.add[index].to(levels.device)
+
+    def to(self, device: torch.device) -> NoiseProcess:
+        """With its tables there, so that nothing waits where levels are there, too."""
+        if self.keep is None or self.add is None:
+            return self
+        return replace(self, keep=self.keep.to(device), add=self.add.to(device))
 
 
 def noise_process(scheduler: Any) -> NoiseProcess:

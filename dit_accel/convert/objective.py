@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,18 @@ class Batch:
     levels: Tensor
     later: Tensor
     conditions: Conditions
+
+    def tensors(self) -> list[Tensor]:
+        return [self.latents, self.noise, self.levels, self.later, *self.conditions.tensors.values()]
+
+    def kind(self) -> tuple[object, ...]:
+        """What two batches have in common whose steps are the same kernels."""
+        shapes = ((key, x.shape, x.dtype) for key, x in self.conditions.tensors.items())
+        return (self.latents.shape, *shapes, *sorted(self.conditions.plain.items()))
+
+    def clone(self) -> Batch:
+        conditions = replace(self.conditions, tensors={k: x.clone() for k, x in self.conditions.tensors.items()})
+        return Batch(self.latents.clone(), self.noise.clone(), self.levels.clone(), self.later.clone(), conditions)
 
 
 def copy_teacher(model: nn.Module, trained: set[str]) -> nn.Module:

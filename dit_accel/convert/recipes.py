@@ -8,9 +8,13 @@ of its attention anew; ours are the host's, and inherited; its rate is that of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-__all__ = ["RECIPES", "Recipe", "Stage"]
+__all__ = ["RECIPES", "Recipe", "Stage", "parse_weight", "reweighted"]
+
+WEIGHTS = ("flow", "prediction", "variance", "attention")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,38 @@ class Recipe:
     def fixes_train(self) -> bool:
         """Whether what is trained belongs to the recipe, since it differs between stages."""
         return len({stage.train for stage in self.stages}) > 1
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """Of ``NAME=WEIGHT``. Raises: ValueError: it is not so, or the weight is below 0."""
+    name, _, number = text.partition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if name not in WEIGHTS or not 0 <= weight < math.inf:
+        names = ", ".join(WEIGHTS)
+        raise ValueError(f"--loss-weight takes one of {names} with a number from 0, as prediction=1, got {text!r}")
+    return name, weight
+
+
+def reweighted(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
+    """The recipe with other weights of these losses.
+
+    Raises: ValueError: a recipe of several stages, or no loss would be left.
+    """
+    if not weights:
+        return recipe
+    if len(recipe.stages) > 1:
+        raise ValueError(
+            f"--recipe {recipe.name} has stages with losses of their own, so --loss-weight cannot be given: leave it "
+            "out, or choose another recipe"
+        )
+    stage = replace(recipe.stages[0], **weights)  # type: ignore[arg-type]
+    if not any(stage.weight(name) for name in ("flow", "prediction", "attention")):
+        raise ValueError("--loss-weight leaves no loss to train with: flow, prediction or attention must be above 0")
+    told = ", ".join(f"{name} {value:g}" for name, value in weights.items())
+    return replace(recipe, source=f"{recipe.source}; weights of losses: {told}", stages=(stage,))
 
 
 RECIPES = {

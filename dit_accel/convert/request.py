@@ -45,7 +45,8 @@ class Request:
     """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA.
     lora_layers: linear layers of what have one. convert_layers: so many layers are chosen; None = the recipe's number.
     schedule: of the learning rate after its warm-up, in each stage: "cosine" ends at 0. save_dtype: of the file.
-    sampling: of noise levels, as :class:`.noise.NoiseProcess` has it."""
+    sampling: of noise levels, as :class:`.noise.NoiseProcess` has it. weights: of losses, by name, instead of the
+    recipe's. cuda_graph: whether the gradients of a batch are captured, and replayed."""
 
     source: Source
     attention: AttentionSpec
@@ -67,12 +68,14 @@ class Request:
     schedule: str = "constant"
     save_dtype: str = "float32"
     sampling: str = "shift"
+    weights: tuple[tuple[str, float], ...] = ()
+    cuda_graph: bool = False
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
         fixed = asdict(self)
         fixed |= fixed.pop("source")
-        for free in ("out", "save_every", "sample_every", "tracker", "device", "save_dtype"):
+        for free in ("out", "save_every", "sample_every", "tracker", "device", "save_dtype", "cuda_graph"):
             del fixed[free]
         if len(RECIPES[self.recipe].stages) == 1 and self.schedule == "constant":  # else the end is known beforehand
             del fixed["steps"]

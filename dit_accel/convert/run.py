@@ -20,10 +20,10 @@ from .buckets import find_buckets, processors_for
 from .noise import noise_process
 from .pictures import Pictures
 from .prepare import make_samples, only_denoiser, progress_bar, put_away
-from .recipes import RECIPES
+from .recipes import RECIPES, reweighted
 from .request import Request
 from .sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
-from .stages import check_request, plan
+from .stages import check_graph, check_request, plan
 from .trainer import Diverged, Trainer
 from .watch import Watch
 
@@ -39,8 +39,9 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     Raises: BadInput: something that cannot be done, before any work. Diverged: the loss became NaN or infinite.
         KeyboardInterrupt: stopped; a checkpoint holds what was done.
     """
-    recipe, watch = RECIPES[request.recipe], watch or Watch()
+    watch = watch or Watch()
     try:
+        recipe = reweighted(RECIPES[request.recipe], dict(request.weights))
         check_request(request, recipe)
         check_launch(request.mixed_precision)
     except ValueError as error:
@@ -51,6 +52,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     )  # fmt: skip
     try:
         set_up(accelerator)
+        check_graph(request, accelerator)
     except ValueError as error:
         raise BadInput(str(error)) from error
     sharded = is_sharded(accelerator)  # then every process draws and gathers, and the first one writes
@@ -59,7 +61,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
     try:
         buckets = find_buckets(request.source, pipe)
-        process = replace(noise_process(pipe.scheduler), sampling=request.sampling)
+        process = replace(noise_process(pipe.scheduler), sampling=request.sampling).to(accelerator.device)
         component, model = only_denoiser(pipe)
         model.register_forward_pre_hook(lambda *_: watch.check())
         choose_blocks(accelerator, model)

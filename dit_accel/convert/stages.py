@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..families import sites_of
@@ -88,9 +89,27 @@ def check_request(request: Request, recipe: Recipe) -> None:
         )
     if request.lora_layers != "attention" and request.train != "lora":
         raise ValueError(f"--lora-layers {request.lora_layers} is for --train lora")
+    if request.cuda_graph and recipe.selects:
+        raise ValueError(f"--recipe {recipe.name} changes its losses from step to step, so leave --cuda-graph out")
     if request.convert_layers is not None and not recipe.selects:
         raise ValueError(
             f"--convert-layers is for --recipe linvideo, which chooses layers; --recipe {recipe.name} converts all"
+        )
+
+
+def check_graph(request: Request, accelerator: Accelerator) -> None:
+    """What a captured step does not go together with.
+
+    Raises: ValueError: no CUDA GPU, several processes, or something that changes from step to step.
+    """
+    if not request.cuda_graph:
+        return
+    if accelerator.device.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a CUDA GPU; accelerate found {accelerator.device}: leave it out")
+    if accelerator.num_processes > 1 or request.gradient_checkpointing or request.mixed_precision == "fp16":
+        raise ValueError(
+            "--cuda-graph is for one process, --mixed-precision no or bf16 and no --gradient-checkpointing: such a "
+            "step cannot be captured, leave one of them out"
         )
 
 

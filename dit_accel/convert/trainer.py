@@ -21,6 +21,7 @@ from ..command import BadInput, Stopped, deferred, noted, undisturbed
 from ..install import installation_of, installed_layers, keep_layers, set_by_layer
 from .capture import merge
 from .checkpoint import load_checkpoint, save_checkpoint
+from .graphed import GraphedGradients
 from .lora import add_lora
 from .noise import NoiseProcess
 from .objective import Batch, copy_teacher, losses_of, transfer_loss
@@ -81,7 +82,7 @@ class Trainer:
         if self.sharded:
             shard(accelerator, host, self.layers if any(part.stage.transfer for part in plan.parts) else ())
         self.step, self.history, self.saved = 0, [], None
-        self.model, self.selection, self.scores, self.learned = None, None, None, set()
+        self.model, self.selection, self.scores, self.learned, self.graphs = None, None, None, set(), None
         self._enter(0)
 
     step: int
@@ -95,6 +96,7 @@ class Trainer:
     parameters: dict[str, nn.Parameter]  # that the stage trains
     learned: set[str]  # names of those that any stage so far has trained
     selection: Selection | None  # while layers are chosen
+    graphs: GraphedGradients | None  # of the stage, where they are asked for
     scores: dict[str, float] | None  # that they were chosen by
 
     @property
@@ -136,6 +138,8 @@ class Trainer:
             self.optimizer = self.accelerator.prepare_optimizer(self._new_optimizer())
         else:
             self.model, self.optimizer = self.accelerator.prepare(called, self._new_optimizer())
+        if self.request.cuda_graph:
+            self.graphs = GraphedGradients(self._gradients, self.parameters.values())
 
     def _select(self, selection: Selection) -> None:
         """The layers with the highest scores stay converted, and no others."""
@@ -209,7 +213,7 @@ class Trainer:
                     self.selection.clamp()
                 self.history.append(losses)
                 self.step += 1
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=self.graphs is None)
             self.accelerator.log(losses, step=self.step)
             told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
             told += f", {(self.step - first) / (time.perf_counter() - began):.2f} steps/s"
@@ -248,11 +252,9 @@ class Trainer:
             place = self.step * len(micro_batches) + i
             last = i + 1 == len(micro_batches)
             with nullcontext() if last else accelerator.no_sync(self.host if self.sharded else self.model):
-                parts = self._losses(self._batch(batch, place))
-                loss = torch.stack([self.part.stage.weight(name) * part for name, part in parts.items()]).sum()
-                accelerator.backward(loss / len(micro_batches))
-            for name, part in {"loss": loss, **parts}.items():
-                total[name] = total.get(name, torch.zeros((), device=part.device)) + part.detach() / len(micro_batches)
+                parts = (self.graphs or self._gradients)(self._batch(batch, place))
+            for name, part in parts.items():
+                total[name] = total.get(name, torch.zeros((), device=part.device)) + part / len(micro_batches)
         means = {name: float(accelerator.reduce(x, "mean")) for name, x in total.items()}
         if not all(map(_is_finite, means.values())):
             kept = (
@@ -266,6 +268,13 @@ class Trainer:
             average(accelerator, self.parameters.values())
         accelerator.clip_grad_norm_(self.parameters.values(), 1.0)
         return means
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Adds a batch's part of a step's gradients. Returns: its losses, the weighted sum of them first."""
+        parts = self._losses(batch)
+        loss = torch.stack([self.part.stage.weight(name) * part for name, part in parts.items()]).sum()
+        self.accelerator.backward(loss / self.request.accumulate)
+        return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Of the stage, by name, unweighted."""

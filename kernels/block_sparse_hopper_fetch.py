@@ -61,6 +61,24 @@ def _claim(count, full, free, SLOTS: gl.constexpr, BYTES: gl.constexpr):
 
 
 @gluon.jit
+def _copy_run(ROWS, ROWS_2, h, row, run, n1, bar, slot, S: gl.constexpr):
+    """Tokens off the grid, from a row on; the runs from n1 on are those of the second keys. What is not there at all
+    has no descriptor."""
+    N: gl.constexpr = slot.shape[0]
+    BOX: gl.constexpr = [1, N, 64]
+    if not S.HAS_TEXT:
+        _copy(ROWS_2, h, (run - n1) * N, 0, 0, bar, slot, 0, BOX)
+    else:
+        if not S.HAS_EXTRA:
+            _copy(ROWS, h, row, 0, 0, bar, slot, 0, BOX)
+        else:
+            if run >= n1:
+                _copy(ROWS_2, h, (run - n1) * N, 0, 0, bar, slot, 0, BOX)
+            else:
+                _copy(ROWS, h, row, 0, 0, bar, slot, 0, BOX)
+
+
+@gluon.jit
 def fetch(
     Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, K2_ROWS, V2_ROWS, STATE,
     ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free,
@@ -144,15 +162,9 @@ def fetch(
                     row = run * N
                     if run >= n0:
                         row = k_before + n_grid_k + (run - n0) * N
-                    if S.HAS_EXTRA and run >= n1:
-                        _copy(K2_ROWS, hk, (run - n1) * N, 0, 0, k_bar, k_ring.index(k_slot), 0, [1, N, 64])
-                    else:
-                        _copy(K_ROWS, hk, row, 0, 0, k_bar, k_ring.index(k_slot), 0, [1, N, 64])
+                    _copy_run(K_ROWS, K2_ROWS, hk, row, run, n1, k_bar, k_ring.index(k_slot), S)
                     v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
-                    if S.HAS_EXTRA and run >= n1:
-                        _copy(V2_ROWS, hk, (run - n1) * N, 0, 0, v_bar, v_ring.index(v_slot), 0, [1, N, 64])
-                    else:
-                        _copy(V_ROWS, hk, row, 0, 0, v_bar, v_ring.index(v_slot), 0, [1, N, 64])
+                    _copy_run(V_ROWS, V2_ROWS, hk, row, run, n1, v_bar, v_ring.index(v_slot), S)
             vc += 1
             # the linear branch's matrix comes as one more step of keys, behind the next tile's first
             if S.STATE_MODE > 0:  # noqa: SIM102

@@ -41,6 +41,7 @@ HOPPER_CASES = {
     "circle": (window(B(40, 8, 1.0), B(56, 8, 1.0), limit=56.25), (5, 300), 1, 0, 0),
     "circle, boxes of 128": (window(B(41, 8, 1.0), B(55, 8, 1.0), limit=56.25, keys=128), (200, 0), 2, 0, 0),
     "ellipsoid, pooled": (window(B(5, 2, 1.0), B(19, 5, 0.3), B(23, 6, 0.2), limit=7.3), (5, 3), 1, 0, 70),
+    "circle, pooled, no text": (window(B(40, 8, 1.0), B(56, 8, 1.0), limit=56.25), (0, 0), 2, 0, 150),
 }
 
 

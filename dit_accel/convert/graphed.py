@@ -34,6 +34,7 @@ class GraphedGradients:
         return self.captured[kind](batch)
 
     def _capture(self, batch: Batch) -> _Captured:
+        batch = batch.clone()  # the graph's own; that its warm-up has read what waits for the GPU: position ids
         before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -45,7 +46,7 @@ class GraphedGradients:
             if parameter.grad is not None:
                 parameter.grad.zero_() if earlier is None else parameter.grad.copy_(earlier)
         try:
-            return _Captured(self.gradients, batch.clone())
+            return _Captured(self.gradients, batch)
         except RuntimeError as error:
             raise BadInput(
                 f"this model's step cannot be captured as a CUDA graph: leave --cuda-graph out ({error})"

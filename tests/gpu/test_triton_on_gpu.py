@@ -21,6 +21,7 @@ CASES = [
     ("clear", L((40, 56), 5, 3), 128, {"radius": 7.5}),
     ("clear", L((5, 19, 23), 5, 3), 96, {"radius": (1.5, 4.7, 6)}),
     ("clear", L((41, 55), 64), 128, {"radius": 8, "down_factor": 4}),
+    ("clear", L((13, 16, 16)), 64, {"radius": 3, "down_factor": 8}),
     ("sla", L((40, 56), 5, 3), 128, {"critical": 0.1, "linear_over": "all"}),
     ("sla", L((40, 56), 5, 3), 64, {"critical": 0.1, "tile_order": True}),
     ("sla", L((13, 20, 24)), 128, {"critical": 0.2, "block_q": 128, "tile_order": True}),

@@ -29,7 +29,7 @@ from dit_accel.convert.checkpoint import NAME
 from dit_accel.convert.matching import matching_loss
 from dit_accel.convert.noise import NoiseProcess, noise_process
 from dit_accel.convert.objective import Batch, losses_of
-from dit_accel.convert.recipes import RECIPES
+from dit_accel.convert.recipes import RECIPES, reweighted
 from dit_accel.convert.request import Request, Source
 from dit_accel.convert.run import run
 from dit_accel.convert.samples import Sample
@@ -78,7 +78,7 @@ def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
         samples.append(Sample(torch.randn(conditions.shape, generator=generator), conditions))
     request = make_request(pipeline, out, recipe, attn, **asked)
     processor = request.attention.processor((8, 8))
-    stages = plan(request, RECIPES[recipe], model, processor)
+    stages = plan(request, reweighted(RECIPES[recipe], dict(request.weights)), model, processor)
     choices = request.attention.by_layer(processor)
     accelerator = Accelerator(cpu=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +90,17 @@ def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
 def train(trainer, after=lambda step: None):
     trainer.train(Progress(disable=True), after)
     return trainer
+
+
+def test_a_loss_with_another_weight(pipelines, tmp_path):
+    """Distillation alone: that of the prediction is what a step minimises, and no other is computed."""
+    trainer = make_trainer(
+        pipelines["flux"], tmp_path, "clear", weights=(("flow", 0), ("attention", 0), ("prediction", 2))
+    )
+    train(always_the_same_batch(trainer))
+    first, last = trainer.history[0], trainer.history[-1]
+    assert set(first) == {"loss", "prediction"} and first["loss"] == pytest.approx(2 * first["prediction"])
+    assert last["loss"] < first["loss"]
 
 
 def always_the_same_batch(trainer):

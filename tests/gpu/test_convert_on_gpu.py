@@ -18,6 +18,7 @@ SPECS = {
 
 def losses(kind, out, cuda_graph):
     embedded = VIDEO if kind == "video" else IMAGE
+    out.mkdir()
     size = (64, 64, 9) if kind == "video" else (128, 128, None)
     source = Source(str(embedded.folder), None, embedded.prompts, 4, *size, (), None, 0, None, out)
     request = Request(

@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 from dit_accel.attn_spec import parse_attention
-from dit_accel.bench.results import now, read_results
+from dit_accel.bench.results import KEYS, now, read_results
 from dit_accel.convert.card import write_card
 from dit_accel.convert.evaluate import Evaluation
-from dit_accel.convert.recipes import parse_weight
+from dit_accel.convert.recipes import RECIPES, parse_weight, reweighted
 from dit_accel.convert.request import LORA_LAYERS, SAMPLINGS, Request, Source
 from dit_accel.convert.run import run
 from dit_accel.demo.judge import prompt_check
@@ -147,12 +147,21 @@ def _measure(args: argparse.Namespace, evaluation: Evaluation, name: str, text: 
     told = json.loads((folder / "convert.json").read_text())
     parameters = sum(p.numel() for p in evaluation.teacher.parameters())
     return {
-        "teacher": f"{args.kind}, {parameters / 1e6:.1f} M", "mechanism": name, "attention": text,
+        "teacher": f"{args.kind}, {parameters / 1e6:.1f} M", "mechanism": name, "training": _training(args),
+        "attention": text,
         "before": before, "after": after, "steps": told["steps"], "batch": args.batch, "recipe": args.recipe,
         "trained_parameters": told["trained_parameters"], "last_losses": told["history"][-1],
         "samples": len(evaluation.samples), "call": evaluation.call,
         "bytes": (folder / "dit_accel.safetensors").stat().st_size, "status": "complete",
     }  # fmt: skip
+
+
+def _training(args: argparse.Namespace) -> str:
+    """The losses of the last stage, and the noise levels that were drawn."""
+    stage = reweighted(RECIPES[args.recipe], dict(args.loss_weight)).stages[-1]
+    losses = [name for name in ("flow", "prediction", "attention", "matching") if stage.weight(name)]
+    levels = {"shift": "shifted levels", "uniform": "even levels"}[args.timestep_sampling]
+    return f"{' + '.join(losses)}, {levels}"
 
 
 def _check(folder: Path, pipe: Any, call: dict[str, Any], count: int, note: Callable[[int], None]) -> list[bool]:
@@ -169,9 +178,9 @@ def _write(path: Path, measured: list[Path]) -> None:
     """The rows of these files, and those that are there of other teachers and mechanisms."""
     each = [read_results(file) for file in measured]
     rows = [row for one in each for row in one["rows"]]
-    names = {(row["teacher"], row["mechanism"]) for row in rows}
+    names = {tuple(row[key] for key in KEYS["quality"]) for row in rows}
     earlier = read_results(path)["rows"] if path.is_file() else []
-    kept = [row for row in earlier if (row["teacher"], row["mechanism"]) not in names]
+    kept = [row for row in earlier if tuple(row[key] for key in KEYS["quality"]) not in names]
     command = ["python -m dit_accel.demo.convert_embedded", *sys.argv[1:]]
     write_json(path, {**each[-1], "status": "complete", "smoke": False, "command": command, "rows": kept + rows})
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import __version__
+
 __all__ = ["about_machine", "about_versions", "pick_device", "pick_dtype"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,6 +61,7 @@ def about_versions() -> dict[str, str | None]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
+    found["dit-accel"] = found["dit-accel"] or __version__  # run from the source tree
     return found
 
 

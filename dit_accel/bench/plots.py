@@ -99,9 +99,9 @@ def _draw_quality(axes: Any, rows: Sequence[Row]) -> None:
         axes.text(share, place, f" {share:.1f} %", va="center", fontsize=8)
     teachers = [100 * row["after"]["prompt_check"]["teacher"] for row in rows]
     axes.plot(teachers, list(places), "|", color=_GOAL, markersize=16, markeredgewidth=2, label="teacher")
-    axes.set_yticks(list(places), [f"{row['teacher']}, {row['mechanism']}" for row in rows])
+    axes.set_yticks(list(places), [f"{row['teacher']}, {row['mechanism']}: {row['training']}" for row in rows])
     axes.set_xlabel("held-out captions drawn right, in per cent", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="lower left")
+    axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=3)
 
 
 _DRAW = {

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..command import undisturbed
 from ..files import write_json
 from ..machine import about_machine, about_versions
@@ -25,7 +24,7 @@ Row = dict[str, Any]
 KEYS = {
     "attention": ("case", "backend"),
     "backward": ("case", "backend"),
-    "quality": ("teacher", "mechanism"),
+    "quality": ("teacher", "mechanism", "training"),
     "scaling": ("case", "backend", "pass"),
     "step": ("model", "variant"),
     "train": ("model", "variant", "checkpointing"),
@@ -50,9 +49,7 @@ def about(device: torch.device, dtype: torch.dtype, command: list[str]) -> dict[
             "cuda": torch.version.cuda or torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),
         }
-    versions = about_versions()
-    versions["dit-accel"] = versions["dit-accel"] or __version__  # run from the source tree
-    return {"date": now(), "command": command, "machine": machine, "versions": versions}
+    return {"date": now(), "command": command, "machine": machine, "versions": about_versions()}
 
 
 def _driver() -> str | None:

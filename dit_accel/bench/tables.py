@@ -161,7 +161,8 @@ def _quality(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
             f"{100 * row[side]['prompt_check']['student']:.1f} % of {row[side]['prompt_check']['captions']:,}"
         )
 
-    return [("teacher", lambda row: row["teacher"]), ("mechanism", lambda row: row["mechanism"])], [
+    names = [(name, lambda row, name=name: row[name]) for name in ("teacher", "mechanism", "training")]
+    return names, [
         ("logits", lambda row: f"{row['after']['logit_fraction']:.1%}"),
         ("steps", lambda row: f"{row['steps']:,}"),
         ("loss, not trained", loss("before")),

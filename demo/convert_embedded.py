@@ -85,6 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--loss-weight", action="append", metavar="NAME=WEIGHT", type=parse_weight, default=[])
     parser.add_argument("--cuda-graph", action="store_true")
+    parser.add_argument("--caption-dropout", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--scenes", type=int, default=2000, help="to train on")
     parser.add_argument("--held-out", type=int, default=64, help="scenes for the loss")
     parser.add_argument("--captions", type=int, default=1000, help="to draw and check")
@@ -160,8 +161,9 @@ def _training(args: argparse.Namespace) -> str:
     """The losses of the last stage, and the noise levels that were drawn."""
     stage = reweighted(RECIPES[args.recipe], dict(args.loss_weight)).stages[-1]
     losses = [name for name in ("flow", "prediction", "attention", "matching") if stage.weight(name)]
-    levels = {"shift": "shifted levels", "uniform": "even levels"}[args.timestep_sampling]
-    return f"{' + '.join(losses)}, {levels}"
+    levels = {"shift": "shifted levels", "uniform": "even levels", "mixed": "mixed levels"}[args.timestep_sampling]
+    dropped = f", {args.caption_dropout:.0%} without caption" if args.caption_dropout else ""
+    return f"{' + '.join(losses)}, {levels}{dropped}"
 
 
 def _check(folder: Path, pipe: Any, call: dict[str, Any], count: int, note: Callable[[int], None]) -> list[bool]:
@@ -192,6 +194,7 @@ def _request(args: argparse.Namespace, source: Source, attention: str) -> Reques
         mixed_precision=args.mixed_precision, gradient_checkpointing=False, save_every=200, sample_every=0,
         tracker=None, lora_layers=args.lora_layers, schedule="cosine", save_dtype="float16",
         sampling=args.timestep_sampling, weights=tuple(args.loss_weight), cuda_graph=args.cuda_graph,
+        caption_dropout=args.caption_dropout,
     )  # fmt: skip
 
 

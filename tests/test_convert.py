@@ -339,7 +339,7 @@ def test_noise_processes_are_the_schedulers(pipelines):
 
 def test_levels_are_drawn_as_asked_for():
     generator = torch.Generator().manual_seed(0)
-    for sampling, quarter, middle in (("shift", 0.014, 0.75), ("uniform", 0.25, 0.5)):
+    for sampling, quarter, middle in (("shift", 0.014, 0.75), ("uniform", 0.25, 0.5), ("mixed", 0.132, 0.665)):
         process = NoiseProcess("flow", 1000, shift=3.0, sampling=sampling)
         drawn = torch.tensor([process.draw(generator) for _ in range(4000)])
         assert drawn.min() > 0 and drawn.max() < 1
@@ -372,7 +372,8 @@ def test_batches_hold_one_kind_and_every_epoch_all():
         (("--mixed-precision", "fp8"), "no, fp16 or bf16"),
         (("--device", "tpu"), "takes cpu"),
         (("--lr", "0"), "--lr must be above 0"),
-        (("--timestep-sampling", "even"), "--timestep-sampling takes shift or uniform"),
+        (("--timestep-sampling", "even"), "--timestep-sampling takes shift, uniform, mixed"),
+        (("--caption-dropout", "1"), "--caption-dropout takes a share from 0 to below 1"),
         (("--loss-weight", "flow"), "--loss-weight takes one of flow, prediction, variance, attention with a number"),
         (("--loss-weight", "prediction=-1"), "got 'prediction=-1'"),
         (("--loss-weight", "matching=1"), "got 'matching=1'"),

@@ -14,8 +14,11 @@ from PIL import Image
 from tiny_pipelines import save_flux, save_sd, save_sd3, save_sdxl, save_wan
 
 from dit_accel.cli import main
+from dit_accel.convert.capture import unconditional
 from dit_accel.convert.data import find_data
 from dit_accel.convert.samples import Samples, read_sample
+from dit_accel.convert.trainer import Trainer
+from dit_accel.install import denoisers
 
 SAVE = {"flux": save_flux, "sd": lambda x: save_sd(x, "epsilon"), "sdxl": save_sdxl, "sd3": save_sd3, "wan": save_wan}
 WAN = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
@@ -396,3 +399,38 @@ def test_data_that_does_not_fit_is_told_before_any_work(pipelines, tmp_path, whi
     assert convert(pipelines[which], tmp_path / "out", "--data", tmp_path / data) == 2
     assert said in capsys.readouterr().err
     assert not made(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family, key", [("wan", "encoder_hidden_states"), ("sdxl", "added_cond_kwargs/text_embeds")])
+def test_some_samples_are_trained_on_without_their_caption(pipelines, prompts, tmp_path, monkeypatch, family, key):
+    """As guidance has the empty one: of SDXL zeros. The others keep theirs."""
+    seen, draw = [], Trainer._batch
+
+    def note(trainer, batch, place):
+        made = draw(trainer, batch, place)
+        seen.extend(zip(batch, made.conditions.tensors[key], strict=True))
+        return made
+
+    monkeypatch.setattr(Trainer, "_batch", note)
+    more = ("--data-free", "--prompts", prompts, "--samples", 2, "--caption-dropout", "0.5", "--steps", "6")
+    assert convert(pipelines[family], tmp_path, *more) == 0
+    pipe = DiffusionPipeline.from_pretrained(pipelines[family])
+    call = json.loads((pipelines[family] / "defaults.json").read_text())
+    empty = unconditional(pipe, next(iter(denoisers(pipe).values())), call).tensors[key][0]
+    assert family == "wan" or not empty.any()
+    own = [read_sample(path).conditions.tensors[key][0] for path in made(tmp_path).values()]
+    assert not any(torch.equal(x, empty) for x in own)
+    dropped = [torch.equal(found, empty) for _, found in seen]
+    assert 3 <= sum(dropped) <= 9 and len(dropped) == 12
+    assert all(gone or torch.equal(found, own[i]) for (i, found), gone in zip(seen, dropped, strict=True))
+
+
+def test_an_empty_caption_of_another_length_is_refused(pipelines, prompts, tmp_path):
+    more = ("--data-free", "--prompts", prompts, "--samples", 2)
+    assert convert(pipelines["sd"], tmp_path, *more) == 0
+    samples = Samples(list(made(tmp_path).values()))
+    conditions = samples[0].conditions
+    samples.drop_captions({samples.kinds[0][0]: conditions})
+    conditions.tensors = {name: x[:, :-1] for name, x in conditions.tensors.items()}
+    with pytest.raises(ValueError, match="--caption-dropout: the empty prompt's conditions are"):
+        samples.drop_captions({samples.kinds[0][0]: conditions})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conditions", "capture", "merge"]
+__all__ = ["Conditions", "capture", "merge", "unconditional"]
 
 _LATENTS = ("hidden_states", "sample")  # how denoisers call what they denoise
 _UNBATCHED = ("img_ids", "txt_ids")
@@ -97,6 +97,17 @@ def _part(found: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"the denoiser's argument {key} is a {type(value).__name__}, which cannot be cached")
     plain["return_dict"] = False
     return tensors, {key: value for key, value in plain.items() if value is not None}
+
+
+_TEXT = ("encoder_hidden_states", "pooled_projections", "added_cond_kwargs/text_embeds")
+
+
+def unconditional(pipe: Any, model: nn.Module, call: dict[str, Any]) -> Conditions:
+    """Of the empty prompt, as guidance has them: of some pipelines (SDXL's) zeros."""
+    found = capture(pipe, model, {**call, "prompt": ""})
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        found.tensors |= {key: torch.zeros_like(x) for key, x in found.tensors.items() if key in _TEXT}
+    return found
 
 
 def merge(several: list[Conditions]) -> Conditions:

@@ -20,7 +20,8 @@ class NoiseProcess:
     prediction: "flow" (noise - clean), "epsilon" (noise) or "v_prediction" (keep · noise - add · clean).
     keep, add: of diffusion models, (T,) float32 by timestep; None for flow matching, where they are 1 - σ and σ.
     timesteps: T. shift: σ → shift·σ / (1 + (shift - 1) σ), as the scheduler spaces its own. sampling: how training
-    draws levels of flow matching: "shift" (logit-normal, then shifted [SD3, arXiv 2403.03206]) or "uniform".
+    draws levels of flow matching: "shift" (logit-normal, then shifted [SD3, arXiv 2403.03206]), "uniform", or "mixed",
+    each for half of the samples.
     """
 
     prediction: str
@@ -34,7 +35,10 @@ class NoiseProcess:
         """A level in (0, 1) to train at; of diffusion models uniform."""
         if self.keep is not None:
             return float((torch.randint(self.timesteps, (), generator=generator) + 0.5) / self.timesteps)
-        if self.sampling == "uniform":
+        uniform = self.sampling == "uniform"
+        if self.sampling == "mixed":
+            uniform = bool(torch.rand((), generator=generator) < 0.5)
+        if uniform:
             return float(torch.rand((), generator=generator))
         sigma = float(torch.sigmoid(torch.randn((), generator=generator)))
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)

@@ -14,7 +14,7 @@ __all__ = ["DTYPES", "LORA_LAYERS", "SAMPLINGS", "SCHEDULES", "TRAINABLE", "Requ
 
 TRAINABLE = ("new", "attention", "lora", "full")
 LORA_LAYERS = ("attention", "blocks")
-SAMPLINGS = ("shift", "uniform")
+SAMPLINGS = ("shift", "uniform", "mixed")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -46,7 +46,8 @@ class Request:
     lora_layers: linear layers of what have one. convert_layers: so many layers are chosen; None = the recipe's number.
     schedule: of the learning rate after its warm-up, in each stage: "cosine" ends at 0. save_dtype: of the file.
     sampling: of noise levels, as :class:`.noise.NoiseProcess` has it. weights: of losses, by name, instead of the
-    recipe's. cuda_graph: whether the gradients of a batch are captured, and replayed."""
+    recipe's. cuda_graph: whether the gradients of a batch are captured, and replayed. caption_dropout: share of samples
+    that are trained on with an empty caption."""
 
     source: Source
     attention: AttentionSpec
@@ -70,6 +71,7 @@ class Request:
     sampling: str = "shift"
     weights: tuple[tuple[str, float], ...] = ()
     cuda_graph: bool = False
+    caption_dropout: float = 0.0
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""

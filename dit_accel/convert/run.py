@@ -17,6 +17,7 @@ from ..loading import load_pipeline
 from ..machine import about_machine, about_versions
 from ..save import save_attention
 from .buckets import find_buckets, processors_for
+from .capture import unconditional
 from .noise import noise_process
 from .pictures import Pictures
 from .prepare import make_samples, only_denoiser, progress_bar, put_away
@@ -69,6 +70,8 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         processors_by_layer({component: model}, choices)  # layers that are not there are told before any work
         stages = plan(request, recipe, model, choices[0][1])
         samples = make_samples(request.source, accelerator, pipe, model, buckets, console, watch.sample)
+        if request.caption_dropout:
+            samples.drop_captions({str(bucket.size): unconditional(pipe, model, bucket.call) for bucket in buckets})
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     pictures = None

@@ -41,12 +41,14 @@ class Sample:
 
 
 class Samples:
-    """Samples of these files, read when they are asked for. kinds: samples of one kind can be in one batch."""
+    """Samples of these files, read when they are asked for. kinds: samples of one kind can be in one batch.
+    empty: conditions of the empty prompt by size, where some samples are to be trained on with them."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
         seen: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # few kinds, each kept once
         self.kinds = [seen.setdefault(kind, kind) for kind in map(_kind, paths)]
+        self.empty: dict[str, Conditions] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,6 +58,22 @@ class Samples:
 
     def __iter__(self) -> Iterator[Sample]:
         return map(read_sample, self.paths)
+
+    def drop_captions(self, conditions: dict[str, Conditions]) -> None:
+        """Let samples be trained on with these. Raises: ValueError: they have other shapes than a caption's."""
+        for size, shapes, _ in set(self.kinds):
+            there = {key.removeprefix("conditions/"): tuple(shape) for key, shape, _ in shapes if key != "latents"}
+            ours = {key: tuple(x.shape) for key, x in conditions[size].tensors.items()}
+            if ours != there:
+                raise ValueError(
+                    f"--caption-dropout: the empty prompt's conditions are {ours}, captions' {there}, and they cannot "
+                    "be in one batch: leave it out"
+                )
+        self.empty = conditions
+
+    def without_caption(self, i: int) -> Conditions:
+        """What the denoiser is told instead of the i-th sample's caption."""
+        return self.empty[self.kinds[i][0]]
 
 
 class SampleCache:

@@ -292,15 +292,19 @@ class Trainer:
         """This process's part of a batch, the place-th of the run."""
         size, device = self.request.batch, self.accelerator.device
         first = self.accelerator.process_index * size
-        chosen = [self.samples[i] for i in batch[first : first + size]]
-        levels, noises, later = [], [], []
+        places = batch[first : first + size]
+        chosen = [self.samples[i] for i in places]
+        levels, noises, later, told = [], [], [], []
         for i, sample in enumerate(chosen, first):
             mixed = np.random.SeedSequence([self.request.source.seed, place, i]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0]))
             levels.append(self.process.draw(generator))
             noises.append(torch.randn(sample.latents.shape, generator=generator))
             later.append(self.process.draw_later(levels[-1], generator))
-        conditions = merge([sample.conditions for sample in chosen])
+            dropout = self.request.caption_dropout
+            empty = dropout > 0 and float(torch.rand((), generator=generator)) < dropout
+            told.append(self.samples.without_caption(places[i - first]) if empty else sample.conditions)
+        conditions = merge(told)
         conditions.tensors = {key: x.to(device) for key, x in conditions.tensors.items()}
         latents = torch.cat([sample.latents for sample in chosen]).to(device)
         ahead, there = torch.tensor(later, device=device), torch.tensor(levels, device=device)

@@ -219,8 +219,10 @@ def test_a_rate_takes_frames_at_that_distance_from_the_middle(pipelines, tmp_pat
     assert "4 frames at 5 a second, expected 5" in (out / "samples/skipped.json").read_text()
 
 
-def test_each_goes_to_the_bucket_of_its_proportions(pipelines, tmp_path, capsys):
-    """Clips to the longest that they fill; and a batch has one size, also where all shapes agree."""
+def test_each_goes_to_the_bucket_of_its_proportions(pipelines, tmp_path, capsys, monkeypatch):
+    """And a batch has one size, by which a captured step is told from another, also where all shapes agree."""
+    seen, draw = [], Trainer._batch
+    monkeypatch.setattr(Trainer, "_batch", lambda *args: seen.append(draw(*args)) or seen[-1])
     data = tmp_path / "data"
     data.mkdir()
     sizes = {"a": (40, 80), "b": (80, 40), "c": (50, 50), "d": (500, 700), "e": (8, 8)}
@@ -228,12 +230,17 @@ def test_each_goes_to_the_bucket_of_its_proportions(pipelines, tmp_path, capsys)
         picture(data / f"{name}.png", *size)
     out = tmp_path / "out"
     more = [part for size in ("16x32", "32x16", "32x32", "16x16") for part in ("--size", size)]
-    assert convert(pipelines["flux"], out, "--data", data, *more, "--recipe", "clear", attn="gna:window=8") == 0
+    assert (
+        convert(pipelines["flux"], out, "--data", data, *more, "--steps", 4, "--recipe", "clear", attn="gna:window=8")
+        == 0
+    )
     kinds = [kind[0] for kind in Samples(list(made(out).values())).kinds]
     assert kinds == ["16×32", "32×16", "32×32", "32×32", "16×16"]
     assert [read_sample(path).latents.shape[1] for path in made(out).values()] == [32, 32, 64, 64, 16]
     first = json.loads((out / "convert.json").read_text())["history"][0]
     assert first["prediction"] < 1e-10  # a window over everything is dense, on every grid
+    shapes = {batch.kind: batch.latents.shape for batch in seen}
+    assert len({kind[0] for kind in shapes}) == len(shapes) == 4 and len(set(shapes.values())) < 4
     assert "gna on 16×32, 4×8 tokens: window 8x8 becomes 4x8" in capsys.readouterr().out
     assert convert(pipelines["flux"], out, "--data", data, *more[:-2], "--recipe", "clear", attn="gna:window=8") == 2
     assert "sizes" in capsys.readouterr().err  # another request

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class GraphedGradients:
 
     def __init__(self, gradients: Callable[[Batch], dict[str, Tensor]], parameters: Iterable[Tensor]) -> None:
         self.gradients, self.parameters = gradients, list(parameters)
-        self.captured: dict[tuple[object, ...], _Captured] = {}
+        self.captured: dict[Hashable, _Captured] = {}
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """The losses, and the gradients added to those that are there. Replayed: what it returned is overwritten by the
@@ -28,10 +28,9 @@ class GraphedGradients:
 
         Raises: BadInput: the model's forward or backward pass waits for the GPU somewhere, and cannot be captured.
         """
-        kind = batch.kind()
-        if kind not in self.captured:
-            self.captured[kind] = self._capture(batch)
-        return self.captured[kind](batch)
+        if batch.kind not in self.captured:
+            self.captured[batch.kind] = self._capture(batch)
+        return self.captured[batch.kind](batch)
 
     def _capture(self, batch: Batch) -> _Captured:
         batch = batch.clone()  # the graph's own; that its warm-up has read what waits for the GPU: position ids
@@ -47,6 +46,8 @@ class GraphedGradients:
                 parameter.grad.zero_() if earlier is None else parameter.grad.copy_(earlier)
         try:
             return _Captured(self.gradients, batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise BadInput(
                 f"this model's step cannot be captured as a CUDA graph: leave --cuda-graph out ({error})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,25 +25,25 @@ __all__ = ["Batch", "attention_outputs", "copy_teacher", "losses_of", "transfer_
 @dataclass
 class Batch:
     """latents, noise: (B, …). levels: (B,) of noise; later: (B,), lower ones on the same trajectories. conditions: of
-    the batch. All on one device."""
+    the batch. All on one device. kind: equal for two batches whose steps are the same kernels; their shapes may agree
+    where their token grids do not."""
 
     latents: Tensor
     noise: Tensor
     levels: Tensor
     later: Tensor
     conditions: Conditions
+    kind: Hashable = None
 
     def tensors(self) -> list[Tensor]:
         return [self.latents, self.noise, self.levels, self.later, *self.conditions.tensors.values()]
 
-    def kind(self) -> tuple[object, ...]:
-        """What two batches have in common whose steps are the same kernels."""
-        shapes = ((key, x.shape, x.dtype) for key, x in self.conditions.tensors.items())
-        return (self.latents.shape, *shapes, *sorted(self.conditions.plain.items()))
-
     def clone(self) -> Batch:
         conditions = replace(self.conditions, tensors={k: x.clone() for k, x in self.conditions.tensors.items()})
-        return Batch(self.latents.clone(), self.noise.clone(), self.levels.clone(), self.later.clone(), conditions)
+        return Batch(
+            self.latents.clone(), self.noise.clone(), self.levels.clone(), self.later.clone(), conditions,
+            self.kind,
+        )  # fmt: skip
 
 
 def copy_teacher(model: nn.Module, trained: set[str]) -> nn.Module:

@@ -308,7 +308,7 @@ class Trainer:
         conditions.tensors = {key: x.to(device) for key, x in conditions.tensors.items()}
         latents = torch.cat([sample.latents for sample in chosen]).to(device)
         ahead, there = torch.tensor(later, device=device), torch.tensor(levels, device=device)
-        return Batch(latents, torch.cat(noises).to(device), there, ahead, conditions)
+        return Batch(latents, torch.cat(noises).to(device), there, ahead, conditions, self.kinds[places[0]])
 
     def save(self) -> None:
         """A checkpoint of whole values, written by the first process."""

@@ -103,6 +103,22 @@ def test_a_loss_with_another_weight(pipelines, tmp_path):
     assert last["loss"] < first["loss"]
 
 
+def test_the_scale_of_fp16_gradients_is_kept(pipelines, tmp_path):
+    """It has sunk to where nothing overflows; begun anew, the first steps would be left out."""
+
+    def with_scaler(scale):
+        trainer = make_trainer(pipelines["flux"], tmp_path, "lit", "gna:window=3")
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return trainer
+
+    earlier = with_scaler(2.0**7)
+    earlier.accelerator.scaler.scale(torch.zeros(()))  # makes its tensor
+    earlier.save()
+    later = with_scaler(2.0**16)
+    later.resume(Console(file=io.StringIO()))
+    assert later.accelerator.scaler.get_scale() == 2.0**7
+
+
 def always_the_same_batch(trainer):
     draw = trainer._batch
     trainer._batch = lambda batch, place: draw([0, 1], 0)

@@ -175,6 +175,8 @@ class Trainer:
             for name, value in state["parameters"].items():
                 named[name].copy_(part_like(value, named[name]))
         self.optimizer.load_state_dict(with_parts(state["optimizer"], self.optimizer))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.saved = state["step"], state["history"], state["step"]
         if self.accelerator.is_main_process:
             console.print(f"Going on from step {self.step}", highlight=False)
@@ -323,6 +325,7 @@ class Trainer:
             "history": self.history,
             "parameters": gather(learned, keep=first),
             "optimizer": whole_states(self.optimizer, keep=first),
+            "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),  # of fp16's gradients
         }
         if first:
             save_checkpoint(self.request.source.out, state)

@@ -175,7 +175,17 @@ class _ChangedInputs:
         if ours is None:
             return found
         change = getattr(self._layer, ours)
-        return lambda x, *args: found(x + change(x), *args)
+        return lambda x, *args: found(x + _brought_along(change, x), *args)
+
+
+def _brought_along(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module gives, also where it was installed after group offloading: it is in no group then, and stays where
+    it is."""
+    if all(p.device == x.device for p in module.parameters()) or any(
+        hasattr(part, hook) for part in module.modules() for hook in ("_diffusers_hook", "_hf_hook")
+    ):
+        return module(x)
+    return torch.func.functional_call(module, {name: p.to(x.device) for name, p in module.named_parameters()}, x)
 
 
 class Rerouted:

@@ -5,12 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from tiny import TINY, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
-from dit_accel import LinFusionAttnProcessor, TokenLayout
+from dit_accel import LinFusionAttnProcessor, TokenLayout, intercept
 from dit_accel.functional import linfusion_attention
 from dit_accel.install import installed_layers
 from dit_accel.mechanisms import linfusion
@@ -268,6 +270,41 @@ def test_lora_before_and_after_install_is_the_same():
     torch.testing.assert_close(run(by_hand(after), inputs), out, atol=1e-5, rtol=1e-5)
     after.delete_adapters("default")
     assert torch.equal(run(after, inputs), without)
+
+
+def test_what_is_learned_follows_its_input_to_another_device():
+    """As after group offloading: the layer is in no group, and stays on the CPU."""
+    model = TINY["sd15"]()
+    model.set_attn_processor(LinFusionAttnProcessor())
+    layer = next(iter(installed_layers(model).values()))
+    change = next(getattr(layer, name) for name in layer.input_projections.values())
+    x = torch.ones(2, 5, change[0].in_features, device="meta")
+    assert intercept._brought_along(change, x).device.type == "meta"
+    assert all(p.device.type == "cpu" for p in change.parameters())
+    here = torch.ones(2, 5, change[0].in_features)
+    assert torch.equal(intercept._brought_along(change, here), change(here))
+
+
+@pytest.mark.parametrize("kind", ["sequential", "block_level", "leaf_level"])
+@pytest.mark.parametrize("order", ["install first", "offload first"])
+def test_offloading(kind, order):
+    model, plain = TINY["sd15"](), TINY["sd15"]()
+    inputs = TINY["sd15"].inputs((8, 8))
+
+    def install(model):
+        model.set_attn_processor(LinFusionAttnProcessor())
+
+    def offload(model):
+        if kind == "sequential":
+            cpu_offload(model, "cpu")
+        else:
+            options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+            apply_group_offloading(model, torch.device("cpu"), offload_type=kind, **options)
+
+    install(plain)
+    for act in (install, offload) if order == "install first" else (offload, install):
+        act(model)
+    assert torch.equal(run(model, inputs), run(plain, inputs))
 
 
 def test_save_and_load(tmp_path):

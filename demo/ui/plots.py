@@ -13,7 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-__all__ = ["NAMES", "caught_figure", "enlarged", "map_figure", "overlay", "speed_figure", "two_digits"]
+__all__ = [
+    "NAMES", "caught_figure", "enlarged", "label_axes", "map_figure", "new_figure", "overlay", "speed_figure",
+    "two_digits",
+]  # fmt: skip
 
 NAMES = {"dense": "Dense", "sla": "SLA", "clear": "CLEAR", "llsa": "LLSA", "gna": "GNA"}
 _COLOURS = {"dense": "#7d838c", "sla": "#2f7ed8", "clear": "#e08214", "llsa": "#2a9d5c", "gna": "#9b5fc0"}
@@ -25,7 +28,7 @@ _LEAST_PIXELS = 512
 _HEAT = np.array([[13, 8, 60], [126, 3, 168], [204, 71, 120], [248, 149, 64], [252, 253, 150]], np.float32)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="none")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor="none")
@@ -36,7 +39,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _label(axes: Any, x: str, y: str, title: str = "") -> None:
+def label_axes(axes: Any, x: str, y: str, title: str = "") -> None:
     axes.set_xlabel(x, color=_INK, fontsize=9)
     axes.set_ylabel(y, color=_INK, fontsize=9)
     axes.set_title(title, color=_INK, fontsize=9, loc="left")
@@ -50,7 +53,7 @@ def _head(figure: Figure, title: str, columns: int) -> None:
 
 def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], subtitle: str) -> Figure:
     """Milliseconds a call by tokens, both on logarithmic axes; a star where a mechanism breaks even with dense."""
-    figure, axes = _figure(9, 5)
+    figure, axes = new_figure(9, 5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for name, colour in _COLOURS.items():
@@ -69,7 +72,7 @@ def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], s
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.grid(color=_GRID, linewidth=0.6)
-    _label(axes, "tokens", "milliseconds a call", subtitle)
+    label_axes(axes, "tokens", "milliseconds a call", subtitle)
     if rows:
         axes.legend(fontsize=9, frameon=False, labelcolor=_INK, loc="upper left")
     return figure
@@ -99,7 +102,7 @@ def caught_figure(
 ) -> Figure:
     """For each layer the share of dense attention's mass on what the mechanism sees; the layer that is looked at is
     filled, and a line stands where it would be if attention were even."""
-    figure, axes = _figure(*((9.5, 3.8) if wide else (8, 4.4)))
+    figure, axes = new_figure(*((9.5, 3.8) if wide else (8, 4.4)))
     places = range(len(layers))
     colour = _COLOURS[name]
     alphas = [1.0 if layer == chosen else 0.45 for layer in layers]
@@ -115,14 +118,14 @@ def caught_figure(
     axes.set_xticks(list(places), [str(place + 1) for place in places])
     axes.set_ylim(0, 108)
     axes.xaxis.set_major_locator(MaxNLocator(30, integer=True)) if len(layers) > 30 else None
-    _label(axes, "layer", "% of dense attention")
+    label_axes(axes, "layer", "% of dense attention")
     _head(figure, title, columns=3)
     return figure
 
 
 def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
     """Query blocks by key blocks; the row of the place that is looked at is marked."""
-    figure, axes = _figure(5.3, 4.4)
+    figure, axes = new_figure(5.3, 4.4)
     axes.imshow(states, cmap=ListedColormap(_STATES), vmin=0, vmax=2, interpolation="nearest", aspect="auto")
     axes.axhline(row - 0.5, color=_PLACE, linewidth=0.8)
     axes.axhline(row + 0.5, color=_PLACE, linewidth=0.8)
@@ -133,7 +136,7 @@ def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
     axes.plot([], [], color=_PLACE, label="this place")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _label(axes, "blocks that are looked at", "blocks that look")
+    label_axes(axes, "blocks that are looked at", "blocks that look")
     _head(figure, f"Blocks that each block of places {'chose' if name == 'sla' else 'kept'}", columns=4)
     return figure
 

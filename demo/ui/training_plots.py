@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from .plots import _figure, _label
+from .plots import label_axes, new_figure
 
 __all__ = ["distance_figure", "loss_figure"]
 
@@ -19,7 +19,7 @@ _MEAN_OF = 8
 
 def distance_figure(distances: Mapping[int, float], steps: int) -> Figure:
     """In per cent; first and last are written beside their points."""
-    figure, axes = _figure(*_SIZE)
+    figure, axes = new_figure(*_SIZE)
     at = sorted(distances)
     values = [100 * distances[step] for step in at]
     axes.plot(at, values, "o-", color=_LINE, linewidth=2, markersize=5)
@@ -31,13 +31,13 @@ def distance_figure(distances: Mapping[int, float], steps: int) -> Figure:
     axes.set_xlim(-0.02 * steps, 1.04 * steps)
     axes.set_ylim(0, 1.25 * max(values, default=1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _label(axes, "step", "%", "Distance to dense attention")
+    label_axes(axes, "step", "%", "Distance to dense attention")
     return figure
 
 
 def loss_figure(history: Sequence[Mapping[str, float]], steps: int) -> Figure:
     """Of each step, and the mean of the last few, which is easier to read; on a logarithmic axis."""
-    figure, axes = _figure(*_SIZE)
+    figure, axes = new_figure(*_SIZE)
     losses = np.array([row["loss"] for row in history])
     at = np.arange(1, len(losses) + 1)
     if len(losses):
@@ -52,5 +52,5 @@ def loss_figure(history: Sequence[Mapping[str, float]], steps: int) -> Figure:
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
     axes.set_xlim(-0.02 * steps, 1.04 * steps)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _label(axes, "step", "loss", "Loss that is minimised")
+    label_axes(axes, "step", "loss", "Loss that is minimised")
     return figure

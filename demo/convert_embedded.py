@@ -151,6 +151,7 @@ def _measure(args: argparse.Namespace, evaluation: Evaluation, name: str, text: 
         "teacher": f"{args.kind}, {parameters / 1e6:.1f} M", "mechanism": name, "training": _training(args),
         "attention": text,
         "before": before, "after": after, "steps": told["steps"], "batch": args.batch, "recipe": args.recipe,
+        "lr": args.lr, "rank": args.rank if args.train == "lora" else None, "scenes": args.scenes,
         "trained_parameters": told["trained_parameters"], "last_losses": told["history"][-1],
         "samples": len(evaluation.samples), "call": evaluation.call,
         "bytes": (folder / "dit_accel.safetensors").stat().st_size, "status": "complete",

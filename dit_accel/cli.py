@@ -209,7 +209,7 @@ def convert(
     ] = False,
     cuda_graph: Annotated[
         bool,
-        typer.Option("--cuda-graph", help="Capture a step's gradients: small models train several times as fast."),
+        typer.Option("--cuda-graph", help="Capture a step's gradients: small models need not wait for Python."),
     ] = False,
     seed: Annotated[int, typer.Option(metavar="N", min=0)] = 0,
     save_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")] = 200,

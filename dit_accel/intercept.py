@@ -179,8 +179,8 @@ class _ChangedInputs:
 
 
 def _brought_along(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module gives, also where it was installed after group offloading: it is in no group then, and stays where
-    it is."""
+    """What a module gives. Where it was installed after offloading no hook brings its parameters to the input's device:
+    they are copied there for the call."""
     if all(p.device == x.device for p in module.parameters()) or any(
         hasattr(part, hook) for part in module.modules() for hook in ("_diffusers_hook", "_hf_hook")
     ):

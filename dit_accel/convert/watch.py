@@ -19,7 +19,7 @@ class Watch:
     """
 
     def check(self) -> None:
-        """Before every forward of the denoiser, teacher's and student's."""
+        """Before every forward of the denoiser, teacher's and student's; of captured steps at the capture alone."""
 
     def sample(self, made: int, total: int | None) -> None:
         """So many samples are there, of how many where that is known."""

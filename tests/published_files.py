@@ -1,4 +1,5 @@
-"""Files with the keys and shapes of the published ones, for any size: written out from the releases' own structure."""
+"""Files with the keys and shapes of the published ones, for any size: written out from the releases' own structure; and
+small models to load them."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import json
 
 import torch
 from safetensors.torch import save_file
+from tiny import TINY
 
-from dit_accel.weights import Weight
+from dit_accel import SLAAttnProcessor
+from dit_accel.weights import Weight, find_weights
 
 WAN_1_3B = {"dim": 1536, "heads": 12, "ffn": 8960, "layers": 30}
 WAN_14B = {"dim": 5120, "heads": 40, "ffn": 13824, "layers": 40}
@@ -168,3 +171,58 @@ def write(path, tensors, config=None):
     if config is not None:
         path.with_name("config.json").write_text(json.dumps(config))
     return path
+
+
+TURBO = SLAAttnProcessor(
+    critical=0.1, negligible=0.0, block_q=128, block_kv=64, linear_over="all", smooth_key=True, feature_map="softmax"
+)
+
+
+SMALL = {"block_q": 16, "block_kv": 8, "critical": 0.3}  # for 90 tokens
+
+
+def model_and_inputs(family="flux"):
+    torch.manual_seed(11)
+    return TINY[family](), TINY[family].inputs(TINY[family].size)
+
+
+def clear_tensors(factor=1, seed=0):
+    return draw(clear_shapes(2, 2, 32, factor), seed)
+
+
+def wan_size(model):
+    config = model.config
+    return {
+        "dim": config.num_attention_heads * config.attention_head_dim, "heads": config.num_attention_heads,
+        "ffn": config.ffn_dim, "layers": config.num_layers, "channels": config.in_channels,
+        "out": config.out_channels, "text": config.text_dim, "freq": config.freq_dim, "image": config.image_dim,
+    }  # fmt: skip
+
+
+def find_here():
+    return find_weights(__file__)
+
+
+def in_shards(folder, tensors):
+    """The tensors in three safetensors files with their index, as diffusers writes large models."""
+    folder.mkdir()
+    names = [f"diffusion_pytorch_model-{i + 1:05}-of-00003.safetensors" for i in range(3)]
+    weight_map = {key: names[i % 3] for i, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: x for key, x in tensors.items() if weight_map[key] == name}, folder / name)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
+    return folder
+
+
+def self_attention(model):
+    """As the authors list it: names, widths and heads of the modules."""
+    found = [(n, m) for n, m in model.named_modules() if hasattr(m, "to_q") and not m.is_cross_attention]
+    names = [name for name, _ in found]
+    return names, [m.to_q.weight.shape[0] for _, m in found], [m.heads for _, m in found]
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()

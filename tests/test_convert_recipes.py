@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils.other import has_compiled_regions, is_compiled_module
 from diffusers import DDIMScheduler, DiffusionPipeline
 from rich.console import Console
 from rich.progress import Progress
@@ -152,6 +154,29 @@ def test_every_stage_lowers_its_loss(pipelines, tmp_path, which, recipe, attn, o
 
 def batch_of(trainer):
     return trainer._batch([0, 1], 0)
+
+
+@pytest.mark.parametrize("recipe, regional", [("clear", "1"), ("attention-transfer", "1"), ("linvideo", "0")])
+def test_compiled_student_and_teacher_lose_the_same(pipelines, tmp_path, monkeypatch, recipe, regional):
+    """As ``accelerate launch --dynamo_backend`` asks for it: hooks that read attention modules must still be heard."""
+
+    def history(name):
+        AcceleratorState._reset_state(True)
+        trainer = make_trainer(pipelines["flux"], tmp_path / name, recipe, steps=3, lr=1e-3)
+        compiled = [x for x in (trainer.model, trainer.teacher) if is_compiled_module(x) or has_compiled_regions(x)]
+        assert len(compiled) == (2 if name == "compiled" else 0)
+        return train(trainer).history
+
+    plain = history("plain")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", regional)
+    try:
+        compiled = history("compiled")
+    finally:
+        AcceleratorState._reset_state(True)
+        torch._dynamo.reset()
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("which", ["flux", "sd"])

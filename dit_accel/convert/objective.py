@@ -95,7 +95,7 @@ def losses_of(
     if not (stage.prediction or stage.variance or stage.attention):
         return parts
     assert teacher is not None
-    with torch.no_grad(), attention_outputs(teacher, watched) as theirs:
+    with torch.no_grad(), attention_outputs(unwrap(teacher), watched) as theirs:
         wanted, wanted_variance = _split(teacher(**arguments)[0], target)
     if stage.prediction:
         parts["prediction"] = F.mse_loss(prediction.float(), wanted.float())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ class Trainer:
         self.sharded = is_sharded(accelerator)
         if self.sharded:
             host.to("cpu")  # of it and the teacher one block after the other comes back, in parts
+        self.compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self.pretrained = {part.scope: host_parameters(host, part.scope) for part in plan.parts}
         trained = set().union(*self.pretrained.values())
         self.teacher = self._new_teacher(trained) if plan.needs_teacher else None
@@ -74,6 +76,9 @@ class Trainer:
         for name in sorted(trained):  # so that they are saved, and reset puts the pretrained ones back
             installation.overwritten[name] = host.get_parameter(name).detach().to("cpu", copy=True)
         self.layers = list(installed_layers(host))
+        if self.compiles:  # blocks share their code, and options by layer make graphs of it for student and teacher
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 4 * len(self.layers))
         if plan.needs_lora:
             add_lora(host, self.layers, request.lora_layers, request.rank, request.source.seed)
         if request.gradient_checkpointing:
@@ -107,7 +112,8 @@ class Trainer:
         """Under FSDP a copy of all, since two models cannot share what is split; of its own parts no process has more
         than of the student's."""
         if not self.sharded:
-            return copy_teacher(self.host, trained)
+            teacher = copy_teacher(self.host, trained)
+            return self.accelerator.prepare_model(teacher, evaluation_mode=True) if self.compiles else teacher
         teacher = copy_teacher(self.host, {name for name, _ in self.host.named_parameters()})
         shard(self.accelerator, teacher)
         getattr(teacher, "set_reshard_after_forward")(True)  # noqa: B009 (FSDPModule's): no backward follows

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..families import sites_of
 from ..hooks import forward_parameters
-from ..install import installed_layers
+from ..install import installed_layers, unwrap
 from ..layout import TokenLayout
 from ..site import Site
 
@@ -37,6 +37,7 @@ class Call:
 def recorded_calls(teacher: nn.Module, layers: list[str]) -> Iterator[dict[str, Call]]:
     """What the teacher's attention modules of these names are given, and give, while inside."""
     calls: dict[str, Call] = {}
+    teacher = unwrap(teacher)
     handles = [handle for site in sites_of(teacher) for handle in _record(teacher, site, layers, calls)]
     try:
         yield calls

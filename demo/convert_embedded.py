@@ -40,26 +40,51 @@ from dit_accel.install import denoisers, installed_layers
 
 __all__ = ["MECHANISMS"]
 
-# a tenth of the logits each, of 64×64 tokens beside 40 of text and of 13×16×16: most where a layer cannot do without
-# (GNA in that layer alone, a tenth, two samples: the image's loss rose by 33 % for the second double block, by 12 % for
-# single blocks 2 and 6, else by 1 to 4 %; the video's by 119 to 200 % for blocks 0, 1, 4 and 6, by 18 to 40 % for 2, 3
-# and 5; blocks 7 to 9 were not measured)
-_MAIN, _SINGLE, _HOT = r"@\.transformer_blocks\.1\.", r"@single_transformer_blocks\.", r"@blocks\.[0146]\."
+# a tenth of the logits each, of 64×64 tokens beside 40 of text and of 13×16×16. Which layer has how many and where was
+# searched with dit_accel.demo.allot (125 seconds each on a GPU, begun by hand); but the image's LLSA is by hand alone,
+# whose loss was the lower after as many steps (+24.0 %, and +31.1 % for what the search found)
 MECHANISMS = {
     "image": {
-        "sla": "sla:critical=0.03,block_q=8,block_kv=8,tile_order=true;critical=0.36" + _MAIN
-        + rf";critical=0.08{_SINGLE}[02]\.;critical=0.07{_SINGLE}6\.",
-        "clear": rf"clear:radius=7;radius=26.5{_MAIN};radius=12.5{_SINGLE}[26]\.;radius=8.5{_SINGLE}5\."
-        + rf";radius=5.5{_SINGLE}[14]\.;radius=4@\.transformer_blocks\.0\.",
-        "llsa": "llsa:block_size=8,topk=12,levels=2;topk=56" + _MAIN,
-        "gna": rf"gna:window=12x12;window=38x38{_MAIN};window=20x20{_SINGLE}[26]\.;window=14x14{_SINGLE}5\."
-        + rf";window=10x10{_SINGLE}4\.;window=8x8{_SINGLE}1\.;window=6x6@\.transformer_blocks\.0\.",
+        "sla": r"sla:critical=0.15,block_q=8,block_kv=8,tile_order=true"
+        + r";critical=0.02@\.transformer_blocks\.0\."
+        + r";critical=0.03@\.single_transformer_blocks\.(0|1)\."
+        + r";critical=0.08@\.single_transformer_blocks\.2\."
+        + r";critical=0.06@\.single_transformer_blocks\.3\."
+        + r";critical=0.04@\.single_transformer_blocks\.4\."
+        + r";critical=0.18@\.single_transformer_blocks\.6\.",
+        "clear": r"clear:radius=3.5x4;radius=8.5x256@\.transformer_blocks\.1\."
+        + r";radius=2x4.5@\.single_transformer_blocks\.0\."
+        + r";radius=256x1.5@\.single_transformer_blocks\.1\."
+        + r";radius=24.5x7@\.single_transformer_blocks\.2\."
+        + r";radius=10.5x10.5@\.single_transformer_blocks\.3\."
+        + r";radius=10.5x2.5@\.single_transformer_blocks\.4\."
+        + r";radius=12.5x10.5@\.single_transformer_blocks\.5\."
+        + r";radius=256x4.5@\.single_transformer_blocks\.6\.",
+        "llsa": r"llsa:block_size=8,topk=12,levels=2;topk=56@\.transformer_blocks\.1\.",
+        "gna": r"gna:window=8x4;window=20x48@\.transformer_blocks\.1\."
+        + r";window=4x20@\.single_transformer_blocks\.0\."
+        + r";window=20x8@\.single_transformer_blocks\.1\."
+        + r";window=32x20@\.single_transformer_blocks\.2\."
+        + r";window=13x13@\.single_transformer_blocks\.3\."
+        + r";window=13x6@\.single_transformer_blocks\.4\."
+        + r";window=13x32@\.single_transformer_blocks\.5\."
+        + r";window=48x10@\.single_transformer_blocks\.6\.",
     },
     "video": {
-        "sla": rf"sla:critical=0.03,block_q=8,block_kv=8,tile_order=true;critical=0.18{_HOT};critical=0.09@blocks\.5\.",
-        "clear": r"clear:radius=3.3;radius=6.6@blocks\.[16]\.;radius=6@blocks\.[04]\.;radius=4.5@blocks\.5\.",
-        "llsa": "llsa:block_size=8,topk=8,levels=2;topk=34" + _HOT,
-        "gna": r"gna:window=3x6x6;window=7x10x10@blocks\.[16]\.;window=7x9x9@blocks\.[04]\.;window=5x7x7@blocks\.5\.",
+        "sla": r"sla:critical=0.06,block_q=8,block_kv=8,tile_order=true;critical=0.26@\.blocks\.0\."
+        + r";critical=0.1@\.blocks\.(2|9)\.;critical=0.03@\.blocks\.3\."
+        + r";critical=0.08@\.blocks\.(4|8)\.;critical=0.12@\.blocks\.(5|6)\.",
+        "clear": r"clear:radius=52x64x1;radius=2.5x4.5x64@\.blocks\.0\.;radius=52x4x3@\.blocks\.1\."
+        + r";radius=1.5x4.5x64@\.blocks\.2\.;radius=2.5x4x64@\.blocks\.3\."
+        + r";radius=2x5.5x64@\.blocks\.4\.;radius=4x64x4.5@\.blocks\.6\.;radius=4x1x64@\.blocks\.8\."
+        + r";radius=4.5x3x4.5@\.blocks\.9\.",
+        "llsa": r"llsa:block_size=8,levels=2,topk=24;block_size=32,levels=1,topk=8@\.blocks\.1\."
+        + r";topk=4@\.blocks\.2\.;topk=12@\.blocks\.3\.;topk=20@\.blocks\.4\."
+        + r";block_size=16,levels=1,topk=16@\.blocks\.5\.;topk=32@\.blocks\.6\."
+        + r";block_size=16,levels=1,topk=12@\.blocks\.7\.;topk=16@\.blocks\.8\.;topk=6@\.blocks\.9\.",
+        "gna": r"gna:window=2x8x16;window=3x10x16@\.blocks\.0\.;window=13x6x4@\.blocks\.1\."
+        + r";window=3x5x16@\.blocks\.3\.;window=13x13x1@\.blocks\.5\.;window=4x16x16@\.blocks\.6\."
+        + r";window=13x16x1@\.blocks\.7\.;window=7x1x16@\.blocks\.8\.;window=8x6x5@\.blocks\.9\.",
     },
 }  # fmt: skip
 LEVELS = 8

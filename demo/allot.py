@@ -1,0 +1,244 @@
+"""Shares a tenth of the logits out among a pipeline's layers, so that a mechanism loses little before it is trained.
+
+    python -m dit_accel.demo.allot image --attn gna:window=18x18 --samples conversions/image/samples --out gna.json
+
+Layers need different places and different numbers of them: one the whole row, one the same place in all frames, one
+hardly any. The search is by trial, on samples that ``convert`` has encoded to train on: each round tries other options
+in each layer, takes the best change of one layer or two that keeps within the share, and goes on. The file holds the
+best so far, as ``--attn`` takes it, and how far its predictions are from the dense ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.attn_spec import AttentionSpec, parse_attention
+from dit_accel.convert.capture import merge
+from dit_accel.convert.noise import noise_process
+from dit_accel.convert.samples import Sample, read_sample
+from dit_accel.embedded import IMAGE, VIDEO
+from dit_accel.files import write_json
+from dit_accel.install import denoisers, installed_layers, reset_attn_processor, set_by_layer
+from dit_accel.layout import TokenLayout
+from dit_accel.loading import load_pipeline
+
+__all__ = ["Options", "Search"]
+
+LEVELS = (0.0625, 0.25, 0.5, 0.75, 0.9375)
+_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 20, 24, 32, 48)
+_SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.26, 0.3, 0.36, 0.44)
+_TOPK = (2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 76)
+_BLOCKS = ("block_size=8,levels=2", "block_size=16,levels=1", "block_size=32,levels=1")
+
+Choice = tuple[int, ...]  # of each axis of the options the place
+
+
+class Options:
+    """What a mechanism can be given in a layer: axes of values, and the text of a choice of each."""
+
+    def __init__(self, name: str, grid: Sequence[int]) -> None:
+        self.name = name
+        if name == "sla":
+            self.axes: list[list[Any]] = [list(_SHARES)]
+        elif name == "llsa":
+            self.axes = [list(_TOPK), list(_BLOCKS)]
+        else:
+            self.axes = [[*(size for size in _SIZES if size < length), length] for length in grid]
+
+    def text(self, choice: Choice) -> str:
+        values = [axis[i] for axis, i in zip(self.axes, choice, strict=True)]
+        if self.name == "sla":
+            return f"critical={values[0]},block_q=8,block_kv=8,tile_order=true"
+        if self.name == "llsa":
+            return f"{values[1]},topk={values[0]}"
+        if self.name == "gna":
+            return "window=" + "x".join(map(str, values))
+        # half of a window of this size; an axis that is seen whole must not narrow the others
+        radii = [4 * size if size == axis[-1] else (size + 1) / 2 for size, axis in zip(values, self.axes, strict=True)]
+        return "radius=" + "x".join(f"{radius:g}" for radius in radii)
+
+    def choice(self, processor: Any) -> Choice:
+        """The nearest to a processor's options."""
+        if self.name == "sla":
+            values: list[Any] = [processor.critical]
+        elif self.name == "llsa":
+            values = [processor.topk, f"block_size={processor.block_size},levels={processor.levels}"]
+        elif self.name == "gna":
+            values = list(processor.window)
+        else:
+            radii = processor.radius if isinstance(processor.radius, tuple) else (processor.radius,) * len(self.axes)
+            values = [2 * radius - 1 for radius in radii]
+        return tuple(
+            axis.index(value) if isinstance(value, str) else min(range(len(axis)), key=lambda i: abs(axis[i] - value))
+            for axis, value in zip(self.axes, values, strict=True)
+        )
+
+    def near(self, choice: Choice, rng: random.Random) -> Choice:
+        """Another choice: one axis or two a few steps on."""
+        while True:
+            moved = list(choice)
+            for axis in rng.sample(range(len(choice)), min(len(choice), rng.choice((1, 1, 2)))):
+                step = rng.choice((-3, -2, -1, 1, 2, 3))
+                moved[axis] = min(max(moved[axis] + step, 0), len(self.axes[axis]) - 1)
+            if tuple(moved) != choice:
+                return tuple(moved)
+
+
+class Search:
+    """Choices of options by layer, from those of ``begin`` on."""
+
+    def __init__(self, pipe: Any, begin: AttentionSpec, samples: Sequence[Sample], share: float, seed: int) -> None:
+        self.pipe, self.name, self.share, self.rng = pipe, begin.name, share, random.Random(seed)
+        (self.model,) = denoisers(pipe).values()
+        self.arguments = self._arguments(samples)
+        self.wanted = self._predict()
+        (processors,) = set_by_layer(pipe, begin.by_layer(begin.processor())).values()
+        self.layouts = self._layouts()
+        layout = next(iter(self.layouts.values()))
+        self.options = Options(self.name, layout.grid)
+        self.shares: dict[tuple[Choice, TokenLayout], float] = {}
+        self.choices = {name: self.options.choice(layer) for name, layer in processors.items()}
+        if self.cost(self.choices) > share:
+            raise ValueError(
+                f"{self.text(self.choices)} computes {self.cost(self.choices):.2%} of the logits, more than the share "
+                f"of {share:.2%}: begin with less"
+            )
+        self.loss = self.measure(self.choices)
+
+    def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """One call of the denoiser: each sample at each level."""
+        process, device = noise_process(self.pipe.scheduler), next(self.model.parameters()).device
+        chosen = [sample for sample in samples for _ in LEVELS]
+        levels = torch.tensor(LEVELS, device=device).repeat(len(samples))
+        clean = torch.cat([sample.latents for sample in chosen]).to(device)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        noisy, _ = process.mix(clean, noise, levels)
+        conditions = merge([sample.conditions for sample in chosen])
+        conditions.tensors = {key: x.to(device) for key, x in conditions.tensors.items()}
+        return conditions.arguments(noisy, process.timestep(levels))
+
+    @torch.no_grad()
+    def _predict(self) -> Tensor:
+        device = next(self.model.parameters()).device
+        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+            return self.model(**self.arguments)[0].float()
+
+    def _layouts(self) -> dict[str, TokenLayout]:
+        """Of each layer; read off a forward. What is installed is taken off."""
+        self._predict()
+        found = {name: layer.cell.last for name, layer in installed_layers(self.model).items()}
+        reset_attn_processor(self.pipe)
+        return {name: layout for name, layout in found.items() if layout is not None}
+
+    def _cost(self, choice: Choice, layout: TokenLayout) -> float:
+        """Share of a layer's logits."""
+        if (choice, layout) not in self.shares:
+            processor = parse_attention(f"{self.name}:{self.options.text(choice)}").processor()
+            fitted = processor.mechanism.fit(layout, **processor.layer_options(layout))
+            self.shares[choice, layout] = processor.mechanism.count_logits(layout, **fitted) / layout.seq_len**2
+        return self.shares[choice, layout]
+
+    def cost(self, choices: Mapping[str, Choice]) -> float:
+        """Share of all logits."""
+        return sum(self._cost(choice, self.layouts[name]) for name, choice in choices.items()) / len(choices)
+
+    def measure(self, choices: Mapping[str, Choice]) -> float:
+        """Mean squared distance of the predictions to the dense ones."""
+        spec = parse_attention(self.text(choices))
+        set_by_layer(self.pipe, spec.by_layer(spec.processor()))
+        try:
+            return float((self._predict() - self.wanted).square().mean())
+        finally:
+            reset_attn_processor(self.pipe)
+
+    def text(self, choices: Mapping[str, Choice]) -> str:
+        """As ``--attn`` takes it: what most layers have, then the exceptions."""
+        layers: dict[str, list[str]] = {}
+        for name, choice in choices.items():
+            layers.setdefault(self.options.text(choice), []).append(name)
+        usual = max(layers, key=lambda options: len(layers[options]))
+        parts = [f"{self.name}:{usual}"]
+        for options, names in layers.items():
+            if options == usual:
+                continue
+            differ = ",".join(part for part in options.split(",") if part not in usual.split(","))
+            stems: dict[str, list[str]] = {}
+            for name in names:
+                stem, number, _ = re.split(r"\.(\d+)\.", name, maxsplit=1)
+                stems.setdefault(stem, []).append(number)
+            for stem, numbers in stems.items():
+                which = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+                parts.append(rf"{differ}@\.{stem}\.{which}\.")
+        return ";".join(parts)
+
+    def round(self, finished: Callable[[], bool]) -> bool:
+        """Try two other choices for each layer, and the best of them alone or two together. Returns: whether better."""
+        changes: list[tuple[float, float, str, Choice]] = []  # in loss, in cost, of a layer to a choice
+        for name in self.layouts:
+            for _ in range(2):
+                if finished():
+                    return False
+                choice = self.options.near(self.choices[name], self.rng)
+                cost = self._cost(choice, self.layouts[name]) - self._cost(self.choices[name], self.layouts[name])
+                loss = self.measure({**self.choices, name: choice}) - self.loss
+                changes.append((loss, cost / len(self.layouts), name, choice))
+        slack = self.share - self.cost(self.choices)
+        moves = [(a[0], {a[2]: a[3]}) for a in changes if a[1] <= slack]
+        moves += [
+            (a[0] + b[0], {a[2]: a[3], b[2]: b[3]})
+            for i, a in enumerate(changes)
+            for b in changes[:i]
+            if a[2] != b[2] and a[1] + b[1] <= slack
+        ]
+        for guess, move in sorted(moves, key=lambda each: each[0])[:4]:
+            if guess >= 0:
+                return False
+            tried = {**self.choices, **move}
+            loss = self.measure(tried)
+            if loss < self.loss:
+                self.choices, self.loss = tried, loss
+                return True
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("image", "video"))
+    parser.add_argument("--pipeline", type=Path, help="default the embedded one")
+    parser.add_argument("--attn", metavar="SPEC", type=parse_attention, required=True, help="to begin with")
+    parser.add_argument("--samples", type=Path, required=True, help="folder of encoded samples")
+    parser.add_argument("--count", type=int, default=4, help="of them")
+    parser.add_argument("--share", type=float, default=0.0995, help="of the logits")
+    parser.add_argument("--seconds", type=float, default=100.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    args = parser.parse_args()
+    end = time.monotonic() + args.seconds
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = args.pipeline or (VIDEO if args.kind == "video" else IMAGE).folder
+    paths = sorted(args.samples.glob("*.safetensors"))[: args.count]
+    samples = [read_sample(path) for path in paths]
+    search = Search(load_pipeline(str(folder), torch.float32, device), args.attn, samples, args.share, args.seed)
+    rounds = 0
+    while time.monotonic() < end:
+        better = search.round(lambda: time.monotonic() >= end)
+        rounds += 1
+        if better or rounds == 1:
+            told = {"attention": search.text(search.choices), "share": search.cost(search.choices)}
+            write_json(args.out, {**told, "distance": search.loss, "rounds": rounds})
+            print(json.dumps({**told, "distance": search.loss, "rounds": rounds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

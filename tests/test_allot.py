@@ -1,0 +1,52 @@
+"""The search that shares logits out among layers."""
+
+import random
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_pipelines import save_wan
+
+from dit_accel.attn_spec import parse_attention
+from dit_accel.convert.capture import capture
+from dit_accel.convert.samples import Sample
+from dit_accel.demo.allot import Options, Search
+from dit_accel.install import denoisers, installed_layers
+
+
+@pytest.mark.parametrize("grid", [(64, 64), (13, 16, 16)])
+@pytest.mark.parametrize("name", ["sla", "clear", "llsa", "gna"])
+def test_a_choice_is_what_its_text_means(name, grid):
+    options, rng = Options(name, grid), random.Random(0)
+    choice = tuple(len(axis) // 2 for axis in options.axes)
+    for _ in range(50):
+        choice = options.near(choice, rng)
+        assert options.choice(parse_attention(f"{name}:{options.text(choice)}").processor()) == choice
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A pipeline, its denoiser, and a sample of 2×8×8 tokens."""
+    pipe = DiffusionPipeline.from_pretrained(save_wan(tmp_path_factory.mktemp("wan") / "wan"))
+    (model,) = denoisers(pipe).values()
+    conditions = capture(pipe, model, {"prompt": "a red circle", "height": 128, "width": 128, "num_frames": 5})
+    noise = torch.randn(conditions.shape, generator=torch.Generator().manual_seed(0))
+    return pipe, model, Sample(noise, conditions)
+
+
+@pytest.mark.parametrize("begin", ["gna:window=2x4x4", "clear:radius=3", "sla:critical=0.2,block_q=8,block_kv=8"])
+def test_distance_falls_within_the_share_and_nothing_stays_installed(wan, begin):
+    pipe, model, sample = wan
+    search = Search(pipe, parse_attention(begin), [sample], share=0.3, seed=0)
+    losses = [search.loss]
+    for _ in range(5):
+        better = search.round(lambda: False)
+        losses.append(search.loss)
+        assert search.cost(search.choices) <= 0.3 and (losses[-1] < losses[-2]) == better
+    assert losses[-1] < losses[0]
+    assert search.measure(search.choices) == losses[-1] and not installed_layers(model)
+
+
+def test_more_than_the_share_to_begin_with_is_told(wan):
+    with pytest.raises(ValueError, match="begin with less"):
+        Search(wan[0], parse_attention("gna:window=2x8x8"), [wan[2]], share=0.1, seed=0)

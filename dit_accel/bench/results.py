@@ -24,7 +24,7 @@ Row = dict[str, Any]
 KEYS = {
     "attention": ("case", "backend"),
     "backward": ("case", "backend"),
-    "quality": ("teacher", "mechanism", "training"),
+    "quality": ("teacher", "mechanism", "training", "attention"),
     "scaling": ("case", "backend", "pass"),
     "step": ("model", "variant"),
     "train": ("model", "variant", "checkpointing"),

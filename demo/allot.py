@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,33 @@ class Options:
         return "radius=" + "x".join(f"{radius:g}" for radius in radii)
 
     def choice(self, processor: Any) -> Choice:
-        """The nearest to a processor's options."""
+        """The nearest to a processor's options.
+
+        Raises: ValueError: options that are not searched are others than here.
+        """
         if self.name == "sla":
             values: list[Any] = [processor.critical]
         elif self.name == "llsa":
             values = [processor.topk, f"block_size={processor.block_size},levels={processor.levels}"]
         elif self.name == "gna":
-            values = list(processor.window)
+            values = self._by_axis(processor.window)
         else:
-            radii = processor.radius if isinstance(processor.radius, tuple) else (processor.radius,) * len(self.axes)
-            values = [2 * radius - 1 for radius in radii]
-        return tuple(
-            axis.index(value) if isinstance(value, str) else min(range(len(axis)), key=lambda i: abs(axis[i] - value))
+            values = [2 * radius - 1 for radius in self._by_axis(processor.radius)]
+        choice = tuple(
+            min(range(len(axis)), key=lambda i: axis[i] != value if isinstance(value, str) else abs(axis[i] - value))
             for axis, value in zip(self.axes, values, strict=True)
         )
+        ours = parse_attention(f"{self.name}:{self.text(choice)}").processor()
+        searched = {"sla": "critical", "llsa": "topk", "gna": "window", "clear": "radius"}[self.name]
+        alike = replace(processor, **{searched: getattr(ours, searched)})
+        if alike != ours:
+            raise ValueError(
+                f"{alike}: of {self.name} only {searched} can be other than in {ours}: begin with such options"
+            )
+        return choice
+
+    def _by_axis(self, value: Any) -> list[Any]:
+        return list(value) if isinstance(value, tuple) else [value] * len(self.axes)
 
     def near(self, choice: Choice, rng: random.Random) -> Choice:
         """Another choice: one axis or two a few steps on."""
@@ -228,8 +242,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = args.pipeline or (VIDEO if args.kind == "video" else IMAGE).folder
     paths = sorted(args.samples.glob("*.safetensors"))[: args.count]
+    if not paths:
+        parser.error(f"no encoded samples in {args.samples}: give the folder samples of a conversion")
     samples = [read_sample(path) for path in paths]
-    search = Search(load_pipeline(str(folder), torch.float32, device), args.attn, samples, args.share, args.seed)
+    pipe = load_pipeline(str(folder), torch.float32, device)
+    try:
+        search = Search(pipe, args.attn, samples, args.share, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
     rounds = 0
     while time.monotonic() < end:
         better = search.round(lambda: time.monotonic() >= end)

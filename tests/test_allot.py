@@ -10,7 +10,7 @@ from tiny_pipelines import save_wan
 from dit_accel.attn_spec import parse_attention
 from dit_accel.convert.capture import capture
 from dit_accel.convert.samples import Sample
-from dit_accel.demo.allot import Options, Search
+from dit_accel.demo.allot import Options, Search, main
 from dit_accel.install import denoisers, installed_layers
 
 
@@ -34,7 +34,9 @@ def wan(tmp_path_factory):
     return pipe, model, Sample(noise, conditions)
 
 
-@pytest.mark.parametrize("begin", ["gna:window=2x4x4", "clear:radius=3", "sla:critical=0.2,block_q=8,block_kv=8"])
+@pytest.mark.parametrize(
+    "begin", ["gna:window=2x4x4", "clear:radius=3", "sla:critical=0.2,block_q=8,block_kv=8,tile_order=true"]
+)
 def test_distance_falls_within_the_share_and_nothing_stays_installed(wan, begin):
     pipe, model, sample = wan
     search = Search(pipe, parse_attention(begin), [sample], share=0.3, seed=0)
@@ -47,6 +49,23 @@ def test_distance_falls_within_the_share_and_nothing_stays_installed(wan, begin)
     assert search.measure(search.choices) == losses[-1] and not installed_layers(model)
 
 
-def test_more_than_the_share_to_begin_with_is_told(wan):
-    with pytest.raises(ValueError, match="begin with less"):
-        Search(wan[0], parse_attention("gna:window=2x8x8"), [wan[2]], share=0.1, seed=0)
+@pytest.mark.parametrize(
+    "begin, said",
+    [
+        ("gna:window=2x8x8", "begin with less"),
+        ("gna:window=2x2x2,stride=2", "of gna only window can be other"),
+        ("llsa:block_size=64,levels=1", "of llsa only topk can be other"),
+    ],
+)
+def test_what_it_cannot_begin_with_is_told(wan, begin, said):
+    with pytest.raises(ValueError, match=said):
+        Search(wan[0], parse_attention(begin), [wan[2]], share=0.1, seed=0)
+    assert not installed_layers(wan[1])
+
+
+def test_a_folder_without_samples_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["allot", "image", "--attn", "gna:window=8x8", "--samples", "x", "--out", "y"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main()
+    assert "no encoded samples in x: give the folder" in capsys.readouterr().err

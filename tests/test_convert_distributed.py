@@ -43,9 +43,10 @@ RUNS = {
 }  # fmt: skip
 
 
-def convert(folder, out, batch, *more):
+def convert(folder, out, batch, *more, device="cpu"):
     """Exit status of the command."""
-    given = ["convert", "--pipeline", str(folder / "flux"), "--out", str(out), "--data-free", "--device", "cpu"]
+    given = ["convert", "--pipeline", str(folder / "flux"), "--out", str(out), "--data-free"]
+    given += ["--device", device] if device else []
     given += ["--prompts", str(folder / "prompts.txt"), "--samples", "4", "--height", "32", "--width", "32"]
     given += ["--batch", str(batch), "--steps", "4", "--warmup", "2", "--report", "0"]
     with pytest.raises(SystemExit) as stopped:
@@ -139,7 +140,6 @@ def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_
 @pytest.mark.parametrize(
     "environment, more, said",
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), "configured to DeepSpeed, which convert does not run with: choose"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, (), "configured to Megatron-LM"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, (), "configured to a parallelism_config"),
         ({"FSDP_VERSION": "1"}, (), "FSDP of version 1, and convert runs with version 2: set fsdp_version: 2"),

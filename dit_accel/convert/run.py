@@ -27,6 +27,7 @@ from .sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
 from .stages import check_graph, check_request, plan
 from .trainer import Diverged, Trainer
 from .watch import Watch
+from .zero import check_zero, set_up_zero
 
 __all__ = ["Diverged", "run"]
 
@@ -45,6 +46,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         recipe = reweighted(RECIPES[request.recipe], dict(request.weights))
         check_request(request, recipe)
         check_launch(request.mixed_precision)
+        check_zero(request.mixed_precision, recipe.selects)
     except ValueError as error:
         raise BadInput(str(error)) from error
     accelerator = Accelerator(
@@ -53,6 +55,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     )  # fmt: skip
     try:
         set_up(accelerator)
+        set_up_zero(accelerator, request.batch, request.mixed_precision)
         check_graph(request, accelerator)
     except ValueError as error:
         raise BadInput(str(error)) from error

@@ -41,7 +41,6 @@ def check_launch(mixed_precision: str) -> None:
     """
     instead = "choose FSDP of version 2 (fsdp_version: 2) or plain multi-GPU with accelerate config"
     for variable, what in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
     ):

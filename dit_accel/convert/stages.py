@@ -16,6 +16,7 @@ from .lora import require_peft
 from .recipes import Recipe, Stage
 from .request import Request
 from .selection import usual_number
+from .zero import is_zero
 
 __all__ = ["Part", "Plan", "check_request", "host_parameters", "plan"]
 
@@ -106,10 +107,15 @@ def check_graph(request: Request, accelerator: Accelerator) -> None:
         return
     if accelerator.device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a CUDA GPU; accelerate found {accelerator.device}: leave it out")
-    if accelerator.num_processes > 1 or request.gradient_checkpointing or request.mixed_precision == "fp16":
+    if (
+        accelerator.num_processes > 1
+        or is_zero(accelerator)
+        or request.gradient_checkpointing
+        or request.mixed_precision == "fp16"
+    ):
         raise ValueError(
-            "--cuda-graph is for one process, --mixed-precision no or bf16 and no --gradient-checkpointing: such a "
-            "step cannot be captured, leave one of them out"
+            "--cuda-graph is for one process without DeepSpeed, --mixed-precision no or bf16 and no "
+            "--gradient-checkpointing: such a step cannot be captured, leave one of them out"
         )
 
 

@@ -42,6 +42,7 @@ from .sharding import (
 )
 from .stages import Part, Plan, host_parameters
 from .transfer import TeacherForced
+from .zero import all_parts, autocast, is_zero, restore_part
 
 __all__ = ["Diverged", "Trainer"]
 
@@ -66,6 +67,7 @@ class Trainer:
         self.sharded = is_sharded(accelerator)
         if self.sharded:
             host.to("cpu")  # of it and the teacher one block after the other comes back, in parts
+        self.zero = is_zero(accelerator)
         self.compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self.pretrained = {part.scope: host_parameters(host, part.scope) for part in plan.parts}
         trained = set().union(*self.pretrained.values())
@@ -123,6 +125,8 @@ class Trainer:
         """Leave the stage before, and make ready what this one trains and calls."""
         reshard(self.host)
         if self.model is not None:
+            if self.zero:
+                self.model.destroy()  # its hooks on the parameters
             if not self.sharded:
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model = self.optimizer = None
@@ -180,7 +184,15 @@ class Trainer:
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 named[name].copy_(part_like(value, named[name]))
-        self.optimizer.load_state_dict(with_parts(state["optimizer"], self.optimizer))
+        try:
+            if self.zero:
+                restore_part(self.optimizer, state["optimizer"], self.accelerator.process_index)
+            elif "parts" in state["optimizer"]:
+                raise ValueError("the checkpoint was written under DeepSpeed: go on with it, or choose another --out")
+            else:
+                self.optimizer.load_state_dict(with_parts(state["optimizer"], self.optimizer))
+        except ValueError as error:
+            raise BadInput(str(error)) from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.saved = state["step"], state["history"], state["step"]
@@ -190,7 +202,7 @@ class Trainer:
     def train(self, progress: Progress, after: Callable[[int], None]) -> None:
         """All steps that are left, ``after`` each what is to be done then; a checkpoint every so many, at the end, and
         when stopped."""
-        many = self.accelerator.num_processes > 1
+        many = self.accelerator.num_processes > 1 or self.zero  # whose step is taken before it is counted
         try:
             with noted() if many else nullcontext(list[int]()) as came:
                 self._steps(progress, after, came)
@@ -208,7 +220,8 @@ class Trainer:
         first, began = self.step, time.perf_counter()
         spoken = began
         task = progress.add_task(self._called(), total=request.steps, completed=self.step, told="")
-        at_once = nullcontext if world > 1 else deferred
+        together = world > 1 or self.zero  # signals are only noted
+        at_once = nullcontext if together else deferred
         while self.step < request.steps:
             if self.step == self.part.end:
                 with at_once():
@@ -232,7 +245,7 @@ class Trainer:
             if self.step % request.save_every == 0 and self.step < request.steps:
                 self.save()
             after(self.step)
-            if world > 1:
+            if together:
                 self._stop_together(came)
 
     def _stop_together(self, came: list[int]) -> None:
@@ -259,7 +272,9 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             place = self.step * len(micro_batches) + i
             last = i + 1 == len(micro_batches)
-            with nullcontext() if last else accelerator.no_sync(self.host if self.sharded else self.model):
+            if self.zero:
+                accelerator.sync_gradients = last  # it takes the step, too
+            with nullcontext() if last or self.zero else accelerator.no_sync(self.host if self.sharded else self.model):
                 parts = (self.graphs or self._gradients)(self._batch(batch, place))
             for name, part in parts.items():
                 total[name] = total.get(name, torch.zeros((), device=part.device)) + part / len(micro_batches)
@@ -287,7 +302,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Of the stage, by name, unweighted."""
         stage = self.part.stage
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.request.mixed_precision):
             if stage.transfer:
                 assert self.teacher is not None
                 return {"transfer": transfer_loss(self.model, self.teacher, self.layers, self.process, batch)}
@@ -330,7 +345,7 @@ class Trainer:
             "scores": self.scores,
             "history": self.history,
             "parameters": gather(learned, keep=first),
-            "optimizer": whole_states(self.optimizer, keep=first),
+            "optimizer": (all_parts if self.zero else whole_states)(self.optimizer, keep=first),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),  # of fp16's gradients
         }
         if first:

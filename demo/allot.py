@@ -28,6 +28,7 @@ from dit_accel.attn_spec import AttentionSpec, parse_attention
 from dit_accel.convert.capture import merge
 from dit_accel.convert.noise import noise_process
 from dit_accel.convert.samples import Sample, read_sample
+from dit_accel.describe import count_logits
 from dit_accel.embedded import IMAGE, VIDEO
 from dit_accel.files import write_json
 from dit_accel.install import denoisers, installed_layers, reset_attn_processor, set_by_layer
@@ -159,8 +160,7 @@ class Search:
         """Share of a layer's logits."""
         if (choice, layout) not in self.shares:
             processor = parse_attention(f"{self.name}:{self.options.text(choice)}").processor()
-            fitted = processor.mechanism.fit(layout, **processor.layer_options(layout))
-            self.shares[choice, layout] = processor.mechanism.count_logits(layout, **fitted) / layout.seq_len**2
+            self.shares[choice, layout] = count_logits(processor, layout) / layout.seq_len**2
         return self.shares[choice, layout]
 
     def cost(self, choices: Mapping[str, Choice]) -> float:

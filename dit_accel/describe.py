@@ -12,8 +12,9 @@ from .backend import resolve
 from .install import denoisers, installation_of, installed_layers
 from .intercept import MechanismLayer
 from .layout import TokenLayout
+from .processor import AcceleratedAttnProcessor
 
-__all__ = ["describe", "logit_fraction"]
+__all__ = ["count_logits", "describe", "logit_fraction"]
 
 
 def describe(pipe_or_model: Any) -> str:
@@ -119,6 +120,13 @@ def logit_fraction(pipe_or_model: Any) -> float:
     return computed / dense if dense else 1.0
 
 
+def count_logits(processor: AcceleratedAttnProcessor, layout: TokenLayout) -> float:
+    """Logits that a processor's exact mask keeps in a layer of this layout, its options capped to the grid."""
+    grid = processor.grid_layout(layout)
+    fitted = processor.mechanism.fit(grid, **processor.layer_options(layout))
+    return float(processor.mechanism.count_logits(grid, **fitted))
+
+
 def _logits(model: nn.Module) -> tuple[float, float]:
     layers = installed_layers(model)
     run = [layer for layer in layers.values() if layer.cell.last is not None]
@@ -133,11 +141,7 @@ def _logits(model: nn.Module) -> tuple[float, float]:
         if _stays_dense(layer, layout):
             computed += whole
             continue
-        processor = layer.mechanism
-        grid = processor.grid_layout(layout)
-        computed += processor.mechanism.count_logits(
-            grid, **processor.mechanism.fit(grid, **processor.layer_options(layout))
-        )
+        computed += count_logits(layer.mechanism, layout)
     installation = installation_of(model)
     left = installation.attention_layers - len(layers) if installation else 0
     rest = left * (dense / len(run)) if run else 0.0

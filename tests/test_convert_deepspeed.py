@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from test_convert_distributed import GNA, SLA, TRANSFER, convert, link_samples, read, told
+from test_convert_distributed import GNA, SLA, TRANSFER, assert_refused, convert, link_samples, read, told
 from tiny_pipelines import save_flux
 
 import dit_accel.convert.run
@@ -47,7 +47,7 @@ def run_both(folder, name, ends=0):
         assert process.returncode == ends, said[-3000:].decode()
 
 
-def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_path):
+def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_path, capsys):
     """With a teacher, stages, accumulation and LoRA. In one test, since workers share no fixture."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     save_flux(tmp_path / "flux")
@@ -58,9 +58,12 @@ def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_
         assert convert(tmp_path, link_samples(tmp_path, one / name), 2, *RUNS[name][1]) == 0
         link_samples(tmp_path, two / name)
     AcceleratorState._reset_state(True)
+    assert convert(tmp_path, link_samples(tmp_path, tmp_path / "float32/bf16"), 2, *RUNS["bf16"][1][:-2]) == 0
 
     run_both(tmp_path, "bf16")
-    assert_same(two / "bf16", one / "bf16", 1e-2)
+    ours, theirs, plain = (told(x / "bf16")["history"][0]["loss"] for x in (two, one, tmp_path / "float32"))
+    assert abs(ours - theirs) < 0.1 * abs(ours - plain)  # DeepSpeed's autocast is ours, and is there
+    assert_same(two / "bf16", one / "bf16", 1e-3)
 
     run_both(tmp_path, "transfer", 130)  # a signal in the third step, to the second process alone
     alone = link_samples(tmp_path, tmp_path / "alone")
@@ -69,6 +72,7 @@ def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_
     run_both(tmp_path, "transfer")
     assert_same(two / "transfer", one / "transfer", 1e-5)
     assert convert(tmp_path, alone, 2, *TRANSFER) == 2  # what the optimizer holds is in parts
+    assert "was written under DeepSpeed: go on as it was begun" in " ".join(capsys.readouterr().err.split())
 
 
 def assert_same(ours, theirs, within):
@@ -95,18 +99,13 @@ def assert_same(ours, theirs, within):
 def test_what_cannot_be_run_is_told_before_any_work(tmp_path, monkeypatch, environment, more, said, capsys):
     for key, value in {**ASKED, **environment}.items():
         monkeypatch.setenv(key, value)
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    assert convert(tmp_path, tmp_path / "o", 1, "--attn", GNA, *more) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
-    assert not list((tmp_path / "o").glob("*"))
+    assert_refused(tmp_path, capsys, said, *more)
 
 
 def test_deepspeed_that_is_not_installed_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("dit_accel.convert.zero.find_spec", lambda name: None)
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    assert convert(tmp_path, tmp_path / "o", 1, "--attn", GNA) == 2
-    assert "not installed: pip install deepspeed" in " ".join(capsys.readouterr().err.split())
+    assert_refused(tmp_path, capsys, "not installed: pip install deepspeed")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +118,7 @@ def test_deepspeed_that_is_not_installed_is_told(tmp_path, monkeypatch, capsys):
             "ZeRO's offload_optimizer: set its device to none",
         ),
         ({"zero_optimization": {"stage": 1}, "scheduler": {}}, "take the section scheduler out"),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, "take the section fp16 out"),
     ],
 )
 def test_configurations_that_cannot_be_run_are_told(config, said):

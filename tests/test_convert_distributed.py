@@ -54,6 +54,14 @@ def convert(folder, out, batch, *more, device="cpu"):
     return stopped.value.code
 
 
+def assert_refused(folder, capsys, said, *more):
+    """Before any work."""
+    (folder / "prompts.txt").write_text("a red circle\n")
+    assert convert(folder, folder / "o", 1, "--attn", GNA, *more) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list((folder / "o").glob("*"))
+
+
 def link_samples(folder, out):
     out.mkdir(parents=True)
     (out / "samples").symlink_to(folder / "drawn/samples")
@@ -153,10 +161,7 @@ def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_
 def test_what_cannot_be_run_is_told_before_any_work(tmp_path, monkeypatch, environment, more, said, capsys):
     for key, value in {**FSDP, **environment}.items():
         monkeypatch.setenv(key, value)
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    assert convert(tmp_path, tmp_path / "o", 1, "--attn", GNA, *more) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
-    assert not list((tmp_path / "o").glob("*"))
+    assert_refused(tmp_path, capsys, said, *more)
 
 
 def test_blocks_are_the_models_own_and_others_are_told():

@@ -22,16 +22,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..save import whole
 
 __all__ = [
-    "average", "check_launch", "choose_blocks", "gather", "is_sharded", "part_like", "reshard", "set_up", "shard",
-    "through", "whole_states", "with_parts",
+    "asked", "average", "check_launch", "check_split", "choose_blocks", "gather", "is_sharded", "part_like",
+    "reshard", "set_up", "shard", "through", "whole_states", "with_parts",
 ]  # fmt: skip
 
 _PRECISIONS = {"bf16": torch.bfloat16}
 _METHOD = "_dit_accel_call"
 
 
-def _asked(name: str) -> bool:
+def asked(name: str) -> bool:
+    """Whether accelerate has set this variable of the environment to yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def check_split(what: str, mixed_precision: str) -> None:
+    """Raises: ValueError: compilation or fp16, which neither FSDP nor DeepSpeed are run with."""
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
+        raise ValueError(f"convert does not compile under {what}: set dynamo_backend: no in accelerate's configuration")
+    if mixed_precision == "fp16":
+        raise ValueError(f"--mixed-precision fp16 is not taken under {what}: use bf16 or no")
 
 
 def check_launch(mixed_precision: str) -> None:
@@ -44,9 +53,9 @@ def check_launch(mixed_precision: str) -> None:
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
     ):
-        if _asked(variable):
+        if asked(variable):
             raise ValueError(f"accelerate is configured to {what}, which convert does not run with: {instead}")
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if not asked("ACCELERATE_USE_FSDP"):
         return
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ValueError(
@@ -55,22 +64,19 @@ def check_launch(mixed_precision: str) -> None:
         )
     if not hasattr(accelerate.utils, "fsdp2_prepare_model"):
         raise ValueError(f"accelerate {accelerate.__version__} has no FSDP of version 2: pip install -U accelerate")
-    if _asked("FSDP_OFFLOAD_PARAMS"):
+    if asked("FSDP_OFFLOAD_PARAMS"):
         raise ValueError("convert does not keep parameters on the CPU under FSDP: set fsdp_offload_params: false")
     if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
         raise ValueError(
             "FSDP by size would split lists of modules, which torch does not take: set fsdp_auto_wrap_policy: "
             "TRANSFORMER_BASED_WRAP, which splits a denoiser's blocks"
         )
-    if _asked("FSDP_ACTIVATION_CHECKPOINTING"):
+    if asked("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ValueError(
             "accelerate is configured to FSDP's activation checkpointing, which renames modules: set "
             "fsdp_activation_checkpointing: false, and give --gradient-checkpointing"
         )
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
-        raise ValueError("convert does not compile under FSDP: set dynamo_backend: no in accelerate's configuration")
-    if mixed_precision == "fp16":
-        raise ValueError("--mixed-precision fp16 is not taken under FSDP: use bf16 or no")
+    check_split("FSDP", mixed_precision)
 
 
 def set_up(accelerator: Accelerator) -> None:
@@ -78,7 +84,7 @@ def set_up(accelerator: Accelerator) -> None:
 
     Raises: ValueError: the processes are on the CPU of a machine whose GPUs torch would shard to.
     """
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if not asked("ACCELERATE_USE_FSDP"):
         return
     state: Any = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:  # here accelerate leaves FSDP out without a word

@@ -176,6 +176,11 @@ class Trainer:
             raise BadInput(str(error)) from error
         if state is None:
             return
+        if ("parts" in state["optimizer"]) != self.zero:
+            how = "without" if self.zero else "under"
+            raise BadInput(
+                f"the checkpoint was written {how} DeepSpeed: go on as it was begun, or choose another --out"
+            )
         for index in range(1, state.get("stage", 0) + 1):
             if self.selection is not None:
                 self.selection.restore(state["scores"])
@@ -184,15 +189,10 @@ class Trainer:
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 named[name].copy_(part_like(value, named[name]))
-        try:
-            if self.zero:
-                restore_part(self.optimizer, state["optimizer"], self.accelerator.process_index)
-            elif "parts" in state["optimizer"]:
-                raise ValueError("the checkpoint was written under DeepSpeed: go on with it, or choose another --out")
-            else:
-                self.optimizer.load_state_dict(with_parts(state["optimizer"], self.optimizer))
-        except ValueError as error:
-            raise BadInput(str(error)) from error
+        if self.zero:
+            restore_part(self.optimizer, state["optimizer"], self.accelerator.process_index)
+        else:
+            self.optimizer.load_state_dict(with_parts(state["optimizer"], self.optimizer))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.saved = state["step"], state["history"], state["step"]

@@ -6,7 +6,6 @@ DeepSpeed takes the step itself, in the backward pass of a step's last batch, an
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
@@ -16,13 +15,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from .sharding import asked, check_split
+
 __all__ = ["all_parts", "autocast", "check_zero", "is_zero", "restore_part", "set_up_zero"]
 
+_ASKED = "ACCELERATE_USE_DEEPSPEED"
 _INSTEAD = "choose FSDP of version 2 with accelerate config, which splits parameters as well"
-
-
-def _asked() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
 
 
 def check_zero(mixed_precision: str, selects: bool) -> None:
@@ -30,18 +28,13 @@ def check_zero(mixed_precision: str, selects: bool) -> None:
 
     Raises: ValueError: it is not installed, or something that does not go together with it.
     """
-    if not _asked():
+    if not asked(_ASKED):
         return
     if find_spec("deepspeed") is None:
         raise ValueError("accelerate is configured to DeepSpeed, which is not installed: pip install deepspeed")
-    if mixed_precision == "fp16":
-        raise ValueError("--mixed-precision fp16 is not taken under DeepSpeed: use bf16 or no")
+    check_split("DeepSpeed", mixed_precision)
     if selects:
         raise ValueError(f"--recipe linvideo chooses layers while it trains, which DeepSpeed does not know: {_INSTEAD}")
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
-        raise ValueError(
-            "convert does not compile under DeepSpeed: set dynamo_backend: no in accelerate's configuration"
-        )
 
 
 def set_up_zero(accelerator: Accelerator, batch: int, precision: str) -> None:
@@ -51,7 +44,7 @@ def set_up_zero(accelerator: Accelerator, batch: int, precision: str) -> None:
     Raises: ValueError: a stage or section of the configuration that a conversion does not run with.
     """
     if not is_zero(accelerator):
-        if _asked():  # accelerate leaves it out without a word
+        if asked(_ASKED):  # accelerate leaves it out without a word
             raise ValueError(
                 "DeepSpeed does not go with --device cpu, nor without accelerate launch: leave one of them out"
             )
@@ -68,6 +61,8 @@ def set_up_zero(accelerator: Accelerator, batch: int, precision: str) -> None:
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise ValueError(f"take the section {section} out of DeepSpeed's configuration: convert has its own")
+    if config.get("fp16", {}).get("enabled") is True:
+        raise ValueError("take the section fp16 out of DeepSpeed's configuration: use --mixed-precision bf16 or no")
     config.update(
         train_micro_batch_size_per_gpu=batch,
         train_batch_size=batch * accelerator.num_processes,
@@ -100,12 +95,7 @@ def all_parts(optimizer: Any, keep: bool) -> dict[str, Any]:
 
 
 def restore_part(optimizer: Any, state: dict[str, Any], rank: int) -> None:
-    """What :func:`all_parts` gave, into the optimizer; parameters have been put back before.
-
-    Raises: ValueError: the state was not written under DeepSpeed.
-    """
-    if "parts" not in state:
-        raise ValueError("the checkpoint was not written under DeepSpeed: go on without it, or choose another --out")
+    """What :func:`all_parts` gave, into the optimizer; parameters have been put back before."""
     base, part = _base(optimizer), state["parts"][rank]
     groups = base.state_dict()["param_groups"]
     base.load_state_dict({

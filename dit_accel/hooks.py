@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .intercept import LayoutCell, MechanismLayer, Rerouted
+from .intercept import LayoutCell, MechanismLayer, Rerouted, ThreadSlot
 from .layout import TokenLayout
-from .site import ReadLayout
 
 __all__ = ["ReadStep", "SiteHook", "StepClock", "forward_parameters"]
 
@@ -28,70 +28,114 @@ def _by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, An
 class SiteHook:
     """Before the owner's forward, fill the layout cell; after it, whatever happened, empty it."""
 
-    def __init__(self, cell: LayoutCell, read: ReadLayout, names: tuple[str, ...]) -> None:
+    def __init__(self, cell: LayoutCell, owner: nn.Module) -> None:
+        assert cell.site is not None
         self.cell = cell
-        self.read = read
-        self.names = names
+        self.read = cell.site.read
+        self.names = forward_parameters(owner)
+        self.handles = [
+            owner.register_forward_pre_hook(self, with_kwargs=True),
+            owner.register_forward_hook(self.leave, always_call=True),
+        ]
 
     def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.cell.last = self.cell.layout = self.read(owner, _by_name(self.names, args, kwargs))
         if torch.compiler.is_compiling():  # the graph itself keeps the layout for its recomputation
             return
-        checkpoint = getattr(owner, "_gradient_checkpointing_func", None)
-        if getattr(owner, "gradient_checkpointing", False) and checkpoint is not None:
-            owner._gradient_checkpointing_func = _CheckpointWithLayout(checkpoint, self.cell)  # type: ignore[assignment]
+        if getattr(owner, "gradient_checkpointing", False):
+            _CheckpointWithLayouts.enter(owner, self.cell)
 
     def leave(self, owner: nn.Module, *_: Any) -> None:
         self.cell.layout = None
-        checkpoint = getattr(owner, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, _CheckpointWithLayout):
-            owner._gradient_checkpointing_func = checkpoint.original  # type: ignore[assignment]
+        if not torch.compiler.is_compiling():
+            _CheckpointWithLayouts.leave(owner, self.cell)
+
+    def remove(self) -> None:
+        """Take the hooks off the owner."""
+        for handle in self.handles:
+            handle.remove()
 
 
-class _CheckpointWithLayout:
-    """A checkpoint function whose recomputation sees the layout of its own forward, not of the latest one."""
+class _CheckpointWithLayouts:
+    """A checkpoint function whose recomputation sees the layouts of its own forward, not of the latest one.
 
-    def __init__(self, original: Callable[..., Any], cell: LayoutCell) -> None:
+    In place of the owner's function while a forward is in progress in any thread.
+    """
+
+    _LOCK = threading.Lock()
+
+    def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
-        self.cell = cell
-        self.layout = cell.layout
+        self.entered: dict[LayoutCell, int] = {}  # forwards in progress by cell
+
+    @classmethod
+    def enter(cls, owner: nn.Module, cell: LayoutCell) -> None:
+        with cls._LOCK:
+            function = getattr(owner, "_gradient_checkpointing_func", None)
+            if function is None:
+                return
+            if not isinstance(function, cls):
+                function = cls(function)
+                owner._gradient_checkpointing_func = function  # type: ignore[assignment]
+            function.entered[cell] = function.entered.get(cell, 0) + 1
+
+    @classmethod
+    def leave(cls, owner: nn.Module, cell: LayoutCell) -> None:
+        function = getattr(owner, "_gradient_checkpointing_func", None)
+        if not isinstance(function, cls):
+            return
+        with cls._LOCK:
+            function.entered[cell] = function.entered.get(cell, 0) - 1
+            if not any(count > 0 for count in function.entered.values()):
+                owner._gradient_checkpointing_func = function.original  # type: ignore[assignment]
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.original(_WithLayout(block, self.cell, self.layout), *args, **kwargs)
+        layouts = {cell: cell.layout for cell in tuple(self.entered)}
+        return self.original(_WithLayouts(block, layouts), *args, **kwargs)
 
 
-class _WithLayout:
-    def __init__(self, block: Callable[..., Any], cell: LayoutCell, layout: TokenLayout | None) -> None:
+class _WithLayouts:
+    def __init__(self, block: Callable[..., Any], layouts: Mapping[LayoutCell, TokenLayout | None]) -> None:
         self.block = block
-        self.cell = cell
-        self.layout = layout
+        self.layouts = layouts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outside, self.cell.layout = self.cell.layout, self.layout
+        outside = {cell: cell.layout for cell in self.layouts}
+        _set_layouts(self.layouts)
         try:
             return self.block(*args, **kwargs)
         finally:
-            self.cell.layout = outside
+            _set_layouts(outside)
+
+
+def _set_layouts(layouts: Mapping[LayoutCell, TokenLayout | None]) -> None:
+    for cell, layout in layouts.items():
+        cell.layout = layout
 
 
 class StepClock:
     """Counts denoising steps by the timesteps that go past: falling within a generation, up again at the next one.
 
-    Shared by the denoisers of a pipeline, so that Wan 2.2's second transformer goes on counting.
+    Shared by the denoisers of a pipeline, so that Wan 2.2's second transformer goes on counting. Threads count apart.
     """
 
     def __init__(self) -> None:
-        self.last: float | None = None
-        self.step = 0
+        self._here = ThreadSlot()  # (latest timestep, its step)
+
+    @property
+    def step(self) -> int:
+        """Number, from 0, of this thread's latest step."""
+        return self._here.value[1] if self._here.value else 0
 
     def tick(self, timestep: float) -> int:
         """Number, from 0, of the step that this timestep belongs to; equal timesteps are one step (guidance)."""
-        if self.last is None or timestep > self.last:
-            self.step = 0
-        elif timestep < self.last:
-            self.step += 1
-        self.last = timestep
-        return self.step
+        last, step = self._here.value or (timestep, 0)
+        if timestep > last:
+            step = 0
+        elif timestep < last:
+            step += 1
+        self._here.value = timestep, step
+        return step
 
 
 _NOT_COUNTED = (

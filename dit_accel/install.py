@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .families import family_of, sites_of, supported_models
 from .hooks import ReadStep, SiteHook, StepClock, forward_parameters
-from .intercept import LayoutCell, MechanismLayer, Rerouted, reroute
+from .intercept import LayoutCell, MechanismLayer, Rerouted, host_of, reroute
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
 from .site import ReadLayout, Site, is_self_attention, self_attention_layers
@@ -30,14 +31,38 @@ _ATTRIBUTE = "_dit_accel"
 
 @dataclass
 class Installation:
-    """What stands on one denoiser: enough to take it off again. Kept on the model as a plain object."""
+    """State of one installed denoiser: enough to remove the installation. Kept on the model as a plain object."""
 
     steps: ReadStep
+    handle: Any  # of the steps' hook
     originals: dict[str, Any] = field(default_factory=dict)  # layer name -> the host's own processor object
-    hooks: dict[tuple[str, tuple[str, ...]], SiteHook] = field(default_factory=dict)  # by a site's owner and layers
-    handles: list[Any] = field(default_factory=list)
+    hooks: list[SiteHook] = field(default_factory=list)  # one per layout cell that an installed layer uses
     overwritten: dict[str, Tensor] = field(default_factory=dict)  # host weights before a load, on the CPU
     attention_layers: int = 0  # self-attention layers of the model, installed or not
+
+
+@dataclass
+class _Scope:
+    """State of one denoiser when a ``with`` block begins, and the host weights that the block has replaced."""
+
+    clock: StepClock | None
+    layers: dict[str, MechanismLayer]
+    overwritten: dict[str, Tensor]
+    attention_layers: int
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # host weights as they were when the block began
+
+
+_SCOPES: weakref.WeakKeyDictionary[nn.Module, list[_Scope]] = weakref.WeakKeyDictionary()  # open ones, outer first
+
+
+@dataclass(frozen=True)
+class FixedLayout:
+    """A token layout given by hand: the same for every forward."""
+
+    layout: TokenLayout
+
+    def __call__(self, model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+        return self.layout
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -174,15 +199,18 @@ def _install(
     made = {name: _make_layers(models[name], plans[name], layers) for name, layers in chosen.items()}
     clock = next((i.steps.clock for m in models.values() if (i := installation_of(m)) is not None), StepClock())
     for name, new in made.items():
-        _apply(models[name], plans[name], new, clock)
+        _set_layers(models[name], {**installed_layers(models[name]), **new}, clock)
+        installation = installation_of(models[name])
+        assert installation is not None
+        installation.attention_layers = sum(len(site.layers) for site in plans[name])
 
 
 def _plan(model: nn.Module, layout: TokenLayout | ReadLayout | None) -> list[Site]:
-    """The sites of a model; those that are installed already keep their identity."""
+    """The sites of a model that have layers."""
     if layout is None:
         sites = sites_of(model)
     else:
-        read = (lambda _model, _arguments: layout) if isinstance(layout, TokenLayout) else layout
+        read = FixedLayout(layout) if isinstance(layout, TokenLayout) else layout
         sites = [Site("", read, tuple(self_attention_layers(model)))]
     if not any(site.layers for site in sites):
         raise ValueError(f"{type(model).__name__} has no self-attention layers that dit_accel could replace")
@@ -202,6 +230,8 @@ def _choose(names: dict[str, list[str]], layers: Layers | None) -> dict[str, lis
         missing = [] if wanted else ["(predicate)"]
     else:
         given = list(layers)
+        if not given:
+            raise ValueError("layers= is empty, so nothing would be set: name the layers, or leave layers= out for all")
         wanted = [name for name, (_, short) in full.items() if name in given or short in given]
         missing = [name for name in given if name not in full and all(name != short for _, short in full.values())]
     if missing:
@@ -223,69 +253,93 @@ def head_dim_of(attn: nn.Module, name: str) -> int:
 
 
 def new_layer(processor: AcceleratedAttnProcessor, attn: nn.Module, name: str) -> MechanismLayer:
-    """The mechanism of an attention module, with its learned parameters as they are before any training."""
+    """The mechanism of an attention module, with its learned parameters as they are before any training. Its layout
+    cell belongs to no site yet."""
     initial = processor.initial_parameters(head_dim_of(attn, name))
     return MechanismLayer(processor, LayoutCell(), initial, processor.input_projections(attn))
 
 
 def _make_layers(
     model: nn.Module, sites: list[Site], chosen: Mapping[str, AcceleratedAttnProcessor]
-) -> dict[str, tuple[Site, MechanismLayer, Any]]:
-    """A new layer and a rerouted processor for each chosen attention module; the model is not touched yet."""
+) -> dict[str, MechanismLayer]:
+    """A new layer for each chosen attention module; the model is not touched yet.
+
+    Raises: ValueError: a module that the mechanism cannot be installed on.
+    """
     made = {}
+    cells = list({id(layer.cell): layer.cell for layer in installed_layers(model).values()}.values())
     for site in sites:
-        for name in site.layers:
-            if name not in chosen:
-                continue
+        here = [name for name in site.layers if name in chosen]
+        cell = next((cell for cell in cells if cell.site is not None and _same_source(cell.site, site)), None)
+        cell = cell or LayoutCell(site)
+        for name in here:
             attn = model.get_submodule(name)
             if not is_self_attention(attn):
                 raise ValueError(f"{name} is not a self-attention module with a processor")
             like = next((p for p in attn.parameters() if p.is_floating_point()), None)
             device = torch.device("cpu") if like is None or like.is_meta else like.device
             dtype = torch.float32 if like is None else like.dtype
-            processor = chosen[name]
-            processor.check_host(attn, name)
-            host = attn.processor
-            rerouted = host if isinstance(host, Rerouted) else reroute(host)
-            made[name] = (site, new_layer(processor, attn, name).to(device, dtype), rerouted)
+            chosen[name].check_host(attn, name)
+            _intercepted(attn.processor)  # raises if it has no softmax call
+            made[name] = new_layer(chosen[name], attn, name).to(device, dtype).train(attn.training)
+            made[name].cell = cell
     return made
 
 
-def _apply(
-    model: nn.Module, sites: list[Site], new: dict[str, tuple[Site, MechanismLayer, Any]], clock: StepClock
-) -> None:
+def _same_source(a: Site, b: Site) -> bool:
+    """Whether two sites read one layout: they share a layout cell."""
+    return a.owner == b.owner and a.read == b.read
+
+
+def _set_layers(model: nn.Module, layers: Mapping[str, MechanismLayer], clock: StepClock) -> None:
+    """Make these the installed layers of a model, and no others; without layers nothing of the installation is left.
+
+    The one place that changes attention modules: all else of an installation follows from its layers.
+    """
+    intercepted = {name: _intercepted(model.get_submodule(name).processor) for name in layers}
     installation = installation_of(model)
     if installation is None:
-        installation = Installation(ReadStep(clock, forward_parameters(model)))
+        if not layers:
+            return
+        steps = ReadStep(clock, forward_parameters(model))
+        installation = Installation(steps, model.register_forward_pre_hook(steps, with_kwargs=True))
         setattr(model, _ATTRIBUTE, installation)
-        installation.handles.append(_pre_hook(model, installation.steps))
-    installation.attention_layers = sum(len(site.layers) for site in sites)
-    for name, (site, layer, processor) in new.items():
+    for name in [name for name in installation.originals if name not in layers]:
+        _uninstall(model, name, installation.originals.pop(name))
+    for name, layer in layers.items():
         attn = model.get_submodule(name)
-        layer.cell = _cell(model, installation, site)
-        layer.train(attn.training)
         if not isinstance(attn.processor, Rerouted):
             installation.originals[name] = attn.processor
-            attn.processor = processor
+            attn.processor = intercepted[name]
         attn.dit_accel = layer
-    installation.steps.counts = any(layer.mechanism.dense_steps for layer in installed_layers(model).values())
+    cells = {id(layer.cell): layer.cell for layer in layers.values()}
+    for hook in [hook for hook in installation.hooks if id(hook.cell) not in cells]:
+        hook.remove()
+        installation.hooks.remove(hook)
+    hooked = {id(hook.cell) for hook in installation.hooks}
+    for cell in (cell for key, cell in cells.items() if key not in hooked):
+        assert cell.site is not None
+        installation.hooks.append(SiteHook(cell, model.get_submodule(cell.site.owner)))
+    installation.steps.counts = any(layer.mechanism.dense_steps for layer in layers.values())
+    if not layers:
+        installation.handle.remove()
+        delattr(model, _ATTRIBUTE)
 
 
-def _pre_hook(module: nn.Module, hook: Any) -> Any:
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+def _intercepted(processor: Any) -> Any:
+    return processor if isinstance(processor, Rerouted) else reroute(processor)
 
 
-def _cell(model: nn.Module, installation: Installation, site: Site) -> LayoutCell:
-    """The layout cell of a site, with the hooks that fill and empty it."""
-    key = (site.owner, tuple(site.layers))
-    hook = installation.hooks.get(key)
-    if hook is None:
-        owner = model.get_submodule(site.owner)
-        hook = installation.hooks[key] = SiteHook(LayoutCell(), site.read, forward_parameters(owner))
-        installation.handles.append(_pre_hook(owner, hook))
-        installation.handles.append(owner.register_forward_hook(hook.leave, always_call=True))
-    hook.read = site.read  # a layout given by hand may have changed
-    return hook.cell
+def _uninstall(model: nn.Module, name: str, original: Any) -> None:
+    """Give an attention module the host's own processor again, where diffusers has put ours away, too."""
+    attn = model.get_submodule(name)
+    if isinstance(attn.processor, Rerouted):  # else the user has set another one since
+        attn.processor = host_of(attn.processor, original)
+    put_away = getattr(model, "original_attn_processors", None)  # by fuse_qkv_projections, for unfuse_qkv_projections
+    ours = put_away.get(f"{name}.processor") if isinstance(put_away, dict) else None
+    if isinstance(ours, Rerouted):
+        put_away[f"{name}.processor"] = host_of(ours, original)  # type: ignore[index]
+    del attn.dit_accel
 
 
 def reset_attn_processor(pipe_or_model: Any) -> None:
@@ -303,70 +357,93 @@ def _reset(model: nn.Module) -> None:
     installation = installation_of(model)
     if installation is None:
         return
-    _restore(model, {})
-    for handle in installation.handles:
-        handle.remove()
-    with torch.no_grad():
-        for name, value in installation.overwritten.items():
-            model.get_parameter(name).copy_(value)
-    delattr(model, _ATTRIBUTE)
-
-
-def _restore(model: nn.Module, snapshot: Mapping[str, MechanismLayer]) -> None:
-    """Bring the layers of a model back to an earlier state: these mechanism layers, and dense everywhere else."""
-    installation = installation_of(model)
-    assert installation is not None
-    for name, original in list(installation.originals.items()):
-        attn = model.get_submodule(name)
-        if name in snapshot:
-            attn.dit_accel = snapshot[name]
-            continue
-        if isinstance(attn.processor, Rerouted):  # else the user has set another one since
-            attn.processor = original
-        del attn.dit_accel
-        del installation.originals[name]
+    overwritten = dict(installation.overwritten)
+    _set_layers(model, {}, installation.steps.clock)
+    for name, value in overwritten.items():
+        write_host_weight(model, name, value)
 
 
 def keep_layers(model: nn.Module, names: Iterable[str]) -> None:
-    """Take the mechanism off all layers but these; the others have the host's own attention again."""
+    """Remove the mechanism from all layers but these; the others have the host's own attention again."""
     kept = set(names)
-    _restore(model, {name: layer for name, layer in installed_layers(model).items() if name in kept})
-
-
-def put_back(model: nn.Module, layers: Mapping[str, MechanismLayer], loaded: Mapping[str, Tensor]) -> None:
-    """Undo what was begun: these mechanism layers alone, and of the host's own weights these as an earlier load wrote
-    them and all others as they were before any."""
     installation = installation_of(model)
     if installation is None:
         return
-    if not layers:
-        _reset(model)
-        return
-    _restore(model, layers)
-    with torch.no_grad():
-        for name, value in loaded.items():
-            model.get_parameter(name).copy_(value)
-        for name in [name for name in installation.overwritten if name not in loaded]:
-            model.get_parameter(name).copy_(installation.overwritten.pop(name))
+    layers = {name: layer for name, layer in installed_layers(model).items() if name in kept}
+    _set_layers(model, layers, installation.steps.clock)
+
+
+@torch.no_grad()
+def write_host_weight(model: nn.Module, name: str, value: Tensor) -> None:
+    """Overwrite a parameter of the host; open scopes keep what it was.
+
+    A LoRA that peft has fused into the weight is taken out before and fused in again after, so that the value counts as
+    the base weight's and unfusing later gives it.
+    """
+    parameter = model.get_parameter(name)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    fused = list(getattr(owner, "merged_adapters", ()))
+    if fused:
+        owner.unmerge()  # type: ignore[operator]
+    for scope in _SCOPES.get(model, ()):
+        if name not in scope.replaced:
+            scope.replaced[name] = parameter.detach().to("cpu", copy=True)
+    parameter.copy_(value)
+    if fused:
+        owner.merge(adapter_names=fused)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def restored_afterwards(models: Iterable[nn.Module], *, on_success: bool = True) -> Iterator[None]:
+    """Bring installed layers, their layouts and the host's weights back to what they were, whatever the block did.
+
+    Args:
+        models: denoisers.
+        on_success: False = only if the block raises.
+    """
+    scopes = [(model, _open_scope(model)) for model in models]
+    restore = True
+    try:
+        yield
+        restore = on_success
+    finally:
+        for model, scope in scopes:
+            _SCOPES[model].remove(scope)
+            if restore:
+                _restore(model, scope)
+
+
+def _open_scope(model: nn.Module) -> _Scope:
+    installation = installation_of(model)
+    if installation is None:
+        scope = _Scope(None, {}, {}, 0)
+    else:
+        overwritten, layers = dict(installation.overwritten), installed_layers(model)
+        scope = _Scope(installation.steps.clock, layers, overwritten, installation.attention_layers)
+    _SCOPES.setdefault(model, []).append(scope)
+    return scope
+
+
+def _restore(model: nn.Module, scope: _Scope) -> None:
+    for name, value in scope.replaced.items():
+        write_host_weight(model, name, value)
+    _set_layers(model, scope.layers, scope.clock or StepClock())
+    installation = installation_of(model)
+    if installation is not None:
+        installation.overwritten = dict(scope.overwritten)
+        installation.attention_layers = scope.attention_layers
 
 
 @contextlib.contextmanager
 def attention(pipe_or_model: Any, processor: AcceleratedAttnProcessor, **options: Any) -> Iterator[Any]:
-    """``with dit_accel.attention(pipe, processor): ...`` sets, and leaves things as they were before.
+    """``with dit_accel.attention(pipe, processor): ...`` sets a processor, and restores what was there before.
 
-    Args are those of :func:`set_attn_processor`; what was installed before is there again afterwards, with its weights.
+    Args are those of :func:`set_attn_processor`. Afterwards the layers that were installed before are installed again
+    with their weights and layouts, and weights that :func:`dit_accel.load_attention` overwrote inside are put back.
     """
-    models = denoisers(pipe_or_model)
-    before = {name: installed_layers(model) for name, model in models.items()}
-    set_attn_processor(pipe_or_model, processor, **options)
-    try:
+    with restored_afterwards(denoisers(pipe_or_model).values()):
+        set_attn_processor(pipe_or_model, processor, **options)
         yield pipe_or_model
-    finally:
-        for name, model in models.items():
-            if before[name]:
-                _restore(model, before[name])
-            else:
-                _reset(model)
 
 
 def installed_layers(model: nn.Module) -> dict[str, MechanismLayer]:

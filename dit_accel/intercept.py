@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +22,55 @@ from torch.overrides import TorchFunctionMode
 
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
+from .site import Site
 
-__all__ = ["LayoutCell", "MechanismLayer", "Rerouted", "key_padding", "reroute"]
+__all__ = ["LayoutCell", "MechanismLayer", "Rerouted", "ThreadSlot", "host_of", "key_padding", "reroute"]
 
 
-class LayoutCell:
-    """The layout of the forward in progress, shared by the layers of a site; None between forwards.
+class ThreadSlot:
+    """A value per thread; None in a thread that has set none. Copies and unpickled ones are empty.
 
-    A plain object and not a ``ContextVar``, which dynamo cannot trace.
+    ``threading.local`` and not a ``ContextVar``: dynamo traces the former alone, and guards on the thread's own value.
     """
 
     def __init__(self) -> None:
-        self.layout: TokenLayout | None = None
+        self._local = threading.local()
+
+    @property
+    def value(self) -> Any:
+        return getattr(self._local, "value", None)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._local.value = value
+
+    def __reduce__(self) -> tuple[type[ThreadSlot], tuple[()]]:
+        return ThreadSlot, ()
+
+
+class LayoutCell:
+    """The token layout that the layers of a site share.
+
+    Args:
+        site: the layers' site; its ``owner`` and ``read`` say where the layout comes from.
+
+    Attributes:
+        layout: layout of the forward in progress in this thread; None between forwards.
+        last: layout of the latest forward in any thread; None before the first.
+    """
+
+    def __init__(self, site: Site | None = None) -> None:
+        self.site = site
         self.last: TokenLayout | None = None
+        self._here = ThreadSlot()
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        return self._here.value
+
+    @layout.setter
+    def layout(self, layout: TokenLayout | None) -> None:
+        self._here.value = layout
 
 
 class MechanismLayer(nn.Module):
@@ -52,13 +89,22 @@ class MechanismLayer(nn.Module):
         super().__init__()
         self.mechanism = processor
         self.cell = cell
-        self.dense = False  # set before each forward while dense_steps last
+        self._dense_here = ThreadSlot()
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value))
         self.input_projections = {name: f"{name}_" for name in input_projections}  # the host's projection -> ours
         for name, module in input_projections.items():
             self.add_module(self.input_projections[name], module)
+
+    @property
+    def dense(self) -> bool:
+        """Whether this thread's forward in progress is one of the first ``dense_steps``."""
+        return bool(self._dense_here.value)
+
+    @dense.setter
+    def dense(self, dense: bool) -> None:
+        self._dense_here.value = dense
 
     def stays_dense(self) -> bool:
         """Whether the host's own attention is asked for in the forward in progress."""
@@ -188,6 +234,9 @@ def _brought_along(module: nn.Module, x: Tensor) -> Tensor:
     return torch.func.functional_call(module, {name: p.to(x.device) for name, p in module.named_parameters()}, x)
 
 
+_HOST = "_dit_accel_host"
+
+
 class Rerouted:
     """Marks the processors whose softmax call is caught."""
 
@@ -271,6 +320,11 @@ def _native_backend() -> Any:
     return AttentionBackendName.NATIVE
 
 
+def host_of(processor: Any, default: Any) -> Any:
+    """The host's own processor that a rerouted one was made of; the default for one that diffusers constructed anew."""
+    return processor.__dict__.get(_HOST, default)
+
+
 def reroute(host: Any) -> Any:
     """Copy of a processor, sharing its weights, whose softmax call is caught.
 
@@ -287,6 +341,7 @@ def reroute(host: Any) -> Any:
     processor = copy.copy(host)
     kind: type = type(host)
     processor.__class__ = rerouted_class(kind)
+    processor.__dict__[_HOST] = host  # past nn.Module.__setattr__: a host with weights must not become a submodule
     if "_attention_backend" in processor.__dict__:
         processor._attention_backend = _native_backend()
     return processor

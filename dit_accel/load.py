@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .install import denoisers, install_processors, installation_of, installed_layers, new_layer, put_back
-from .intercept import MechanismLayer
+from .install import (
+    denoisers,
+    install_processors,
+    installation_of,
+    installed_layers,
+    new_layer,
+    restored_afterwards,
+    write_host_weight,
+)
 from .processor import PROCESSORS, AcceleratedAttnProcessor
 from .published import RELEASES, Plan, recognise
 from .save import DOWN, FORMAT, UP
@@ -333,29 +339,10 @@ def _check_writable(model: nn.Module, plan: Plan, path: Path) -> None:
 
 def _apply(models: dict[str, nn.Module], plans: Mapping[str, Plan]) -> None:
     """Install and write everything; where that fails, all is as before."""
-    with _undone_on_failure(models):
+    with restored_afterwards(models.values(), on_success=False):
         install_processors(models, {name: plan.processors for name, plan in plans.items()})
         for name, plan in plans.items():
             _write(models[name], plan.weights)
-
-
-@contextmanager
-def _undone_on_failure(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    layers: dict[str, dict[str, MechanismLayer]] = {name: installed_layers(model) for name, model in models.items()}
-    loaded = {name: _loaded_before(model) for name, model in models.items()}
-    try:
-        yield
-    except BaseException:
-        for name, model in models.items():
-            put_back(model, layers[name], loaded[name])
-        raise
-
-
-def _loaded_before(model: nn.Module) -> dict[str, Tensor]:
-    """Values, on the CPU, of what earlier loads have written over the host's own."""
-    installation = installation_of(model)
-    names = installation.overwritten if installation is not None else ()
-    return {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
 
 
 @torch.no_grad()
@@ -364,6 +351,9 @@ def _write(model: nn.Module, weights: Mapping[str, Weight]) -> None:
     assert installation is not None
     for key, weight in weights.items():
         parameter = model.get_parameter(key)
-        if ".dit_accel." not in key and key not in installation.overwritten:
+        if ".dit_accel." in key:
+            parameter.copy_(weight.read())
+            continue
+        if key not in installation.overwritten:
             installation.overwritten[key] = parameter.detach().to("cpu", copy=True)
-        parameter.copy_(weight.read())
+        write_host_weight(model, key, weight.read())

@@ -16,13 +16,16 @@ _SEEN: dict[int, tuple[weakref.ref[Tensor], int, list[tuple[int, int]]]] = {}
 def raster_grids(ids: Tensor) -> list[tuple[int, int]]:
     """Grids (H, W) of the images whose tokens follow one another row by row.
 
-    Reading the ids waits for the GPU, so the answer is kept for as long as the tensor lives unchanged.
+    Reading the ids waits for the GPU, so the answer is kept for as long as the tensor lives unchanged. Tensors made
+    under ``torch.inference_mode()`` do not count their changes: their ids are read at every call.
 
     Args:
         ids: (N, 3) of any dtype: image index, row, column. Rows and columns may be rounded (bfloat16 above 256).
 
     Raises: ValueError: ids that are not whole images in row-major order.
     """
+    if ids.is_inference():
+        return _read(ids.to("cpu", torch.float64))
     seen = _SEEN.get(id(ids))
     if seen is not None and seen[0]() is ids and seen[1] == ids._version:
         return seen[2]

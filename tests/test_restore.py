@@ -203,6 +203,18 @@ def test_threads_share_a_model_each_with_its_own_layout(family):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
+def test_threads_share_compiled_blocks():
+    torch._dynamo.reset()
+    model = TINY["wan"]()
+    model.set_attn_processor(GNA)
+    given = [TINY["wan"].inputs(size) for size in (TINY["wan"].size, TINY["wan"].other_size)]
+    expected = [run(model, inputs) for inputs in given]
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert all(torch.equal(run(model, inputs), out) for inputs, out in zip(given, expected, strict=True))
+    found = together(model, [model.patch_embedding], [lambda x=inputs: run(model, x) for inputs in given])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_threads_count_their_denoising_steps_apart():
     model, inputs = flux_and_inputs()
     model.set_attn_processor(GNAAttnProcessor(window=3, dense_steps=1))

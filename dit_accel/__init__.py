@@ -4,10 +4,11 @@ from . import functional
 from .describe import describe, logit_fraction
 from .install import attention, reset_attn_processor, set_attn_processor
 from .layout import TokenLayout
-from .load import LoadedAttention, load_attention
+from .load import LoadedAttention, LoadedPart, load_attention
 from .patch import patch_diffusers
 from .processor import (
     PROCESSORS,
+    AcceleratedAttnProcessor,
     CLEARAttnProcessor,
     GNAAttnProcessor,
     LinFusionAttnProcessor,
@@ -20,11 +21,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PROCESSORS",
+    "AcceleratedAttnProcessor",
     "CLEARAttnProcessor",
     "GNAAttnProcessor",
     "LLSAAttnProcessor",
     "LinFusionAttnProcessor",
     "LoadedAttention",
+    "LoadedPart",
     "SLAAttnProcessor",
     "TokenLayout",
     "attention",

@@ -68,6 +68,11 @@ class AcceleratedAttnProcessor:
     mechanism: ClassVar[ModuleType]
     paper: ClassVar[str]
     any_host: ClassVar[bool] = True  # for all self-attention, trained in or not
+    SET_ON_MODEL: ClassVar[str] = (
+        "a processor of dit_accel is installed on the model, which knows where the tokens are, and not on one "
+        "attention module: call model.set_attn_processor(processor) or pipe.set_attn_processor(processor), with "
+        'layers=["transformer_blocks.0.attn"] for single layers'
+    )
     _options: ClassVar[dict[str, Any]]  # set on the instance
 
     def __post_init__(self) -> None:
@@ -91,6 +96,10 @@ class AcceleratedAttnProcessor:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
         object.__setattr__(self, "_options", options)  # made once: dynamo cannot follow dataclasses.fields
         self.mechanism.check_options(**options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: TypeError: always. diffusers calls the processor of an attention module that was set there."""
+        raise TypeError(self.SET_ON_MODEL)
 
     def options(self) -> dict[str, Any]:
         """The keyword options of the mechanism's function."""

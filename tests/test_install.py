@@ -123,6 +123,34 @@ def test_dict_of_processors_mixes_ours_with_the_hosts():
     assert not torch.equal(run(model, inputs), dense)
 
 
+def test_methods_of_models_and_pipelines_take_layers_and_reset():
+    pipe = wan_pipe()
+    pipe.set_attn_processor(GNA, layers=r"^transformer\.blocks\.0")
+    assert list(installed_layers(pipe.transformer)) == ["blocks.0.attn1"] and not installed_layers(pipe.transformer_2)
+    pipe.transformer_2.set_attn_processor(GNA, layers=["blocks.1.attn1"], layout=TokenLayout((3, 5, 6)))
+    assert list(installed_layers(pipe.transformer_2)) == ["blocks.1.attn1"]
+    pipe.reset_attn_processor()
+    assert not installed_layers(pipe.transformer) and not installed_layers(pipe.transformer_2)
+    pipe.transformer.set_attn_processor(GNA)
+    pipe.transformer.reset_attn_processor()
+    assert not installed_layers(pipe.transformer)
+    with pytest.raises(TypeError, match="go with a processor of dit_accel"):
+        pipe.transformer.set_attn_processor(pipe.transformer.blocks[0].attn1.processor, layers=["blocks.1.attn1"])
+
+
+@pytest.mark.parametrize("family", ["flux", "sd15"])
+def test_a_processor_set_on_one_module_is_refused(family):
+    model = TINY[family]()
+    module = next(part for part in model.modules() if hasattr(part, "set_processor"))
+    before = module.processor
+    with pytest.raises(TypeError, match=r"installed on the model.*layers="):
+        module.set_processor(GNA)
+    assert module.processor is before
+    module.processor = GNA
+    with pytest.raises(TypeError, match=r"installed on the model.*layers="):
+        run(model, TINY[family].inputs(TINY[family].size))
+
+
 def test_forward_called_directly_raises_since_no_layout_was_read():
     model, inputs = flux_and_inputs()
     model.set_attn_processor(GNA)

@@ -157,33 +157,47 @@ def _own_plans(
 
 
 def _merged(model: nn.Module, weights: dict[str, Weight], path: Path) -> dict[str, Weight]:
-    """A LoRA's two factors as the weight that they make of the pretrained one.
+    """Replace the two factors of each LoRA by the weight that they make of the pretrained one, or of the file's own.
 
     Raises: ValueError: one factor without the other, factors that do not go together, or a projection that is fused or
         has an adapter around it.
     """
-    names = [key.removesuffix(f".{DOWN}") for key in weights if key.endswith(f".{DOWN}")]
+    factors = (f".{DOWN}", f".{UP}")
+    names = dict.fromkeys(key.rpartition(".")[0] for key in weights if key.endswith(factors))
     if names:
         _check_host(model, path)
-    rest = {key: x for key, x in weights.items() if not key.endswith((f".{DOWN}", f".{UP}"))}
+    rest = {key: x for key, x in weights.items() if not key.endswith(factors)}
     for name in names:
-        down, up = weights[f"{name}.{DOWN}"], weights.get(f"{name}.{UP}")
-        if up is None or len(up.shape) != 2 or len(down.shape) != 2 or up.shape[1] != down.shape[0]:
+        down, up = weights.get(f"{name}.{DOWN}"), weights.get(f"{name}.{UP}")
+        if down is None or up is None or not _is_low_rank(down, up):
+            shapes = " and ".join("none" if factor is None else str(factor.shape) for factor in (down, up))
             raise ValueError(
-                f"{path}: the LoRA of {name} has factors {down.shape} and {'none' if up is None else up.shape}; "
-                "expected (r, in) and (out, r)"
+                f"{path}: the LoRA of {name} has factors {shapes}; expected {DOWN} (r, in) and {UP} (out, r), both of "
+                "a floating-point dtype"
             )
-        key = f"{name}.weight"
-        rest[key] = Weight((up.shape[0], down.shape[1]), up.dtype, partial(_add_low_rank, model, key, down, up))
+        key, shape = f"{name}.weight", (up.shape[0], down.shape[1])
+        own = rest.get(key)
+        if own is not None and (own.shape != shape or not own.dtype.is_floating_point):
+            raise ValueError(f"{path}: {key} is {own.dtype} {own.shape}, and its LoRA makes a {shape}")
+        rest[key] = Weight(shape, up.dtype, partial(_add_low_rank, model, key, own, down, up))
     return rest
 
 
-def _add_low_rank(model: nn.Module, key: str, down: Weight, up: Weight) -> Tensor:
-    """The pretrained weight, whatever an earlier load has written over it, plus up @ down; float32."""
-    installation = installation_of(model)
-    kept = installation.overwritten if installation is not None else {}
-    pretrained = kept[key] if key in kept else model.get_parameter(key).detach().cpu()
-    return pretrained.float() + up.read().float() @ down.read().float()
+def _is_low_rank(down: Weight, up: Weight) -> bool:
+    fit = len(up.shape) == len(down.shape) == 2 and up.shape[1] == down.shape[0]
+    return fit and up.dtype.is_floating_point and down.dtype.is_floating_point
+
+
+def _add_low_rank(model: nn.Module, key: str, own: Weight | None, down: Weight, up: Weight) -> Tensor:
+    """Return up @ down, added to the file's own weight if it has one; else to the pretrained one, whatever an earlier
+    load has written over it. float32."""
+    if own is not None:
+        base = own.read()
+    else:
+        installation = installation_of(model)
+        kept = installation.overwritten if installation is not None else {}
+        base = kept[key] if key in kept else model.get_parameter(key).detach().cpu()
+    return base.float() + up.read().float() @ down.read().float()
 
 
 def _configuration(file: WeightsFile) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from published_files import (
 )
 
 from dit_accel import CLEARAttnProcessor
-from dit_accel.load import check_fit
+from dit_accel.plan_checks import check_fit
 from dit_accel.published import RELEASES, clear, fastvideo, linfusion, recognise, turbodiffusion
 from dit_accel.weights import Weight, WeightsFile
 

@@ -18,7 +18,7 @@ from .hooks import ReadStep, SiteHook, StepClock, forward_parameters
 from .intercept import LayoutCell, MechanismLayer, Rerouted, host_of, reroute
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
-from .site import ReadLayout, Site, is_self_attention, self_attention_layers
+from .site import GivenLayout, ReadLayout, Site, is_self_attention, self_attention_layers
 
 __all__ = ["Installation", "attention", "denoisers", "installation_of", "reset_attn_processor", "set_attn_processor"]
 
@@ -53,16 +53,6 @@ class _Scope:
 
 
 _SCOPES: weakref.WeakKeyDictionary[nn.Module, list[_Scope]] = weakref.WeakKeyDictionary()  # open ones, outer first
-
-
-@dataclass(frozen=True)
-class FixedLayout:
-    """A token layout given by hand: the same for every forward."""
-
-    layout: TokenLayout
-
-    def __call__(self, model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
-        return self.layout
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -175,17 +165,20 @@ def _names(plans: Mapping[str, list[Site]]) -> dict[str, list[str]]:
 
 
 def install_processors(
-    models: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, AcceleratedAttnProcessor]]
+    models: Mapping[str, nn.Module],
+    chosen: Mapping[str, Mapping[str, AcceleratedAttnProcessor]],
+    layout: TokenLayout | ReadLayout | None = None,
 ) -> None:
     """Install a processor on each named layer of each denoiser: on all, or on none if one of them cannot take it.
 
     Args:
         models: denoisers by component name.
         chosen: for each of them, processors by the name of the attention module.
+        layout: as :func:`set_attn_processor`.
 
     Raises: ValueError: as :func:`set_attn_processor`.
     """
-    plans = {name: _plan(models[name], None) for name in chosen}
+    plans = {name: _plan(models[name], layout) for name in chosen}
     for name, processors in chosen.items():
         _choose({name: [layer for site in plans[name] for layer in site.layers]}, list(processors))
     _install(models, plans, chosen)
@@ -207,11 +200,7 @@ def _install(
 
 def _plan(model: nn.Module, layout: TokenLayout | ReadLayout | None) -> list[Site]:
     """The sites of a model that have layers."""
-    if layout is None:
-        sites = sites_of(model)
-    else:
-        read = FixedLayout(layout) if isinstance(layout, TokenLayout) else layout
-        sites = [Site("", read, tuple(self_attention_layers(model)))]
+    sites = sites_of(model) if layout is None else [Site("", GivenLayout(layout), self_attention_layers(model))]
     if not any(site.layers for site in sites):
         raise ValueError(f"{type(model).__name__} has no self-attention layers that dit_accel could replace")
     return sites

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .install import denoisers, install_processors, installation_of, restored_afterwards, write_host_weight
-from .plan_checks import check_fit, check_host, check_installed, check_writable
+from .layout import TokenLayout
+from .plan_checks import check_fit, check_host, check_installed, check_layout, check_writable
 from .processor import AcceleratedAttnProcessor
 from .published import RELEASES, Plan, recognise
 from .saved import own_plans
+from .site import ReadLayout
 from .weights import Weight, WeightsFile, find_weights, read_weights, shorten
 
 __all__ = ["LoadedAttention", "LoadedPart", "load_attention"]
@@ -76,7 +78,12 @@ class LoadedAttention:
 
 
 def load_attention(
-    pipe_or_model: Any, source: str | os.PathLike[str], *, component: str | None = None, **options: Any
+    pipe_or_model: Any,
+    source: str | os.PathLike[str],
+    *,
+    component: str | None = None,
+    layout: TokenLayout | ReadLayout | None = None,
+    **options: Any,
 ) -> LoadedAttention:
     """Install what was learned elsewhere, and load its parameters strictly: all that it needs, and nothing else.
 
@@ -90,6 +97,9 @@ def load_attention(
         source: a file or folder, or a repository on the Hugging Face hub, or ``owner/repository/file`` there.
         component: which denoiser of a pipeline that has several a published file is for; for a bare model, which part
             of a file of :func:`save_attention` that has several.
+        layout: the token layout by hand, as :func:`set_attn_processor` takes it, instead of the file's and the
+            model's own. Needed for a model that dit_accel does not know if the file holds none: a ``TokenLayout`` is
+            saved, a function cannot be.
         options: of published files, what they do not carry: any option of the processor. CLEAR's ``radius`` is read
             off a name such as clear_local_16_down_4, else it must be given. TurboDiffusion's are by default the
             authors': blocks of 128 queries and 64 keys, critical 0.1, linear over all keys, smooth keys. LinFusion's
@@ -107,14 +117,20 @@ def load_attention(
     bare = isinstance(pipe_or_model, nn.Module)
     models = denoisers(pipe_or_model)
     if "dit_accel" in file.metadata:
-        release, plans = "written by dit_accel.save_attention", own_plans(models, bare, file, component, options)
+        release, plans = (
+            "written by dit_accel.save_attention",
+            own_plans(models, bare, file, component, layout, options),
+        )
     else:
         module = _release_of(file)
         name = _published_for(models, bare, module, component, path)
         check_host(models[name], path)
         release, plans = module.NAME, {name: module.plan(models[name], file, options)}
+    if layout is not None:
+        plans = {name: replace(plan, layouts=dict.fromkeys(plan.processors, layout)) for name, plan in plans.items()}
     for name, plan in plans.items():
         check_installed(models[name], plan, path)
+        check_layout(models[name], plan, path)
         check_fit(models[name], plan, path)
         check_writable(models[name], plan, path)
     _apply({name: models[name] for name in plans}, plans)
@@ -162,9 +178,26 @@ def _published_for(
 def _apply(models: dict[str, nn.Module], plans: Mapping[str, Plan]) -> None:
     """Install and write everything; where that fails, all is as before."""
     with restored_afterwards(models.values(), on_success=False):
-        install_processors(models, {name: plan.processors for name, plan in plans.items()})
+        for layout, chosen in _by_layout(plans):
+            install_processors(models, chosen, layout)
         for name, plan in plans.items():
             _write(models[name], plan.weights)
+
+
+def _by_layout(
+    plans: Mapping[str, Plan],
+) -> list[tuple[TokenLayout | ReadLayout | None, dict[str, dict[str, AcceleratedAttnProcessor]]]]:
+    """Each layout with the processors that it is for; None stands for the models' own."""
+    found: list[tuple[TokenLayout | ReadLayout | None, dict[str, dict[str, AcceleratedAttnProcessor]]]] = []
+    for name, plan in plans.items():
+        for layer, processor in plan.processors.items():
+            layout = plan.layouts.get(layer)
+            chosen = next((chosen for other, chosen in found if other == layout), None)
+            if chosen is None:
+                chosen = {}
+                found.append((layout, chosen))
+            chosen.setdefault(name, {})[layer] = processor
+    return found
 
 
 @torch.no_grad()

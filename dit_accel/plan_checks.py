@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .families import family_of
 from .install import installed_layers, new_layer
 from .published import Plan
 from .weights import shorten
 
-__all__ = ["check_fit", "check_host", "check_installed", "check_writable"]
+__all__ = ["check_fit", "check_host", "check_installed", "check_layout", "check_writable"]
 
 
 def check_host(model: nn.Module, path: Path) -> None:
@@ -46,6 +47,17 @@ def check_installed(model: nn.Module, plan: Plan, path: Path) -> None:
                 f"{path} is for {processor.name}, but {installed[name].mechanism.name} is installed on {name}: "
                 "call dit_accel.reset_attn_processor(...) first"
             )
+
+
+def check_layout(model: nn.Module, plan: Plan, path: Path) -> None:
+    """Raises: ValueError: layers whose token layout neither the plan nor the model's family gives."""
+    without = [name for name in plan.processors if name not in plan.layouts]
+    if without and family_of(model) is None:
+        raise ValueError(
+            f"{path} holds no token layout for {shorten(without, 2)}, and dit_accel does not know where the tokens of "
+            f"{type(model).__name__} are: pass it, load_attention(..., layout=TokenLayout(grid=(H, W), "
+            "before=text_tokens)), or a function (model, arguments) -> TokenLayout"
+        )
 
 
 def check_fit(model: nn.Module, plan: Plan, path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
+from .configuration import FUNCTION, SavedComponent, SavedGroup, write_configuration
 from .files import replacing
 from .install import denoisers, installation_of, installed_layers
+from .intercept import MechanismLayer
+from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
+from .site import GivenLayout
 from .weights import FILE_NAME
 
-__all__ = ["ADAPTER", "DOWN", "FILE_NAME", "FORMAT", "UP", "save_attention", "whole"]
+__all__ = ["ADAPTER", "DOWN", "FILE_NAME", "UP", "save_attention", "whole"]
 
-FORMAT = 1
 ADAPTER = "conversion"  # peft's name for a LoRA that belongs to the attention; others are the user's own
 DOWN, UP = "lora_A", "lora_B"  # (r, in) and (out, r): up @ down is added to a linear layer's weight
 
@@ -29,7 +31,8 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str], dtype: to
     """Write ``dit_accel.safetensors``: learned parameters, with the configuration as JSON in the file's metadata.
 
     The file is written whole or not at all. Included are host weights that :func:`dit_accel.load_attention` had
-    overwritten or ``dit-accel convert`` has trained, and the LoRA that it has trained, as its two factors. Of a model
+    overwritten or ``dit-accel convert`` has trained, and the LoRA that it has trained, as its two factors. A
+    ``TokenLayout`` that was given by hand is saved; a function cannot be. Of a model
     under ``fully_shard`` every process calls it, and the first writes.
 
     Args:
@@ -43,26 +46,19 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str], dtype: to
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is to be a floating-point one such as torch.bfloat16, got {dtype}")
     tensors: dict[str, Tensor] = {}
-    components: dict[str, Any] = {}
+    components: dict[str, SavedComponent] = {}
     writes = True
     for component, model in denoisers(pipe_or_model).items():
         layers = installed_layers(model)
         if not layers:
             continue
-        groups: dict[AcceleratedAttnProcessor, list[str]] = {}
-        for name, layer in layers.items():
-            saved = replace(layer.mechanism, backend=None)  # a property of this machine, not of what was learned
-            groups.setdefault(saved, []).append(name)
         sharded = any(_is_sharded(parameter) for parameter in model.parameters())
         writes = not sharded or distributed.get_rank() == 0
         for key, value in _learned(model):
             full = whole(value.detach())  # in every process, one value after the other
             if writes:
                 tensors[f"{component}.{key}"] = full.to("cpu", dtype or full.dtype).contiguous()
-        components[component] = {
-            "class": _class_name(model),
-            "attention": [{**_to_json(processor), "layers": names} for processor, names in groups.items()],
-        }
+        components[component] = SavedComponent(_class_name(model), _groups(layers))
     if not components:
         raise ValueError("nothing to save: call dit_accel.set_attn_processor(...) first")
     folder = Path(folder)
@@ -70,9 +66,9 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str], dtype: to
     if not writes:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    configuration = json.dumps({"format": FORMAT, "components": components})
+    metadata = {"dit_accel": write_configuration(components)}
     with replacing(target) as temporary:
-        save_file(tensors, temporary, metadata={"dit_accel": configuration})
+        save_file(tensors, temporary, metadata=metadata)
     return target
 
 
@@ -88,6 +84,23 @@ def whole(tensor: Tensor) -> Tensor:
 def _is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, the module of which takes long to import."""
     return hasattr(tensor, "full_tensor")
+
+
+def _groups(layers: Mapping[str, MechanismLayer]) -> tuple[SavedGroup, ...]:
+    """The layers by their processor and their layout, if that was given by hand."""
+    groups: dict[tuple[AcceleratedAttnProcessor, TokenLayout | str | None], list[str]] = {}
+    for name, layer in layers.items():
+        saved = replace(layer.mechanism, backend=None)  # a property of this machine, not of what was learned
+        groups.setdefault((saved, _given_layout(layer)), []).append(name)
+    return tuple(SavedGroup(processor, tuple(names), layout) for (processor, layout), names in groups.items())
+
+
+def _given_layout(layer: MechanismLayer) -> TokenLayout | str | None:
+    """The layout of a layer if it was given by hand; ``FUNCTION`` for a function, which no file can hold."""
+    read = layer.cell.site.read if layer.cell.site is not None else None
+    if not isinstance(read, GivenLayout):
+        return None
+    return read.layout if isinstance(read.layout, TokenLayout) else FUNCTION
 
 
 def _class_name(model: nn.Module) -> str:
@@ -114,8 +127,3 @@ def _low_rank(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             up: Any = module
             yield f"{name}.{DOWN}", down.weight
             yield f"{name}.{UP}", up.lora_B[ADAPTER].weight * up.scaling[ADAPTER]
-
-
-def _to_json(processor: AcceleratedAttnProcessor) -> dict[str, Any]:
-    options = {name: value for name, value in asdict(processor).items() if name != "backend"}
-    return {"mechanism": processor.name, "options": options}

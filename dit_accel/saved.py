@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,33 +9,66 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .configuration import FUNCTION, SavedComponent, read_configuration
 from .install import installation_of
+from .layout import TokenLayout
 from .plan_checks import check_host
-from .processor import PROCESSORS, AcceleratedAttnProcessor
 from .published import Plan
-from .save import DOWN, FORMAT, UP
-from .weights import Weight, WeightsFile
+from .save import DOWN, UP
+from .site import ReadLayout
+from .weights import Weight, WeightsFile, shorten
 
 __all__ = ["own_plans"]
 
 
 def own_plans(
-    models: dict[str, nn.Module], bare: bool, file: WeightsFile, component: str | None, options: Mapping[str, Any]
+    models: dict[str, nn.Module],
+    bare: bool,
+    file: WeightsFile,
+    component: str | None,
+    layout: TokenLayout | ReadLayout | None,
+    options: Mapping[str, Any],
 ) -> dict[str, Plan]:
-    """By the models' names; those of the file may differ for a bare model."""
-    configuration = _configuration(file)
+    """The plans by the models' names; those of the file may differ for a bare model. layout: instead of the file's.
+
+    Raises: ValueError: a configuration that cannot be read, weights of no component, a layout that is needed.
+    """
+    components = read_configuration(file.metadata["dit_accel"], file.path)
     if options:
         raise ValueError(
             f"{file.path} carries its options, and takes none, got {', '.join(options)}: load it, or set another "
             "processor with set_attn_processor"
         )
+    stray = [key for key in file.weights if key.partition(".")[0] not in components]
+    if stray:
+        raise ValueError(
+            f"{file.path} has weights of none of its components ({', '.join(components)}): {shorten(stray)}"
+        )
     plans = {}
-    for own, (name, entry) in _match(models, bare, configuration, component, file.path).items():
-        processors = {layer: _from_json(group, file.path) for group in entry["attention"] for layer in group["layers"]}
+    for own, (name, saved) in _match(models, bare, components, component, file.path).items():
+        processors = {layer: group.processor for group in saved.groups for layer in group.layers}
         prefix = f"{name}."
         weights = {key.removeprefix(prefix): x for key, x in file.weights.items() if key.startswith(prefix)}
-        plans[own] = Plan(processors, _merged(models[own], weights, file.path))
+        layouts = _layouts(saved, file.path) if layout is None else {}
+        plans[own] = Plan(processors, _merged(models[own], weights, file.path), layouts=layouts)
     return plans
+
+
+def _layouts(saved: SavedComponent, path: Path) -> dict[str, TokenLayout | ReadLayout]:
+    """The layouts that were given by hand, by layer.
+
+    Raises: ValueError: a function was given, which no file can hold.
+    """
+    layouts: dict[str, TokenLayout | ReadLayout] = {}
+    for group in saved.groups:
+        if group.layout == FUNCTION:
+            raise ValueError(
+                f"{path} was saved with a token layout that is a function, which no file can hold: pass it again, "
+                "load_attention(..., layout=function)"
+            )
+        if isinstance(group.layout, TokenLayout):
+            layouts |= dict.fromkeys(group.layers, group.layout)
+    return layouts
 
 
 def _merged(model: nn.Module, weights: dict[str, Weight], path: Path) -> dict[str, Weight]:
@@ -83,33 +115,10 @@ def _add_low_rank(model: nn.Module, key: str, own: Weight | None, down: Weight, 
     return base.float() + up.read().float() @ down.read().float()
 
 
-def _configuration(file: WeightsFile) -> dict[str, Any]:
-    try:
-        configuration = json.loads(file.metadata["dit_accel"])
-        known = configuration["format"] == FORMAT and isinstance(configuration["components"], dict)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{file.path} has a configuration in its metadata that cannot be read: {error}") from error
-    if not known:
-        raise ValueError(
-            f"{file.path} has format {configuration['format']!r}; this version reads {FORMAT}: update dit_accel"
-        )
-    return configuration
-
-
-def _from_json(entry: dict[str, Any], path: Path) -> AcceleratedAttnProcessor:
-    name = entry.get("mechanism")
-    if name not in PROCESSORS:
-        raise ValueError(
-            f"{path} holds the mechanism {name!r}, which is not known here; known: {', '.join(PROCESSORS)}"
-        )
-    return PROCESSORS[name](**entry["options"])
-
-
 def _match(
-    models: dict[str, nn.Module], bare: bool, configuration: dict[str, Any], component: str | None, path: Path
-) -> dict[str, tuple[str, dict[str, Any]]]:
+    models: dict[str, nn.Module], bare: bool, components: dict[str, SavedComponent], component: str | None, path: Path
+) -> dict[str, tuple[str, SavedComponent]]:
     """Component name and entry in the file, by the name of the model that they are for."""
-    components = configuration["components"]
     there = list(components)
     if component is not None and component not in there:
         raise ValueError(f"{path} has no component {component!r}; it has {', '.join(there)}")

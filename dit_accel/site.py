@@ -10,7 +10,7 @@ from torch import nn
 
 from .layout import TokenLayout
 
-__all__ = ["ReadLayout", "Site", "TokenBox", "is_self_attention", "self_attention_layers"]
+__all__ = ["GivenLayout", "ReadLayout", "Site", "TokenBox", "is_self_attention", "self_attention_layers"]
 
 ReadLayout = Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
 
@@ -28,6 +28,23 @@ class Site:
     owner: str
     read: ReadLayout
     layers: Sequence[str]
+
+
+@dataclass(frozen=True)
+class GivenLayout:
+    """A layout given by hand, for :attr:`Site.read`: a ``TokenLayout``, or a function of the same arguments."""
+
+    layout: TokenLayout | ReadLayout
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, TokenLayout) and not callable(self.layout):
+            raise TypeError(
+                "layout must be a TokenLayout or a function (model, arguments) -> TokenLayout, got "
+                f"{type(self.layout).__name__}"
+            )
+
+    def __call__(self, owner: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
+        return self.layout if isinstance(self.layout, TokenLayout) else self.layout(owner, arguments)
 
 
 @dataclass(frozen=True)

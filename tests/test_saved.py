@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
+from published_files import clear_tensors, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import TINY, run
 
 import dit_accel
-from dit_accel import SLAAttnProcessor
+from dit_accel import GNAAttnProcessor, SLAAttnProcessor, TokenLayout
 from dit_accel.install import installed_layers
 
+GNA = GNAAttnProcessor(window=3)
 SLA = SLAAttnProcessor(critical=0.3, block_q=16, block_kv=8)
 QUERY = "transformer_blocks.0.attn.to_q"
 
@@ -80,3 +84,112 @@ def test_lora_is_added_to_the_weight_of_its_own_file(tmp_path):
     torch.testing.assert_close(model.get_parameter(f"{QUERY}.weight").data, weight + 2.0)
     path = saved(tmp_path, lora(**{f"transformer.{QUERY}.weight": weight[:1]}))
     refused(*model_and_inputs(), path, r"to_q.weight is torch.float32 \(1, 32\), and its LoRA makes a \(32, 32\)")
+
+
+def pixart():
+    """A model of a class that dit_accel does not know."""
+    torch.manual_seed(3)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8,
+        patch_size=2, cross_attention_dim=16, caption_channels=16, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(model.proj_out.weight)
+    return model
+
+
+PIXART = {
+    "hidden_states": torch.linspace(-1, 1, 384).reshape(1, 4, 8, 12),
+    "timestep": torch.tensor([5]),
+    "encoder_hidden_states": torch.linspace(-1, 1, 96).reshape(1, 6, 16),
+    "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+}
+GRID = TokenLayout((4, 6))
+
+
+def randomise(model):
+    for layer in installed_layers(model).values():
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+def test_layout_given_by_hand_is_saved_and_loaded(tmp_path):
+    model = pixart()
+    dense = run(model, PIXART)
+    dit_accel.set_attn_processor(model, SLAAttnProcessor(critical=0.3, block_q=4, block_kv=4, tile_order=True),
+                                 layout=GRID, layers=r"blocks\.[02]")  # fmt: skip
+    randomise(model)
+    expected = run(model, PIXART)
+    path = dit_accel.save_attention(model, tmp_path)
+    fresh = pixart()
+    dit_accel.load_attention(fresh, path)
+    assert torch.equal(run(fresh, PIXART), expected) and not torch.equal(expected, dense)
+    assert "4×6" in dit_accel.describe(fresh) and "1 self-attention layers" in dit_accel.describe(fresh)
+    again = pixart()
+    dit_accel.load_attention(again, dit_accel.save_attention(fresh, tmp_path / "again"))
+    assert torch.equal(run(again, PIXART), expected)
+    other = pixart()
+    dit_accel.load_attention(other, path, layout=TokenLayout((6, 4)))
+    assert not torch.equal(run(other, PIXART), expected) and "6×4" in dit_accel.describe(other)
+
+
+def read_grid(model, arguments):
+    height, width = arguments["hidden_states"].shape[-2:]
+    return TokenLayout((height // 2, width // 2))
+
+
+def test_layout_that_is_a_function_must_be_passed_again(tmp_path):
+    model = pixart()
+    dit_accel.set_attn_processor(model, GNA, layout=read_grid)
+    expected = run(model, PIXART)
+    path = dit_accel.save_attention(model, tmp_path)
+    fresh = pixart()
+    refused(fresh, PIXART, path, r"layout that is a function, which no file can hold.*layout=function")
+    dit_accel.load_attention(fresh, path, layout=read_grid)
+    assert torch.equal(run(fresh, PIXART), expected)
+
+
+def test_file_without_a_layout_needs_one_on_an_unknown_model(tmp_path):
+    model = pixart()
+    dit_accel.set_attn_processor(model, GNA, layout=GRID)
+    expected = run(model, PIXART)
+
+    def forget(tensors, configuration):
+        for group in configuration["components"]["transformer"]["attention"]:
+            del group["layout"]
+
+    path = rewrite(dit_accel.save_attention(model, tmp_path), forget)
+    fresh = pixart()
+    refused(fresh, PIXART, path, r"no token layout.*PixArtTransformer2DModel.*layout=TokenLayout\(grid=")
+    dit_accel.load_attention(fresh, path, layout=GRID)
+    assert torch.equal(run(fresh, PIXART), expected)
+
+
+def test_layout_by_hand_goes_before_the_familys_own(tmp_path):
+    """Flux as one row of 70 tokens, in the file; published files take it as well."""
+    model, inputs = model_and_inputs()
+    row = TokenLayout((70,), before=7)
+    dit_accel.set_attn_processor(model, GNA, layout=row)
+    expected = run(model, inputs)
+    path = dit_accel.save_attention(model, tmp_path)
+    fresh, _ = model_and_inputs()
+    dit_accel.load_attention(fresh, path)
+    assert torch.equal(run(fresh, inputs), expected)
+    clear, _ = model_and_inputs()
+    dit_accel.load_attention(clear, write(tmp_path / "clear_local_3.safetensors", clear_tensors()), layout=row)
+    assert "7+70+0" not in dit_accel.describe(clear) and run(clear, inputs) is not None
+    assert "7+70+0" in dit_accel.describe(clear)
+
+
+def test_processor_with_a_layout_by_hand_can_be_copied(tmp_path):
+    model = pixart()
+    dit_accel.set_attn_processor(model, GNA, layout=GRID)
+    expected = run(model, PIXART)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(copied, PIXART), expected)
+        assert installed_layers(copied)["transformer_blocks.0.attn1"].cell.last == GRID
+
+
+@pytest.mark.parametrize("layout", ["4x6", (4, 6), 24])
+def test_layout_of_another_type_is_refused(layout):
+    with pytest.raises(TypeError, match=r"layout must be a TokenLayout or a function.*got"):
+        dit_accel.set_attn_processor(pixart(), GNA, layout=layout)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..layout import TokenLayout
 from ..processor import AcceleratedAttnProcessor
+from ..site import ReadLayout
 from ..weights import Weight, WeightsFile
 
 __all__ = ["Plan", "check_option_names", "learned_key", "parameter_names", "renamed"]
@@ -24,12 +26,14 @@ class Plan:
         weights: by the model's own names; learned parameters as :func:`learned_key` names them.
         required: the host's parameters that must be among the weights; learned ones always must.
         remarks: for people: where options came from that the user did not give.
+        layouts: by the name of the attention module, a layout given by hand; the model's own for the others.
     """
 
     processors: Mapping[str, AcceleratedAttnProcessor]
     weights: Mapping[str, Weight]
     required: frozenset[str] = frozenset()
     remarks: tuple[str, ...] = ()
+    layouts: Mapping[str, TokenLayout | ReadLayout] = field(default_factory=dict)
 
 
 def learned_key(layer: str, name: str) -> str:

@@ -1,0 +1,153 @@
+"""The configuration in the metadata of ``dit_accel.safetensors``: processors, their layers, layouts given by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .layout import TokenLayout
+from .processor import PROCESSORS, AcceleratedAttnProcessor
+
+__all__ = ["FUNCTION", "SavedComponent", "SavedGroup", "read_configuration", "write_configuration"]
+
+FORMAT = 1
+FUNCTION = "function"  # in place of a layout that was given by hand as a function, which no file can hold
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """Attention modules with one processor and one layout.
+
+    Args:
+        processor: without a backend, which belongs to the machine.
+        layers: names of the attention modules.
+        layout: the ``TokenLayout`` that was given by hand, ``FUNCTION`` if a function was given, None if none was.
+    """
+
+    processor: AcceleratedAttnProcessor
+    layers: tuple[str, ...]
+    layout: TokenLayout | str | None = None
+
+
+@dataclass(frozen=True)
+class SavedComponent:
+    """A denoiser in the file: the name of its class, and its groups."""
+
+    class_name: str
+    groups: tuple[SavedGroup, ...]
+
+
+def write_configuration(components: Mapping[str, SavedComponent]) -> str:
+    """Return the JSON text that :func:`read_configuration` reads."""
+    entries = {
+        name: {"class": component.class_name, "attention": [_group_to_json(group) for group in component.groups]}
+        for name, component in components.items()
+    }
+    return json.dumps({"format": FORMAT, "components": entries})
+
+
+def _group_to_json(group: SavedGroup) -> dict[str, Any]:
+    options = {name: value for name, value in asdict(group.processor).items() if name != "backend"}
+    entry = {"mechanism": group.processor.name, "options": options, "layers": list(group.layers)}
+    if group.layout is not None:
+        entry["layout"] = asdict(group.layout) if isinstance(group.layout, TokenLayout) else group.layout
+    return entry
+
+
+def read_configuration(text: str, path: Path) -> dict[str, SavedComponent]:
+    """Return the components by name; path: of the file, for messages.
+
+    Raises: ValueError: no JSON of this form, a newer format, an unknown mechanism or option, an option of a wrong type
+        or out of range.
+    """
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"format {content['format']!r}; this version reads {FORMAT}: update dit_accel")
+        top = _fields("the configuration", content, {"format", "components"})
+        components = _of_type("components", top["components"], dict)
+        if not components:
+            raise ValueError("components are empty")
+        return {name: _component(name, entry) for name, entry in components.items()}
+    except RecursionError as error:
+        raise ValueError(f"{path} has a configuration in its metadata that cannot be read: too deep") from error
+    except ValueError as error:
+        raise ValueError(f"{path} has a configuration in its metadata that cannot be read: {error}") from error
+
+
+def _component(name: str, entry: Any) -> SavedComponent:
+    found = _fields(f"component {name}", entry, {"class", "attention"})
+    groups = tuple(_group(f"component {name}", group) for group in _list_of("attention", found["attention"], dict))
+    layers = [layer for group in groups for layer in group.layers]
+    if not layers:
+        raise ValueError(f"component {name} names no layers")
+    twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+    if twice is not None:
+        raise ValueError(f"component {name} names the layer {twice} twice")
+    return SavedComponent(_of_type("class", found["class"], str), groups)
+
+
+def _group(where: str, entry: Any) -> SavedGroup:
+    found = _fields(f"an attention group of {where}", entry, {"mechanism", "options", "layers"}, {"layout"})
+    name = found["mechanism"]
+    if not isinstance(name, str) or name not in PROCESSORS:
+        raise ValueError(f"mechanism {name!r} is not known here; known: {', '.join(PROCESSORS)}")
+    kind = PROCESSORS[name]
+    known = {field.name for field in fields(kind)} - {"backend"}
+    options = _fields(f"the options of {name}", found["options"], (), known)
+    try:
+        processor = kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the options of {name} are not valid: {error}") from error
+    layers = tuple(_list_of("layers", found["layers"], str))
+    return SavedGroup(processor, layers, _layout(found["layout"]) if "layout" in found else None)
+
+
+def _layout(entry: Any) -> TokenLayout | str:
+    if entry == FUNCTION:
+        return FUNCTION
+    found = _fields("the token layout", entry, {"grid", "before", "after", "references"})
+    before, after = (_of_type(name, found[name], int) for name in ("before", "after"))
+    references = [_grid(each) for each in _of_type("references", found["references"], list)]
+    return TokenLayout(_grid(found["grid"]), before, after, tuple(references))
+
+
+def _grid(value: Any) -> tuple[int, ...]:
+    return TokenLayout(tuple(_list_of("a grid", value, int))).grid
+
+
+def _fields(name: str, value: Any, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """Return the value if it is an object with these keys.
+
+    Raises: ValueError: anything else, a missing or an unknown key.
+    """
+    _of_type(name, value, dict)
+    missing = [key for key in required if key not in value]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+    known = {*required, *optional}
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has {unknown[0]!r}, which is not known here; known: {', '.join(sorted(known))}")
+    return value
+
+
+def _list_of(name: str, value: Any, kind: type) -> list[Any]:
+    return [_of_type(f"an entry of {name}", each, kind) for each in _of_type(name, value, list)]
+
+
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+def _of_type(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} must be {_JSON_NAMES[kind]}, got {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -113,6 +113,28 @@ def load_attention(
             model is then as before.
     """
     path = find_weights(source)
+    with _naming(path):
+        return _load(pipe_or_model, path, component, layout, options)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path in front of the message of a ValueError that lacks it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _load(
+    pipe_or_model: Any,
+    path: Path,
+    component: str | None,
+    layout: TokenLayout | ReadLayout | None,
+    options: Mapping[str, Any],
+) -> LoadedAttention:
     file = read_weights(path)
     bare = isinstance(pipe_or_model, nn.Module)
     models = denoisers(pipe_or_model)

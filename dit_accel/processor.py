@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .backend import check_backend
 from .layout import TokenLayout
 from .mechanisms import clear, gna, linfusion, llsa, sla
+from .mechanisms._common import check_number
 
 __all__ = [
     "PROCESSORS",
@@ -89,7 +90,7 @@ class AcceleratedAttnProcessor:
         if self.scale is not None:
             if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
                 raise TypeError(f"scale must be a number or None, got {self.scale!r}")
-            if not (math.isfinite(self.scale) and self.scale > 0):
+            if not 0 < check_number("scale", self.scale) < math.inf:
                 raise ValueError(f"scale must be positive and finite, got {self.scale}")
         check_backend(self.backend)
         common = {field.name for field in fields(AcceleratedAttnProcessor)}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -124,14 +125,42 @@ def read_weights(path: Path) -> WeightsFile:
     """
     config = _read_json(path.with_name("config.json"))
     if path.name.endswith(_INDEX):
-        names = (_read_json(path) or {}).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ValueError(f"{path} is not an index of safetensors shards: it has no weight_map")
-        shards = [_read_safetensors(path.with_name(name)) for name in sorted(set(names.values()))]
-        return WeightsFile(path, {key: weight for weights, _ in shards for key, weight in weights.items()}, {}, config)
+        return WeightsFile(path, _read_shards(path), {}, config)
     if path.suffix in _PICKLED:
         return WeightsFile(path, _read_pickled(path), {}, config)
     return WeightsFile(path, *_read_safetensors(path), config)
+
+
+def _read_shards(index: Path) -> dict[str, Weight]:
+    """The weights of all shards, which must be beside their index and hold what it lists.
+
+    Raises: ValueError: no index, a shard that is elsewhere or not there, keys that are in no shard or in two.
+    """
+    names = (_read_json(index) or {}).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} is not an index of safetensors shards: it has no weight_map")
+    listed: dict[str, set[str]] = {}
+    for key, name in names.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ValueError(
+                f"{index} says that {shorten([key])} is in {shorten([repr(name)])}; expected the name of a safetensors "
+                "file in the folder of the index"
+            )
+        listed.setdefault(name, set()).add(key)
+    weights: dict[str, Weight] = {}
+    for name, keys in sorted(listed.items()):
+        held, _ = _read_safetensors(index.with_name(name))
+        lacking, twice = sorted(keys - held.keys()), sorted(held.keys() & weights.keys())
+        if lacking or twice:
+            raise ValueError(
+                f"{index} and its shard {name} differ: the shard lacks {shorten(lacking)}, and another shard has "
+                f"{shorten(twice)} as well"
+            )
+        weights |= held
+    return weights
+
+
+_SHARD = re.compile(r"[^/\\:\0]+\.safetensors")  # no separator of any system: nothing outside of the folder
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -139,7 +168,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     return content if isinstance(content, dict) else None
 
@@ -182,12 +211,25 @@ def _read_pickled(path: Path) -> dict[str, Weight]:
         raise ValueError(
             f"{path} is damaged, or holds more than tensors: dit_accel loads no code from a file"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole file of torch.save: {error}") from error
+    except Exception as error:  # a damaged pickle raises anything: KeyError, IndexError, AttributeError, BadZipFile …
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not a whole file of torch.save: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         kind = "a dict of more than tensors" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} holds {kind}; expected a state dict, that is a dict of tensors by their names")
-    return {str(key): Weight.of(tensor) for key, tensor in content.items()}
+    for key, tensor in content.items():
+        if not isinstance(key, str) or not _is_plain(tensor):
+            raise ValueError(
+                f"{path} holds {key!r}, a {tensor.dtype} tensor on {tensor.device} with the layout {tensor.layout}; "
+                "expected names that are text, and dense tensors with data"
+            )
+    return {key: Weight.of(tensor) for key, tensor in content.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor can be copied into a parameter: dense, with data, of a dtype that safetensors has as well."""
+    dense = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+    return dense and tensor.dtype in _DTYPES.values()
 
 
 def shorten(names: Iterable[str], most: int = 8) -> str:

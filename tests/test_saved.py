@@ -193,3 +193,67 @@ def test_processor_with_a_layout_by_hand_can_be_copied(tmp_path):
 def test_layout_of_another_type_is_refused(layout):
     with pytest.raises(TypeError, match=r"layout must be a TokenLayout or a function.*got"):
         dit_accel.set_attn_processor(pixart(), GNA, layout=layout)
+
+
+def in_group(**changes):
+    """A change of the first attention group's entries; ``options`` are changed one by one, None removes an entry."""
+
+    def change(tensors, configuration):
+        group = configuration["components"]["transformer"]["attention"][0]
+        options = changes.get("options")
+        group |= changes | {"options": group["options"] | options if isinstance(options, dict) else options}
+        for key in [key for key, value in changes.items() if value is None]:
+            del group[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"topk": 3}, "options of sla has 'topk', which is not known here; known: block_kv.*"),
+        ({"backend": "torch"}, "options of sla has 'backend'"),
+        ({"critical": "a lot"}, "options of sla are not valid: critical must be a number, got 'a lot'"),
+        ({"critical": 2}, r"critical must be in \(0, 1\]"),
+        ({"critical": 10**400}, "critical must be a number that a float can hold"),
+        ({"scale": 10**400}, "scale must be a number that a float can hold"),
+        ({"scale": False}, "scale must be a number or None, got False"),
+        ({"dense_steps": 1.5}, "dense_steps must be a whole number, got 1.5"),
+        ({"min_tokens": [1]}, r"min_tokens must be a whole number, got \(1,\)"),
+        ({"reference": None}, "reference must be 'whole' or 'window', got None"),
+        ({"feature_map": {"a": 1}}, "feature_map must be one of"),
+        ({"smooth_key": 1}, "smooth_key must be True or False, got 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(options, words, tmp_path):
+    refused(*model_and_inputs(), saved(tmp_path, in_group(options=options)), words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (in_group(mechanism=["sla"], options={}), r"mechanism \['sla'\] is not known here; known: sla, clear"),
+        (in_group(options=[1]), r"the options of sla must be an object, got \[1\]"),
+        (in_group(options={}, layers="transformer_blocks.0.attn"), "layers must be a list, got 'transformer_bl"),
+        (in_group(options={}, layers=[3]), "an entry of layers must be a text, got 3"),
+        (in_group(options={}, layers=[]), "component transformer names no layers"),
+        (in_group(options={}, layers=["a", "a"]), "component transformer names the layer a twice"),
+        (in_group(options={}, layers=None), "an attention group of component transformer lacks layers"),
+        (in_group(options={}, layers=["norm_out"]), "head size of norm_out"),
+        (in_group(options={}, layout={"grid": [7, 10]}), "the token layout lacks after, before, references"),
+        (in_group(options={}, layout=7), "the token layout must be an object, got 7"),
+        (in_group(options={}, layout={"grid": [7, -1], "before": 0, "after": 0, "references": []}), "at least 1 long"),
+        (in_group(options={}, layout={"grid": [7], "before": 0, "after": 9, "references": [[0]]}), "at least 1 long"),
+        (in_group(options={}, layout={"grid": [7], "before": 0.5, "after": 9, "references": []}), "before must be a w"),
+        (in_group(options={}, note=1), "has 'note', which is not known here; known: layers, layout, mechanism"),
+        (lambda t, c: c.update(components=[]), r"components must be an object, got \[\]"),
+        (lambda t, c: c.update(components={}), "components are empty"),
+        (lambda t, c: c["components"].update(transformer=None), "component transformer must be an object, got None"),
+        (lambda t, c: c["components"]["transformer"].update(attention={}), "attention must be a list"),
+        (lambda t, c: c.update(format=2), "format 2; this version reads 1: update dit_accel"),
+        (lambda t, c: c.clear(), "the configuration lacks components, format"),
+        (lambda t, c: t.update({"vae.x": torch.ones(1)}), r"none of its components \(transformer\): vae.x"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(change, words, tmp_path):
+    refused(*model_and_inputs(), saved(tmp_path, change), words)

@@ -101,9 +101,13 @@ def check_number(name: str, value: object) -> float:
     """Raises: TypeError, ValueError: not a number, or NaN."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if math.isnan(value):
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be a number that a float can hold, got a larger integer") from error
+    if math.isnan(number):
         raise ValueError(f"{name} must be a number, got NaN")
-    return float(value)
+    return number
 
 
 def per_axis(name: str, value: T | Sequence[T], layout: TokenLayout) -> tuple[T, ...]:

@@ -142,11 +142,15 @@ def dequantized(file: WeightsFile) -> WeightsFile:
             continue
         scale = file.weights.get(f"{module}.scale")
         expected = tuple(-(-n // _QUANTIZED_BLOCK) for n in weight.shape)
-        if weight.dtype != torch.int8 or scale is None or scale.shape != expected:
+        fits = scale is not None and scale.shape == expected and scale.dtype.is_floating_point
+        if weight.dtype != torch.int8 or len(expected) != 2 or scale is None or not fits:
             raise ValueError(
                 f"{file.path}: {key} is {weight.dtype} {weight.shape} with scale "
-                f"{None if scale is None else scale.shape}; expected int8 with {module}.scale {expected}"
+                f"{None if scale is None else scale.shape}; expected int8 with {module}.scale {expected}, both "
+                "matrices, the scale in floating-point numbers"
             )
+        if f"{module}.weight" in file.weights:
+            raise ValueError(f"{file.path} has {module}.weight twice, as itself and as {key}")
         weights[f"{module}.weight"] = Weight(weight.shape, torch.float32, _Dequantize(weight, scale))
     return WeightsFile(file.path, weights, file.metadata, file.config)
 

@@ -1,0 +1,160 @@
+"""Random damage to the files that load_attention reads; the same for the same seed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+STRANGE = [
+    None, True, False, 0, 1, -1, 3, 2.5, -0.0, 1e308, float("inf"), float("nan"), 10**20, 10**400, "", "x", "sla",
+    "a/../b", "\0", "ⅷ", [], {}, [None], [[]], [1, "a"], {"a": 1}, {"grid": [1]}, "function",
+]  # fmt: skip
+
+
+def deep(levels=20_000):
+    return "[" * levels + "]" * levels
+
+
+def _places(content, place=()):
+    """The paths of all values in nested lists and dicts."""
+    yield place
+    if isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield from _places(content[key], (*place, key))
+
+
+def damage_json(content, rng):
+    """Replace, remove, rename, repeat or nest one value or a few."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        places = [place for place in _places(content) if place]
+        if not places:
+            return content
+        *outer, key = rng.choice(places)
+        inside = content
+        for step in outer:
+            inside = inside[step]
+        how = rng.randrange(6)
+        if how == 0:
+            inside[key] = copy.deepcopy(rng.choice(STRANGE))
+        elif how == 1:
+            del inside[key]
+        elif how == 2 and isinstance(inside, dict):
+            inside[rng.choice(["", "x", "backend", "layers", "options", f"{key}x"])] = inside.pop(key)
+        elif how == 3 and isinstance(inside, list):
+            inside.append(copy.deepcopy(inside[key]))
+        elif how == 4:
+            inside[key] = rng.choice([[inside[key]], {"a": inside[key]}])
+        else:
+            other = content
+            for step in rng.choice(places):
+                other = other[step]
+            inside[key] = copy.deepcopy(other)
+    return content
+
+
+def damage_text(text, rng):
+    """A file's JSON text: changed in its values, cut off, changed in a letter, or something else altogether."""
+    how = rng.randrange(8)
+    if how == 0:
+        return text[: rng.randrange(len(text))]
+    if how == 1:
+        at = rng.randrange(len(text))
+        return text[:at] + rng.choice('{}[]",:0x\\ \0') + text[at + 1 :]
+    if how == 2:
+        return rng.choice(["", "null", "[]", "{}", '"a"', "1", deep(), '{"format": 1, "components": ' + deep() + "}"])
+    return json.dumps(damage_json(json.loads(text), rng))
+
+
+def damage_bytes(data, rng):
+    """Bytes changed, cut off, removed or put in, mostly near the beginning or the end, where headers are."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        end = rng.choice([8, 64, 1000, len(data)])
+        at = min(rng.randrange(end), len(data) - 1)
+        at = len(data) - 1 - at if rng.random() < 0.4 else at
+        how = rng.randrange(5)
+        if how == 0:
+            del data[max(at, 0) :]
+        elif how == 1:
+            del data[max(at, 0) : at + rng.choice([1, 4, 100])]
+        elif how == 2:
+            data[at:at] = rng.randbytes(rng.choice([1, 8]))
+        elif data:
+            data[max(at, 0)] = rng.choice([0, 255, rng.randrange(256)])
+        if not data:
+            break
+    return bytes(data)
+
+
+def damage_header(data, rng):
+    """The JSON header of a safetensors file, with its right length in front."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = damage_text(data[8 : 8 + length].decode(), rng).encode("utf-8", "replace")
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+def damage_tensors(tensors, rng, more_values=False):
+    """Keys renamed or left out, other shapes and dtypes; in pickles, values that are no tensors."""
+    tensors = dict(tensors)
+    for _ in range(rng.choice([1, 1, 2])):
+        if not tensors:
+            break
+        key = rng.choice(list(tensors))
+        value = tensors.pop(key)
+        how = rng.randrange(7 if more_values else 5)
+        if how == 0:
+            tensors[_damage_key(key, rng)] = value
+        elif how == 1 and torch.is_tensor(value):
+            shape = rng.choice([(), (0,), (1,), (3, 3), (1, 1, 1, 0, 1, 0, 1), (*value.shape, 1), value.shape[1:]])
+            tensors[key] = torch.zeros(shape, dtype=value.dtype)
+        elif how == 2 and torch.is_tensor(value):
+            kinds = [torch.int64, torch.int8, torch.bool, torch.bfloat16, torch.float64, torch.complex64]
+            tensors[key] = value.to(rng.choice(kinds[: None if more_values else -1]))
+        elif how == 3:
+            tensors[key] = value
+            tensors[_damage_key(key, rng)] = value.clone() if torch.is_tensor(value) else value
+        elif how >= 5:
+            tensors[key] = _strange_value(value, rng)
+    return tensors
+
+
+def _damage_key(key, rng):
+    parts = key.split(".")
+    i = rng.randrange(len(parts))
+    parts[i] = rng.choice(["", "x", "0", "9", "-1", "00", "٣", "1" * 5000, "lora_A", "lora_B", "weight", "scale",
+                           "int8_weight", parts[i] + "x", *parts])  # fmt: skip
+    return ".".join(parts)
+
+
+def _strange_value(value, rng):
+    if not torch.is_tensor(value):
+        return value
+    around = {"a": value}
+    around["itself"] = around
+    ring = [value]
+    ring.append(ring)
+    return rng.choice([
+        1, None, "x", [value], {"a": {"b": value}}, around, ring, torch.Size([2]), torch.float32, value.to_sparse(),
+        value.to("meta"), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), torch.nn.Parameter(value.float()),
+        value.float().expand(2, *value.shape), set(), (value, value), torch.zeros(3).to(torch.float8_e8m0fnu),
+    ])  # fmt: skip
+
+
+def read(path):
+    """Tensors and metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def write_tensors(path, tensors, metadata=None):
+    """As the suffix says; a pickle in the old or the new format."""
+    if path.suffix == ".safetensors":
+        save_file({key: x.contiguous() for key, x in tensors.items()}, path, metadata)
+    else:
+        torch.save(tensors, path)

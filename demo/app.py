@@ -10,11 +10,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 from gradio import processing_utils
-from starlette.middleware import Middleware
 
 from dit_accel.demo.ui import compare_tab, convert_tab, look_tab, speed_tab
 from dit_accel.demo.ui.engine import Engine
-from dit_accel.demo.ui.gate import Gate
+from dit_accel.demo.ui.server import guarded_server
 
 __all__ = ["build_app", "launch"]
 
@@ -58,12 +57,17 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, sha
     processing_utils.async_ssrf_protected_get = _fetch_nothing
     app = build_app(engine)
     app.queue(max_size=_MOST_QUEUED)
-    app.launch(
-        server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, theme=_theme(),
-        css=_CSS + compare_tab.CSS, head=compare_tab.HEAD, quiet=True,
-        max_file_size=1, enable_monitoring=False, footer_links=["settings"], run_history=False, pwa=False,
-        mcp_server=False, ssr_mode=False, app_kwargs={"middleware": [Middleware(Gate)]},
-    )  # fmt: skip
+    app.has_launched = True  # Gradio sets it, and from then on checks the files that requests name, after it listens
+    with guarded_server() as server:
+        app.launch(
+            server_name=f"[{host}]" if ":" in host else host, server_port=port or None, share=share,
+            prevent_thread_lock=True, theme=_theme(), css=_CSS + compare_tab.CSS, head=compare_tab.HEAD, quiet=True,
+            max_file_size=1, enable_monitoring=False, footer_links=["settings"], run_history=False, pwa=False,
+            mcp_server=False, ssr_mode=False,
+        )  # fmt: skip
+    if not isinstance(app.server, server):
+        app.close(verbose=False)
+        raise RuntimeError("this version of Gradio does not start the guarded server: install gradio 6")
     return app
 
 

@@ -12,6 +12,7 @@ import gradio as gr
 from gradio import processing_utils
 
 from dit_accel.demo.ui import compare_tab, convert_tab, look_tab, speed_tab
+from dit_accel.demo.ui.access import Access
 from dit_accel.demo.ui.engine import Engine
 from dit_accel.demo.ui.server import guarded_server
 
@@ -47,10 +48,11 @@ def build_app(engine: Engine) -> gr.Blocks:
     return app
 
 
-def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> Any:
+def launch(engine: Engine, access: Access | None = None, port: int | None = None, share: bool = False) -> Any:
     """Serve the page in threads of its own.
 
     Args:
+        access: where to listen, and what to accept; default this machine only.
         port: None or 0 = the first free one from 7860 on.
     Returns: the running ``gr.Blocks``; ``close()`` ends it.
     """
@@ -58,16 +60,19 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int | None = None, sha
     app = build_app(engine)
     app.queue(max_size=_MOST_QUEUED)
     app.has_launched = True  # Gradio sets it, and from then on checks the files that requests name, after it listens
-    with guarded_server() as server:
+    access = access or Access()
+    with guarded_server(access) as server:
         app.launch(
-            server_name=f"[{host}]" if ":" in host else host, server_port=port or None, share=share,
-            prevent_thread_lock=True, theme=_theme(), css=_CSS + compare_tab.CSS, head=compare_tab.HEAD, quiet=True,
-            max_file_size=1, enable_monitoring=False, footer_links=["settings"], run_history=False, pwa=False,
-            mcp_server=False, ssr_mode=False,
+            server_name=f"[{access.host}]" if ":" in access.host else access.host, server_port=port or None,
+            share=share, prevent_thread_lock=True, theme=_theme(), css=_CSS + compare_tab.CSS, head=compare_tab.HEAD,
+            quiet=True, max_file_size=1, enable_monitoring=False, footer_links=["settings"], run_history=False,
+            pwa=False, mcp_server=False, ssr_mode=False,
         )  # fmt: skip
     if not isinstance(app.server, server):
         app.close(verbose=False)
         raise RuntimeError("this version of Gradio does not start the guarded server: install gradio 6")
+    if app.share_url:
+        access.add(app.share_url)
     return app
 
 

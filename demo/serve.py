@@ -7,13 +7,14 @@ import threading
 
 import torch
 
+from dit_accel.demo.ui.access import Access
 from dit_accel.demo.ui.engine import Engine
 
 __all__ = ["serve"]
 
 
 def serve(
-    pipeline: str | None, device: torch.device, dtype: torch.dtype, host: str, port: int | None, share: bool
+    pipeline: str | None, device: torch.device, dtype: torch.dtype, access: Access, port: int | None, share: bool
 ) -> None:
     """Load, serve and print the address; the temporary folder is gone afterwards.
 
@@ -24,7 +25,7 @@ def serve(
         os.environ["GRADIO_TEMP_DIR"] = str(engine.folder / "page")
         from dit_accel.demo.app import launch
 
-        app = launch(engine, host, port, share)
+        app = launch(engine, access, port, share)
         try:
             print(f"The page is at {app.local_url}" + (f" and {app.share_url}" if share else ""), flush=True)
             print("Ctrl-C ends it.", flush=True)

@@ -458,11 +458,19 @@ def demo(
     share: Annotated[
         bool, typer.Option("--share", help="A public address, through Gradio's servers, for a week.")
     ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name the page is reached by, such as a proxy's; repeatable."),
+    ] = None,
+    allow_frame: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="A site that may show the page in a frame; repeatable.")
+    ] = None,
 ) -> int:
     """Open a page where dense and cheaper attention are compared, looked into, timed and converted."""
     from importlib.util import find_spec
 
     from .command import BadInput, Stopped
+    from .demo.ui.access import Access
     from .machine import pick_device, pick_dtype
 
     if any(find_spec(package) is None for package in ("gradio", "matplotlib")):
@@ -470,12 +478,13 @@ def demo(
     try:
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
+        access = Access(host, allow_host or (), allow_frame or ())
     except ValueError as error:
         raise BadInput(str(error)) from None
     from .demo.serve import serve
 
     try:
-        serve(pipeline, where, precision, host, port, share)
+        serve(pipeline, where, precision, access, port, share)
     except Stopped as stop:
         return stop.status
     except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from .access import Access
+
 __all__ = ["Gate"]
 
 _FILE = r"file=(?![\w+.-]{2,}:/).+"  # a path: what a URL names Gradio would fetch and pass on
@@ -14,28 +16,34 @@ _NEEDED = re.compile(
     rf"{_FILE}))?/?"
 )
 _MOST_BYTES = 1_000_000  # of a request: numbers and a prompt
+_NOT_NEEDED = "Not for this page."
 
 
 class Gate:
-    """ASGI middleware."""
+    """ASGI middleware, the outermost: requests that ``access`` refuses or the page does not need end here."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, access: Access) -> None:
+        self.app, self.access = app, access
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        status = _refusal(scope) if scope["type"] == "http" else None
-        if status is None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal is None:
             await self.app(scope, receive, send)
             return
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-        await send({"type": "http.response.body", "body": b"Not for this page."})
+        status, reason = refusal
+        headers = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": f"{reason}\n".encode()})
 
-
-def _refusal(scope: Any) -> int | None:
-    """The HTTP status to answer with; None where the request goes on to Gradio."""
-    if not _NEEDED.fullmatch(scope["path"]):
-        return 404
-    headers = dict(scope["headers"])
-    if b"transfer-encoding" in headers or int(headers.get(b"content-length", b"0")) > _MOST_BYTES:
-        return 413
-    return None
+    def _refusal(self, scope: Any) -> tuple[int, str] | None:
+        """HTTP status and reason; None if the request goes on to Gradio."""
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin")
+        host = headers.get(b"host", b"").decode("latin-1")
+        if refusal := self.access.refusal(host, origin if origin is None else origin.decode("latin-1")):
+            return refusal
+        if not _NEEDED.fullmatch(scope["path"]):
+            return 404, _NOT_NEEDED
+        if b"transfer-encoding" in headers or int(headers.get(b"content-length", b"0")) > _MOST_BYTES:
+            return 413, _NOT_NEEDED
+        return None

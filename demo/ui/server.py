@@ -13,19 +13,20 @@ from typing import Any
 import uvicorn
 from gradio import http_server
 
+from .access import Access
 from .gate import Gate
 
 __all__ = ["guarded_server"]
 
 
 @contextlib.contextmanager
-def guarded_server() -> Iterator[type[http_server.Server]]:
+def guarded_server(access: Access) -> Iterator[type[http_server.Server]]:
     """Within the context, ``Blocks.launch`` starts a server of the class that is yielded."""
 
     class GuardedServer(http_server.Server):
         def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            config.app = Gate(config.app)  # outermost: before Gradio's own answers to preflight requests
+            config.app = Gate(config.app, access)  # outermost: before Gradio's own answers to preflight requests
             config.ws = "none"
 
     gradios = http_server.Server

@@ -135,6 +135,15 @@ def test_allowed_frame_must_be_an_origin(origin):
         Access("127.0.0.1", frames=[origin])
 
 
+@pytest.mark.parametrize(
+    "path, headers", [("/", {}), ("/config", {}), ("/nowhere", {}), ("/", {"Host": "evil.example"})]
+)
+def test_security_headers_are_on_every_response(app, path, headers):
+    found = ask(app, path=path, **headers)[1]
+    assert found["X-Frame-Options"] == "SAMEORIGIN" and found["X-Content-Type-Options"] == "nosniff"
+    assert "frame-ancestors 'self'" in found["Content-Security-Policy"] and found["Referrer-Policy"] == "same-origin"
+
+
 def test_allowed_frame_replaces_the_header_that_cannot_name_it():
     headers = dict(Access("127.0.0.1", frames=["https://a.example"]).headers)
     assert "X-Frame-Options" not in headers

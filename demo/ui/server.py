@@ -28,6 +28,7 @@ def guarded_server(access: Access) -> Iterator[type[http_server.Server]]:
             super().__init__(config, *args, **kwargs)
             config.app = Gate(config.app, access)  # outermost: before Gradio's own answers to preflight requests
             config.ws = "none"
+            config.headers = access.headers  # uvicorn puts them on every response, its own too
 
     gradios = http_server.Server
     http_server.Server = GuardedServer  # type: ignore[misc]

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import socket
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("gradio")
 
 from dit_accel.demo.app import launch
 from dit_accel.demo.ui.access import Access
+from dit_accel.demo.ui.connections import BoundedProtocol
 from dit_accel.demo.ui.engine import Engine
 
 
@@ -148,3 +150,97 @@ def test_allowed_frame_replaces_the_header_that_cannot_name_it():
     headers = dict(Access("127.0.0.1", frames=["https://a.example"]).headers)
     assert "X-Frame-Options" not in headers
     assert headers["Content-Security-Policy"] == "frame-ancestors 'self' https://a.example"
+
+
+def opened(app, count, text):
+    """Connections that have sent the text, and wait."""
+    url, connections = urlsplit(app.local_url), []
+    for _ in range(count):
+        connections.append(socket.create_connection((url.hostname, url.port), timeout=10))
+        connections[-1].sendall(text)
+    return connections
+
+
+def closed(connections, seconds):
+    """How many the server has closed after that time."""
+    until, count = time.monotonic() + seconds, 0
+    for connection in connections:
+        connection.settimeout(max(until - time.monotonic(), 0.001))
+        with contextlib.suppress(TimeoutError), connection:
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(10_000):
+                    pass
+            count += 1
+    return count
+
+
+HEAD = b"POST /gradio_api/run/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HALF_SENT = {
+    "nothing": b"",
+    "head": b"GET / HTTP/1.1\r\nHost: localhost\r\nX-",
+    "body": HEAD + b"Content-Length: 1000\r\n\r\n{",
+    "refused body": HEAD + b"Content-Length: 9000000\r\n\r\n{",
+    "second request": b"GET /gradio_api/app_id HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    + HEAD
+    + b"Content-Length: 1000\r\n\r\n{",
+}
+
+
+@pytest.fixture
+def short_deadline(monkeypatch):
+    monkeypatch.setattr(BoundedProtocol, "stall_seconds", 1.0)
+
+
+@pytest.mark.parametrize("sent", HALF_SENT)
+def test_half_sent_requests_are_closed_and_others_answered(app, short_deadline, sent):
+    connections = opened(app, 50, HALF_SENT[sent])
+    assert ask(app)[0] == 200
+    assert closed(connections, 6) == 50
+
+
+def test_dripping_request_is_closed(app, short_deadline):
+    (connection,) = opened(app, 1, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
+    begun = time.monotonic()
+    with pytest.raises(OSError), connection:
+        while time.monotonic() - begun < 6:
+            connection.sendall(b"x")
+            time.sleep(0.1)
+    assert time.monotonic() - begun < 4
+
+
+def test_slow_upload_that_makes_progress_is_answered(app, short_deadline):
+    body = b'{"data": [], "fn_index": 0, "session_hash": "' + b"x" * 2500 + b'"}'
+    (connection,) = opened(app, 1, HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+    with connection:
+        for start in range(0, len(body), 500):  # for 3 s, three times the deadline, at twice the least rate
+            time.sleep(0.5)
+            connection.sendall(body[start : start + 500])
+        assert connection.recv(100).startswith(b"HTTP/1.1 ")
+
+
+def test_long_response_is_not_cut(app, short_deadline):
+    (stream,) = opened(app, 1, b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert closed([stream], 3) == 0
+
+
+def test_keep_alive_connection_is_used_again(app, short_deadline):
+    url = urlsplit(app.local_url)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=10)
+    with contextlib.closing(connection):
+        for _ in range(4):
+            connection.request("GET", "/gradio_api/app_id")
+            local = connection.sock.getsockname()
+            assert connection.getresponse().read()
+            time.sleep(0.5)
+        assert connection.sock.getsockname() == local
+
+
+def test_connections_over_the_limit_replace_the_longest_waiting(app, monkeypatch):
+    monkeypatch.setattr(BoundedProtocol, "most_connections", 20)
+    (stream,) = opened(app, 1, b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert stream.recv(1000)
+    waiting = opened(app, 60, b"GET / HTTP/1.1\r\n")
+    assert ask(app)[0] == 200
+    assert closed(waiting[:45], 2) >= 40 and closed([stream], 0.2) == 0
+    for connection in waiting:
+        connection.close()

@@ -14,6 +14,7 @@ import uvicorn
 from gradio import http_server
 
 from .access import Access
+from .connections import BoundedProtocol
 from .gate import Gate
 
 __all__ = ["guarded_server"]
@@ -27,7 +28,7 @@ def guarded_server(access: Access) -> Iterator[type[http_server.Server]]:
         def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             config.app = Gate(config.app, access)  # outermost: before Gradio's own answers to preflight requests
-            config.ws = "none"
+            config.http, config.ws = BoundedProtocol, "none"
             config.headers = access.headers  # uvicorn puts them on every response, its own too
 
     gradios = http_server.Server

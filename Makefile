@@ -1,4 +1,4 @@
-# make demo | make test | make test-browser | make lint | make clean. Each makes the environment in .venv when it is not there yet.
+# make demo | make test | make test-browser | make lint | make docs | make clean. Each makes the environment in .venv when it is not there yet.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 DEMO   ?= compare-demo
 CHROMIUM := /usr/bin/chromium
 
-.PHONY: demo test test-browser lint format clean
+.PHONY: demo test test-browser lint docs format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -25,6 +25,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python docs/tools/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

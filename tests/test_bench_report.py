@@ -1,4 +1,4 @@
-"""What becomes of a benchmark's results: growth, tables, plots, and the README."""
+"""Benchmark results as growth exponents, tables, plots and pages of the documentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dit_accel.bench import scaling, train
-from dit_accel.bench.command import bench
+from dit_accel.bench.command import PAGES, bench
 from dit_accel.bench.report import fill
 from dit_accel.bench.results import KEYS, Results, read_results
 from dit_accel.bench.tables import table
@@ -164,43 +164,52 @@ def test_tables():
     assert steps[3] == "| Flux 8192² | clear-r16 | 8 s | 11.18× | 1.0% | 2.00 GiB | ≥ 10× ✓ |"
 
 
-def test_report_fills_the_readme_and_draws(tmp_path, capsys):
+def test_report_fills_the_pages_and_draws(tmp_path, capsys):
     for content in EVERYTHING:
         (tmp_path / f"{content['kind']}.json").write_text(json.dumps(content))
-    readme = tmp_path / "README.md"
-    readme.write_text("Before\n<!-- bench:attention -->\nold\n<!-- /bench:attention -->\nafter\n")
+    speed, quality = tmp_path / "speed.md", tmp_path / "quality.md"
+    speed.write_text("Before\n<!-- bench:attention -->\nold\n<!-- /bench:attention -->\nafter\n")
+    quality.write_text("<!-- bench:quality --><!-- /bench:quality -->")
+    arguments = ["report", "--folder", str(tmp_path), "--page", str(speed), "--page", str(quality)]
     for _ in range(2):  # twice is as once
-        assert bench(["report", "--folder", str(tmp_path), "--readme", str(readme)], "b") == 0
+        assert bench(arguments, "b") == 0
         filled = f"Before\n<!-- bench:attention -->\n{table(ATTENTION)}\n<!-- /bench:attention -->\nafter\n"
-        assert readme.read_text() == filled
+        assert speed.read_text() == filled
+        assert quality.read_text() == f"<!-- bench:quality -->\n{table(QUALITY)}\n<!-- /bench:quality -->"
     told = capsys.readouterr().out
-    assert "has no <!-- bench:step -->" in told and table(STEP) in told
+    assert "no page has <!-- bench:step -->" in told and table(STEP) in told
     for kind in KEYS:
         with Image.open(tmp_path / f"{kind}.png") as picture:
             assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
-    readme.write_text(readme.read_text() * 2)
+    quality.write_text(speed.read_text())
+    with pytest.raises(BadInput, match=r"is in .*speed\.md and .*quality\.md: keep one"):
+        bench(arguments, "b")
+    speed.write_text(speed.read_text() * 2)
     with pytest.raises(BadInput, match="2 times"):
-        bench(["report", "--folder", str(tmp_path), "--readme", str(readme)], "b")
+        bench(arguments, "b")
     (tmp_path / "step.json").write_text("{}")
     with pytest.raises(BadInput, match=r"step\.json was not written by dit-accel bench"):
-        bench(["report", "--folder", str(tmp_path), "--readme", str(readme)], "b")
+        bench(arguments, "b")
 
 
 def test_report_says_what_it_lacks_without_matplotlib(tmp_path, monkeypatch):
     (tmp_path / "step.json").write_text(json.dumps(STEP))
-    (tmp_path / "README.md").write_text("")
+    (tmp_path / "page.md").write_text("")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BadInput, match=r"pip install 'dit-accel\[bench\]'"):
-        bench(["report", "--folder", str(tmp_path), "--readme", str(tmp_path / "README.md")], "b")
+        bench(["report", "--folder", str(tmp_path), "--page", str(tmp_path / "page.md")], "b")
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_the_readme_has_the_tables_of_the_results(kind):
+def test_the_documentation_has_the_tables_of_the_results(kind):
     results = ROOT / "benchmarks" / f"{kind}.json"
     if not results.is_file():
         pytest.skip(f"{results.name} is not there: nothing was measured yet")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill(text, kind, table(read_results(results))) == text, "run: dit-accel bench report"
+    content = table(read_results(results))
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    filled = [fill(text, f"bench:{kind}", content) for text in pages]
+    assert sum(text is not None for text in filled) == 1, f"no page has <!-- bench:{kind} -->"
+    assert all(new in (None, text) for new, text in zip(filled, pages, strict=True)), "run: dit-accel bench report"
 
 
 def test_results_are_written_whole(tmp_path, monkeypatch):

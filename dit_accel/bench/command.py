@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 from ..command import BadInput, Stopped
 from .request import Request, make_request
 
-__all__ = ["bench", "main"]
+__all__ = ["PAGES", "bench", "main"]
 
 _FOLDER = Path("benchmarks")
+PAGES = (Path("docs/benchmarks.md"), Path("docs/quality.md"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,10 +86,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _calls(scaling)
     _common(scaling, 10, "benchmarks/scaling.json")
     report = commands.add_parser(
-        "report", help="plots, and README.md's tables", description="Draw what was measured; fill README.md's tables."
+        "report",
+        help="plots, and the tables of the documentation",
+        description="Draw the results as plots and fill the tables of the documentation.",
     )
     report.add_argument("--folder", metavar="FOLDER", type=Path, default=_FOLDER, help="where the results are")
-    report.add_argument("--readme", metavar="FILE", type=Path, default=Path("README.md"))
+    report.add_argument("--page", metavar="FILE", type=Path, action="append",
+                        help=f"a page with tables; repeatable; default {' and '.join(map(str, PAGES))}")  # fmt: skip
     return parser
 
 
@@ -120,7 +124,7 @@ def bench(arguments: Sequence[str], prog: str) -> int:
     if given.what == "report":
         from .report import report
 
-        return report(given.folder, given.readme)
+        return report(given.folder, given.page or PAGES)
     request = _request(given, (prog, *arguments))
     try:
         return import_module(f".{given.what}", __package__).run(request)

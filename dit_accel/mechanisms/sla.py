@@ -70,7 +70,8 @@ def sla_attention(
         layout: where the grid lies in the sequence; None = the whole sequence is the grid, 1-D.
         critical: share of key blocks in the softmax, at least one block; in (0, 1].
         negligible: share of key blocks that are left out; critical + negligible <= 1.
-        block_q, block_kv: tokens in a block of queries and of keys.
+        block_q: tokens in a block of queries.
+        block_kv: tokens in a block of keys.
         feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu".
         linear_over: "marginal" (the paper), or "all" key blocks (the authors' later release).
         smooth_key: subtract the mean key before pooling.

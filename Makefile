@@ -28,7 +28,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/tools/generate.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

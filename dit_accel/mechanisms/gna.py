@@ -54,10 +54,10 @@ def gna_attention(
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
         layout: where the grid lies in the sequence.
-        window: number of keys along each axis, or one per axis.
+        window: number of keys along an axis, or one per axis.
         stride: number of neighbouring queries that share a window, or one per axis; at most the window.
         dilation: distance between the keys of a window, or one per axis; 1 = neighbours.
-        is_causal: whether later keys along the axis are hidden, or one per axis.
+        is_causal: whether keys after the query along the axis are excluded, or one per axis.
         key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.

@@ -58,7 +58,7 @@ def launch(engine: Engine, access: Access | None = None, port: int | None = None
     """
     processing_utils.async_ssrf_protected_get = _fetch_nothing
     app = build_app(engine)
-    app.queue(max_size=_MOST_QUEUED)
+    app.queue(max_size=_MOST_QUEUED, api_open=False)  # else run/predict goes past the queue
     app.has_launched = True  # Gradio sets it, and from then on checks the files that requests name, after it listens
     access = access or Access()
     with guarded_server(access) as server:

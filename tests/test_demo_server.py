@@ -2,6 +2,8 @@
 
 import contextlib
 import http.client
+import json
+import re
 import socket
 import time
 from urllib.parse import urlsplit
@@ -244,3 +246,28 @@ def test_connections_over_the_limit_replace_the_longest_waiting(app, monkeypatch
     assert closed(waiting[:45], 2) >= 40 and closed([stream], 0.2) == 0
     for connection in waiting:
         connection.close()
+
+
+def post(app, path, **body):
+    return ask(app, "POST", path, json.dumps(body), Content_Type="application/json")
+
+
+def events(app, queued):
+    return [event for event in json.loads(ask(app)[2])["dependencies"] if event["queue"] is queued]
+
+
+def test_queue_cannot_be_bypassed(app):
+    slow = events(app, queued=True)
+    assert slow
+    for event in slow:
+        data = [None] * len(event["inputs"])
+        status, _, text = post(app, "/gradio_api/run/predict", data=data, fn_index=event["id"], session_hash="abc")
+        assert status == 404 and "join the queue" in text, event["api_name"]
+
+
+@pytest.mark.parametrize("data", [[], ["x"], None, {"path": "/etc/passwd"}])
+def test_answer_to_a_bad_request_shows_no_code_and_no_path(app, data):
+    for event in json.loads(ask(app)[2])["dependencies"]:
+        each = [data] * len(event["inputs"]) if data else data
+        answer = post(app, "/gradio_api/run/predict", data=each, fn_index=event["id"], session_hash="abc")
+        assert not re.search(r"Traceback|\.py\b|site-packages|/tmp/", answer[2]), answer[2]

@@ -240,6 +240,8 @@ def test_signal_ends_the_app_and_its_folder_is_gone(tmp_path):
         (["--pipeline", "/nowhere"], None, "there is no folder /nowhere"),
         (["--device", "toaster"], None, "unknown device 'toaster'"),
         (["--port", "70000"], None, "--port"),
+        (["--allow-host", "https://a.example"], None, "expected a host name"),
+        (["--allow-frame", "a.example"], None, "expected an origin"),
     ],
 )
 def test_what_the_command_cannot_do_is_said(arguments, missing, said, monkeypatch, capsys):

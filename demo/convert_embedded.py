@@ -27,21 +27,21 @@ from rich.console import Console
 
 from dit_accel.attn_spec import parse_attention
 from dit_accel.bench.results import KEYS, now, read_results
+from dit_accel.bundled import IMAGE, VIDEO
 from dit_accel.convert.card import write_card
 from dit_accel.convert.evaluate import Evaluation
 from dit_accel.convert.recipes import RECIPES, parse_weight, reweighted
 from dit_accel.convert.request import LORA_LAYERS, SAMPLINGS, Request, Source
 from dit_accel.convert.run import run
-from dit_accel.demo.judge import prompt_check
+from dit_accel.demo.evaluate_captions import prompt_check
 from dit_accel.demo.write_scenes import write_scenes
-from dit_accel.embedded import IMAGE, VIDEO
 from dit_accel.files import replacing, write_json
 from dit_accel.install import denoisers, installed_layers
 
 __all__ = ["MECHANISMS"]
 
 # a tenth of the logits each, of 64×64 tokens beside 40 of text and of 13×16×16. Which layer has how many and where was
-# searched with dit_accel.demo.allot (125 seconds each on a GPU, begun by hand); but the image's LLSA is by hand alone,
+# searched with search_layer_options (125 seconds each on a GPU, begun by hand); but the image's LLSA is by hand alone,
 # whose loss was the lower after as many steps (+24.0 %, and +31.1 % for what the search found)
 MECHANISMS = {
     "image": {

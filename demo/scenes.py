@@ -1,8 +1,8 @@
 """Scenes that the embedded pipelines draw, and the small language of their captions.
 
 A `Scene` is what a caption fixes: objects with colour, texture, shape, size and place (or count, or motion) on a
-background. `render.py` draws a scene, `check.py` judges a picture against one. One scene in ten is held out: which,
-`is_held_out` decides from a hash of what the caption says, whatever its phrasing, so that training never meets it.
+background. `render.py` draws a scene, `scene_checker.py` judges a picture against one. One scene in ten is held out of
+training: `is_held_out` decides from a hash of what the caption says, whatever its phrasing.
 """
 
 from __future__ import annotations

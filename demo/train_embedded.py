@@ -38,7 +38,7 @@ from dit_accel.demo.build import (  # noqa: E402
     save_pipeline,
     smoke_config,
 )
-from dit_accel.demo.judge import check_drawing, draw_scenes, held_out_scenes  # noqa: E402
+from dit_accel.demo.evaluate_captions import check_drawing, draw_scenes, held_out_scenes  # noqa: E402
 from dit_accel.demo.render import layout_scene, render  # noqa: E402
 from dit_accel.demo.scenes import Scene, altered_captions  # noqa: E402
 from dit_accel.demo.train_denoiser import train_denoiser  # noqa: E402

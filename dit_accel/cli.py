@@ -102,12 +102,13 @@ def compare(
     from rich.console import Console
 
     from .attn_spec import parse_student
-    from .command import BadInput, Stopped
     from .compare.request import Request
     from .compare.run import run
+    from .environment import pick_device, pick_dtype
+    from .errors import BadInput
     from .files import require_writable
-    from .machine import pick_device, pick_dtype
     from .processor import PROCESSORS
+    from .signals import Stopped
 
     try:
         embedded = _embedded(pipeline, video)
@@ -239,12 +240,13 @@ def convert(
     from rich.console import Console
 
     from .attn_spec import parse_attention
-    from .command import BadInput, Stopped
     from .convert.card import check_hub
     from .convert.finish import finish
     from .convert.recipes import RECIPES, parse_weight
     from .convert.request import DTYPES, LORA_LAYERS, SAMPLINGS, SCHEDULES, TRAINABLE, Request
     from .convert.run import Diverged, run
+    from .errors import BadInput
+    from .signals import Stopped
 
     try:
         source = _source(
@@ -338,8 +340,9 @@ def evaluate(
     from rich.console import Console
 
     from .attn_spec import parse_student
-    from .command import BadInput, Stopped
     from .convert.evaluate import evaluate as measure
+    from .errors import BadInput
+    from .signals import Stopped
 
     try:
         student = parse_student(attn)
@@ -376,7 +379,7 @@ def _prompt_check(pipeline: str) -> Any:
         raise ValueError(f"--captions is for pipelines that dit_accel.demo.train_embedded wrote, got {pipeline}")
     if find_spec("scipy") is None:
         raise ValueError("--captions needs scipy: pip install 'dit-accel[train]'")
-    from .demo.judge import prompt_check
+    from .demo.evaluate_captions import prompt_check
 
     return prompt_check
 
@@ -386,7 +389,7 @@ def _embedded(pipeline: str | None, video: bool) -> Any:
 
     Raises: ValueError: both are asked for.
     """
-    from .embedded import IMAGE, VIDEO
+    from .bundled import IMAGE, VIDEO
 
     if video and pipeline is not None:
         raise ValueError("give --pipeline or --video, not both: --video is the embedded video pipeline")
@@ -411,9 +414,9 @@ def _source(
 
     Raises: ValueError: arguments that do not go together, or a file or folder that is not there.
     """
+    from .bundled import OTHER_PROMPTS
     from .convert.buckets import parse_size
     from .convert.request import Source
-    from .embedded import OTHER_PROMPTS
     from .files import require_writable
 
     embedded = _embedded(pipeline, video)
@@ -469,9 +472,10 @@ def demo(
     """Open a page where dense and cheaper attention are compared, looked into, timed and converted."""
     from importlib.util import find_spec
 
-    from .command import BadInput, Stopped
     from .demo.ui.access import Access
-    from .machine import pick_device, pick_dtype
+    from .environment import pick_device, pick_dtype
+    from .errors import BadInput
+    from .signals import Stopped
 
     if any(find_spec(package) is None for package in ("gradio", "matplotlib")):
         raise BadInput("the page needs gradio and matplotlib: pip install 'dit-accel[demo]'")
@@ -510,10 +514,11 @@ def _fail(message: str, status: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 1 failed in part, 2 bad input (one line on stderr), 130 or 143 stopped."""
-    from .command import BadInput, stoppable
+    from .errors import BadInput
+    from .signals import interruptible
 
     try:
-        with stoppable():
+        with interruptible():
             status: Any = app(arguments, prog_name="dit-accel", standalone_mode=False)
     except Exception as error:
         describe_usage = getattr(error, "format_message", None)  # typer's own errors

@@ -27,7 +27,7 @@ def describe(pipe_or_model: Any) -> str:
         layers = installed_layers(model)
         groups: dict[tuple[str, ...], list[str]] = {}
         for name, layer in layers.items():
-            layout = layer.cell.last
+            layout = layer.slot.last
             tokens = "not run yet" if layout is None else str(layout)
             backend, trouble = _backend(model, name, layer)
             notes = "; ".join(filter(None, (trouble, _note(layer))))
@@ -38,7 +38,7 @@ def describe(pipe_or_model: Any) -> str:
         if rest != "0 self-attention":
             rows.append((f"{component}: {rest} layers", "dense", "", "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(slot.ljust(width) for slot, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -51,7 +51,7 @@ def _backend(model: nn.Module, name: str, layer: MechanismLayer) -> tuple[str, s
         if execution is not None:
             device = torch.device(execution)
             break
-    processor, layout = layer.mechanism, layer.cell.last
+    processor, layout = layer.mechanism, layer.slot.last
     if layout is not None and _stays_dense(layer, layout):
         return "", ""
     try:
@@ -62,7 +62,7 @@ def _backend(model: nn.Module, name: str, layer: MechanismLayer) -> tuple[str, s
 
 def _note(layer: MechanismLayer) -> str:
     """Why a layer differs from what was asked: dense, or capped to its grid."""
-    processor, layout = layer.mechanism, layer.cell.last
+    processor, layout = layer.mechanism, layer.slot.last
     notes = [f"first {processor.dense_steps} steps dense"] if processor.dense_steps else []
     if layout is None:
         return "; ".join(notes)
@@ -129,12 +129,12 @@ def count_logits(processor: AcceleratedAttnProcessor, layout: TokenLayout) -> fl
 
 def _logits(model: nn.Module) -> tuple[float, float]:
     layers = installed_layers(model)
-    run = [layer for layer in layers.values() if layer.cell.last is not None]
+    run = [layer for layer in layers.values() if layer.slot.last is not None]
     if layers and not run:
         raise ValueError("run the pipeline once: the share of the logits depends on the token layout of a forward pass")
     computed = dense = 0.0
     for layer in run:
-        layout = layer.cell.last
+        layout = layer.slot.last
         assert layout is not None
         whole = float(layout.seq_len) ** 2
         dense += whole

@@ -1,7 +1,7 @@
 """The model families in ``pipelines/``: one short file each, found by looking into the folder.
 
-A family file has ``MODELS``, the denoiser classes; ``sites(model) -> list[Site]``, the layers and how their layout is
-read; and ``token_box(pipe, model) -> TokenBox``, the picture sizes that fit.
+A family file has ``MODELS``, the denoiser classes; ``attention_groups(model) -> list[AttentionGroup]``, the layers and
+the function that reads their layout; and ``token_box(pipe, model) -> TokenBox``, the picture sizes that fit.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from types import ModuleType
 from torch import nn
 
 from . import pipelines
-from .site import Site
+from .attention_group import AttentionGroup
 
-__all__ = ["family_of", "sites_of", "supported_models"]
+__all__ = ["attention_groups_of", "family_of", "supported_models"]
 
 
 @functools.cache
@@ -35,8 +35,8 @@ def family_of(model: nn.Module) -> ModuleType | None:
     return next((family for family in _families() if isinstance(model, family.MODELS)), None)
 
 
-def sites_of(model: nn.Module) -> list[Site]:
-    """The sites of a known denoiser that have attention layers.
+def attention_groups_of(model: nn.Module) -> list[AttentionGroup]:
+    """The groups of a known denoiser that have attention layers.
 
     Raises: ValueError: an unknown model, with what is supported and how to pass a layout by hand.
     """
@@ -49,4 +49,4 @@ def sites_of(model: nn.Module) -> list[Site]:
             "text_tokens)), or a function (model, arguments) -> TokenLayout, where arguments are those of the model's "
             "forward() by name"
         )
-    return [site for site in family.sites(model) if site.layers]
+    return [group for group in family.attention_groups(model) if group.layers]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .intercept import LayoutCell, MechanismLayer, Rerouted, ThreadSlot
+from .intercept import InterceptedProcessor, LayoutSlot, MechanismLayer, ThreadSlot
 from .layout import TokenLayout
 
-__all__ = ["ReadStep", "SiteHook", "StepClock", "forward_parameters"]
+__all__ = ["LayoutHook", "StepClock", "StepHook", "forward_parameters"]
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -25,13 +25,13 @@ def _by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, An
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-class SiteHook:
-    """Before the owner's forward, fill the layout cell; after it, whatever happened, empty it."""
+class LayoutHook:
+    """Before the owner's forward, fill the layout slot; after it, whatever happened, empty it."""
 
-    def __init__(self, cell: LayoutCell, owner: nn.Module) -> None:
-        assert cell.site is not None
-        self.cell = cell
-        self.read = cell.site.read
+    def __init__(self, slot: LayoutSlot, owner: nn.Module) -> None:
+        assert slot.group is not None
+        self.slot = slot
+        self.read = slot.group.read
         self.names = forward_parameters(owner)
         self.handles = [
             owner.register_forward_pre_hook(self, with_kwargs=True),
@@ -39,16 +39,16 @@ class SiteHook:
         ]
 
     def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.cell.last = self.cell.layout = self.read(owner, _by_name(self.names, args, kwargs))
+        self.slot.last = self.slot.layout = self.read(owner, _by_name(self.names, args, kwargs))
         if torch.compiler.is_compiling():  # the graph itself keeps the layout for its recomputation
             return
         if getattr(owner, "gradient_checkpointing", False):
-            _CheckpointWithLayouts.enter(owner, self.cell)
+            _CheckpointWithLayouts.enter(owner, self.slot)
 
     def leave(self, owner: nn.Module, *_: Any) -> None:
-        self.cell.layout = None
+        self.slot.layout = None
         if not torch.compiler.is_compiling():
-            _CheckpointWithLayouts.leave(owner, self.cell)
+            _CheckpointWithLayouts.leave(owner, self.slot)
 
     def remove(self) -> None:
         """Take the hooks off the owner."""
@@ -66,10 +66,10 @@ class _CheckpointWithLayouts:
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
-        self.entered: dict[LayoutCell, int] = {}  # forwards in progress by cell
+        self.entered: dict[LayoutSlot, int] = {}  # forwards in progress by slot
 
     @classmethod
-    def enter(cls, owner: nn.Module, cell: LayoutCell) -> None:
+    def enter(cls, owner: nn.Module, slot: LayoutSlot) -> None:
         with cls._LOCK:
             function = getattr(owner, "_gradient_checkpointing_func", None)
             if function is None:
@@ -77,30 +77,30 @@ class _CheckpointWithLayouts:
             if not isinstance(function, cls):
                 function = cls(function)
                 owner._gradient_checkpointing_func = function  # type: ignore[assignment]
-            function.entered[cell] = function.entered.get(cell, 0) + 1
+            function.entered[slot] = function.entered.get(slot, 0) + 1
 
     @classmethod
-    def leave(cls, owner: nn.Module, cell: LayoutCell) -> None:
+    def leave(cls, owner: nn.Module, slot: LayoutSlot) -> None:
         function = getattr(owner, "_gradient_checkpointing_func", None)
         if not isinstance(function, cls):
             return
         with cls._LOCK:
-            function.entered[cell] = function.entered.get(cell, 0) - 1
+            function.entered[slot] = function.entered.get(slot, 0) - 1
             if not any(count > 0 for count in function.entered.values()):
                 owner._gradient_checkpointing_func = function.original  # type: ignore[assignment]
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        layouts = {cell: cell.layout for cell in tuple(self.entered)}
+        layouts = {slot: slot.layout for slot in tuple(self.entered)}
         return self.original(_WithLayouts(block, layouts), *args, **kwargs)
 
 
 class _WithLayouts:
-    def __init__(self, block: Callable[..., Any], layouts: Mapping[LayoutCell, TokenLayout | None]) -> None:
+    def __init__(self, block: Callable[..., Any], layouts: Mapping[LayoutSlot, TokenLayout | None]) -> None:
         self.block = block
         self.layouts = layouts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outside = {cell: cell.layout for cell in self.layouts}
+        outside = {slot: slot.layout for slot in self.layouts}
         _set_layouts(self.layouts)
         try:
             return self.block(*args, **kwargs)
@@ -108,9 +108,9 @@ class _WithLayouts:
             _set_layouts(outside)
 
 
-def _set_layouts(layouts: Mapping[LayoutCell, TokenLayout | None]) -> None:
-    for cell, layout in layouts.items():
-        cell.layout = layout
+def _set_layouts(layouts: Mapping[LayoutSlot, TokenLayout | None]) -> None:
+    for slot, layout in layouts.items():
+        slot.layout = layout
 
 
 class StepClock:
@@ -144,7 +144,7 @@ _NOT_COUNTED = (
 )
 
 
-class ReadStep:
+class StepHook:
     """Before the denoiser's forward: see that the processors are still in place, and which layers stay dense."""
 
     def __init__(self, clock: StepClock, names: tuple[str, ...]) -> None:
@@ -169,7 +169,7 @@ class ReadStep:
         layers, gone = [], []
         for name in model._dit_accel.originals:  # type: ignore[union-attr]
             attn = model.get_submodule(name)
-            if not isinstance(attn.processor, Rerouted):
+            if not isinstance(attn.processor, InterceptedProcessor):
                 gone.append(name)
             layers.append(attn.dit_accel)
         if gone:

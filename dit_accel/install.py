@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import family_of, sites_of, supported_models
-from .hooks import ReadStep, SiteHook, StepClock, forward_parameters
-from .intercept import LayoutCell, MechanismLayer, Rerouted, host_of, reroute
+from .attention_group import AttentionGroup, GivenLayout, ReadLayout, is_self_attention, self_attention_layers
+from .families import attention_groups_of, family_of, supported_models
+from .hooks import LayoutHook, StepClock, StepHook, forward_parameters
+from .intercept import InterceptedProcessor, LayoutSlot, MechanismLayer, host_of, intercept_processor
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
-from .site import GivenLayout, ReadLayout, Site, is_self_attention, self_attention_layers
 
 __all__ = ["Installation", "attention", "denoisers", "installation_of", "reset_attn_processor", "set_attn_processor"]
 
@@ -33,10 +33,10 @@ _ATTRIBUTE = "_dit_accel"
 class Installation:
     """State of one installed denoiser: enough to remove the installation. Kept on the model as a plain object."""
 
-    steps: ReadStep
+    steps: StepHook
     handle: Any  # of the steps' hook
     originals: dict[str, Any] = field(default_factory=dict)  # layer name -> the host's own processor object
-    hooks: list[SiteHook] = field(default_factory=list)  # one per layout cell that an installed layer uses
+    hooks: list[LayoutHook] = field(default_factory=list)  # one per layout slot that an installed layer uses
     overwritten: dict[str, Tensor] = field(default_factory=dict)  # host weights before a load, on the CPU
     attention_layers: int = 0  # self-attention layers of the model, installed or not
 
@@ -160,8 +160,8 @@ def processors_by_layer(
     return chosen
 
 
-def _names(plans: Mapping[str, list[Site]]) -> dict[str, list[str]]:
-    return {name: [layer for site in plan for layer in site.layers] for name, plan in plans.items()}
+def _names(plans: Mapping[str, list[AttentionGroup]]) -> dict[str, list[str]]:
+    return {name: [layer for group in plan for layer in group.layers] for name, plan in plans.items()}
 
 
 def install_processors(
@@ -180,13 +180,13 @@ def install_processors(
     """
     plans = {name: _plan(models[name], layout) for name in chosen}
     for name, processors in chosen.items():
-        _choose({name: [layer for site in plans[name] for layer in site.layers]}, list(processors))
+        _choose({name: [layer for group in plans[name] for layer in group.layers]}, list(processors))
     _install(models, plans, chosen)
 
 
 def _install(
     models: Mapping[str, nn.Module],
-    plans: Mapping[str, list[Site]],
+    plans: Mapping[str, list[AttentionGroup]],
     chosen: Mapping[str, Mapping[str, AcceleratedAttnProcessor]],
 ) -> None:
     made = {name: _make_layers(models[name], plans[name], layers) for name, layers in chosen.items()}
@@ -195,15 +195,19 @@ def _install(
         _set_layers(models[name], {**installed_layers(models[name]), **new}, clock)
         installation = installation_of(models[name])
         assert installation is not None
-        installation.attention_layers = sum(len(site.layers) for site in plans[name])
+        installation.attention_layers = sum(len(group.layers) for group in plans[name])
 
 
-def _plan(model: nn.Module, layout: TokenLayout | ReadLayout | None) -> list[Site]:
-    """The sites of a model that have layers."""
-    sites = sites_of(model) if layout is None else [Site("", GivenLayout(layout), self_attention_layers(model))]
-    if not any(site.layers for site in sites):
+def _plan(model: nn.Module, layout: TokenLayout | ReadLayout | None) -> list[AttentionGroup]:
+    """The groups of a model that have layers."""
+    groups = (
+        attention_groups_of(model)
+        if layout is None
+        else [AttentionGroup("", GivenLayout(layout), self_attention_layers(model))]
+    )
+    if not any(group.layers for group in groups):
         raise ValueError(f"{type(model).__name__} has no self-attention layers that dit_accel could replace")
-    return sites
+    return groups
 
 
 def _choose(names: dict[str, list[str]], layers: Layers | None) -> dict[str, list[str]]:
@@ -243,24 +247,24 @@ def head_dim_of(attn: nn.Module, name: str) -> int:
 
 def new_layer(processor: AcceleratedAttnProcessor, attn: nn.Module, name: str) -> MechanismLayer:
     """The mechanism of an attention module, with its learned parameters as they are before any training. Its layout
-    cell belongs to no site yet."""
+    slot belongs to no group yet."""
     initial = processor.initial_parameters(head_dim_of(attn, name))
-    return MechanismLayer(processor, LayoutCell(), initial, processor.input_projections(attn))
+    return MechanismLayer(processor, LayoutSlot(), initial, processor.input_projections(attn))
 
 
 def _make_layers(
-    model: nn.Module, sites: list[Site], chosen: Mapping[str, AcceleratedAttnProcessor]
+    model: nn.Module, groups: list[AttentionGroup], chosen: Mapping[str, AcceleratedAttnProcessor]
 ) -> dict[str, MechanismLayer]:
     """A new layer for each chosen attention module; the model is not touched yet.
 
     Raises: ValueError: a module that the mechanism cannot be installed on.
     """
     made = {}
-    cells = list({id(layer.cell): layer.cell for layer in installed_layers(model).values()}.values())
-    for site in sites:
-        here = [name for name in site.layers if name in chosen]
-        cell = next((cell for cell in cells if cell.site is not None and _same_source(cell.site, site)), None)
-        cell = cell or LayoutCell(site)
+    slots = list({id(layer.slot): layer.slot for layer in installed_layers(model).values()}.values())
+    for group in groups:
+        here = [name for name in group.layers if name in chosen]
+        slot = next((slot for slot in slots if slot.group is not None and _same_source(slot.group, group)), None)
+        slot = slot or LayoutSlot(group)
         for name in here:
             attn = model.get_submodule(name)
             if not is_self_attention(attn):
@@ -271,12 +275,12 @@ def _make_layers(
             chosen[name].check_host(attn, name)
             _intercepted(attn.processor)  # raises if it has no softmax call
             made[name] = new_layer(chosen[name], attn, name).to(device, dtype).train(attn.training)
-            made[name].cell = cell
+            made[name].slot = slot
     return made
 
 
-def _same_source(a: Site, b: Site) -> bool:
-    """Whether two sites read one layout: they share a layout cell."""
+def _same_source(a: AttentionGroup, b: AttentionGroup) -> bool:
+    """Whether two groups read one layout: they share a layout slot."""
     return a.owner == b.owner and a.read == b.read
 
 
@@ -290,25 +294,25 @@ def _set_layers(model: nn.Module, layers: Mapping[str, MechanismLayer], clock: S
     if installation is None:
         if not layers:
             return
-        steps = ReadStep(clock, forward_parameters(model))
+        steps = StepHook(clock, forward_parameters(model))
         installation = Installation(steps, model.register_forward_pre_hook(steps, with_kwargs=True))
         setattr(model, _ATTRIBUTE, installation)
     for name in [name for name in installation.originals if name not in layers]:
         _uninstall(model, name, installation.originals.pop(name))
     for name, layer in layers.items():
         attn = model.get_submodule(name)
-        if not isinstance(attn.processor, Rerouted):
+        if not isinstance(attn.processor, InterceptedProcessor):
             installation.originals[name] = attn.processor
             attn.processor = intercepted[name]
         attn.dit_accel = layer
-    cells = {id(layer.cell): layer.cell for layer in layers.values()}
-    for hook in [hook for hook in installation.hooks if id(hook.cell) not in cells]:
+    slots = {id(layer.slot): layer.slot for layer in layers.values()}
+    for hook in [hook for hook in installation.hooks if id(hook.slot) not in slots]:
         hook.remove()
         installation.hooks.remove(hook)
-    hooked = {id(hook.cell) for hook in installation.hooks}
-    for cell in (cell for key, cell in cells.items() if key not in hooked):
-        assert cell.site is not None
-        installation.hooks.append(SiteHook(cell, model.get_submodule(cell.site.owner)))
+    hooked = {id(hook.slot) for hook in installation.hooks}
+    for slot in (slot for key, slot in slots.items() if key not in hooked):
+        assert slot.group is not None
+        installation.hooks.append(LayoutHook(slot, model.get_submodule(slot.group.owner)))
     installation.steps.counts = any(layer.mechanism.dense_steps for layer in layers.values())
     if not layers:
         installation.handle.remove()
@@ -316,17 +320,17 @@ def _set_layers(model: nn.Module, layers: Mapping[str, MechanismLayer], clock: S
 
 
 def _intercepted(processor: Any) -> Any:
-    return processor if isinstance(processor, Rerouted) else reroute(processor)
+    return processor if isinstance(processor, InterceptedProcessor) else intercept_processor(processor)
 
 
 def _uninstall(model: nn.Module, name: str, original: Any) -> None:
     """Give an attention module the host's own processor again, where diffusers has put ours away, too."""
     attn = model.get_submodule(name)
-    if isinstance(attn.processor, Rerouted):  # else the user has set another one since
+    if isinstance(attn.processor, InterceptedProcessor):  # else the user has set another one since
         attn.processor = host_of(attn.processor, original)
     put_away = getattr(model, "original_attn_processors", None)  # by fuse_qkv_projections, for unfuse_qkv_projections
     ours = put_away.get(f"{name}.processor") if isinstance(put_away, dict) else None
-    if isinstance(ours, Rerouted):
+    if isinstance(ours, InterceptedProcessor):
         put_away[f"{name}.processor"] = host_of(ours, original)  # type: ignore[index]
     del attn.dit_accel
 
@@ -444,14 +448,14 @@ def installed_layers(model: nn.Module) -> dict[str, MechanismLayer]:
     return {name: layer for name, layer in found.items() if isinstance(layer, MechanismLayer)}
 
 
-def adopt(model: nn.Module, processors: Mapping[str, Any]) -> dict[str, Any]:
+def wrap_new_processors(model: nn.Module, processors: Mapping[str, Any]) -> dict[str, Any]:
     """Processors that host tooling (an IP-Adapter's loader) made for all layers, rerouted where we are installed."""
     installation = installation_of(model)
     adopted = dict(processors)
     for name in installation.originals if installation is not None else ():
         key = f"{name}.processor"
-        if key in adopted and not isinstance(adopted[key], Rerouted):
+        if key in adopted and not isinstance(adopted[key], InterceptedProcessor):
             assert installation is not None
             installation.originals[name] = adopted[key]
-            adopted[key] = reroute(adopted[key])
+            adopted[key] = intercept_processor(adopted[key])
     return adopted

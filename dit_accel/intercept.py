@@ -20,11 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .attention_group import AttentionGroup
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
-from .site import Site
 
-__all__ = ["LayoutCell", "MechanismLayer", "Rerouted", "ThreadSlot", "host_of", "key_padding", "reroute"]
+__all__ = [
+    "InterceptedProcessor",
+    "LayoutSlot",
+    "MechanismLayer",
+    "ThreadSlot",
+    "host_of",
+    "intercept_processor",
+    "key_padding",
+]
 
 
 class ThreadSlot:
@@ -48,19 +56,19 @@ class ThreadSlot:
         return ThreadSlot, ()
 
 
-class LayoutCell:
-    """The token layout that the layers of a site share.
+class LayoutSlot:
+    """The token layout that the layers of a group share.
 
     Args:
-        site: the layers' site; its ``owner`` and ``read`` say where the layout comes from.
+        group: the layers' group; its ``owner`` and ``read`` say where the layout comes from.
 
     Attributes:
         layout: layout of the forward in progress in this thread; None between forwards.
         last: layout of the latest forward in any thread; None before the first.
     """
 
-    def __init__(self, site: Site | None = None) -> None:
-        self.site = site
+    def __init__(self, group: AttentionGroup | None = None) -> None:
+        self.group = group
         self.last: TokenLayout | None = None
         self._here = ThreadSlot()
 
@@ -82,13 +90,13 @@ class MechanismLayer(nn.Module):
     def __init__(
         self,
         processor: AcceleratedAttnProcessor,
-        cell: LayoutCell,
+        slot: LayoutSlot,
         parameters: dict[str, Tensor],
         input_projections: dict[str, nn.Module],
     ) -> None:
         super().__init__()
         self.mechanism = processor
-        self.cell = cell
+        self.slot = slot
         self._dense_here = ThreadSlot()
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
@@ -108,7 +116,7 @@ class MechanismLayer(nn.Module):
 
     def stays_dense(self) -> bool:
         """Whether the host's own attention is asked for in the forward in progress."""
-        layout, least = self.cell.layout, self.mechanism.min_tokens
+        layout, least = self.slot.layout, self.mechanism.min_tokens
         return self.dense or bool(least and layout is not None and layout.grid_len < least)
 
     def forward(
@@ -123,7 +131,7 @@ class MechanismLayer(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """The host's softmax call: same arguments as ``F.scaled_dot_product_attention``."""
-        layout = self.cell.layout
+        layout = self.slot.layout
         if layout is None:
             raise RuntimeError(
                 "dit_accel has no token layout for this forward pass: call the model itself, model(...), since "
@@ -150,7 +158,7 @@ class MechanismLayer(nn.Module):
             key,
             value,
             layout,
-            key_padding_mask=None if attn_mask is None else key_padding(attn_mask, query, key),
+            key_mask=None if attn_mask is None else key_padding(attn_mask, query, key),
             host_scale=scale,
             # a layer installed after group offloading is in no group: bring its few numbers along
             parameters={name: value.to(query.device, query.dtype) for name, value in learned.items()},
@@ -237,7 +245,7 @@ def _brought_along(module: nn.Module, x: Tensor) -> Tensor:
 _HOST = "_dit_accel_host"
 
 
-class Rerouted:
+class InterceptedProcessor:
     """Marks the processors whose softmax call is caught."""
 
 
@@ -266,7 +274,7 @@ def _run_host(processor: Any, attn: nn.Module, call: Callable[[Any], Any]) -> An
 
 
 @functools.cache
-def rerouted_class(host: type) -> type:
+def intercepted_class(host: type) -> type:
     """Subclass of a processor class whose softmax call is caught, with the host's own parameter list.
 
     diffusers drops keyword arguments that ``inspect.signature(processor.__call__)`` does not name, and dynamo follows
@@ -307,11 +315,11 @@ def rerouted_class(host: type) -> type:
     members["__reduce__"] = lambda self: (_unpickle, (host,), self.__dict__)
     if hasattr(host, "_attention_backend"):
         members["_attention_backend"] = _native_backend()
-    return type(host.__name__, (host, Rerouted), members)
+    return type(host.__name__, (host, InterceptedProcessor), members)
 
 
 def _unpickle(host: type) -> Any:
-    return object.__new__(rerouted_class(host))
+    return object.__new__(intercepted_class(host))
 
 
 def _native_backend() -> Any:
@@ -325,7 +333,7 @@ def host_of(processor: Any, default: Any) -> Any:
     return processor.__dict__.get(_HOST, default)
 
 
-def reroute(host: Any) -> Any:
+def intercept_processor(host: Any) -> Any:
     """Copy of a processor, sharing its weights, whose softmax call is caught.
 
     Raises: ValueError: a processor that computes attention without ``scaled_dot_product_attention``.
@@ -340,7 +348,7 @@ def reroute(host: Any) -> Any:
         )
     processor = copy.copy(host)
     kind: type = type(host)
-    processor.__class__ = rerouted_class(kind)
+    processor.__class__ = intercepted_class(kind)
     processor.__dict__[_HOST] = host  # past nn.Module.__setattr__: a host with weights must not become a submodule
     if "_attention_backend" in processor.__dict__:
         processor._attention_backend = _native_backend()

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attention_group import ReadLayout
 from .install import denoisers, install_processors, installation_of, restored_afterwards, write_host_weight
 from .layout import TokenLayout
 from .plan_checks import check_fit, check_host, check_installed, check_layout, check_writable
 from .processor import AcceleratedAttnProcessor
 from .published import RELEASES, Plan, recognise
 from .saved import own_plans
-from .site import ReadLayout
 from .weights import Weight, WeightsFile, find_weights, read_weights, shorten
 
 __all__ = ["LoadedAttention", "LoadedPart", "load_attention"]

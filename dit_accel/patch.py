@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .install import Layers, adopt, installation_of, reset_attn_processor, set_attn_processor
-from .intercept import Rerouted
+from .attention_group import ReadLayout
+from .install import Layers, installation_of, reset_attn_processor, set_attn_processor, wrap_new_processors
+from .intercept import InterceptedProcessor
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
-from .site import ReadLayout
 
 __all__ = ["patch_diffusers"]
 
@@ -73,8 +73,8 @@ def _set_each(host: Callable[..., None], model: Any, processors: dict[str, Any])
     """Set processors by layer name; ours among them are installed."""
     ours = {name: p for name, p in processors.items() if isinstance(p, AcceleratedAttnProcessor)}
     rest = {name: model.attn_processors[name] if name in ours else p for name, p in processors.items()}
-    if installation_of(model) is not None and any(isinstance(p, Rerouted) for p in rest.values()):
-        rest = adopt(model, rest)
+    if installation_of(model) is not None and any(isinstance(p, InterceptedProcessor) for p in rest.values()):
+        rest = wrap_new_processors(model, rest)
     host(model, rest)  # a copy: diffusers empties the dict that it is given
     for name, processor in ours.items():
         set_attn_processor(model, processor, layers=[name.removesuffix(".processor")])

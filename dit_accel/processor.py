@@ -149,7 +149,7 @@ class AcceleratedAttnProcessor:
         value: Tensor,
         layout: TokenLayout,
         *,
-        key_padding_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
         host_scale: float | None = None,
         parameters: dict[str, Tensor] | None = None,
     ) -> Tensor:
@@ -159,7 +159,7 @@ class AcceleratedAttnProcessor:
             key,
             value,
             self.grid_layout(layout),
-            key_padding_mask=key_padding_mask,
+            key_mask=key_mask,
             scale=host_scale if self.scale is None else self.scale,
             fit=True,
             backend=self.backend,

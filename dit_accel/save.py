@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
+from .attention_group import GivenLayout
 from .configuration import FUNCTION, SavedComponent, SavedGroup, write_configuration
 from .files import replacing
 from .install import denoisers, installation_of, installed_layers
 from .intercept import MechanismLayer
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
-from .site import GivenLayout
 from .weights import FILE_NAME
 
 __all__ = ["ADAPTER", "DOWN", "FILE_NAME", "UP", "save_attention", "whole"]
@@ -97,7 +97,7 @@ def _groups(layers: Mapping[str, MechanismLayer]) -> tuple[SavedGroup, ...]:
 
 def _given_layout(layer: MechanismLayer) -> TokenLayout | str | None:
     """The layout of a layer if it was given by hand; ``FUNCTION`` for a function, which no file can hold."""
-    read = layer.cell.site.read if layer.cell.site is not None else None
+    read = layer.slot.group.read if layer.slot.group is not None else None
     if not isinstance(read, GivenLayout):
         return None
     return read.layout if isinstance(read.layout, TokenLayout) else FUNCTION

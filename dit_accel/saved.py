@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .attention_group import ReadLayout
 from .configuration import FUNCTION, SavedComponent, read_configuration
 from .install import installation_of
 from .layout import TokenLayout
 from .plan_checks import check_host
 from .published import Plan
 from .save import DOWN, UP
-from .site import ReadLayout
 from .weights import Weight, WeightsFile, shorten
 
 __all__ = ["own_plans"]

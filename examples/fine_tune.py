@@ -11,8 +11,8 @@ import argparse
 from diffusers import DiffusionPipeline
 
 import dit_accel
+from dit_accel.bundled import IMAGE
 from dit_accel.cli import main
-from dit_accel.embedded import IMAGE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("data", help="folder of pictures with captions")

@@ -15,7 +15,7 @@ from torch import Tensor
 from .block_linear_bwd_triton_kernel import linear_rows_bwd_kernel
 from .block_linear_triton import EPSILON, LinearState, block_states, linear_state, marginal_states
 from .block_pool_triton import mask_arguments
-from .launch import cdiv, empty_rows, lanes
+from .launch import cdiv, empty_rows, next_pow2_min16
 from .tiling import Tiling
 
 __all__ = ["LinearGradients", "linear_backward"]
@@ -105,7 +105,7 @@ def _launch_rows(
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
     eps, quotient, d_total, share = of_queries or (None,) * 4
     block_m, block_e, num_warps = _rows_build(x)
-    block_d, block_m = lanes(dim), min(block_m, lanes(tiling.volume))
+    block_d, block_m = next_pow2_min16(dim), min(block_m, next_pow2_min16(tiling.volume))
     parts = cdiv(tiling.volume, block_m)
     mask, mask_b, mask_s, has_real = mask_arguments(real, x)
     linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * parts,)](

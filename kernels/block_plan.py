@@ -24,7 +24,7 @@ from .window import BallAxis, Geometry, NeighborhoodAxis
 if TYPE_CHECKING:
     from .block_sparse_flex import FlexMask
 
-__all__ = ["BlockPlan", "KeyLists", "WindowMask", "cheapest_window_plan", "turn_over", "window_plan"]
+__all__ = ["BlockPlan", "TransposedPlan", "WindowMask", "cheapest_window_plan", "transpose_block_lists", "window_plan"]
 
 # Cost of a visit to a partial tile beside a full one: coordinates are compared (measured: H100, D = 128, bf16). With
 # tiles of 128 keys Hopper's kernel compares those of one box a step, not of two.
@@ -51,7 +51,7 @@ class WindowMask:
     exact: bool
 
 
-def turn_over(lists: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def transpose_block_lists(lists: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Who lists whom, turned over, by a stable sort on the device: who lists ascends, so sums over them have one order.
 
     Args: lists: (G, M, m) int32, whom each of M lists, of n; n stands for nobody.
@@ -68,7 +68,7 @@ def _counted(groups: int, n: int, device: torch.device) -> Tensor:
     return torch.arange(n, dtype=torch.int32, device=device).expand(groups, -1).contiguous()
 
 
-class KeyLists(NamedTuple):
+class TransposedPlan(NamedTuple):
     """A plan turned over: for each tile of keys the tiles of queries that see it, full ones first.
 
     tiles: (1 or G, n) int32, the lists one after the other. first: (1 or G, kv.n_tiles) int32, where each begins.
@@ -102,19 +102,19 @@ class BlockPlan:
     work: float = 0.0
 
     @cached_property
-    def key_lists(self) -> KeyLists:
+    def transposed(self) -> TransposedPlan:
         """The lists turned over."""
         n_k = self.kv.n_tiles
         place = torch.arange(self.tiles.shape[2], dtype=torch.int32, device=self.tiles.device)
         listed = place < self.n_tiles[..., None]
         if self.n_full is None:  # all of one kind
-            tiles, ends = turn_over(torch.where(listed, self.tiles, n_k), n_k)
+            tiles, ends = transpose_block_lists(torch.where(listed, self.tiles, n_k), n_k)
             n_tiles = ends.diff()
-            return KeyLists(tiles, ends[:, :-1].contiguous(), n_tiles, n_tiles)
+            return TransposedPlan(tiles, ends[:, :-1].contiguous(), n_tiles, n_tiles)
         kind = self.tiles * 2 + (place >= self.n_full[..., None]).int()
-        tiles, ends = turn_over(torch.where(listed, kind, 2 * n_k), 2 * n_k)
+        tiles, ends = transpose_block_lists(torch.where(listed, kind, 2 * n_k), 2 * n_k)
         first, full_end, end = ends[:, :-1:2], ends[:, 1::2], ends[:, 2::2]
-        return KeyLists(tiles, first.contiguous(), (full_end - first).contiguous(), (end - first).contiguous())
+        return TransposedPlan(tiles, first.contiguous(), (full_end - first).contiguous(), (end - first).contiguous())
 
     def to_block_mask(
         self,

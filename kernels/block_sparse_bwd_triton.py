@@ -17,7 +17,7 @@ from .block_sparse_bwd_triton_kernel import (
     statistics_bwd_kernel,
 )
 from .block_sparse_triton import check_inputs, cost_mode, log2_scale
-from .launch import box_descriptors, cdiv, empty_rows, is_roomy, lanes, next_power_of_2
+from .launch import box_descriptors, cdiv, empty_rows, has_large_shared_memory, next_pow2_min16, next_power_of_2
 
 __all__ = ["Gradients", "block_sparse_attention_backward", "row_statistics"]
 
@@ -94,7 +94,7 @@ def block_sparse_attention_backward(
     window = plan.n_full is not None and not plan.all_full
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3])
     common = {
-        "D": dim, "BLOCK_D": lanes(dim), "QB0": q.box[0], "QB1": q.box[1], "QB2": q.box[2], "KB0": kv.box[0],
+        "D": dim, "BLOCK_D": next_pow2_min16(dim), "QB0": q.box[0], "QB1": q.box[1], "QB2": q.box[2], "KB0": kv.box[0],
         "KB1": kv.box[1], "KB2": kv.box[2], "HAS_REAL": real is not None, "HAS_WINDOW": window,
         "HAS_TEXT_QUERIES": n_text_q > 0, "HAS_REAL2": real2 is not None, "IN0": intervals[0], "IN1": intervals[1],
         "IN2": intervals[2], "BALL0": bool(weights[0]), "BALL1": bool(weights[1]), "BALL2": bool(weights[2]),
@@ -106,7 +106,7 @@ def block_sparse_attention_backward(
     mask_strides = 0 if real is None else real.stride(0), 0 if real2 is None else real2.stride(0)
 
     build, keys_build = _builds(query, any(weights))
-    block_m, block_n = min(build.own, lanes(q.volume)), min(build.other, lanes(kv.volume))
+    block_m, block_n = min(build.own, next_pow2_min16(q.volume)), min(build.other, next_pow2_min16(kv.volume))
     q_parts, k_parts = cdiv(q.volume, block_m), cdiv(kv.volume, block_n)
     n_text_tiles, n_items = cdiv(n_text_q, block_m), q.n_tiles * q_parts
     whole = kv.is_whole and k_parts * block_n == kv.volume and real is None
@@ -123,8 +123,8 @@ def block_sparse_attention_backward(
         num_warps=build.num_warps, num_stages=build.num_stages, **common,
     )  # fmt: skip
 
-    lists = plan.key_lists
-    block_n, block_m = min(keys_build.own, lanes(kv.volume)), min(keys_build.other, lanes(q.volume))
+    lists = plan.transposed
+    block_n, block_m = min(keys_build.own, next_pow2_min16(kv.volume)), min(keys_build.other, next_pow2_min16(q.volume))
     q_parts, k_parts = cdiv(q.volume, block_m), cdiv(kv.volume, block_n)
     n_text_tiles, n_extra_tiles = cdiv(n_text_k, block_n), cdiv(length_2, block_n)
     n_items = kv.n_tiles * k_parts
@@ -175,7 +175,7 @@ def _builds(query: Tensor, has_ball: bool) -> tuple[_Build, _Build]:
     """Of the queries' kernel and of the keys': what fits the shared memory and registers of every GPU of its kind, and
     of those what an H100 was quickest with."""
     dim, half = query.shape[-1], query.element_size() == 2
-    if half and dim <= 128 and is_roomy(query):
+    if half and dim <= 128 and has_large_shared_memory(query):
         return _Build(128, 64, 8, 2) if has_ball else _Build(64, 64, 4, 2), _Build(64, 64, 4, 2)
     if half:
         build = _Build(64, 32, 4, 2) if dim <= 128 else _Build(32, 32, 4, 1)

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, place_of, runs, text_row, tile_of
+from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, runs, serpentine_step, text_row, tile_of
 
 __all__ = ["fetch"]
 
@@ -146,7 +146,9 @@ def fetch(
             coming = gl.where(inside, lists, next_lists)
             n_coming = gl.where(inside, n_tiles, next_n_tiles)
             next_n_steps = (next_n_tiles + PER_STEP - 1) // PER_STEP
-            place = PER_STEP * gl.where(inside, place_of(i + 1, n_steps, turn), place_of(0, next_n_steps, turn + 1))
+            place = PER_STEP * gl.where(
+                inside, serpentine_step(i + 1, n_steps, turn), serpentine_step(0, next_n_steps, turn + 1)
+            )
             box0 = listed(coming, place, n_coming)
             if PER_STEP == 2:
                 box1 = listed(coming, place + 1, n_coming)

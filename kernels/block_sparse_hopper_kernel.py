@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .block_sparse_hopper_fetch import fetch
-from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, place_of, runs, text_row, tile_of
+from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, runs, serpentine_step, text_row, tile_of
 
 __all__ = ["block_sparse_hopper_kernel"]
 
@@ -73,7 +73,7 @@ def _square(x, weight, S: gl.constexpr):
 
 
 @gluon.jit
-def _hide(
+def apply_mask(
     s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def _feature(x, S: gl.constexpr):
 
 
 @gluon.jit
-def _here(x):
+def rematerialize(x):
     """x; what is worked out from it is worked out here, not kept in registers through a loop around."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -192,7 +192,7 @@ def _finish(
     D: gl.constexpr = acc.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    h, tile, is_text = tile_of(_here(item), n_text_tiles, n_heads, n_q_tiles)
+    h, tile, is_text = tile_of(rematerialize(item), n_text_tiles, n_heads, n_q_tiles)
     FEATURES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
     total = gl.convert_layout(gl.sum(l, 1), OUT_ROW)
@@ -294,7 +294,7 @@ def _attend(
         for i in range(n_all):
             x0, x1, x2 = i * 0, i * 0, i * 0
             z0, z1, z2 = i * 0, i * 0, i * 0
-            at = place_of(i, n_steps, turn)
+            at = serpentine_step(i, n_steps, turn)
             partial = (at >= n_clean) & (i < n_steps)
             if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before the logits are waited for
                 if partial:
@@ -317,7 +317,7 @@ def _attend(
             kc += 1
             if S.HAS_PARTIAL:  # noqa: SIM102
                 if partial:
-                    s = _hide(
+                    s = apply_mask(
                         s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS,
                         S,
                     )  # fmt: skip

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["Static", "corner", "counts", "item_of", "list_of", "listed", "place_of", "runs", "text_row", "tile_of"]
+__all__ = [
+    "Static",
+    "corner",
+    "counts",
+    "item_of",
+    "list_of",
+    "listed",
+    "runs",
+    "serpentine_step",
+    "text_row",
+    "tile_of",
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def listed(TILES, place, n_tiles):
 
 
 @gluon.jit
-def place_of(i, n_steps, turn):
+def serpentine_step(i, n_steps, turn):
     """Which step of a list comes as the i-th. Every second turn goes through its list from the end: programs walk more
     or less abreast, and so find in the L2 cache what the turn before has read last."""
     return gl.where(turn % 2 == 0, i, n_steps - 1 - i)

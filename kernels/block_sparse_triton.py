@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_plan import BlockPlan, WindowMask
 from .block_sparse_triton_kernel import block_sparse_fwd_kernel
-from .launch import Boxes, box_descriptors, cdiv, empty_rows, lanes, register_limit
+from .launch import Boxes, box_descriptors, cdiv, empty_rows, next_pow2_min16, register_limit
 from .tuning import Config, choose_config, launch_tuned, measured
 
 __all__ = [
@@ -105,7 +105,7 @@ def block_sparse_attention(
         return out, lse
     kind = _kind(plan)
     suited = config or choose_config(query, kind)
-    block_q, block_k = min(suited.block_q, lanes(q.volume)), min(suited.block_k, lanes(kv.volume))
+    block_q, block_k = min(suited.block_q, next_pow2_min16(q.volume)), min(suited.block_k, next_pow2_min16(kv.volume))
     q_parts, k_parts = cdiv(q.volume, block_q), cdiv(kv.volume, block_k)
     n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
     n_text_tiles, n_items = cdiv(n_text_q, block_q), q.n_tiles * q_parts
@@ -130,7 +130,7 @@ def block_sparse_attention(
             plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
             k2.shape[2], *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
             mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0,
-            *q.grid, *kv.grid, D=dim, BLOCK_D=lanes(dim),
+            *q.grid, *kv.grid, D=dim, BLOCK_D=next_pow2_min16(dim),
             BLOCK_E=_state_columns(query), BM=block_q, BN=block_k,
             QB0=q.box[0], QB1=q.box[1], QB2=q.box[2], KB0=kv.box[0], KB1=kv.box[1], KB2=kv.box[2],
             Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_REAL=real is not None,
@@ -168,7 +168,7 @@ def _hopper(device: torch.device) -> Any:
 
 def _state_columns(query: Tensor) -> int:
     """Columns of the linear branch's state at a time: all where that fits a processor of any kind."""
-    columns = lanes(query.shape[-1])
+    columns = next_pow2_min16(query.shape[-1])
     most = 32 if query.element_size() > 2 else columns if columns <= 128 else 64
     return min(columns, most)
 

@@ -14,8 +14,8 @@ __all__ = [
     "cdiv",
     "empty_rows",
     "exact_products",
-    "is_roomy",
-    "lanes",
+    "has_large_shared_memory",
+    "next_pow2_min16",
     "next_power_of_2",
     "register_limit",
     "shared_memory",
@@ -51,7 +51,7 @@ def shared_memory(like: Tensor) -> int:
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
-def is_roomy(like: Tensor) -> bool:
+def has_large_shared_memory(like: Tensor) -> bool:
     """Whether a program may have Hopper's shared memory, 227 KiB."""
     return shared_memory(like) >= HOPPER_SHARED
 
@@ -68,7 +68,7 @@ def empty_rows(x: Tensor) -> Tensor:
     return torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
-def lanes(n: int) -> int:
+def next_pow2_min16(n: int) -> int:
     """The least power of two that holds n and that a matrix product takes."""
     return max(16, next_power_of_2(n))
 

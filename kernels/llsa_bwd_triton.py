@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .block_plan import turn_over
+from .block_plan import transpose_block_lists
 from .block_sparse_bwd_triton import row_statistics
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import cdiv, empty_rows, is_roomy, lanes
+from .launch import cdiv, empty_rows, has_large_shared_memory, next_pow2_min16
 from .llsa_bwd_triton_kernel import llsa_coarse_bwd_dq_kernel, llsa_dkv_kernel, llsa_fine_bwd_dq_kernel
 from .llsa_triton import Build, Pooled
 
@@ -129,14 +129,15 @@ def _queries(
     given = (query, key, value, grad, call.statistics, d_query, real)
     scales = (call.scale * LOG2E, call.scale)
     common: dict[str, Any] = {
-        "D": dim, "BLOCK_D": lanes(dim), "BLOCK": block, "HAS_REAL": real is not None, "PRECISION": call.precision,
+        "D": dim, "BLOCK_D": next_pow2_min16(dim), "BLOCK": block, "HAS_REAL": real is not None,
+        "PRECISION": call.precision,
     }  # fmt: skip
     n_text, has_coarse = length - call.n_grid, pooled is not None or length > call.n_grid
     if has_coarse:
         met = None if pooled is None else pooled.met
         n_slots, n_nodes = (n_blocks * block, 1) if met is None else (block * block, met.shape[1])
         build = call.builds.many
-        block_q = min(build.block_q, lanes(n_slots))
+        block_q = min(build.block_q, next_pow2_min16(n_slots))
         n_text_tiles, n_items = cdiv(n_text, block_q), n_nodes * cdiv(n_slots, block_q)
         weight = pooled.weight if pooled else None
         llsa_coarse_bwd_dq_kernel[((n_text_tiles + n_items) * batch * heads,)](
@@ -149,10 +150,11 @@ def _queries(
             HAS_TEXT=n_text > 0, num_warps=build.num_warps, num_stages=build.num_stages, **common,
         )  # fmt: skip
     build = call.builds.block
-    block_q = min(build.block_q, lanes(block))
+    block_q = min(build.block_q, next_pow2_min16(block))
     llsa_fine_bwd_dq_kernel[(batch * heads * n_blocks * cdiv(block, block_q),)](
         *given, kept, children[0], *strides, heads, n_blocks, length, call.before, *scales,
-        BM=block_q, BN=min(build.block_k, lanes(kept.shape[2] * block)), N_KEPT=kept.shape[2], HAS_COARSE=has_coarse,
+        BM=block_q, BN=min(build.block_k, next_pow2_min16(kept.shape[2] * block)), N_KEPT=kept.shape[2],
+        HAS_COARSE=has_coarse,
         num_warps=build.num_warps, num_stages=build.num_stages, **common,
     )  # fmt: skip
     return d_query
@@ -183,8 +185,8 @@ def _pooled(
 
 
 def _turn_over(kept: Tensor, n: int, whole: bool) -> tuple[Tensor, Tensor]:
-    """Who kept each of n tokens; see :func:`turn_over`."""
-    return turn_over(kept if whole else torch.where(kept < 0, n, kept), n)
+    """Who kept each of n tokens; see :func:`transpose_block_lists`."""
+    return transpose_block_lists(kept if whole else torch.where(kept < 0, n, kept), n)
 
 
 def _whole_run(
@@ -232,7 +234,7 @@ def _launch_dkv(
     query, grad, children = call.query, call.grad, call.children
     batch, heads, length, dim = query.shape
     block = children[0].shape[1]
-    block_k = min(build.block_k, lanes(block)) if table is not None else build.block_k
+    block_k = min(build.block_k, next_pow2_min16(block)) if table is not None else build.block_k
     parts = cdiv(block, block_k) if table is not None else 1
     n_splits = len(keys.d_key)
     split_rows = max(1, n_rows) if split_rows is None else split_rows
@@ -245,7 +247,7 @@ def _launch_dkv(
         keys.d_value, *strides, *d_strides, 0 if real is None else real.stride(0),
         0 if weight is None or len(weight) == 1 else weight.stride(0), lists[0].stride(0) if lists else 0,
         heads, batch * heads, length, n_tiles, n_keys, first_key, *key_run, n_rows, row_cut, row_skip,
-        split_rows, call.before, call.scale * LOG2E, call.scale, D=dim, BLOCK_D=lanes(dim), BK=block_k,
+        split_rows, call.before, call.scale * LOG2E, call.scale, D=dim, BLOCK_D=next_pow2_min16(dim), BK=block_k,
         BN=build.block_q, BLOCK=block, BY_TABLE=table is not None, HAS_LISTS=lists is not None, HAS_NODES=nodes,
         HAS_ROWS=n_rows > 0,
         HAS_WEIGHT=weight is not None, HAS_REAL=real is not None, HAS_ABOVE=above is not None,
@@ -261,9 +263,9 @@ def _builds(query: Tensor, block: int) -> _Builds:
         tile = 16 if dim > 128 and not half else 32
         same = Build(tile, tile, 4, 1)
         return _Builds(same, same, same, same, same)
-    roomy = is_roomy(query)
+    roomy = has_large_shared_memory(query)
     stages = 2 if roomy else 1
-    rows = min(64, lanes(block))
+    rows = min(64, next_pow2_min16(block))
     warps = rows // 16
     return _Builds(
         many=Build(64, 64, 4, stages),

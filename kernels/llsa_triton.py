@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import cdiv, empty_rows, is_roomy, lanes, register_limit
+from .launch import cdiv, empty_rows, has_large_shared_memory, next_pow2_min16, register_limit
 from .llsa_triton_kernel import llsa_coarse_fwd_kernel, llsa_fine_fwd_kernel
 
 __all__ = ["Build", "Pooled", "llsa_blocks_attention"]
@@ -138,7 +138,7 @@ def _launch_coarse(
         None if met is None else children[1], *strides, 0 if weight is None or len(weight) == 1 else weight.stride(0),
         heads, length, before, n_grid, n_pooled, top, n_met, n_nodes, n_slots, batch * heads, n_text_tiles, n_items,
         scale, math.log2(block), len(children) * math.log2(block),
-        D=dim, BLOCK_D=lanes(dim), BM=block_q, BN=build.block_k, BLOCK=block, HAS_NODES=met is not None,
+        D=dim, BLOCK_D=next_pow2_min16(dim), BM=block_q, BN=build.block_k, BLOCK=block, HAS_NODES=met is not None,
         HAS_POOLED=pooled is not None, HAS_TEXT=length > n_grid, HAS_REAL=tensors[5] is not None,
         MET_WHOLE=met_whole, TOP_WHOLE=top_whole, MET_BY_ROW=not (whole and met_whole and len(children) == 2),
         TOP_BY_ROW=not (whole and top_whole), ALL_SLOTS=whole and n_slots % block_q == 0 and length == n_grid,
@@ -163,11 +163,11 @@ def _launch_fine(
     assert query is not None
     batch, heads, length, dim = query.shape
     n_blocks, block = blocks.shape
-    block_q = min(build.block_q, lanes(block))
-    block_k = min(build.block_k, lanes(kept.shape[2] * block))
+    block_q = min(build.block_q, next_pow2_min16(block))
+    block_k = min(build.block_k, next_pow2_min16(kept.shape[2] * block))
     llsa_fine_fwd_kernel[(batch * heads * n_blocks * cdiv(block, block_q),)](
         *tensors, kept, blocks, *strides, heads, n_blocks, length, before, scale,
-        D=dim, BLOCK_D=lanes(dim), BM=block_q, BN=block_k, BLOCK=block, N_KEPT=kept.shape[2],
+        D=dim, BLOCK_D=next_pow2_min16(dim), BM=block_q, BN=block_k, BLOCK=block, N_KEPT=kept.shape[2],
         MASKED=not whole or kept.shape[2] * block % block_k != 0, HAS_REAL=tensors[5] is not None,
         HAS_COARSE=has_coarse, HAS_LSE=has_lse, PRECISION=_precision(query),
         num_warps=build.num_warps, num_stages=build.num_stages, **register_limit(query, build.max_registers),
@@ -194,7 +194,7 @@ def _coarse_build(query: Tensor, uniform: bool) -> Build:
         return Build(32, 32, 8, 1) if dim > 64 else Build(64, 32, 8, 1)
     if dim > 128:
         return Build(64, 32, 8, 1)
-    if not is_roomy(query):
+    if not has_large_shared_memory(query):
         return Build(64, 64, 4, 1 if torch.version.hip else 2)
     if not uniform:
         return Build(128, 32, 8, 3, 128) if dim <= 64 else Build(64, 32, 4, 3, 128)
@@ -205,6 +205,6 @@ def _fine_build(query: Tensor, block: int) -> Build:
     """A warp for every 16 queries, so that what it computes never leaves it: many programs share a processor."""
     dim = query.shape[-1]
     if query.dtype == torch.float32:
-        return Build(min(16 if dim > 64 else 32, lanes(block)), 32, 4, 1)
-    block_q = min(32 if dim > 128 else 64, lanes(block))
-    return Build(block_q, 32, max(1, block_q // 16), 2 if is_roomy(query) else 1)
+        return Build(min(16 if dim > 64 else 32, next_pow2_min16(block)), 32, 4, 1)
+    block_q = min(32 if dim > 128 else 64, next_pow2_min16(block))
+    return Build(block_q, 32, max(1, block_q // 16), 2 if has_large_shared_memory(query) else 1)

@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .launch import is_roomy
+from .launch import has_large_shared_memory
 
 __all__ = ["Config", "choose_config", "launch_tuned", "measured"]
 
@@ -94,7 +94,7 @@ def choose_config(query: Tensor, kind: str) -> Config:
         return Config(32, 32, 8, 1) if query.shape[-1] > 64 else Config(64, 32, 8, 1)
     if query.shape[-1] > 128:
         return Config(64, 32, 8, 1)
-    return HOPPER[kind] if is_roomy(query) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
+    return HOPPER[kind] if has_large_shared_memory(query) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
 
 
 def ways_to_build(guess: Config, itemsize: int, boxes: bool) -> list[Config]:

@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
 from ..layout import TokenLayout
 from ..position_ids import raster_grids, raster_width
-from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (FluxTransformer2DModel,)
 
@@ -27,8 +27,8 @@ def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(image, before=text, after=after, references=tuple(references))
 
 
-def sites(model: nn.Module) -> list[Site]:
-    return [Site("", read, self_attention_layers(model))]
+def attention_groups(model: nn.Module) -> list[AttentionGroup]:
+    return [AttentionGroup("", read, self_attention_layers(model))]
 
 
 def token_box(pipe: Any, model: FluxTransformer2DModel) -> TokenBox:

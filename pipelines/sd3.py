@@ -6,8 +6,8 @@ from typing import Any
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
+from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
 from ..layout import TokenLayout
-from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (SD3Transformer2DModel,)
 
@@ -21,11 +21,11 @@ def read_joint(model: SD3Transformer2DModel, arguments: Mapping[str, Any]) -> To
     return TokenLayout(read_image(model, arguments).grid, after=arguments["encoder_hidden_states"].shape[1])
 
 
-def sites(model: nn.Module) -> list[Site]:
+def attention_groups(model: nn.Module) -> list[AttentionGroup]:
     layers = self_attention_layers(model)
     joint = [name for name in layers if name.endswith(".attn")]
     image = [name for name in layers if name.endswith(".attn2")]
-    return [Site("", read_joint, joint), Site("", read_image, image)]
+    return [AttentionGroup("", read_joint, joint), AttentionGroup("", read_image, image)]
 
 
 def token_box(pipe: Any, model: SD3Transformer2DModel) -> TokenBox:

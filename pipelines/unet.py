@@ -7,8 +7,8 @@ from typing import Any
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
 from ..layout import TokenLayout
-from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (UNet2DConditionModel,)
 
@@ -17,9 +17,9 @@ def read(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(tuple(arguments["hidden_states"].shape[-2:]))  # (B, C, H, W), one token a place
 
 
-def sites(model: nn.Module) -> list[Site]:
+def attention_groups(model: nn.Module) -> list[AttentionGroup]:
     owners = [name for name, module in model.named_modules() if isinstance(module, Transformer2DModel)]
-    return [Site(owner, read, self_attention_layers(model, owner)) for owner in owners]
+    return [AttentionGroup(owner, read, self_attention_layers(model, owner)) for owner in owners]
 
 
 def token_box(pipe: Any, model: UNet2DConditionModel) -> TokenBox:

@@ -7,8 +7,8 @@ from typing import Any
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import nn
 
+from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
 from ..layout import TokenLayout
-from ..site import Site, TokenBox, self_attention_layers
 
 MODELS = (WanTransformer3DModel, WanVACETransformer3DModel)
 
@@ -18,8 +18,8 @@ def read(model: WanTransformer3DModel, arguments: Mapping[str, Any]) -> TokenLay
     return TokenLayout(tuple(n // p for n, p in zip(lengths, model.config.patch_size, strict=True)))
 
 
-def sites(model: nn.Module) -> list[Site]:
-    return [Site("", read, [name for name in self_attention_layers(model) if name.endswith("attn1")])]
+def attention_groups(model: nn.Module) -> list[AttentionGroup]:
+    return [AttentionGroup("", read, [name for name in self_attention_layers(model) if name.endswith("attn1")])]
 
 
 def token_box(pipe: Any, model: WanTransformer3DModel) -> TokenBox:

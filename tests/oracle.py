@@ -47,7 +47,7 @@ def _expand(x, n):
     return tuple(x) if isinstance(x, (tuple, list)) else (x,) * n
 
 
-def gna(query, key, value, layout, *, window, stride=1, dilation=1, is_causal=False, key_padding_mask=None, scale=None):
+def gna(query, key, value, layout, *, window, stride=1, dilation=1, is_causal=False, key_mask=None, scale=None):
     where = places(layout.grid)
     columns = [_expand(x, len(layout.grid)) for x in (window, stride, dilation, is_causal)]
 
@@ -71,14 +71,14 @@ def gna(query, key, value, layout, *, window, stride=1, dilation=1, is_causal=Fa
         ]
         return _text(layout) + near, [], [], []
 
-    return attend(query, key, value, key_padding_mask, scale, lists)
+    return attend(query, key, value, key_mask, scale, lists)
 
 
 def _text(layout):
     return [*range(layout.before), *range(layout.before + math.prod(layout.grid), layout.seq_len)]
 
 
-def clear(query, key, value, layout, *, radius, down_factor=1, pool_weight=None, key_padding_mask=None, scale=None):
+def clear(query, key, value, layout, *, radius, down_factor=1, pool_weight=None, key_mask=None, scale=None):
     where, first = places(layout.grid), layout.before
     radii = _expand(radius, len(layout.grid))
     k, v, weight, f = _array(key), _array(value), _array(pool_weight), down_factor
@@ -97,7 +97,7 @@ def clear(query, key, value, layout, *, radius, down_factor=1, pool_weight=None,
         for i, place in enumerate(where):
             patches.setdefault((*place[:-2], place[-2] // f, place[-1] // f), []).append(i)
         for members in patches.values():
-            members = [i for i in members if key_padding_mask is None or key_padding_mask[b, first + i]]
+            members = [i for i in members if key_mask is None or key_mask[b, first + i]]
             w = np.array([weight[where[i][-2] % f, where[i][-1] % f] for i in members])
             if len(members):
                 yield [first + i for i in members], w if len(w) == f * f else w * weight.sum() / w.sum()
@@ -112,7 +112,7 @@ def clear(query, key, value, layout, *, radius, down_factor=1, pool_weight=None,
         more = [np.array([w @ x[b, h, tokens] for tokens, w in patches]) for x in (k, v)]
         return _text(layout) + near, *more, np.zeros(len(patches))
 
-    return attend(query, key, value, key_padding_mask, scale, lists)
+    return attend(query, key, value, key_mask, scale, lists)
 
 
 def cut(grid, box):
@@ -139,7 +139,7 @@ def sla(
     boxes=None,
     weight=None,
     bias=None,
-    key_padding_mask=None,
+    key_mask=None,
     scale=None,
 ):
     """``boxes``: the tiles of queries and of keys, for blocks that are not runs of raster order."""
@@ -159,7 +159,7 @@ def sla(
         return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) if feature_map == "elu" else np.maximum(x, 0)
 
     def real(b, block):
-        return [first + i for i in block if key_padding_mask is None or key_padding_mask[b, first + i]]
+        return [first + i for i in block if key_mask is None or key_mask[b, first + i]]
 
     critical_of, marginal_of = {}, {}
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
@@ -184,9 +184,9 @@ def sla(
             return range(layout.seq_len), [], [], []
         return _text(layout) + critical_of[b, h, t], [], [], []
 
-    out = attend(query, key, value, key_padding_mask, scale, lists)
+    out = attend(query, key, value, key_mask, scale, lists)
     for (b, h, t), tokens in marginal_of.items():
-        if key_padding_mask is not None and not key_padding_mask[b].any():
+        if key_mask is not None and not key_mask[b].any():
             continue
         linear = np.zeros(q.shape[-1])
         if weight is not None and tokens:
@@ -196,7 +196,7 @@ def sla(
     return out
 
 
-def llsa(query, key, value, layout, *, boxes, topk=8, enrich=True, key_padding_mask=None, scale=None, **_):
+def llsa(query, key, value, layout, *, boxes, topk=8, enrich=True, key_mask=None, scale=None, **_):
     """``boxes``: sides in tokens of what a pooled token of level 1, 2, … covers."""
     q, k, v = map(_array, (query, key, value))
     first = layout.before
@@ -205,7 +205,7 @@ def llsa(query, key, value, layout, *, boxes, topk=8, enrich=True, key_padding_m
     names = [{i: n for n, tokens in enumerate(level) for i in tokens} for level in levels]
 
     def real(b, tokens):
-        return [first + i for i in tokens if key_padding_mask is None or key_padding_mask[b, first + i]]
+        return [first + i for i in tokens if key_mask is None or key_mask[b, first + i]]
 
     def mean(x, b, h, tokens):
         tokens = real(b, tokens)
@@ -240,7 +240,7 @@ def llsa(query, key, value, layout, *, boxes, topk=8, enrich=True, key_padding_m
         more = [np.array([mean(x, b, h, tokens) for tokens in groups]) for x in (k, v)]
         return tokens, *more, np.log([len(real(b, tokens)) for tokens in groups])
 
-    return attend(query, key, value, key_padding_mask, scale, lists)
+    return attend(query, key, value, key_mask, scale, lists)
 
 
 def dense(query, key, value, mask=None, scale=None):

@@ -212,7 +212,7 @@ def test_masks_of_the_model_hide_keys_and_others_are_refused():
     bias = ((1 - keep) * -10000.0)[:, None]
     expected = attn(layer_input, attention_mask=bias)
     model.set_attn_processor(WIDE["gna"])
-    attn.dit_accel.cell.layout = dit_accel.TokenLayout((10, 14))
+    attn.dit_accel.slot.layout = dit_accel.TokenLayout((10, 14))
     torch.testing.assert_close(attn(layer_input, attention_mask=bias), expected, atol=1e-5, rtol=1e-5)
     for mask, words in (
         (torch.randn(2, 140, 140), "masks that hide whole keys"),

@@ -25,7 +25,8 @@ from dit_accel.bench.results import read_results
 from dit_accel.bench.tables import table
 from dit_accel.bench.timing import _short_name as short_name
 from dit_accel.bench.timing import peak_memory, summarise, time_calls
-from dit_accel.command import BadInput, Stopped
+from dit_accel.errors import BadInput
+from dit_accel.signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

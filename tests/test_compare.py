@@ -20,10 +20,10 @@ from tiny_pipelines import save_flux, save_wan
 from torch import nn
 
 from dit_accel import describe, save_attention, set_attn_processor
+from dit_accel.bundled import IMAGE, VIDEO, Embedded
 from dit_accel.cli import main
 from dit_accel.compare.metrics import compare_frames
 from dit_accel.compare.step_timer import StepTimer
-from dit_accel.embedded import IMAGE, VIDEO, Embedded
 from dit_accel.files import replacing
 from dit_accel.install import installation_of
 from dit_accel.mechanisms import llsa

@@ -67,7 +67,7 @@ def test_token_grid_is_the_finest_that_the_denoiser_meets(name):
             guidance_scale=1.0, output_type="latent", **extra,
         )  # fmt: skip
         layers = installed_layers(next(iter(denoisers(pipe).values()))).values()
-        grids = {layer.cell.last.grid for layer in layers}
+        grids = {layer.slot.last.grid for layer in layers}
     assert max(grids) == token_grid(pipe, size)
 
 

@@ -46,7 +46,7 @@ def test_whole_model_is_one_graph(family, name):
     torch.testing.assert_close(steps(compiled, family), expected, atol=1e-5, rtol=1e-5)
     # Flux's grid is data, read by an operator before the rest is traced: dynamo cuts its hook off as a graph of its own
     assert counter.frame_count == (2 if family == "flux" else 1)
-    assert all(hook.cell.layout is None for hook in model._dit_accel.hooks)
+    assert all(hook.slot.layout is None for hook in model._dit_accel.hooks)
     assert 0 < dit_accel.logit_fraction(model) < 1 and "not run" not in dit_accel.describe(model)
 
 

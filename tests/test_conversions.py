@@ -7,8 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dit_accel
-from dit_accel.demo.judge import prompt_check
-from dit_accel.embedded import IMAGE, VIDEO, read_defaults
+from dit_accel.bundled import IMAGE, VIDEO, read_defaults
+from dit_accel.demo.evaluate_captions import prompt_check
 from dit_accel.install import denoisers
 
 MECHANISMS = ("sla", "clear", "llsa", "gna")

@@ -25,7 +25,6 @@ from tiny_pipelines import save_flux, save_sd, save_wan
 import dit_accel
 from dit_accel.attn_spec import parse_attention
 from dit_accel.cli import main
-from dit_accel.command import BadInput
 from dit_accel.convert.capture import Conditions, capture
 from dit_accel.convert.checkpoint import NAME
 from dit_accel.convert.matching import matching_loss
@@ -38,6 +37,7 @@ from dit_accel.convert.samples import Sample
 from dit_accel.convert.selection import Selection, usual_number
 from dit_accel.convert.stages import plan
 from dit_accel.convert.trainer import Trainer
+from dit_accel.errors import BadInput
 from dit_accel.install import denoisers, installed_layers
 
 SLA = "sla:critical=0.3,block_q=8,block_kv=8"
@@ -202,7 +202,7 @@ def test_transfer_feeds_each_layer_what_the_teacher_s_is_fed(pipelines, tmp_path
         expected.append(F.mse_loss(*flat))
     assert min(expected) > 1e-6
     torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=0)
-    assert all(layer.cell.layout is None for layer in installed_layers(trainer.host).values())
+    assert all(layer.slot.layout is None for layer in installed_layers(trainer.host).values())
 
 
 def test_transfer_trains_new_parameters_then_lora_alone(pipelines, tmp_path):
@@ -239,7 +239,7 @@ def test_scores_mix_dense_and_new_attention(pipelines, tmp_path):
     query, key, value = torch.randn(3, 2, 2, 71, 16).unbind()
     layer = trainer.selection.layers[FLUX_LAYERS[0]]
     trainer.selection.restore(dict.fromkeys(FLUX_LAYERS, 0.25))
-    layer.cell.layout = layout = dit_accel.TokenLayout((8, 8), before=7)
+    layer.slot.layout = layout = dit_accel.TokenLayout((8, 8), before=7)
     new = dit_accel.functional.gna_attention(query, key, value, layout, window=3)
     expected = 0.25 * new + 0.75 * F.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(layer(query, key, value), expected)

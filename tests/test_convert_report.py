@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 import dit_accel
 from dit_accel.attn_spec import parse_attention
+from dit_accel.bundled import IMAGE
 from dit_accel.cli import main
 from dit_accel.compare import metrics
 from dit_accel.convert import card, finish
@@ -21,7 +22,6 @@ from dit_accel.convert.noise import noise_process
 from dit_accel.convert.request import Source
 from dit_accel.convert.samples import read_sample
 from dit_accel.demo.vocabulary import build_clip_tokenizer
-from dit_accel.embedded import IMAGE
 from dit_accel.install import installed_layers
 
 

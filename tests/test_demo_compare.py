@@ -17,7 +17,6 @@ import gradio as gr
 
 from dit_accel.attn_spec import parse_attention
 from dit_accel.cli import main
-from dit_accel.command import BadInput
 from dit_accel.compare.calling import to_frames
 from dit_accel.compare.sizes import Size
 from dit_accel.demo.ui import compare_tab
@@ -25,6 +24,7 @@ from dit_accel.demo.ui.comparison import Comparison, Progress, compare_attention
 from dit_accel.demo.ui.controls import DrawingControls, MechanismControls, Wanted, check_drawing
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
 from dit_accel.demo.ui.preview import Preview
+from dit_accel.errors import BadInput
 
 CPU = torch.device("cpu")
 FAIR = {"prompt": "a red circle", "seed": 0, "height": 32, "width": 32, "frames": None, "steps": 2}

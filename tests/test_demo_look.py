@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from dit_accel.attn_spec import parse_attention
-from dit_accel.command import BadInput
 from dit_accel.compare.sizes import Size
 from dit_accel.demo.ui import look_tab
 from dit_accel.demo.ui.attention_maps import AttentionCall, Recording
 from dit_accel.demo.ui.controls import Wanted
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
-from dit_accel.demo.ui.looking import Drawings, Drawn, Step, Where, catch, draw, look
+from dit_accel.demo.ui.inspection import Drawings, Drawn, Step, Where, catch, draw, look
 from dit_accel.demo.ui.plots import enlarged, overlay
+from dit_accel.errors import BadInput
 from dit_accel.layout import TokenLayout
 
 CPU = torch.device("cpu")

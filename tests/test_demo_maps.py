@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from dit_accel.demo.ui import attention_maps as maps
 from dit_accel.layout import TokenLayout
-from dit_accel.loading import load_pipeline
 from dit_accel.mechanisms import llsa, sla
+from dit_accel.pipeline_loading import load_pipeline
 from dit_accel.processor import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def a_call(layout, heads=1, dim=16, scale=None, real=None, seed=0):
 
 
 def output(call, processor, value):
-    return processor.attend(call.query, call.key, value, call.layout, key_padding_mask=call.real, host_scale=call.scale)
+    return processor.attend(call.query, call.key, value, call.layout, key_mask=call.real, host_scale=call.scale)
 
 
 @cases

@@ -13,7 +13,7 @@ from tiny_pipelines import save_flux, save_wan
 
 import dit_accel
 from dit_accel.attn_spec import parse_attention
-from dit_accel.command import BadInput
+from dit_accel.bundled import IMAGE
 from dit_accel.compare.sizes import Size
 from dit_accel.convert import checkpoint
 from dit_accel.convert.request import Request
@@ -22,7 +22,7 @@ from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
 from dit_accel.demo.ui.training import Converted, Wish, command_line, convert
 from dit_accel.demo.ui.training_watch import Distance, Drawn, Preparing, Step
 from dit_accel.demo.ui.work import Waiting
-from dit_accel.embedded import IMAGE
+from dit_accel.errors import BadInput
 from dit_accel.install import denoisers
 
 CPU = torch.device("cpu")

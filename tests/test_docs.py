@@ -17,8 +17,8 @@ from tiny_pipelines import save_flux, save_wan
 
 import dit_accel
 from dit_accel.bench.tables import milliseconds
+from dit_accel.bundled import IMAGE, VIDEO
 from dit_accel.cli import main
-from dit_accel.embedded import IMAGE, VIDEO
 from dit_accel.processor import PROCESSORS
 
 LANGUAGES = {"python", "bash", "yaml", "math", ""}

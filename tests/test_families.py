@@ -250,7 +250,7 @@ def test_kontext_reference_is_seen_whole_or_through_the_window():
     inputs = flux_inputs((6, 8), references=((6, 8),))
     model.set_attn_processor(dit_accel.GNAAttnProcessor(window=3))
     whole = run(model, inputs)
-    layout = next(iter(installed_layers(model).values())).cell.last
+    layout = next(iter(installed_layers(model).values())).slot.last
     assert layout == TokenLayout((6, 8), before=TEXT, after=48, references=((6, 8),))
 
     class Instead(ReferenceInstead):

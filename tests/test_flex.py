@@ -43,8 +43,8 @@ def test_flex_agrees_with_the_torch_path(case, masked):
     function, layout, options = case
     tensors = inputs(layout)
     mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
-    exact = function(*(x.double() for x in tensors), layout, key_padding_mask=mask, backend="torch", **options)
-    out = function(*tensors, layout, key_padding_mask=mask, backend="flex", **options)
+    exact = function(*(x.double() for x in tensors), layout, key_mask=mask, backend="torch", **options)
+    out = function(*tensors, layout, key_mask=mask, backend="flex", **options)
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_sla_by_flex_agrees_with_the_reference(layout, options, masked, given):
     tensors, more, mask = inputs(layout, dtype=torch.float64), learned(given), torch.rand(2, layout.seq_len) > 0.3
     mask[0, layout.seq_len // 3 : layout.seq_len // 2] = mask[1, -layout.seq_len // 5 :] = False
     mask |= torch.tensor(not masked)
-    more |= {"key_padding_mask": mask} if masked else {}
+    more |= {"key_mask": mask} if masked else {}
     exact = sla.reference(*tensors, layout, **options, **more)
     rows = mask[:, None, :, None]  # which blocks are near is not defined for a block of queries that are all padding
     out = sla_attention(*tensors, layout, backend="flex", **options, **more)
@@ -124,12 +124,12 @@ def test_rows_that_see_no_key_are_0_and_what_is_hidden_does_not_leak():
     tensors, mask = inputs(layout), torch.rand(2, layout.seq_len) > 0.3
     mask[0] = False
     spoilt = [tensors[0], *(x.masked_fill(~mask[:, None, :, None], torch.nan) for x in tensors[1:])]
-    more = {name: x.float() for name, x in learned(True).items()} | {"key_padding_mask": mask}
+    more = {name: x.float() for name, x in learned(True).items()} | {"key_mask": mask}
     out = sla_attention(*spoilt, layout, backend="flex", **options, **more)
     assert (out[0] == 0).all()
     torch.testing.assert_close(out, sla.reference(*tensors, layout, **options, **more), atol=1e-5, rtol=1e-5)
-    out = gna_attention(*spoilt, layout, window=3, backend="flex", key_padding_mask=mask)
-    right = gna_attention(*tensors, layout, window=3, backend="torch", key_padding_mask=mask)
+    out = gna_attention(*spoilt, layout, window=3, backend="flex", key_mask=mask)
+    right = gna_attention(*tensors, layout, window=3, backend="torch", key_mask=mask)
     assert (out[0] == 0).all()
     torch.testing.assert_close(out, right, atol=1e-5, rtol=1e-5)
 
@@ -159,7 +159,7 @@ def test_block_lists_of_sla_hold_what_is_seen(layout, options, masked, monkeypat
 
     monkeypatch.setattr("dit_accel.kernels.block_sparse_flex.block_sparse_flex", recorded)
     real = torch.rand(2, layout.seq_len) > 0.3 if masked else None
-    sla_attention(*inputs(layout), layout, key_padding_mask=real, backend="flex", **options)
+    sla_attention(*inputs(layout), layout, key_mask=real, backend="flex", **options)
     [mask] = masks
     (q_len, k_len), (q_side, k_side) = mask.seq_lengths, mask.BLOCK_SIZE
     b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 2, q_len, k_len)), indexing="ij")

@@ -114,7 +114,7 @@ def test_padding_is_as_if_it_were_not_there(name, grid, options, told):
     layout = TokenLayout(grid, 4, 3)
     mask = padding(layout)
     options = options | learned(name, options, 16)
-    check(name, inputs(layout, 16), layout, options | {"key_padding_mask": mask}, told, rows=mask)
+    check(name, inputs(layout, 16), layout, options | {"key_mask": mask}, told, rows=mask)
 
 
 @pytest.mark.parametrize("dim", [40, 64, 80, 96, 128])
@@ -188,7 +188,7 @@ def test_wide_open_is_dense(name, options, masked):
     qkv = inputs(layout, 64)
     mask = padding(layout) if masked else None
     want = F.scaled_dot_product_attention(*qkv, attn_mask=None if mask is None else mask[:, None, None])
-    got = FUNCTIONS[name][0](*qkv, layout, **options, key_padding_mask=mask)
+    got = FUNCTIONS[name][0](*qkv, layout, **options, key_mask=mask)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_low_precision_is_as_good_as_dense_attention(name, grid, options, told, 
     qkv = inputs(layout, 64, dtype=dtype)
     options = options | learned(name, options, 64)
     if masked:
-        options["key_padding_mask"] = torch.arange(layout.seq_len).expand(2, -1) < layout.seq_len - 2
+        options["key_mask"] = torch.arange(layout.seq_len).expand(2, -1) < layout.seq_len - 2
     exact = FUNCTIONS[name][1](*(x.double() for x in qkv), layout, **options)
     got = FUNCTIONS[name][0](*qkv, layout, **options)
     assert got.dtype == dtype
@@ -231,7 +231,7 @@ def test_one_picture_whose_padding_empties_a_block(linear_over):
     mask = torch.ones(1, layout.seq_len, dtype=torch.bool)
     mask[0, 8:12] = False
     options = {"block_q": 4, "block_kv": 4, "critical": 0.5, "negligible": 0.3, "linear_over": linear_over}
-    options |= learned("sla", options, 16) | {"key_padding_mask": mask}
+    options |= learned("sla", options, 16) | {"key_mask": mask}
     check("sla", inputs(layout, 16, batch=1), layout, options, {}, rows=mask)
 
 

@@ -148,9 +148,9 @@ class TestTensors:
 
     @pytest.mark.parametrize("shape", [(50,), (1, 50), (2, 48), (2, 1, 1, 50)])
     def test_mask_of_another_shape(self, function, shape):
-        with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(B, S\) = \(2, 50\)"):
-            function(*qkv(), LAYOUT, **VALID[function], key_padding_mask=torch.ones(shape, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"key_mask must have shape \(B, S\) = \(2, 50\)"):
+            function(*qkv(), LAYOUT, **VALID[function], key_mask=torch.ones(shape, dtype=torch.bool))
 
     def test_mask_of_another_dtype(self, function):
-        with pytest.raises(TypeError, match="key_padding_mask must be a bool tensor"):
-            function(*qkv(), LAYOUT, **VALID[function], key_padding_mask=torch.ones(2, 50))
+        with pytest.raises(TypeError, match="key_mask must be a bool tensor"):
+            function(*qkv(), LAYOUT, **VALID[function], key_mask=torch.ones(2, 50))

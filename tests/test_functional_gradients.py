@@ -39,7 +39,7 @@ def make(shapes, seed=0, dtype=torch.float64):
 
 def call(function, options, names, mask):
     return lambda q, k, v, *more: function(
-        q, k, v, LAYOUT, **options, **dict(zip(names, more, strict=True)), key_padding_mask=mask
+        q, k, v, LAYOUT, **options, **dict(zip(names, more, strict=True)), key_mask=mask
     )
 
 

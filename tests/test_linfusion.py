@@ -67,17 +67,15 @@ def test_hidden_keys_do_not_count_whatever_lies_there():
     exact = token_by_token(query, key, value, real)
     key, value = (torch.where(real[:, None, :, None], x, torch.nan) for x in (key, value))
     for function in (linfusion_attention, linfusion.reference):
-        torch.testing.assert_close(
-            function(query, key, value, key_padding_mask=real).double(), exact, atol=1e-6, rtol=0
-        )
-    assert not linfusion_attention(query, key, value, key_padding_mask=real)[1].any()
+        torch.testing.assert_close(function(query, key, value, key_mask=real).double(), exact, atol=1e-6, rtol=0)
+    assert not linfusion_attention(query, key, value, key_mask=real)[1].any()
 
 
 def test_gradients():
     leaves = [x.detach().requires_grad_() for x in draw(7, dtype=torch.float64)]
     assert torch.autograd.gradcheck(linfusion_attention, leaves)
     real = torch.arange(7).expand(2, 7) < torch.tensor([[5], [7]])
-    assert torch.autograd.gradcheck(lambda *x: linfusion_attention(*x, key_padding_mask=real), leaves)
+    assert torch.autograd.gradcheck(lambda *x: linfusion_attention(*x, key_mask=real), leaves)
     single = [x.detach().float().requires_grad_() for x in leaves]
     grad = torch.randn(2, 2, 7, 8)
     wanted = torch.autograd.grad(linfusion.reference(*leaves), leaves, grad.double())
@@ -91,7 +89,7 @@ def test_gradients():
         ({"layout": TokenLayout((3, 3), before=1)}, "1 tokens off the grid"),
         ({"layout": TokenLayout((3, 4))}, "12 tokens but query has 10"),
         ({"backend": "triton"}, "linfusion has no such backend yet; it has: torch"),
-        ({"key_padding_mask": torch.ones(2, 9, dtype=torch.bool)}, r"must have shape \(B, S\) = \(2, 10\)"),
+        ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, r"must have shape \(B, S\) = \(2, 10\)"),
     ],
 )
 def test_function_refuses(options, words):
@@ -376,7 +374,7 @@ def test_hidden_tokens_of_a_masked_unet_are_the_functions():
     attn = model.get_submodule(next(iter(installed_layers(model))))
     x = torch.randn(2, 12, attn.query_dim)
     real = torch.arange(12).expand(2, 12) < torch.tensor([[7], [12]])
-    attn.dit_accel.cell.layout = TokenLayout((3, 4))
+    attn.dit_accel.slot.layout = TokenLayout((3, 4))
     out = attn(x, attention_mask=torch.where(real, 0.0, -10000.0)[:, None])
     hand = ByHand(attn.dit_accel.state_dict(), lambda q, k, v: token_by_token(q, k, v, real))
     torch.testing.assert_close(out, hand(attn, x), atol=1e-5, rtol=1e-5)

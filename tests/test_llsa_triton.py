@@ -194,7 +194,7 @@ def exact(query, key, value, layout, real, options):
     try:
         # the reference pools queries by a product with zeros for padding, where NaN would leak
         qkv = (x.double().cpu() for x in (query.nan_to_num(), key, value))
-        out = llsa.reference(*qkv, layout, key_padding_mask=None if real is None else real.cpu(), **options)
+        out = llsa.reference(*qkv, layout, key_mask=None if real is None else real.cpu(), **options)
     finally:
         llsa.softmax_rows = plain
     return out.to(DEVICE), torch.stack(found).view(query.shape[:3]).to(DEVICE)
@@ -209,7 +209,7 @@ def check(case, dtype, padded):
     assert out.dtype == dtype and lse.dtype == torch.float32
     want, wanted_lse = exact(query, key, value, layout, real, options)
     torch.use_deterministic_algorithms(False)
-    plain = llsa_attention(query, key, value, layout, key_padding_mask=real, backend="torch", **options)
+    plain = llsa_attention(query, key, value, layout, key_mask=real, backend="torch", **options)
     rows = torch.ones_like(lse, dtype=torch.bool) if real is None else real[:, None].expand(lse.shape)
     error, plain_error = ((x.double() - want)[rows].norm() for x in (out, plain))
     assert error <= 2 * plain_error + torch.finfo(dtype).eps / 8 * want[rows].norm()
@@ -242,7 +242,7 @@ def test_an_element_with_nothing_real_is_zero(case):
 
 def gradients(tensors, grad, layout, real, options, backend):
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out = llsa_attention(*leaves, layout, key_padding_mask=real, backend=backend, **options)
+    out = llsa_attention(*leaves, layout, key_mask=real, backend=backend, **options)
     return torch.autograd.grad(out, leaves, grad)
 
 
@@ -367,7 +367,7 @@ with offline_gpu.target(target):
             whole=not padded, return_lse=True,
         )
         ends = torch.zeros(2, 1, dtype=torch.int32)
-        llsa_bwd_triton.turn_over = lambda lists, n: (lists.flatten(1), ends.expand(-1, n + 1))
+        llsa_bwd_triton.transpose_block_lists = lambda lists, n: (lists.flatten(1), ends.expand(-1, n + 1))
         llsa_bwd_triton.llsa_blocks_attention_backward(
             x, x, torch.empty(x.shape[:3]), x, x, x, kept, children, places, scale=0.1, before=before, n_grid=sizes[0],
             pooled=pooled, number=pool.number, rows=pool.rows, real=real,

@@ -88,11 +88,11 @@ def test_wheel_says_what_it_is(built):
 def test_installed_wheel_works_from_any_folder_and_hides_no_other_kernels(unpacked, tmp_path):
     code = """
 import importlib.util, pathlib, sys
-import dit_accel.cli, dit_accel.embedded, dit_accel.pipelines.flux
+import dit_accel.cli, dit_accel.bundled, dit_accel.pipelines.flux
 site = pathlib.Path(sys.argv[1])
 assert pathlib.Path(dit_accel.__file__).is_relative_to(site), dit_accel.__file__
 assert pathlib.Path(dit_accel.pipelines.flux.__file__).is_relative_to(site)
-assert dit_accel.embedded.IMAGE.folder.is_relative_to(site)
+assert dit_accel.bundled.IMAGE.folder.is_relative_to(site)
 for name in ("kernels", "pipelines", "demo"):
     found = importlib.util.find_spec(name)
     assert found is None or "dit" not in str(found.origin or found.submodule_search_locations), found

@@ -55,7 +55,7 @@ def test_two_layouts_by_hand_stay_with_their_layers():
         dit_accel.set_attn_processor(model, GNA, layers=single, layout=second)
         outputs.append(run(model, inputs))
     assert not torch.equal(outputs[1], outputs[0]) and not torch.equal(outputs[1], outputs[2])
-    read = {name: layer.cell.last for name, layer in installed_layers(model).items()}
+    read = {name: layer.slot.last for name, layer in installed_layers(model).items()}
     assert len(set(read.values())) == 1 and len(model._dit_accel.hooks) == 1  # hooks without layers are gone
 
 

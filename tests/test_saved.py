@@ -186,7 +186,7 @@ def test_processor_with_a_layout_by_hand_can_be_copied(tmp_path):
     expected = run(model, PIXART)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(run(copied, PIXART), expected)
-        assert installed_layers(copied)["transformer_blocks.0.attn1"].cell.last == GRID
+        assert installed_layers(copied)["transformer_blocks.0.attn1"].slot.last == GRID
 
 
 @pytest.mark.parametrize("layout", ["4x6", (4, 6), 24])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from dit_accel.demo import check
+from dit_accel.demo import scene_checker
 from dit_accel.demo.batches import ANSWERS, SceneStream
-from dit_accel.demo.check import check_clip, check_picture, find_blobs
 from dit_accel.demo.render import PRESENT, layout_scene, render
+from dit_accel.demo.scene_checker import check_clip, check_picture, find_blobs
 from dit_accel.demo.scenes import (
     COLOURS,
     HELD_OUT_ONE_IN,
@@ -180,7 +180,7 @@ def test_check_of_clips_accepts_their_captions_and_refuses_altered_ones(kind, mo
         known[key] = known.get(key) or find_blobs(frame)
         return known[key]
 
-    monkeypatch.setattr(check, "find_blobs", remembered)
+    monkeypatch.setattr(scene_checker, "find_blobs", remembered)
     rng, right, refused = random.Random(4), [], []
     for scene in clips(kind, 200, seed=6):
         clip = truth(scene, rng, 128, 3)

@@ -27,7 +27,7 @@ def gradients(name, layout, tensors, options, mask, backend, grad):
     leaves = [x.detach().requires_grad_() for x in tensors[: 3 + len(learned)]]
     function = getattr(functional, f"{name}_attention")
     more = dict(zip(learned, leaves[3:], strict=True))
-    out = function(*leaves[:3], layout, key_padding_mask=mask, backend=backend, **more, **options)
+    out = function(*leaves[:3], layout, key_mask=mask, backend=backend, **more, **options)
     return torch.autograd.grad(out, leaves, grad)
 
 

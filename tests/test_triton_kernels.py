@@ -52,7 +52,7 @@ CASES = {
 def call(name, layout, tensors, options, mask, backend):
     learned = {"weight": tensors[3], "bias": tensors[4]} if name == "sla" else {}
     function = getattr(functional, f"{name}_attention")
-    return function(*tensors[:3], layout, key_padding_mask=mask, backend=backend, **learned, **options)
+    return function(*tensors[:3], layout, key_mask=mask, backend=backend, **learned, **options)
 
 
 @pytest.mark.parametrize("dtype, masked", [(torch.float32, False), (torch.float16, False), (torch.float16, True)])

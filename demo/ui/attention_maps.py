@@ -144,11 +144,11 @@ def _keep(kept: Recording, name: str, clock: StepClock, layer: MechanismLayer, a
         return
     given = _ARGUMENTS.bind(layer, *args, **kwargs).arguments
     query, key, mask = given["query"], given["key"], given.get("attn_mask")
-    assert layer.cell.layout is not None
+    assert layer.slot.layout is not None
     real = None if mask is None else key_padding(mask, query, key)[-1:].cpu()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # grouped queries
     query, key = (x[-1:].detach().to("cpu", copy=True).contiguous() for x in (query, key))
-    call = AttentionCall(query, key, layer.cell.layout, given.get("scale"), real)
+    call = AttentionCall(query, key, layer.slot.layout, given.get("scale"), real)
     if not kept.calls:
         kept.thin(call.n_bytes)
     if name in kept.layers and kept.n_bytes + call.n_bytes <= kept.most_bytes:
@@ -169,9 +169,7 @@ def dense_weights(call: AttentionCall, token: int) -> Tensor:
 
 def _function(call: AttentionCall, processor: AcceleratedAttnProcessor, value: Tensor, **options: Any) -> Tensor:
     scale = options.pop("scale", call.scale)
-    return processor.attend(
-        call.query, call.key, value, call.layout, key_padding_mask=call.real, host_scale=scale, **options
-    )
+    return processor.attend(call.query, call.key, value, call.layout, key_mask=call.real, host_scale=scale, **options)
 
 
 def mechanism_weights(

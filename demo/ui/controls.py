@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 
 from dit_accel.attn_spec import AttentionSpec, grid_defaults
-from dit_accel.command import BadInput
 from dit_accel.compare.sizes import Size, check_size, token_grid
+from dit_accel.errors import BadInput
 
 from .engine import Engine, Loaded
 

@@ -14,7 +14,7 @@ from dit_accel.attn_spec import AttentionSpec
 from .attention_maps import Caught
 from .controls import DrawingControls, MechanismControls
 from .engine import MOST_WAITING, Cancelled, Engine
-from .looking import Drawings, Drawn, Look, Step, Where, catch, draw, look
+from .inspection import Drawings, Drawn, Look, Step, Where, catch, draw, look
 from .plots import NAMES, caught_figure, enlarged, map_figure
 from .status import progress_line, status_line, waiting_line
 from .work import Stops, message_for, stream

@@ -21,8 +21,8 @@ from dit_accel.attn_spec import grid_defaults
 from dit_accel.bench.cases import Case
 from dit_accel.bench.results import Row, about
 from dit_accel.bench.timing import TIMING, time_calls, time_once
-from dit_accel.command import BadInput
 from dit_accel.compare.step_timer import synchronize
+from dit_accel.errors import BadInput
 from dit_accel.files import replacing, write_json
 from dit_accel.layout import TokenLayout
 

@@ -18,12 +18,12 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from dit_accel.attn_spec import AttentionSpec, short_options
-from dit_accel.command import BadInput
 from dit_accel.compare.sizes import token_grid
 from dit_accel.convert.recipes import RECIPES
 from dit_accel.convert.request import Request, Source
 from dit_accel.convert.run import Diverged, run
 from dit_accel.demo.write_scenes import write_scenes
+from dit_accel.errors import BadInput
 from dit_accel.weights import FILE_NAME
 
 from .engine import Cancelled, Engine, Loaded, Stop

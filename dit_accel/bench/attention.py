@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..backend import check_backend, resolve
-from ..command import BadInput
+from ..errors import BadInput
 from .cases import BACKWARD, CASES, Case, select, smoke
 from .progress import Progress
 from .request import Request

@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..command import BadInput, Stopped
+from ..errors import BadInput
+from ..signals import Stopped
 from .request import Request, make_request
 
 __all__ = ["PAGES", "bench", "main"]
@@ -153,10 +154,10 @@ def _request(given: argparse.Namespace, command: tuple[str, ...]) -> Request:
 
 def main() -> None:
     """``python -m dit_accel.bench``: as ``dit-accel bench``, without typer."""
-    from ..command import stoppable
+    from ..signals import interruptible
 
     try:
-        with stoppable():
+        with interruptible():
             status = bench(sys.argv[1:], "python -m dit_accel.bench")
     except BadInput as error:
         print(f"dit-accel: {' '.join(str(error).split())}", file=sys.stderr)

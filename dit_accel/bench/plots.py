@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..command import BadInput
+from ..errors import BadInput
 from ..files import replacing
 from .results import Row
 from .tables import milliseconds, variant

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command import BadInput
+from ..errors import BadInput
 from ..files import replacing
 from .plots import plot
 from .results import KEYS, read_results

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..command import BadInput
+from ..environment import pick_device, pick_dtype
+from ..errors import BadInput
 from ..files import require_writable
-from ..machine import pick_device, pick_dtype
 
 __all__ = ["Request", "dense_attention", "make_request"]
 

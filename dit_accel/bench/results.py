@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..command import undisturbed
+from ..environment import about_machine, about_versions
 from ..files import write_json
-from ..machine import about_machine, about_versions
+from ..signals import ignore_interrupts
 
 __all__ = ["KEYS", "Results", "Row", "about", "now", "read_results"]
 
@@ -116,7 +116,7 @@ class Results:
             self.status = "failed"
             raise
         finally:
-            with undisturbed():
+            with ignore_interrupts():
                 self.save()
 
     def save(self) -> None:

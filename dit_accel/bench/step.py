@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..command import BadInput
 from ..describe import describe, logit_fraction
+from ..errors import BadInput
 from ..install import attention, installed_layers
 from .models import MODELS, StepModel, select, smoke
 from .progress import Progress

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundled import read_defaults
 from ..describe import logit_fraction
-from ..embedded import read_defaults
 from ..install import denoisers, installed_layers
 from .sizes import Size, default_size
 

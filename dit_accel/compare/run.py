@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..command import BadInput, undisturbed
+from ..bundled import IMAGE, OTHER_PROMPTS, VIDEO
 from ..describe import describe
-from ..embedded import IMAGE, OTHER_PROMPTS, VIDEO
+from ..environment import about_machine, about_versions
+from ..errors import BadInput
 from ..install import denoisers
-from ..loading import load_pipeline
-from ..machine import about_machine, about_versions
+from ..pipeline_loading import load_pipeline
+from ..signals import ignore_interrupts
 from .calling import average_logit_fraction, own_call, to_frames
 from .metrics import compare_frames, lpips_weights
 from .report import Picture, Report, Variant, figure
@@ -84,7 +85,7 @@ def run(request: Request, console: Console) -> int:
         report.status = "failed"
         raise
     finally:
-        with undisturbed():
+        with ignore_interrupts():
             _finish(comparison, console)
     return 0 if report.status == "complete" else 1
 

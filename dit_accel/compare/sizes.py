@@ -6,9 +6,9 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from ..attention_group import TokenBox
 from ..families import family_of
 from ..install import denoisers
-from ..site import TokenBox
 
 __all__ = ["Size", "check_size", "default_size", "token_box", "token_grid"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..attn_spec import AttentionSpec, ByLayer, short_options
+from ..bundled import read_defaults
 from ..compare.sizes import Size, check_size, default_size, token_grid
-from ..embedded import read_defaults
 from ..layout import TokenLayout
 from ..processor import AcceleratedAttnProcessor
 from .request import Source

@@ -18,14 +18,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..attn_spec import AttentionSpec
-from ..command import BadInput
 from ..compare.metrics import clip_score, compare_frames
 from ..describe import logit_fraction
+from ..environment import about_machine, about_versions
+from ..errors import BadInput
 from ..files import replacing, write_json
 from ..install import installed_layers, reset_attn_processor, set_by_layer
 from ..load import load_attention
-from ..loading import load_pipeline
-from ..machine import about_machine, about_versions
+from ..pipeline_loading import load_pipeline
 from .buckets import find_buckets, processors_for
 from .capture import merge
 from .noise import NoiseProcess, noise_process
@@ -36,7 +36,9 @@ from .samples import Sample
 
 __all__ = ["Evaluation", "PromptCheck", "evaluate"]
 
-PromptCheck = Callable[[Any, dict[str, Any], int, Callable[[int], None]], list[bool]]  # see demo.judge.prompt_check
+PromptCheck = Callable[
+    [Any, dict[str, Any], int, Callable[[int], None]], list[bool]
+]  # see demo.evaluate_captions.prompt_check
 
 FIGURES = (
     "flow_loss: mean squared error of the prediction (of noise - clean, noise or v, as the model was trained), one "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor
 
-from ..command import BadInput
+from ..errors import BadInput
 from .objective import Batch
 
 __all__ = ["GraphedGradients"]

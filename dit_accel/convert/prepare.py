@@ -18,7 +18,7 @@ from .data import Folder, Shards, find_data
 from .request import Source
 from .samples import SampleCache, Samples
 
-__all__ = ["make_samples", "only_denoiser", "progress_bar", "put_away"]
+__all__ = ["make_samples", "offload_unused_components", "only_denoiser", "progress_bar"]
 
 
 def only_denoiser(pipe: Any) -> tuple[str, nn.Module]:
@@ -78,7 +78,7 @@ def _left_out(data: Folder | Shards, cache: SampleCache) -> Iterator[str]:
         yield f"{len(data.broken)} shards or samples in them cannot be read: samples/skipped.json says which"
 
 
-def put_away(pipe: Any, component: str) -> None:
+def offload_unused_components(pipe: Any, component: str) -> None:
     """What is not needed any more makes room."""
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name != component:

@@ -10,17 +10,17 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from ..command import BadInput
+from ..environment import about_machine, about_versions
+from ..errors import BadInput
 from ..files import write_json
 from ..install import processors_by_layer
-from ..loading import load_pipeline
-from ..machine import about_machine, about_versions
+from ..pipeline_loading import load_pipeline
 from ..save import save_attention
 from .buckets import find_buckets, processors_for
 from .capture import unconditional
 from .noise import noise_process
 from .pictures import Pictures
-from .prepare import make_samples, only_denoiser, progress_bar, put_away
+from .prepare import make_samples, offload_unused_components, only_denoiser, progress_bar
 from .recipes import RECIPES, reweighted
 from .request import Request
 from .sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
@@ -81,7 +81,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     if request.sample_every and (accelerator.is_main_process or sharded):
         source = request.source
         pictures = Pictures(source.out / "pictures", pipe, component, buckets[0].call, source.prompts[:2], source.seed)
-    put_away(pipe, component)
+    offload_unused_components(pipe, component)
     watch.ready(model, process, samples)
     trainer = Trainer(request, stages, accelerator, pipe, model, choices, process, samples)
     trainer.resume(console)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..families import sites_of
+from ..families import attention_groups_of
 from ..install import new_layer
 from .lora import require_peft
 from .recipes import Recipe, Stage
@@ -127,7 +127,7 @@ def plan(request: Request, recipe: Recipe, model: nn.Module, processor: Any) -> 
 
     Raises: ValueError: a stage would train nothing, or layers are to be chosen that are not there.
     """
-    layers = [name for site in sites_of(model) for name in site.layers]
+    layers = [name for group in attention_groups_of(model) for name in group.layers]
     with torch.device("meta"):
         added = new_layer(processor, model.get_submodule(layers[0]), layers[0])
     if recipe.selects and added.input_projections:
@@ -170,5 +170,5 @@ def host_parameters(model: nn.Module, scope: str) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     if scope == "full":
         return set(names)
-    layers = tuple(f"{name}." for site in sites_of(model) for name in site.layers)
+    layers = tuple(f"{name}." for group in attention_groups_of(model) for name in group.layers)
     return {name for name in names if name.startswith(layers)} if scope == "attention" else set()

@@ -18,8 +18,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..attn_spec import ByLayer
-from ..command import BadInput, Stopped, deferred, noted, undisturbed
+from ..errors import BadInput
 from ..install import installation_of, installed_layers, keep_layers, set_by_layer
+from ..signals import Stopped, defer_interrupts, ignore_interrupts, record_interrupts
 from .capture import merge
 from .checkpoint import load_checkpoint, save_checkpoint
 from .graphed import GraphedGradients
@@ -204,10 +205,10 @@ class Trainer:
         when stopped."""
         many = self.accelerator.num_processes > 1 or self.zero  # whose step is taken before it is counted
         try:
-            with noted() if many else nullcontext(list[int]()) as came:
+            with record_interrupts() if many else nullcontext(list[int]()) as came:
                 self._steps(progress, after, came)
         except KeyboardInterrupt:
-            with undisturbed():
+            with ignore_interrupts():
                 self.save()
             raise
         self.save()
@@ -221,7 +222,7 @@ class Trainer:
         spoken = began
         task = progress.add_task(self._called(), total=request.steps, completed=self.step, told="")
         together = world > 1 or self.zero  # signals are only noted
-        at_once = nullcontext if together else deferred
+        at_once = nullcontext if together else defer_interrupts
         while self.step < request.steps:
             if self.step == self.part.end:
                 with at_once():

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import sites_of
+from ..attention_group import AttentionGroup
+from ..families import attention_groups_of
 from ..hooks import forward_parameters
 from ..install import installed_layers, unwrap
 from ..layout import TokenLayout
-from ..site import Site
 
 __all__ = ["Call", "TeacherForced", "recorded_calls"]
 
@@ -38,7 +38,7 @@ def recorded_calls(teacher: nn.Module, layers: list[str]) -> Iterator[dict[str, 
     """What the teacher's attention modules of these names are given, and give, while inside."""
     calls: dict[str, Call] = {}
     teacher = unwrap(teacher)
-    handles = [handle for site in sites_of(teacher) for handle in _record(teacher, site, layers, calls)]
+    handles = [handle for group in attention_groups_of(teacher) for handle in _record(teacher, group, layers, calls)]
     try:
         yield calls
     finally:
@@ -46,16 +46,16 @@ def recorded_calls(teacher: nn.Module, layers: list[str]) -> Iterator[dict[str, 
             handle.remove()
 
 
-def _record(teacher: nn.Module, site: Site, layers: list[str], calls: dict[str, Call]) -> Iterator[Any]:
-    """The hooks of one site: its owner's forward tells the layout, which comes first."""
-    owner = teacher.get_submodule(site.owner)
+def _record(teacher: nn.Module, group: AttentionGroup, layers: list[str], calls: dict[str, Call]) -> Iterator[Any]:
+    """The hooks of one group: its owner's forward tells the layout, which comes first."""
+    owner = teacher.get_submodule(group.owner)
     names, layout = forward_parameters(owner), list[TokenLayout]()
 
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layout[:] = [site.read(owner, {**dict(zip(names, args, strict=False)), **kwargs})]
+        layout[:] = [group.read(owner, {**dict(zip(names, args, strict=False)), **kwargs})]
 
     yield owner.register_forward_pre_hook(read, with_kwargs=True)
-    for name in site.layers:
+    for name in group.layers:
         if name not in layers:
             continue
 
@@ -85,11 +85,11 @@ class TeacherForced(nn.Module):
         return torch.stack([self._distance(name, installed[name], calls[name]) for name in self.layers]).mean()
 
     def _distance(self, name: str, layer: Any, call: Call) -> Tensor:
-        layer.cell.layout, layer.dense = call.layout, False
+        layer.slot.layout, layer.dense = call.layout, False
         try:
             ours = _tensors(self.host.get_submodule(name)(*call.args, **call.kwargs))
         finally:
-            layer.cell.layout = None
+            layer.slot.layout = None
         pairs = zip(ours, call.outputs, strict=True)
         squares = torch.stack([(x.float() - y.float()).square().sum() for x, y in pairs])
         return squares.sum() / sum(x.numel() for x in ours)

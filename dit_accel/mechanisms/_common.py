@@ -33,7 +33,7 @@ __all__ = [
 T = TypeVar("T")
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
     """Raises: TypeError, ValueError: tensors not (B, H, S, D) of one shape, dtype and device, or a bad mask."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
@@ -54,16 +54,16 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: T
                 f"{name} has shape {tuple(x.shape)} but query {tuple(query.shape)}: all three must have "
                 "one shape (repeat the heads of grouped keys first)"
             )
-    if key_padding_mask is None:
+    if key_mask is None:
         return
     expected = (query.shape[0], query.shape[2])
-    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        kind = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
-        raise TypeError(f"key_padding_mask must be a bool tensor, True = real token, got {kind}")
-    if tuple(key_padding_mask.shape) != expected:
-        raise ValueError(f"key_padding_mask must have shape (B, S) = {expected}, got {tuple(key_padding_mask.shape)}")
-    if key_padding_mask.device != query.device:
-        raise ValueError(f"key_padding_mask is on {key_padding_mask.device} but query on {query.device}: move it there")
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        kind = getattr(key_mask, "dtype", type(key_mask).__name__)
+        raise TypeError(f"key_mask must be a bool tensor, True = real token, got {kind}")
+    if tuple(key_mask.shape) != expected:
+        raise ValueError(f"key_mask must have shape (B, S) = {expected}, got {tuple(key_mask.shape)}")
+    if key_mask.device != query.device:
+        raise ValueError(f"key_mask is on {key_mask.device} but query on {query.device}: move it there")
 
 
 def check_layout_and_scale(layout: object, scale: object, *, default: bool = False) -> None:
@@ -155,18 +155,16 @@ def global_tiles(layout: TokenLayout, device: torch.device) -> tuple[Tiles, ...]
     return (every_key(index, layout.seq_len),) if len(index) else ()
 
 
-def hide(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+def hide(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """Zero the padding of (B, H, S, D): what lies there (NaN, maybe) would leak through a product with zero."""
-    return x if key_padding_mask is None else torch.where(key_padding_mask[:, None, :, None], x, 0)
+    return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, 0)
 
 
-def hidden_bias(key_padding_mask: Tensor | None) -> Tensor | None:
+def hidden_bias(key_mask: Tensor | None) -> Tensor | None:
     """(B, S) float32 to add to the logits: -inf on padding."""
-    if key_padding_mask is None:
+    if key_mask is None:
         return None
-    return torch.zeros(key_padding_mask.shape, device=key_padding_mask.device).masked_fill(
-        ~key_padding_mask, -torch.inf
-    )
+    return torch.zeros(key_mask.shape, device=key_mask.device).masked_fill(~key_mask, -torch.inf)
 
 
 def softmax_rows(logits: Tensor, visible: Tensor) -> Tensor:

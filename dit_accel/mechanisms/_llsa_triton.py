@@ -21,7 +21,7 @@ def llsa_attention_triton(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     *,
     layout: TokenLayout,
     scale: float,
@@ -33,8 +33,8 @@ def llsa_attention_triton(
     """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf where a row sees nothing."""
     from dit_accel.kernels.llsa_triton import llsa_blocks_attention
 
-    real = key_padding_mask
-    chosen = _choose(query, key, value, real, layout, block_size, topk, levels, enrich)
+    real = key_mask
+    chosen = _make_selection(query, key, value, real, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention(
         query,
         key,
@@ -58,7 +58,7 @@ def llsa_attention_triton_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     *,
     layout: TokenLayout,
     scale: float,
@@ -71,8 +71,8 @@ def llsa_attention_triton_backward(
     are alike to the bit."""
     from dit_accel.kernels.llsa_bwd_triton import llsa_blocks_attention_backward
 
-    real = key_padding_mask
-    chosen = _choose(query, key, value, real, layout, block_size, topk, levels, enrich)
+    real = key_mask
+    chosen = _make_selection(query, key, value, real, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention_backward(
         grad,
         out,
@@ -94,7 +94,7 @@ def llsa_attention_triton_backward(
     )
 
 
-class _Chosen(NamedTuple):
+class _Selection(NamedTuple):
     """The tree, its pooled tokens, what each of them keeps, level by level, and those that are attended to."""
 
     tree: tuple[Level, ...]
@@ -108,7 +108,7 @@ class _Chosen(NamedTuple):
         return not self.pool.masked and all(level.full for level in self.tree)
 
 
-def _choose(
+def _make_selection(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -118,7 +118,7 @@ def _choose(
     topk: int,
     levels: int | None,
     enrich: bool,
-) -> _Chosen:
+) -> _Selection:
     from dit_accel.kernels.block_sparse_triton import check_inputs
     from dit_accel.kernels.llsa_select_triton import select_tree
     from dit_accel.kernels.llsa_tree_triton import pool_tree
@@ -133,4 +133,4 @@ def _choose(
     pooled = None
     if pool.all_keys is not None and pool.all_values is not None:
         pooled = Pooled(pool.all_keys, pool.all_values, pool.weight, met, pool.rows[-1])
-    return _Chosen(tree, pool, kept, pooled)
+    return _Selection(tree, pool, kept, pooled)

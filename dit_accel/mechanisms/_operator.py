@@ -13,9 +13,9 @@ from torch import Tensor
 from dit_accel.backend import VARIABLE, resolve
 from dit_accel.layout import TokenLayout
 
-__all__ = ["define_operator", "recording"]
+__all__ = ["autograd_inside_op", "define_operator"]
 
-_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask"
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask"
 _LAYOUT = "SymInt[] grid, SymInt before, SymInt after"
 
 
@@ -31,14 +31,14 @@ def define_operator(
     """Register ``dit_accel::<name>`` and ``dit_accel::<name>_backward``.
 
     The operator gives the output and, of backends with a derivative of their own, the log-sum-exp (B, H, S) that this
-    needs; of others a tensor without elements. Its arguments are, in order: query, key, value, key_padding_mask, the
+    needs; of others a tensor without elements. Its arguments are, in order: query, key, value, key_mask, the
     learned tensors, grid, before, after, the options, scale, fit, backend (optional). Grid lengths may be symbolic
     while tracing: here, inside, they are numbers, so what depends on them (is the window larger than its axis?) is
     checked here, and with ``fit`` options are shrunk first.
 
     Args:
         name: the operator's name.
-        compute: for each backend ``compute(query, key, value, key_padding_mask, *learned, layout, scale, **options)``.
+        compute: for each backend ``compute(query, key, value, key_mask, *learned, layout, scale, **options)``.
         fit: the mechanism's ``fit``.
         learned: names of the learned tensors.
         options: the options as operator schema, such as ``"float critical, bool smooth_key"``.
@@ -147,7 +147,7 @@ def _by_autograd(
         leaf = filled[i].detach().requires_grad_()  # type: ignore[union-attr]
         filled[i] = leaf
         leaves.append(leaf)
-    with recording():
+    with autograd_inside_op():
         out = compute(*filled, **given)
         return torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
 
@@ -212,7 +212,7 @@ def _name(device: torch.device) -> str:
 
 
 @contextmanager
-def recording() -> Iterator[None]:
+def autograd_inside_op() -> Iterator[None]:
     """Autograd inside an operator: there it is shut off not by the grad mode alone but below the dispatcher, too."""
     keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
     with ExitStack() as stack:

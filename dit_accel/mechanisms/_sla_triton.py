@@ -23,7 +23,7 @@ def sla_attention_triton(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -36,9 +36,9 @@ def sla_attention_triton(
     """``sla_attention`` on a GPU, and its log-sum-exp (B, H, S) float32."""
     from dit_accel.kernels.block_sparse_triton import LinearBranch, block_sparse_attention
 
-    real, before = key_padding_mask, layout.before
+    real, before = key_mask, layout.before
     marginal_only = weight is not None and linear_over == "marginal"
-    chosen = _choose(query, key, real, layout, marginal_only, **cut)
+    chosen = _make_selection(query, key, real, layout, marginal_only, **cut)
     branch = None
     if weight is not None:
         sums = _sums(key, value, real, layout, chosen, feature_map, weight)
@@ -58,7 +58,7 @@ def sla_attention_triton_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -73,11 +73,11 @@ def sla_attention_triton_backward(
     from dit_accel.kernels.block_linear_bwd_triton import linear_backward
     from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
 
-    real, before = key_padding_mask, layout.before
+    real, before = key_mask, layout.before
     if real is not None:  # a row that sees no key has no linear part
         grad = torch.where((lse > -torch.inf)[..., None], grad, 0)
     marginal_only = weight is not None and linear_over == "marginal"
-    chosen = _choose(query, key, real, layout, marginal_only, **cut)
+    chosen = _make_selection(query, key, real, layout, marginal_only, **cut)
     plan = chosen.plan
     share, added, learned = None, None, []
     if weight is not None:
@@ -97,7 +97,7 @@ def sla_attention_triton_backward(
     return [*found[:3], *learned]
 
 
-class _Chosen(NamedTuple):
+class _Selection(NamedTuple):
     """The plan of the critical blocks, a map of the marginal ones where it is wanted, about how many a row has."""
 
     plan: BlockPlan
@@ -105,7 +105,7 @@ class _Chosen(NamedTuple):
     n_marginal: int
 
 
-def _choose(
+def _make_selection(
     query: Tensor,
     key: Tensor,
     real: Tensor | None,
@@ -118,7 +118,7 @@ def _choose(
     block_kv: int,
     smooth_key: bool,
     tile_order: bool,
-) -> _Chosen:
+) -> _Selection:
     """``smooth_key`` moves all scores of a query block alike, so it changes no choice."""
     from dit_accel.kernels.block_plan import BlockPlan
     from dit_accel.kernels.block_pool_triton import pool_pair
@@ -145,7 +145,7 @@ def _choose(
         n_tiles = counts[0].repeat_interleave(heads)[:, None].expand(shape).contiguous()
     else:
         n_tiles = torch.full(shape, most, dtype=torch.int32, device=query.device)
-    return _Chosen(BlockPlan(q, kv, lists, None, n_tiles), marginal, max(1, n_blocks - most - least))
+    return _Selection(BlockPlan(q, kv, lists, None, n_tiles), marginal, max(1, n_blocks - most - least))
 
 
 def _sums(
@@ -153,7 +153,7 @@ def _sums(
     value: Tensor,
     real: Tensor | None,
     layout: TokenLayout,
-    chosen: _Chosen,
+    chosen: _Selection,
     feature_map: str,
     weight: Tensor | None,
 ) -> LinearState:

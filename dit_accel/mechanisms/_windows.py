@@ -29,7 +29,7 @@ def window_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     axes: Axes,
     limit: float,
     layout: TokenLayout,
@@ -39,10 +39,10 @@ def window_attention(
     """Attention in the window that the axes describe; grid queries see the keys of ``extra``, too (keys, values, and
     which are real or None where there is no padding mask). By Triton: the log-sum-exp, too."""
     if backend == "torch":
-        return _by_tiles(query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
+        return _by_tiles(query, key, value, key_mask, axes, limit, layout, scale, extra)
     from dit_accel.kernels.block_plan import cheapest_window_plan
 
-    more = {"scale": scale, "before": (layout.before, layout.before), "real": key_padding_mask, "extra": extra}
+    more = {"scale": scale, "before": (layout.before, layout.before), "real": key_mask, "extra": extra}
     if backend == "flex":
         from dit_accel.kernels.block_sparse_flex import block_sparse_flex
 
@@ -60,7 +60,7 @@ def window_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     axes: Axes,
     limit: float,
     layout: TokenLayout,
@@ -72,7 +72,7 @@ def window_attention_backward(
 
     plan, before = _triton_plan(query, axes, limit), (layout.before, layout.before)
     return block_sparse_attention_backward(
-        grad, out, lse, query, key, value, plan, scale=scale, before=before, real=key_padding_mask, extra=extra
+        grad, out, lse, query, key, value, plan, scale=scale, before=before, real=key_mask, extra=extra
     )
 
 

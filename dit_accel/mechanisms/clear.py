@@ -26,7 +26,7 @@ from ._common import (
     softmax_rows,
     text_logits,
 )
-from ._operator import define_operator, recording
+from ._operator import autograd_inside_op, define_operator
 from ._windows import window_attention, window_attention_backward
 
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
@@ -44,7 +44,7 @@ def clear_attention(
     radius: Radius,
     down_factor: int = 1,
     pool_weight: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -59,7 +59,7 @@ def clear_attention(
         radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf sees the whole axis.
         down_factor: side f of the patches on the last two axes; 1 = no pooled tokens.
         pool_weight: (f, f) learned weights of a patch; None = 1 / f².
-        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
+        key_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
@@ -71,7 +71,7 @@ def clear_attention(
         key,
         value,
         layout,
-        key_padding_mask=key_padding_mask,
+        key_mask=key_mask,
         scale=scale,
         backend=backend,
         radius=radius,
@@ -86,7 +86,7 @@ def _attend(
     value: Tensor,
     layout: TokenLayout,
     *,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
     backend: str | None = None,
@@ -100,7 +100,7 @@ def _attend(
     ``train_tokens`` sets the high-resolution scale in place of ``scale``.
     """
     if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_padding_mask)
+        check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale)
         check_options(radius=radius, down_factor=down_factor, train_tokens=train_tokens, backend=backend)
         check_learned("pool_weight", pool_weight, (down_factor, down_factor), query)
@@ -108,7 +108,7 @@ def _attend(
         query,
         key,
         value,
-        key_padding_mask,
+        key_mask,
         pool_weight,
         list(layout.grid),
         layout.before,
@@ -219,7 +219,7 @@ def _patches(x: Tensor, layout: TokenLayout, f: int) -> Tensor:
 
 
 def _patch_weights(
-    layout: TokenLayout, f: int, pool_weight: Tensor | None, key_padding_mask: Tensor | None, like: Tensor
+    layout: TokenLayout, f: int, pool_weight: Tensor | None, key_mask: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(B or 1, P, f²) weights, 0 off the grid and on padding and the rest scaled to the same sum, and which of the P
     patches hold a real token (B or 1, P)."""
@@ -227,10 +227,10 @@ def _patch_weights(
     if pool_weight is None:
         pool_weight = torch.full((f, f), 1 / f**2, dtype=acc, device=like.device)
     weight = pool_weight.to(acc).flatten()
-    if key_padding_mask is None:
+    if key_mask is None:
         real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=like.device)
     else:
-        real = key_padding_mask[:, layout.grid_slice]
+        real = key_mask[:, layout.grid_slice]
     real = _patches(real, layout, f)
     kept = weight * real
     left = kept.sum(-1, keepdim=True)
@@ -251,7 +251,7 @@ def _compute(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     pool_weight: Tensor | None,
     *,
     layout: TokenLayout,
@@ -262,8 +262,8 @@ def _compute(
 ) -> Any:
     axes, limit = _axes(layout, radius)
     scale = _scale(layout, scale, down_factor, train_tokens, query)
-    extra = _pooled_tokens(key, value, key_padding_mask, pool_weight, layout, down_factor)
-    return window_attention(backend, query, key, value, key_padding_mask, axes, limit, layout, scale, extra)
+    extra = _pooled_tokens(key, value, key_mask, pool_weight, layout, down_factor)
+    return window_attention(backend, query, key, value, key_mask, axes, limit, layout, scale, extra)
 
 
 def _scale(layout: TokenLayout, scale: float, down_factor: int, train_tokens: int | None, query: Tensor) -> float:
@@ -275,7 +275,7 @@ def _scale(layout: TokenLayout, scale: float, down_factor: int, train_tokens: in
 def _pooled_tokens(
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     pool_weight: Tensor | None,
     layout: TokenLayout,
     down_factor: int,
@@ -283,9 +283,9 @@ def _pooled_tokens(
     """Pooled keys and values, and which hold a real token (None: all do)."""
     if not _n_pooled(layout, down_factor):
         return None
-    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
-    weights, seen = _patch_weights(layout, down_factor, pool_weight, key_padding_mask, key)
-    hidden = None if key_padding_mask is None else seen.expand(len(key), -1)
+    key, value = hide(key, key_mask), hide(value, key_mask)
+    weights, seen = _patch_weights(layout, down_factor, pool_weight, key_mask, key)
+    hidden = None if key_mask is None else seen.expand(len(key), -1)
     return _pool(key, weights, layout), _pool(value, weights, layout), hidden
 
 
@@ -296,7 +296,7 @@ def _derive(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     pool_weight: Tensor | None,
     *,
     layout: TokenLayout,
@@ -309,12 +309,10 @@ def _derive(
     scale = _scale(layout, scale, down_factor, train_tokens, query)
     leaves = [x.detach().requires_grad_() for x in (key, value, pool_weight) if x is not None]
     learned = None if pool_weight is None else leaves[2]
-    with recording():
-        extra = _pooled_tokens(leaves[0], leaves[1], key_padding_mask, learned, layout, down_factor)
+    with autograd_inside_op():
+        extra = _pooled_tokens(leaves[0], leaves[1], key_mask, learned, layout, down_factor)
     pooled = None if extra is None else (extra[0].detach(), extra[1].detach(), extra[2])
-    found = window_attention_backward(
-        grad, out, lse, query, key, value, key_padding_mask, axes, limit, layout, scale, pooled
-    )
+    found = window_attention_backward(grad, out, lse, query, key, value, key_mask, axes, limit, layout, scale, pooled)
     if extra is None:
         return [*found[:3], *(torch.zeros_like(x) for x in leaves[2:])]
     more = torch.autograd.grad(extra[:2], leaves, found[3:], allow_unused=True, materialize_grads=True)
@@ -342,19 +340,19 @@ def reference(
     radius: Radius,
     down_factor: int = 1,
     pool_weight: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`clear_attention` through the full weights: slow, and the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
     places = [layout.coordinates(token) for token in range(layout.seq_len)]
     radii = _radii(layout, radius)
     visible = torch.tensor([[_sees(a, b, radii) for b in places] for a in places], device=query.device)
     visible = visible.expand(len(q), 1, -1, -1)
     real = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)
-    real = real if key_padding_mask is None else key_padding_mask
+    real = real if key_mask is None else key_mask
     visible = visible & real[:, None, None, :]
     if down_factor > 1:
         pool, seen = _pool_matrix(layout, down_factor, pool_weight, real, acc)

@@ -42,7 +42,7 @@ def gna_attention(
     stride: Ints = 1,
     dilation: Ints = 1,
     is_causal: bool | Sequence[bool] = False,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -58,7 +58,7 @@ def gna_attention(
         stride: number of neighbouring queries that share a window, or one per axis; at most the window.
         dilation: distance between the keys of a window, or one per axis; 1 = neighbours.
         is_causal: whether keys after the query along the axis are excluded, or one per axis.
-        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys.
+        key_mask: (B, S) bool, True = real token; the others are hidden as keys.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
@@ -71,7 +71,7 @@ def gna_attention(
         key,
         value,
         layout,
-        key_padding_mask=key_padding_mask,
+        key_mask=key_mask,
         scale=scale,
         backend=backend,
         fit=False,
@@ -85,7 +85,7 @@ def _attend(
     value: Tensor,
     layout: TokenLayout,
     *,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
     backend: str | None = None,
@@ -96,12 +96,12 @@ def _attend(
 ) -> Tensor:
     """:func:`gna_attention`; with ``fit`` the options are first shrunk to what the layout allows."""
     if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_padding_mask)
+        check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale)
         check_options(window=window, stride=stride, dilation=dilation, is_causal=is_causal, backend=backend)
     lists = [list(as_tuple(x)) for x in (window, stride, dilation, is_causal)]
     return torch.ops.dit_accel.gna_attention(
-        query, key, value, key_padding_mask, list(layout.grid), layout.before, layout.after, *lists, scale, fit, backend
+        query, key, value, key_mask, list(layout.grid), layout.before, layout.after, *lists, scale, fit, backend
     )[0]
 
 
@@ -195,14 +195,14 @@ def _compute(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     *,
     layout: TokenLayout,
     scale: float,
     **options: Any,
 ) -> Any:
     axes = _axes(layout, **options)
-    return window_attention(backend, query, key, value, key_padding_mask, axes, 1.0, layout, scale)
+    return window_attention(backend, query, key, value, key_mask, axes, 1.0, layout, scale)
 
 
 def _derive(
@@ -212,7 +212,7 @@ def _derive(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     *,
     layout: TokenLayout,
     scale: float,
@@ -220,7 +220,7 @@ def _derive(
 ) -> Sequence[Tensor]:
     axes = _axes(layout, **options)
     return window_attention_backward(
-        grad, out, lse, query, key, value, key_padding_mask, axes, 1.0, layout, scale
+        grad, out, lse, query, key, value, key_mask, axes, 1.0, layout, scale
     )[:3]  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def reference(
     stride: Ints = 1,
     dilation: Ints = 1,
     is_causal: bool | Sequence[bool] = False,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`gna_attention` through the full (S, S) weights: slow, and the specification."""
@@ -259,10 +259,10 @@ def reference(
     visible = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
     visible[layout.grid_slice, layout.grid_slice] = grid_visible
     visible = visible.to(query.device)[None, None]
-    if key_padding_mask is not None:
-        visible = visible & key_padding_mask[:, None, None, :]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
     return (softmax_rows(q @ k.mT * scale, visible.expand(len(q), 1, -1, -1)) @ v).to(query.dtype)
 
 

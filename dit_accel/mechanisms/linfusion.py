@@ -24,7 +24,7 @@ def linfusion_attention(
     value: Tensor,
     layout: TokenLayout | None = None,
     *,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Normalised linear attention, not causal. [LinFusion, arXiv 2409.02097]
@@ -35,13 +35,13 @@ def linfusion_attention(
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides; before φ.
         layout: where the grid lies in the sequence, which must hold nothing else; None = the whole sequence.
-        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and do not count in S.
+        key_mask: (B, S) bool, True = real token; the others are hidden as keys and do not count in S.
         backend: "torch" or None: matrix products alone, on any device.
     Returns: (B, H, S, D) in query.dtype, summed in at least float32; a row that may see no key is 0.
     Raises: ValueError: tokens off the grid, a layout that does not match, another backend, tensors that do not match
         each other.
     """
-    return _attend(query, key, value, layout, key_padding_mask=key_padding_mask, backend=backend)
+    return _attend(query, key, value, layout, key_mask=key_mask, backend=backend)
 
 
 def _attend(
@@ -50,7 +50,7 @@ def _attend(
     value: Tensor,
     layout: TokenLayout | None,
     *,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
     backend: str | None = None,
@@ -59,17 +59,17 @@ def _attend(
     """:func:`linfusion_attention`, with the arguments that all mechanisms are called with: nothing depends on
     ``fit`` and ``projection_mid_dim`` here."""
     if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_padding_mask)
+        check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, None, default=True)
         _check_sequence(flat_layout(layout, query), query, scale)
         resolve(backend, query.device, "linfusion")
     acc = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = _feature(query.to(acc)), _feature(hide(key, key_padding_mask).to(acc))
-        v, count = hide(value, key_padding_mask).to(acc), torch.full((), k.shape[2], dtype=acc, device=k.device)
-        if key_padding_mask is not None:
-            k = hide(k, key_padding_mask)
-            count = key_padding_mask.sum(-1).clamp(min=1).to(acc)[:, None, None, None]
+        q, k = _feature(query.to(acc)), _feature(hide(key, key_mask).to(acc))
+        v, count = hide(value, key_mask).to(acc), torch.full((), k.shape[2], dtype=acc, device=k.device)
+        if key_mask is not None:
+            k = hide(k, key_mask)
+            count = key_mask.sum(-1).clamp(min=1).to(acc)[:, None, None, None]
         k = k / count  # first, so that no sum over the keys grows with their number
         out = (q @ (k.mT @ v)) / (q @ k.sum(2)[..., None] + EPSILON)
     return out.to(query.dtype)
@@ -144,16 +144,16 @@ def reference(
     value: Tensor,
     layout: TokenLayout | None = None,
     *,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     projection_mid_dim: int | None = None,
 ) -> Tensor:
     """:func:`linfusion_attention` through the full (S, S) weights: slow, and the specification."""
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
     weights = _feature(q) @ _feature(k).mT
     count: Tensor | int = query.shape[2]
-    if key_padding_mask is not None:
-        weights = weights * key_padding_mask[:, None, None, :]
-        count = key_padding_mask.sum(-1).clamp(min=1)[:, None, None, None]
+    if key_mask is not None:
+        weights = weights * key_mask[:, None, None, :]
+        count = key_mask.sum(-1).clamp(min=1)[:, None, None, None]
     total = weights.sum(-1, keepdim=True) / count
     return ((weights / count) @ v / (total + EPSILON)).to(query.dtype)

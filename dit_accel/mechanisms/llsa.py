@@ -43,7 +43,7 @@ def llsa_attention(
     topk: int = 8,
     levels: int | None = None,
     enrich: bool = True,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -60,7 +60,7 @@ def llsa_attention(
         topk: blocks that a query block keeps at each level; more than there are keeps all.
         levels: levels of pooled tokens; None = the fewest that leave at most 64·topk tokens at the top.
         enrich: whether pooled tokens are attended to.
-        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
+        key_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
         scale: factor on the logits; default D**-0.5.
         backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
@@ -72,7 +72,7 @@ def llsa_attention(
         key,
         value,
         layout,
-        key_padding_mask=key_padding_mask,
+        key_mask=key_mask,
         scale=scale,
         backend=backend,
         block_size=block_size,
@@ -88,7 +88,7 @@ def _attend(
     value: Tensor,
     layout: TokenLayout | None = None,
     *,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
     backend: str | None = None,
@@ -99,7 +99,7 @@ def _attend(
 ) -> Tensor:
     """:func:`llsa_attention`; with ``fit`` the options are first shrunk to what the layout allows."""
     if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_padding_mask)
+        check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale, default=True)
         check_options(block_size=block_size, topk=topk, levels=levels, enrich=enrich, backend=backend)
     layout = flat_layout(layout, query)
@@ -107,7 +107,7 @@ def _attend(
         query,
         key,
         value,
-        key_padding_mask,
+        key_mask,
         list(layout.grid),
         layout.before,
         layout.after,
@@ -215,7 +215,7 @@ def _compute_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     *,
     layout: TokenLayout,
     scale: float,
@@ -224,16 +224,16 @@ def _compute_torch(
     levels: int | None,
     enrich: bool,
 ) -> Tensor:
-    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
+    key, value = hide(key, key_mask), hide(value, key_mask)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     tree = make_tree(layout.grid, block_size, levels, query.device)
     real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
-    if key_padding_mask is not None:
-        real = key_padding_mask[:, layout.grid_slice]
+    if key_mask is not None:
+        real = key_mask[:, layout.grid_slice]
     q, k, v = (x[:, :, layout.grid_slice] for x in (query, key, value))
     with torch.no_grad():
         kept, candidates = _select(_pool(q.detach(), tree, real), _pool(k.detach(), tree, real), tree, topk)
-    bias = hidden_bias(key_padding_mask)
+    bias = hidden_bias(key_mask)
     if enrich:
         pooled_k, pooled_v = (_pool(x, tree, real) for x in (k, v))
         key = torch.cat([key, *(level.mean().to(key.dtype) for level in pooled_k)], 2)
@@ -241,10 +241,10 @@ def _compute_torch(
         counts = torch.cat([level.number for level in pooled_k], 1).log()
         bias = torch.zeros(1, layout.seq_len, device=query.device) if bias is None else bias
         bias = torch.cat([bias, counts], 1)
-    whole = key_padding_mask is None and all(level.full for level in tree)
+    whole = key_mask is None and all(level.full for level in tree)
     plan = (_tiles(layout, tree, kept, candidates, enrich, whole), *global_tiles(layout, query.device))
     return tile_attention(
-        query, key, value, plan, scale=scale, key_bias=bias, hides=key_padding_mask is not None, per_head=True
+        query, key, value, plan, scale=scale, key_bias=bias, hides=key_mask is not None, per_head=True
     )
 
 
@@ -306,7 +306,7 @@ def reference(
     topk: int = 8,
     levels: int | None = None,
     enrich: bool = True,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`llsa_attention` through the full (S, S + pooled) weights: slow, and the specification."""
@@ -314,9 +314,9 @@ def reference(
     layout = flat_layout(layout, query)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
     real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    real = real if key_padding_mask is None else key_padding_mask
+    real = real if key_mask is None else key_mask
     covered = _covered(layout, patch_shapes(layout.grid, block_size, levels))
     out = []
     for b in range(len(q)):

@@ -56,7 +56,7 @@ def sla_attention(
     tile_order: bool = False,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -77,7 +77,7 @@ def sla_attention(
         smooth_key: subtract the mean key before pooling.
         tile_order: blocks are compact tiles of the grid in place of runs of raster order.
         weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
-        key_padding_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
+        key_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
     Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
@@ -89,7 +89,7 @@ def sla_attention(
         key,
         value,
         layout,
-        key_padding_mask=key_padding_mask,
+        key_mask=key_mask,
         scale=scale,
         backend=backend,
         weight=weight,
@@ -111,7 +111,7 @@ def _attend(
     value: Tensor,
     layout: TokenLayout | None = None,
     *,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     fit: bool = False,
     backend: str | None = None,
@@ -128,7 +128,7 @@ def _attend(
 ) -> Tensor:
     """:func:`sla_attention`; ``fit`` changes nothing, for these options suit any layout."""
     if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_padding_mask)
+        check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale, default=True)
         check_options(
             critical=critical,
@@ -148,7 +148,7 @@ def _attend(
         query,
         key,
         value,
-        key_padding_mask,
+        key_mask,
         weight,
         bias,
         list(layout.grid),
@@ -235,7 +235,7 @@ def _compute(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -251,24 +251,24 @@ def _compute(
     tile_order: bool,
 ) -> Tensor:
     """Selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical blocks."""
-    key, value = hide(key, key_padding_mask), hide(value, key_padding_mask)
+    key, value = hide(key, key_mask), hide(value, key_mask)
     q_table, place = _blocks(layout, block_q, tile_order, query.device)
     k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
     real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
-    if key_padding_mask is not None:
-        real = key_padding_mask[:, layout.grid_slice]
+    if key_mask is not None:
+        real = key_mask[:, layout.grid_slice]
     with torch.no_grad():
         chosen, kept, marginal = _select(
             query.detach(), key.detach(), layout, q_table, k_table, real, critical, negligible, smooth_key
         )
     cut: dict[str, Any] = {"layout": layout, "block_q": block_q, "block_kv": block_kv, "tile_order": tile_order}
-    out = critical_part(query, key, value, key_padding_mask, chosen, kept, scale=scale, **cut)
+    out = critical_part(query, key, value, key_mask, chosen, kept, scale=scale, **cut)
     if weight is None and bias is None:
         return out
     blocks = None if linear_over == "all" else marginal
     linear = _linear_part(query, key, value, layout, q_table, place, k_table, real, blocks, feature_map, weight, bias)
-    if key_padding_mask is not None:
-        linear = torch.where(key_padding_mask.any(-1)[:, None, None, None], linear, 0)
+    if key_mask is not None:
+        linear = torch.where(key_mask.any(-1)[:, None, None, None], linear, 0)
     linear = F.pad(linear, (0, 0, layout.before, layout.after))
     return (out.to(linear.dtype) + linear).to(query.dtype)
 
@@ -277,7 +277,7 @@ def _critical_by_tiles(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
     chosen: Tensor,
     kept: Tensor,
     *,
@@ -290,9 +290,9 @@ def _critical_by_tiles(
     """As :func:`critical_by_flex`, by gathered tiles."""
     q_table, _ = _blocks(layout, block_q, tile_order, query.device)
     k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
-    whole = key_padding_mask is None and k_table.numel() == layout.grid_len
+    whole = key_mask is None and k_table.numel() == layout.grid_len
     plan = (_critical_tiles(layout, q_table, k_table, chosen, kept, whole), *global_tiles(layout, query.device))
-    hidden = hidden_bias(key_padding_mask)
+    hidden = hidden_bias(key_mask)
     return tile_attention(
         query, key, value, plan, scale=scale, key_bias=hidden, hides=hidden is not None, per_head=True
     )
@@ -436,17 +436,17 @@ def reference(
     tile_order: bool = False,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`sla_attention` through the full (S, S) weights: slow, and the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     layout = flat_layout(layout, query)
     acc = _acc(query)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_padding_mask), hide(value, key_padding_mask)))
+    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
     q_blocks, k_blocks = (_block_lists(layout, size, tile_order) for size in (block_q, block_kv))
     real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    real = real if key_padding_mask is None else key_padding_mask
+    real = real if key_mask is None else key_mask
     out = []
     for b in range(len(q)):
         seen = real[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): which keys the softmax sees

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..attention_group import ReadLayout
 from ..layout import TokenLayout
 from ..processor import AcceleratedAttnProcessor
-from ..site import ReadLayout
 from ..weights import Weight, WeightsFile
 
 __all__ = ["Plan", "check_option_names", "learned_key", "parameter_names", "renamed"]

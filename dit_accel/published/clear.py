@@ -13,8 +13,8 @@ from typing import Any
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from ..attention_group import self_attention_layers
 from ..processor import CLEARAttnProcessor
-from ..site import self_attention_layers
 from ..weights import Weight, WeightsFile
 from ._plan import Plan, check_option_names, learned_key, parameter_names, renamed
 

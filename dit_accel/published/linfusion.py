@@ -11,8 +11,8 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from ..attention_group import self_attention_layers
 from ..processor import LinFusionAttnProcessor
-from ..site import self_attention_layers
 from ..weights import WeightsFile, shorten
 from ._plan import Plan, check_option_names, learned_key, parameter_names, renamed
 

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from dit_accel.attn_spec import parse_attention
+from dit_accel.bundled import IMAGE, VIDEO
 from dit_accel.convert.request import Request, Source
 from dit_accel.convert.run import run
-from dit_accel.embedded import IMAGE, VIDEO
 
 SPECS = {
     "image": "sla:critical=0.1,block_q=8,block_kv=8",

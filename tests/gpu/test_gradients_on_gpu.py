@@ -31,7 +31,7 @@ def gradients(name, layout, options, tensors, grad, mask=None, backend=None, aut
     qkv = [leaves[x] for x in ("query", "key", "value")]
     learned = {key: x for key, x in leaves.items() if key not in ("query", "key", "value")}
     with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
-        out = function(*qkv, layout, key_padding_mask=mask, backend=backend, **learned, **options)
+        out = function(*qkv, layout, key_mask=mask, backend=backend, **learned, **options)
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype)), strict=True))
 
 

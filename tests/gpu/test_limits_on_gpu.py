@@ -38,7 +38,7 @@ def plain_environment(monkeypatch):
 
 
 def call(name, tensors, layout, mask=None, **options):
-    return getattr(functional, f"{name}_attention")(*tensors, layout, key_padding_mask=mask, **options)
+    return getattr(functional, f"{name}_attention")(*tensors, layout, key_mask=mask, **options)
 
 
 def make(arrangement, length, batch, device, dtype):

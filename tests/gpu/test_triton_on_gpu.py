@@ -43,7 +43,7 @@ def call(name, layout, tensors, options, mask=None, backend=None):
     if name == "sla":
         learned = {"weight": tensors[3], "bias": tensors[4]}
     function = getattr(functional, f"{name}_attention")
-    return function(*tensors[:3], layout, key_padding_mask=mask, backend=backend, **learned, **options)
+    return function(*tensors[:3], layout, key_mask=mask, backend=backend, **learned, **options)
 
 
 def inputs(layout, dim, dtype, batch=2, heads=2):

@@ -10,7 +10,7 @@ from tiny_pipelines import save_wan
 from dit_accel.attn_spec import parse_attention
 from dit_accel.convert.capture import capture
 from dit_accel.convert.samples import Sample
-from dit_accel.demo.allot import Options, Search, main
+from dit_accel.demo.search_layer_options import Options, Search, main
 from dit_accel.install import denoisers, installed_layers
 
 
@@ -64,7 +64,9 @@ def test_what_it_cannot_begin_with_is_told(wan, begin, said):
 
 
 def test_a_folder_without_samples_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["allot", "image", "--attn", "gna:window=8x8", "--samples", "x", "--out", "y"])
+    monkeypatch.setattr(
+        "sys.argv", ["search_layer_options", "image", "--attn", "gna:window=8x8", "--samples", "x", "--out", "y"]
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from dit_accel.demo.check import Verdict, check_clip, check_picture
+from dit_accel.demo.scene_checker import Verdict, check_clip, check_picture
 from dit_accel.demo.scenes import Scene, caption, sample_scene
 
 __all__ = ["check_drawing", "draw_scenes", "held_out_scenes", "prompt_check"]

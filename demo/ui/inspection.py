@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit_accel.attn_spec import AttentionSpec
-from dit_accel.command import BadInput
+from dit_accel.errors import BadInput
 from dit_accel.layout import TokenLayout
 from dit_accel.processor import AcceleratedAttnProcessor
 

@@ -11,7 +11,7 @@ from diffusers import FluxPipeline, WanPipeline
 
 from dit_accel.demo import build
 from dit_accel.demo.batches import SceneStream
-from dit_accel.demo.check import check_clip, check_picture
+from dit_accel.demo.scene_checker import check_clip, check_picture
 from dit_accel.demo.scenes import altered_captions, caption, is_held_out, parse_caption
 from dit_accel.demo.train_denoiser import StretchedRope, stretched_ids
 from dit_accel.demo.train_embedded import held_out_scenes, render_scenes

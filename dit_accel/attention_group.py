@@ -10,13 +10,13 @@ from torch import nn
 
 from .layout import TokenLayout
 
-__all__ = ["GivenLayout", "ReadLayout", "Site", "TokenBox", "is_self_attention", "self_attention_layers"]
+__all__ = ["AttentionGroup", "GivenLayout", "ReadLayout", "TokenBox", "is_self_attention", "self_attention_layers"]
 
 ReadLayout = Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
 
 
 @dataclass(frozen=True)
-class Site:
+class AttentionGroup:
     """Self-attention layers that share a token layout, and the module whose forward arguments tell it.
 
     Args:
@@ -32,7 +32,7 @@ class Site:
 
 @dataclass(frozen=True)
 class GivenLayout:
-    """A layout given by hand, for :attr:`Site.read`: a ``TokenLayout``, or a function of the same arguments."""
+    """A layout given by hand, for :attr:`AttentionGroup.read`: a ``TokenLayout``, or a function of its arguments."""
 
     layout: TokenLayout | ReadLayout
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .command import BadInput
+from .errors import BadInput
 
 __all__ = ["load_pipeline"]
 

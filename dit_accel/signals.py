@@ -1,4 +1,4 @@
-"""What the commands share: bad input, and stopping in good order."""
+"""SIGINT and SIGTERM in the commands: stop, postpone or ignore."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["BadInput", "Stopped", "deferred", "noted", "stoppable", "undisturbed"]
+__all__ = ["Stopped", "defer_interrupts", "ignore_interrupts", "interruptible", "record_interrupts"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class BadInput(ValueError):
-    """Something that the user has to change; its message says what, in one line."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -42,13 +38,13 @@ def _handling(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator
             signal.signal(number, old)
 
 
-def stoppable() -> Any:
+def interruptible() -> Any:
     """Inside, SIGINT and SIGTERM raise :class:`Stopped`, also where a shell started us with SIGINT ignored."""
     return _handling(_stop)
 
 
 @contextmanager
-def noted() -> Iterator[list[int]]:
+def record_interrupts() -> Iterator[list[int]]:
     """A SIGINT or SIGTERM that comes inside is only added to the list: for what asks others before it stops."""
     came: list[int] = []
     with _handling(lambda number, _frame: came.append(number)):
@@ -56,14 +52,14 @@ def noted() -> Iterator[list[int]]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def defer_interrupts() -> Iterator[None]:
     """A SIGINT or SIGTERM that comes inside raises :class:`Stopped` at the end: for what must not be done by half."""
-    with noted() as came:
+    with record_interrupts() as came:
         yield
     if came:
         raise Stopped(came[0])
 
 
-def undisturbed() -> Any:
+def ignore_interrupts() -> Any:
     """Inside, SIGINT and SIGTERM are ignored: for the last files to be written whole."""
     return _handling(signal.SIG_IGN)

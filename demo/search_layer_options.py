@@ -1,6 +1,7 @@
 """Shares a tenth of the logits out among a pipeline's layers, so that a mechanism loses little before it is trained.
 
-    python -m dit_accel.demo.allot image --attn gna:window=18x18 --samples conversions/image/samples --out gna.json
+    python -m dit_accel.demo.search_layer_options image --attn gna:window=18x18 \\
+        --samples conversions/image/samples --out gna.json
 
 Layers need different places and different numbers of them: one the whole row, one the same place in all frames, one
 hardly any. The search is by trial, on samples that ``convert`` has encoded to train on: each round tries other options
@@ -25,15 +26,15 @@ import torch
 from torch import Tensor
 
 from dit_accel.attn_spec import AttentionSpec, parse_attention
+from dit_accel.bundled import IMAGE, VIDEO
 from dit_accel.convert.capture import merge
 from dit_accel.convert.noise import noise_process
 from dit_accel.convert.samples import Sample, read_sample
 from dit_accel.describe import count_logits
-from dit_accel.embedded import IMAGE, VIDEO
 from dit_accel.files import write_json
 from dit_accel.install import denoisers, installed_layers, reset_attn_processor, set_by_layer
 from dit_accel.layout import TokenLayout
-from dit_accel.loading import load_pipeline
+from dit_accel.pipeline_loading import load_pipeline
 
 __all__ = ["Options", "Search"]
 
@@ -152,7 +153,7 @@ class Search:
     def _layouts(self) -> dict[str, TokenLayout]:
         """Of each layer; read off a forward. What is installed is taken off."""
         self._predict()
-        found = {name: layer.cell.last for name, layer in installed_layers(self.model).items()}
+        found = {name: layer.slot.last for name, layer in installed_layers(self.model).items()}
         reset_attn_processor(self.pipe)
         return {name: layout for name, layout in found.items() if layout is not None}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from .processor import PROCESSORS, AcceleratedAttnProcessor
@@ -89,7 +89,7 @@ def _exception(name: str, text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{name}: {text.strip()!r} does not say which options on which layers; write key=VALUE@LAYERS")
     try:
         re.compile(layers)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{name}: {layers!r} is no regular expression of layers' names: {error}") from None
     return layers, _read_options(name, options)
 
@@ -117,7 +117,7 @@ def parse_student(text: str) -> AttentionSpec | str:
     """
     text = text.strip()
     name = text.partition(":")[0].strip().lower()
-    if name not in PROCESSORS and (Path(text).exists() or "/" in text):
+    if name not in PROCESSORS and (os.path.exists(text) or "/" in text):
         return text
     return parse_attention(text)
 

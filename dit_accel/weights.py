@@ -71,13 +71,13 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     Raises: FileNotFoundError: nothing there; ValueError: a folder with several files.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that the system cannot have
         return _in_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     owner, slash, rest = str(source).partition("/")
     name, _, file = rest.partition("/")
-    local = path.exists() or path.is_absolute() or str(source).startswith(".") or not slash
+    local = os.path.exists(path) or path.is_absolute() or str(source).startswith(".") or not slash
     if local or (not file and name.endswith(_SUFFIXES)) or (file and not file.endswith(_SUFFIXES)):
         raise _nothing_at(path)
     return _from_hub(f"{owner}/{name}", file or FILE_NAME, source)

@@ -133,8 +133,8 @@ def _damage_key(key, rng):
 
 
 def _strange_value(value, rng):
-    if not torch.is_tensor(value):
-        return value
+    if not torch.is_tensor(value) or value.is_nested or value.is_meta or value.layout != torch.strided:
+        return value  # strange already
     around = {"a": value}
     around["itself"] = around
     ring = [value]

@@ -8,10 +8,11 @@ import pytest
 from tiny_pipelines import save_flux, save_wan
 
 from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
-from dit_accel.attn_spec import grid_defaults, parse_attention, short_options
+from dit_accel.attn_spec import grid_defaults, parse_attention, parse_student, short_options
 from dit_accel.cli import main
 from dit_accel.layout import TokenLayout
 from dit_accel.processor import PROCESSORS
+from dit_accel.weights import find_weights
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,20 @@ def test_attention_is_read_as_the_processor_that_it_names(text, processor):
         ("gna:window=4;windw=8@blocks", "gna has no option 'windw'"),
         ("gna:window=4;stride=8@blocks", "stride 8 is larger than window 4"),
         ("gna:window=4;window=8@(blocks", "is no regular expression"),
+        ("gna:window=4;window=8@blocks{99999999999}", "is no regular expression.*too large"),
+        ("gna:window=4;window=8@" + "(" * 5000 + ")" * 5000, "is no regular expression"),
     ],
 )
 def test_attention_that_cannot_be_is_refused_with_what_would_be_right(text, message):
     with pytest.raises(ValueError, match=message):
         parse_attention(text)
+
+
+def test_names_too_long_for_a_file_are_refused():
+    with pytest.raises(ValueError, match="unknown attention 'aaa"):
+        parse_student("a" * 5000)
+    with pytest.raises(FileNotFoundError, match="no attention file at aaa"):
+        find_weights("a" * 5000)
 
 
 def test_options_that_differ_by_layer_are_read():

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
+import tempfile
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from published_files import clear_tensors, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import TINY, run
 
 import dit_accel
-from dit_accel import GNAAttnProcessor, SLAAttnProcessor, TokenLayout
+from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor, TokenLayout
+from dit_accel.attention_group import self_attention_layers
 from dit_accel.install import installed_layers
 
 GNA = GNAAttnProcessor(window=3)
@@ -257,3 +262,96 @@ def test_options_that_cannot_be_are_refused_by_name(options, words, tmp_path):
 )
 def test_configurations_that_cannot_be_are_refused(change, words, tmp_path):
     refused(*model_and_inputs(), saved(tmp_path, change), words)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "dense_steps": st.integers(0, 2),
+        "min_tokens": st.sampled_from([0, 60, 500]),
+        "reference": st.sampled_from(["whole", "window"]),
+        "scale": st.floats(0.01, 3.0),
+    },
+)
+CHOICES = {
+    SLAAttnProcessor: {
+        "critical": st.floats(0.01, 0.5),
+        "negligible": st.floats(0.0, 0.5),
+        "block_q": st.integers(2, 64),
+        "block_kv": st.integers(2, 64),
+        "feature_map": st.sampled_from(["softmax", "elu"]),
+        "linear_over": st.sampled_from(["marginal", "all"]),
+        "smooth_key": st.booleans(),
+        "tile_order": st.booleans(),
+    },
+    CLEARAttnProcessor: {
+        "radius": st.one_of(st.just(math.inf), st.floats(0.5, 9), st.tuples(st.floats(0.5, 9), st.integers(1, 9))),
+        "down_factor": st.integers(1, 3),
+    },
+    LLSAAttnProcessor: {
+        "block_size": st.sampled_from([2, 4, 16]),
+        "topk": st.integers(1, 9),
+        "levels": st.sampled_from([None, 1, 2]),
+        "enrich": st.booleans(),
+    },
+    GNAAttnProcessor: {
+        "window": st.one_of(st.integers(4, 9), st.tuples(st.integers(4, 9), st.integers(4, 9))),
+        "stride": st.integers(1, 3),
+        "dilation": st.sampled_from([1, 2, (1, 2)]),
+        "is_causal": st.sampled_from([False, True, (True, False)]),
+    },
+}
+
+
+@st.composite
+def processors(draw):
+    kind = draw(st.sampled_from(list(CHOICES)))
+    return kind(**draw(OPTIONS), **draw(st.fixed_dictionaries(CHOICES[kind])))
+
+
+LAYOUTS = st.sampled_from([None, None, TokenLayout((70,), before=7), TokenLayout((10, 7), before=7)])
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    layers=st.dictionaries(st.tuples(st.integers(0, 1), st.integers(0, 3)), processors(), min_size=1, max_size=6),
+    layout=LAYOUTS,
+    dtype=st.sampled_from([None, torch.float64]),
+)
+def test_what_is_saved_comes_back(layers, layout, dtype):
+    """Every layer of two denoisers with options of its own: equal processors, parameters and outputs at each step."""
+    pipe, fresh = (Pair(TINY["flux"](0), TINY["flux"](1)) for _ in range(2))
+    for (i, j), processor in layers.items():
+        name, model = list(pipe.components.items())[i]
+        chosen = self_attention_layers(model)[j]
+        dit_accel.set_attn_processor(pipe, processor, layers=[f"{name}.{chosen}"], layout=layout)
+    for model in pipe.components.values():
+        randomise(model)
+    with tempfile.TemporaryDirectory() as folder:
+        dit_accel.load_attention(fresh, dit_accel.save_attention(pipe, folder, dtype))
+    for first, second in zip(pipe.components.values(), fresh.components.values(), strict=True):
+        ours, theirs = installed_layers(first), installed_layers(second)
+        assert {name: layer.mechanism for name, layer in ours.items()} == {
+            name: layer.mechanism for name, layer in theirs.items()
+        }
+        assert all(torch.equal(first.state_dict()[key], value) for key, value in second.state_dict().items())
+        inputs = TINY["flux"].inputs((7, 10))
+        for timestep in (0.9, 0.5):
+            step = {**inputs, "timestep": torch.full((2,), timestep)}
+            assert outcome(second, step) == outcome(first, step)
+
+
+class Pair(DiffusionPipeline):
+    """Two denoisers, named as in Wan 2.2."""
+
+    def __init__(self, transformer, transformer_2):
+        super().__init__()
+        self.register_modules(transformer=transformer, transformer_2=transformer_2)
+
+
+def outcome(model, inputs):
+    """The output, or the words of the refusal: some options do not go with some layouts."""
+    try:
+        return run(model, inputs).numpy().tobytes()
+    except ValueError as error:
+        return str(error)

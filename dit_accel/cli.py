@@ -246,6 +246,7 @@ def convert(
     from .convert.request import DTYPES, LORA_LAYERS, SAMPLINGS, SCHEDULES, TRAINABLE, Request
     from .convert.run import Diverged, run
     from .errors import BadInput
+    from .files import explain_os_error
     from .signals import Stopped
 
     try:
@@ -290,8 +291,12 @@ def convert(
     except Stopped as stop:
         print(f"dit-accel: stopped by {stop}; the same command goes on", file=sys.stderr)
         return stop.status
-    except (Diverged, OSError) as error:
+    except Diverged as error:
         print(f"dit-accel: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        reason = explain_os_error(error, out)
+        print(f"dit-accel: {reason}; the same command resumes from the last checkpoint", file=sys.stderr)
         return 1
 
 
@@ -515,6 +520,7 @@ def _fail(message: str, status: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 1 failed in part, 2 bad input (one line on stderr), 130 or 143 stopped."""
     from .errors import BadInput
+    from .files import CannotWrite
     from .signals import interruptible
 
     try:
@@ -526,6 +532,8 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(describe_usage(), 2)
         if isinstance(error, BadInput):
             _fail(str(error), 2)
+        if isinstance(error, CannotWrite):
+            _fail(str(error), 1)
         raise
     sys.exit(status or 0)
 

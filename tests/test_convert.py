@@ -1,12 +1,6 @@
 """Converting tiny pipelines: what is trained, that nothing is lost, and what is told when something is wrong."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +14,6 @@ from tiny_pipelines import save_flux, save_sd, save_wan
 
 import dit_accel
 from dit_accel.cli import main
-from dit_accel.convert import run as convert_run
 from dit_accel.convert import trainer
 from dit_accel.convert.checkpoint import load_checkpoint
 from dit_accel.convert.noise import NoiseProcess, noise_process
@@ -202,83 +195,11 @@ def test_a_cosine_ends_at_no_rate_and_a_file_is_told_how_far_it_is(pipelines, dr
     assert "--lr-schedule takes constant or cosine, got 'linear'" in capsys.readouterr().err
 
 
-def losses(out):
-    return torch.tensor([step["loss"] for step in told(out)["history"]], dtype=torch.float64)
-
-
-def command(pipelines, out, *more):
-    return [
-        sys.executable, "-m", "dit_accel.convert", "--pipeline", str(pipelines["flux"]), "--attn", "gna:window=3",
-        "--out", str(out), "--data-free", "--prompts", str(pipelines["prompts"]), *COMMON, *more,
-    ]  # fmt: skip
-
-
-def test_killed_at_any_moment_it_ends_where_an_undisturbed_run_ends(pipelines, drawn, tmp_path):
-    more = ("--steps", "30", "--save-every", "3")
-    whole, killed = (link_samples(drawn, tmp_path / name) for name in ("whole", "killed"))
-    assert convert(pipelines, whole, *more) == 0
-    process = subprocess.Popen(command(pipelines, killed, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (killed / "checkpoint.pt").is_file():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = load_checkpoint(killed)["step"]
-    assert 3 <= reached < 30
-    assert convert(pipelines, killed, *more) == 0
-    assert (losses(whole) - losses(killed)).abs().max() < 1e-6
-    ends = [load_checkpoint(out)["parameters"] for out in (whole, killed)]
-    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-6) for name in ends[0])
-
-
-def test_interrupted_it_keeps_a_checkpoint_of_the_last_step(pipelines, drawn, tmp_path, monkeypatch):
-    out = link_samples(drawn, tmp_path / "o")
-    take, taken = convert_run.Trainer._take, []
-
-    def stop(self, batch):
-        if len(taken) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        taken.append(take(self, batch))
-        return taken[-1]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(convert_run.Trainer, "_take", stop)
-        assert convert(pipelines, out, "--steps", "9", "--save-every", "100") == 130
-    assert load_checkpoint(out)["step"] == 3
-    assert convert(pipelines, out, "--steps", "9", "--save-every", "100") == 0
-    assert told(out)["steps"] == 9
-
-
 def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(pipelines, drawn, tmp_path, capsys):
     out = link_samples(drawn, tmp_path / "o")
     assert convert(pipelines, out, "--lr", "1e30", "--steps", "30", "--warmup", "0", "--save-every", "1") == 1
     assert "smaller --lr" in capsys.readouterr().err
     assert all(x.isfinite().all() for x in load_checkpoint(out)["parameters"].values())
-
-
-def test_a_full_disk_ends_it_and_keeps_the_checkpoint_before(pipelines, drawn, tmp_path, monkeypatch, capsys):
-    out = link_samples(drawn, tmp_path / "o")
-    assert convert(pipelines, out, "--steps", "2") == 0
-
-    def full(state, path):
-        Path(path).write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    assert convert(pipelines, out, "--steps", "4") == 1
-    assert "No space left" in capsys.readouterr().err
-    assert load_checkpoint(out)["step"] == 2
-    assert not [path for path in out.iterdir() if path.name.startswith(".")]
-
-
-def test_a_broken_checkpoint_gives_way_to_the_one_before(pipelines, drawn, tmp_path, capsys):
-    out = link_samples(drawn, tmp_path / "o")
-    assert convert(pipelines, out, "--steps", "4") == 0
-    (out / "checkpoint.pt").write_bytes(b"torn")
-    assert load_checkpoint(out)["step"] == 2
-    (out / "checkpoint.previous.pt").write_bytes(b"torn")
-    assert convert(pipelines, out, "--steps", "4") == 2
-    assert "no checkpoint can be read" in capsys.readouterr().err
 
 
 def pictures(folder):
@@ -407,10 +328,3 @@ def test_a_folder_that_is_no_data_is_told(pipelines, tmp_path, make, said, capsy
     make(tmp_path / "data")
     assert convert(pipelines, tmp_path / "out", data=("--data", str(tmp_path / "data"))) == 2
     assert said in capsys.readouterr().err
-
-
-def test_another_request_does_not_go_on_with_a_folder(pipelines, drawn, tmp_path, capsys):
-    out = link_samples(drawn, tmp_path / "o")
-    assert convert(pipelines, out, "--steps", "1") == 0
-    assert convert(pipelines, out, "--steps", "1", "--lr", "1e-3") == 2
-    assert "lr None, now 0.001" in capsys.readouterr().err

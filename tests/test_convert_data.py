@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import tarfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_pipelines import save_flux, save_sd, save_sd3, save_sdxl, save_wan
 
 from dit_accel.cli import main
+from dit_accel.convert import media
 from dit_accel.convert.capture import unconditional
 from dit_accel.convert.data import find_data
 from dit_accel.convert.samples import Samples, read_sample
@@ -344,6 +346,17 @@ def test_clips_in_shards_and_evaluation_on_them(pipelines, tmp_path):
     assert convert(pipelines["wan"], tmp_path / "o", *more, "--levels", 2, "--pictures", 0, command="evaluate") == 0
     about = json.loads((tmp_path / "o/evaluate.json").read_text())
     assert about["samples"] == 2 and about["sizes"] == ["16×16, 5 frames", "32×16, 9 frames"]
+
+
+def test_full_disk_is_not_taken_for_clips_that_cannot_be_read(pipelines, tmp_path, monkeypatch, capsys):
+    """ffmpeg reads what is in a shard from a temporary file."""
+    gif(tmp_path / "a.gif", 9)
+    shard(tmp_path / "a.tar", {name: {"gif": (tmp_path / "a.gif").read_bytes(), "txt": "a circle"} for name in "ab"})
+
+    (tmp_path / "clip.gif").symlink_to("/dev/full")
+    monkeypatch.setattr(media.tempfile, "TemporaryDirectory", lambda: nullcontext(tmp_path))
+    assert convert(pipelines["wan"], tmp_path / "o", "--data", tmp_path / "a.tar") == 1
+    assert f"cannot write {tmp_path}/clip.gif: the disk is full (" in capsys.readouterr().err
 
 
 def test_without_webdataset_it_is_told_what_to_install(pipelines, shards, tmp_path, monkeypatch, capsys):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
-from ..files import replacing
+from ..files import read_json, replacing
 from ..weights import FILE_NAME
 
 __all__ = ["REPORT", "check_hub", "push_to_hub", "write_card"]
@@ -19,9 +18,9 @@ _PUSHED = (FILE_NAME, "convert.json", "README.md", f"{REPORT}/evaluate.*", f"{RE
 
 def write_card(folder: Path) -> Path:
     """Write ``README.md``: what ``convert.json`` tells, and what ``report/evaluate.json`` does, if it is there."""
-    about = json.loads((folder / "convert.json").read_text(encoding="utf-8"))
+    about = read_json(folder / "convert.json")
     file = folder / REPORT / "evaluate.json"
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    report = read_json(file) if file.is_file() else None
     parts = [_front(about), _what(folder, about), _training(about), *([] if report is None else [_measured(report)])]
     path = folder / "README.md"
     with replacing(path) as temporary:

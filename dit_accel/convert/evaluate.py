@@ -22,7 +22,7 @@ from ..compare.metrics import clip_score, compare_frames
 from ..describe import logit_fraction
 from ..environment import about_machine, about_versions
 from ..errors import BadInput
-from ..files import replacing, write_json
+from ..files import remove_leftovers, replacing, write_json
 from ..install import installed_layers, reset_attn_processor, set_by_layer
 from ..load import load_attention
 from ..pipeline_loading import load_pipeline
@@ -73,6 +73,7 @@ class Evaluation:
         """Arguments as of :func:`evaluate`. Raises: BadInput: something that cannot be done."""
         self.source, self.levels, self.console, self.check = source, levels, console, check
         self.batch = batch
+        remove_leftovers(source.out)
         self.accelerator = Accelerator(cpu=source.device == "cpu", mixed_precision=mixed_precision)
         self.pipe = load_pipeline(source.pipeline, torch.float32, self.accelerator.device)
         try:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from .card import REPORT, push_to_hub, write_card
 from .evaluate import evaluate
+from .prepare import only_run_in
 from .request import Request
 
 __all__ = ["finish"]
@@ -25,11 +26,12 @@ def finish(request: Request, samples: int, repository: str | None, console: Cons
     if not PartialState().is_main_process:
         return
     source = request.source
-    if samples:
-        other = replace(
-            source, data=None, fps=None, samples=samples, seed=source.seed + _OTHER_SEEDS, out=source.out / REPORT
-        )
-        evaluate(other, str(source.out), _LEVELS, _PICTURES, console, mixed_precision=request.mixed_precision)
-    write_card(source.out)
-    if repository is not None:
-        console.print(f"Uploaded to {push_to_hub(source.out, repository)}", highlight=False, soft_wrap=True)
+    with only_run_in(source.out, True, console):
+        if samples:
+            other = replace(
+                source, data=None, fps=None, samples=samples, seed=source.seed + _OTHER_SEEDS, out=source.out / REPORT
+            )
+            evaluate(other, str(source.out), _LEVELS, _PICTURES, console, mixed_precision=request.mixed_precision)
+        write_card(source.out)
+        if repository is not None:
+            console.print(f"Uploaded to {push_to_hub(source.out, repository)}", highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files import CannotWrite
 from .buckets import Bucket, nearest
 
 __all__ = ["CLIPS", "PICTURES", "TooShort", "Unreadable", "read_clip", "read_picture"]
@@ -67,16 +68,17 @@ def read_clip(
     Args:
         media: a file, or what is in it. suffix: of the file. name: for errors.
         fps: frames a second that are taken, from the middle of the clip; None = evenly over the whole clip.
-    Raises: Unreadable: it cannot be read as a clip. TooShort: it has not enough frames for any bucket.
+    Raises: Unreadable: it cannot be read as a clip. TooShort: it has not enough frames for any bucket. CannotWrite: no
+        room for a temporary file.
     """
-    try:
-        with _as_file(media, suffix) as path:
+    with _as_file(media, suffix) as path:
+        try:
             return _read_clip(path, name, buckets, fps)
-    except Unreadable:
-        raise
-    except _NO_CLIP as error:
-        first = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
-        raise Unreadable(f"{name} cannot be read as a clip: {first}") from error
+        except Unreadable:
+            raise
+        except _NO_CLIP as error:
+            first = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
+            raise Unreadable(f"{name} cannot be read as a clip: {first}") from error
 
 
 def _read_clip(path: Path, name: str, buckets: Sequence[Bucket], fps: float | None) -> tuple[Bucket, Tensor]:
@@ -166,11 +168,14 @@ def _frames(path: Path) -> Generator[NDArray[np.uint8], None, None]:
 
 @contextmanager
 def _as_file(media: Path | bytes, suffix: str) -> Iterator[Path]:
-    """ffmpeg reads files."""
+    """ffmpeg reads files. Raises: CannotWrite: there is no room for a temporary one, which is not the clip's fault."""
     if isinstance(media, Path):
         yield media
         return
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-        file.write(media)
-        file.flush()
-        yield Path(file.name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"clip{suffix}"
+        try:
+            path.write_bytes(media)
+        except OSError as error:
+            raise CannotWrite(path, error) from error
+        yield path

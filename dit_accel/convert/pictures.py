@@ -30,6 +30,10 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         self.teacher = [self._draw(i) for i in range(len(prompts))]
 
+    def lack(self, step: int) -> bool:
+        """Whether a picture of this step is not there."""
+        return not all(self._path(step, i).is_file() for i in range(len(self.teacher)))
+
     def against_teacher(self, step: int, writes: bool = True) -> Iterator[Path]:
         """``step-000200-0.png`` and so on, each when it is there: teacher on the left, student on the right. writes: or
         only draws, since the student is split among processes, and another writes."""
@@ -39,13 +43,16 @@ class Pictures:
         model.eval()
         for i, teacher in enumerate(self.teacher):
             both = np.concatenate([teacher, self._draw(i)], 1)
-            path = self.folder / f"step-{step:06d}-{i}.png"
+            path = self._path(step, i)
             if writes:
                 with replacing(path) as temporary:
                     Image.fromarray(both).save(temporary)
                 yield path
         model.train()
         self._move(torch.device("cpu"))
+
+    def _path(self, step: int, i: int) -> Path:
+        return self.folder / f"step-{step:06d}-{i}.png"
 
     @torch.no_grad()
     def _draw(self, i: int) -> NDArray[np.uint8]:

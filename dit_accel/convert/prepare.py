@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import distributed, nn
 
+from ..errors import BadInput
+from ..files import locked, remove_leftovers
 from ..install import denoisers
 from .buckets import Bucket, frame_rate
 from .data import Folder, Shards, find_data
 from .request import Source
 from .samples import SampleCache, Samples
 
-__all__ = ["make_samples", "offload_unused_components", "only_denoiser", "progress_bar"]
+__all__ = ["make_samples", "offload_unused_components", "only_denoiser", "only_run_in", "progress_bar"]
+
+
+@contextmanager
+def only_run_in(folder: Path, main_process: bool, console: Console) -> Iterator[None]:
+    """Lock the folder for this run, in its first process for all of them, and remove what killed runs left there.
+
+    Raises: BadInput: another run holds it.
+    """
+    with ExitStack() as stack:
+        if main_process:
+            try:
+                stack.enter_context(locked(folder, lambda text: console.print(text, highlight=False, soft_wrap=True)))
+            except ValueError as error:
+                raise BadInput(str(error)) from error
+            remove_leftovers(folder, folder / "pictures")
+        yield
 
 
 def only_denoiser(pipe: Any) -> tuple[str, nn.Module]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -12,16 +12,18 @@ from rich.console import Console
 
 from ..environment import about_machine, about_versions
 from ..errors import BadInput
-from ..files import write_json
+from ..files import read_json, write_json
 from ..install import processors_by_layer
 from ..pipeline_loading import load_pipeline
 from ..save import save_attention
 from .buckets import find_buckets, processors_for
 from .capture import unconditional
+from .card import REPORT
+from .checkpoint import check_steps, load_checkpoint
 from .noise import noise_process
 from .pictures import Pictures
-from .prepare import make_samples, offload_unused_components, only_denoiser, progress_bar
-from .recipes import RECIPES, reweighted
+from .prepare import make_samples, offload_unused_components, only_denoiser, only_run_in, progress_bar
+from .recipes import RECIPES, Recipe, reweighted
 from .request import Request
 from .sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
 from .stages import check_graph, check_request, plan
@@ -39,6 +41,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
 
     Returns: exit status 0.
     Raises: BadInput: something that cannot be done, before any work. Diverged: the loss became NaN or infinite.
+        CannotWrite: a full disk, or another reason not to write a file; the last checkpoint is kept.
         KeyboardInterrupt: stopped; a checkpoint holds what was done.
     """
     watch = watch or Watch()
@@ -59,9 +62,15 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         check_graph(request, accelerator)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    with only_run_in(request.source.out, accelerator.is_main_process, console):
+        _convert(request, recipe, accelerator, console, watch)
+    return 0
+
+
+def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console: Console, watch: Watch) -> None:
     sharded = is_sharded(accelerator)  # then every process draws and gathers, and the first one writes
     if accelerator.is_main_process:
-        _claim(request, accelerator.num_processes)
+        _claim(request, accelerator.num_processes, console)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
     try:
         buckets = find_buckets(request.source, pipe)
@@ -101,10 +110,13 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
 
     accelerator.init_trackers("dit_accel_convert")
     watch.begin(trainer.step, trainer.history)
-    if trainer.step == 0:
-        draw(0)
+    lacks = pictures is not None and (trainer.step == 0 or pictures.lack(trainer.step))
+    if accelerator.gather(torch.tensor(lacks, device=accelerator.device)).any():  # a run was killed while it drew them
+        draw(trainer.step)
     with progress_bar(console, accelerator) as progress:
         trainer.train(progress, after)
+    if accelerator.is_main_process and read_json(request.source.out / ABOUT).get("steps") != trainer.step:
+        (request.source.out / REPORT / "evaluate.json").unlink(missing_ok=True)  # a report on other weights
     if accelerator.is_main_process or sharded:
         path = save_attention(pipe, request.source.out, getattr(torch, request.save_dtype))
     accelerator.wait_for_everyone()  # so that nobody leaves while another still gathers
@@ -112,7 +124,6 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     if accelerator.is_main_process:
         _about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
-    return 0
 
 
 def _tracker(request: Request) -> str | None:
@@ -125,19 +136,32 @@ def _tracker(request: Request) -> str | None:
     return request.tracker
 
 
-def _claim(request: Request, processes: int) -> None:
-    """Whether the folder is this request's: another's must not be gone on with."""
-    path = request.source.out / ABOUT
-    if not path.is_file():
-        write_json(path, {"status": "running", "request": request.fingerprint(), "processes": processes})
-        return
-    told = json.loads(path.read_text(encoding="utf-8"))
-    earlier = {**told.get("request", {}), "processes": told.get("processes")}
+def _claim(request: Request, processes: int, console: Console) -> None:
+    """Make the folder this request's.
+
+    Raises: BadInput: it is another's, which must not be gone on with, or damaged.
+    """
+    out = request.source.out
+    path = out / ABOUT
     ours = {**request.fingerprint(), "processes": processes}
+    try:
+        tell = partial(console.print, highlight=False, soft_wrap=True)
+        state = load_checkpoint(out, mapped=True, tell=tell)  # looked at before the model is loaded
+        if state is not None:
+            check_steps(out, state["step"], request.steps)
+        if not path.exists():
+            write_json(path, {"status": "running", "request": request.fingerprint(), "processes": processes})
+            return
+        told = read_json(path)
+        if not isinstance(told.get("request"), dict):
+            raise ValueError(f"{path} has no request of a conversion: restore it, or choose another --out")
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    earlier = {**told["request"], "processes": told.get("processes")}
     other = [key for key in ours if earlier.get(key) != ours[key]]
     if other:
         changes = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
-        raise BadInput(f"{request.source.out} holds another conversion ({changes}): choose another --out, or remove it")
+        raise BadInput(f"{out} holds another conversion ({changes}): choose another --out, or remove it")
 
 
 def _about(request: Request, accelerator: Accelerator, trainer: Trainer, status: str) -> None:

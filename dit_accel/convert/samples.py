@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import replacing, write_json
+from ..errors import BadInput
+from ..files import remove_leftovers, replacing, write_json
 from .buckets import Bucket
 from .capture import Conditions, capture
 from .data import Example, Folder, Shards
@@ -30,6 +31,7 @@ from .media import Unreadable, read_clip, read_picture
 __all__ = ["Sample", "SampleCache", "Samples", "batches", "read_sample"]
 
 _READERS = 4  # files that are read at a time
+_ANEW = "remove it and run the same command again, which makes it anew"
 
 
 @dataclass
@@ -88,7 +90,9 @@ class SampleCache:
         self.about = {**about, "calls": [bucket.call for bucket in buckets]}
         self.skipped: dict[str, str] = {}
         self.why: dict[str, int] = {}
+        self._usual: dict[str, Conditions] = {}  # by size, of some caption
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
 
     def from_data(self, data: Folder | Shards, fps: float | None, note: Callable[[], None]) -> list[Path]:
         """Files of the pictures or clips that can be read. fps: of clips. note: called after each.
@@ -158,9 +162,27 @@ class SampleCache:
     def _there(self, path: Path, origin: dict[str, str]) -> bool:
         """Whether the file is the sample of this origin, made as it would be now."""
         try:
-            return path.is_file() and _about(path).get("origin") == json.loads(json.dumps({**self.about, **origin}))
-        except (SafetensorError, KeyError, ValueError):
+            about = json.loads(json.dumps({**self.about, **origin}))
+            return path.is_file() and _about(path).get("origin") == about and self._fits(path, origin["caption"])
+        except (SafetensorError, AttributeError, LookupError, TypeError, ValueError):  # a file of another kind
             return False
+
+    def _fits(self, path: Path, caption: str) -> bool:
+        """Whether its tensors are of the kind and shape that the denoiser takes; captions may differ in length."""
+        size, shapes, _ = _kind(path)
+        bucket = next((bucket for bucket in self.buckets if str(bucket.size) == size), None)
+        if bucket is None:
+            return False
+        if size not in self._usual:
+            self._usual[size] = capture(self.pipe, self.model, {**bucket.call, "prompt": caption})
+        usual, found = self._usual[size], {key: (shape, dtype) for key, shape, dtype in shapes}
+        if found.pop("latents", None) != (usual.shape, "F32"):
+            return False
+        there = {key.removeprefix("conditions/"): shape for key, (shape, _) in found.items()}
+        return there.keys() == usual.tensors.keys() and all(
+            len(shape) == usual.tensors[key].dim() and (len(shape) < 3 or shape[-1] == usual.tensors[key].shape[-1])
+            for key, shape in there.items()
+        )
 
     def _write(
         self, path: Path, bucket: Bucket, origin: dict[str, str], latents: Callable[[tuple[int, ...]], Tensor]
@@ -172,6 +194,12 @@ class SampleCache:
                 f"{type(self.pipe).__name__} gives latents {tuple(made.shape)}, its denoiser takes {conditions.shape}"
             )
         tensors = {"latents": made} | {f"conditions/{key}": x for key, x in conditions.tensors.items()}
+        wrong = _not_finite(tensors)
+        if wrong is not None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} gives {wrong} that are not finite for {origin['name']}: leave it "
+                "out, or see whether the pipeline draws at all"
+            )
         about = {
             "origin": {**self.about, **origin}, "size": str(bucket.size), "latents": conditions.latents,
             "unit": conditions.unit, "plain": conditions.plain,
@@ -199,15 +227,32 @@ def _kind(path: Path) -> tuple[Any, ...]:
 
 
 def read_sample(path: Path) -> Sample:
-    """A sample that the cache wrote."""
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["sample"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    """A sample that the cache wrote.
+
+    Raises: BadInput: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["sample"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is no sample of a conversion ({error}): {_ANEW}") from error
+    wrong = _not_finite(tensors)
+    if wrong is not None:
+        raise BadInput(f"{path}: its {wrong} are not finite: {_ANEW}")
     latents = tensors.pop("latents")
     conditions = {key.removeprefix("conditions/"): x for key, x in tensors.items()}
     return Sample(
         latents, Conditions(about["latents"], tuple(latents.shape), about["unit"], conditions, about["plain"])
     )
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of a tensor that nothing can be learned from; masks of conditions may have infinities."""
+    for key, x in tensors.items():
+        if x.is_floating_point() and bool(x.isnan().any() or (key == "latents" and x.isinf().any())):
+            return key
+    return None
 
 
 def batches(kinds: list[tuple[Any, ...]], size: int, seed: int) -> Iterator[list[int]]:

@@ -22,7 +22,7 @@ from ..errors import BadInput
 from ..install import installation_of, installed_layers, keep_layers, set_by_layer
 from ..signals import Stopped, defer_interrupts, ignore_interrupts, record_interrupts
 from .capture import merge
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import check_steps, load_checkpoint, save_checkpoint
 from .graphed import GraphedGradients
 from .lora import add_lora
 from .noise import NoiseProcess
@@ -170,9 +170,17 @@ class Trainer:
         return optimizer
 
     def resume(self, console: Console) -> None:
-        """Go on from the checkpoint, if there is one."""
+        """Go on from the checkpoint, if there is one.
+
+        Raises: BadInput: it cannot be read, or is of another run.
+        """
+        out, first = self.request.source.out, self.accelerator.is_main_process
         try:
-            state = load_checkpoint(self.request.source.out, mapped=self.sharded)
+            state = load_checkpoint(
+                out, self.sharded, lambda text: console.print(text, soft_wrap=True, highlight=False)
+            )
+            if state is not None:
+                check_steps(out, state["step"], self.request.steps)
         except ValueError as error:
             raise BadInput(str(error)) from error
         if state is None:
@@ -182,10 +190,13 @@ class Trainer:
             raise BadInput(
                 f"the checkpoint was written {how} DeepSpeed: go on as it was begun, or choose another --out"
             )
-        for index in range(1, state.get("stage", 0) + 1):
-            if self.selection is not None:
-                self.selection.restore(state["scores"])
-            self._enter(index)
+        try:
+            self._enter_stage_of(state)
+        except (LookupError, TypeError, ValueError) as error:
+            raise BadInput(
+                f"the checkpoint in {out} is of another model or other options ({error}): choose another --out, or "
+                "remove it to begin anew"
+            ) from error
         named = dict(self.host.named_parameters())
         with torch.no_grad():
             for name, value in state["parameters"].items():
@@ -197,8 +208,23 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.saved = state["step"], state["history"], state["step"]
-        if self.accelerator.is_main_process:
+        if first:
             console.print(f"Going on from step {self.step}", highlight=False)
+
+    def _enter_stage_of(self, state: dict[str, Any]) -> None:
+        """Raises: ValueError, LookupError, TypeError: a checkpoint of other stages or parameters; none were loaded."""
+        step, stage, parts = state["step"], state["stage"], self.plan.parts
+        if not (0 <= stage < len(parts) and parts[stage].first <= step <= parts[stage].end):
+            raise ValueError(f"its step {step} is in stage {stage + 1}; here there are {len(parts)}")
+        for index in range(1, stage + 1):
+            if self.selection is not None:
+                self.selection.restore(state["scores"])
+            self._enter(index)
+        ours = {name: tuple(p.shape) for name, p in self.host.named_parameters() if name in self.learned}
+        theirs = {name: tuple(value.shape) for name, value in state["parameters"].items()}
+        for name in (*ours, *theirs):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(f"{name}: expected {ours.get(name, 'none')}, got {theirs.get(name, 'none')}")
 
     def train(self, progress: Progress, after: Callable[[int], None]) -> None:
         """All steps that are left, ``after`` each what is to be done then; a checkpoint every so many, at the end, and

@@ -21,3 +21,8 @@ collect_ignore = ["browser"] if torch.cuda.is_available() else ["browser", "gpu"
 def pytest_report_header() -> str:
     gpu = "collected" if torch.cuda.is_available() else "not collected, torch sees no GPU"
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads; tests/gpu: {gpu}"
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--fuzz-minutes", type=float, default=None, help="minutes of random sequences, instead of a few")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the random sequences")

@@ -145,6 +145,20 @@ def test_cross_attention_is_never_replaced_though_text_is_as_long_as_the_grid(fa
     assert names and not any(name.endswith("attn2") for name in names)
 
 
+@families
+def test_inference_mode_gives_what_no_grad_gives(family):
+    """Inputs made in inference mode as well, as a pipeline under it makes them; then gradients outside of it."""
+    model, inputs = model_and_inputs(family)
+    model.set_attn_processor(NARROW["gna"])
+    expected = run(model, inputs)
+    with torch.inference_mode():
+        _, inside = model_and_inputs(family)
+        for given in (inputs, inside):
+            assert torch.equal(model(**copy.copy(given), return_dict=False)[0], expected)
+    model(**copy.copy(inputs), return_dict=False)[0].sum().backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_one_frame_video_and_short_axes_take_the_whole_axis():
     model = TINY["wan"]()
     inputs = wan_inputs((1, 5, 6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from .processor import AcceleratedAttnProcessor
 
 __all__ = ["Installation", "attention", "denoisers", "installation_of", "reset_attn_processor", "set_attn_processor"]
 
+logger = logging.getLogger(__name__)
+
 Layers = Iterable[str] | str | re.Pattern[str] | Callable[[str], bool]
 
 # components that hold a pipeline's denoiser, for models whose class is not known and whose layout is given by hand
@@ -38,6 +41,7 @@ class Installation:
     originals: dict[str, Any] = field(default_factory=dict)  # layer name -> the host's own processor object
     hooks: list[LayoutHook] = field(default_factory=list)  # one per layout slot that an installed layer uses
     overwritten: dict[str, Tensor] = field(default_factory=dict)  # host weights before a load, on the CPU
+    written: dict[str, Tensor] = field(default_factory=dict)  # samples of what a load has written over them
     attention_layers: int = 0  # self-attention layers of the model, installed or not
 
 
@@ -48,6 +52,7 @@ class _Scope:
     clock: StepClock | None
     layers: dict[str, MechanismLayer]
     overwritten: dict[str, Tensor]
+    written: dict[str, Tensor]
     attention_layers: int
     replaced: dict[str, Tensor] = field(default_factory=dict)  # host weights as they were when the block began
 
@@ -216,12 +221,17 @@ def _choose(names: dict[str, list[str]], layers: Layers | None) -> dict[str, lis
     if layers is None:
         return names
     if isinstance(layers, (str, re.Pattern)):
-        wanted = [name for name in full if re.search(layers, name)]
+        expression = _compiled(layers)
+        wanted = [name for name in full if expression.search(name)]
         missing = [] if wanted else [str(layers)]
     elif callable(layers):
         wanted = [name for name in full if layers(name)]
         missing = [] if wanted else ["(predicate)"]
     else:
+        if not isinstance(layers, Iterable):
+            raise TypeError(
+                f"layers= must be names, a regular expression or a predicate of a name, got {type(layers).__name__}"
+            )
         given = list(layers)
         if not given:
             raise ValueError("layers= is empty, so nothing would be set: name the layers, or leave layers= out for all")
@@ -232,6 +242,13 @@ def _choose(names: dict[str, list[str]], layers: Layers | None) -> dict[str, lis
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are: {', '.join(list(full)[:4])} …"
         raise ValueError(f"layers= selects no self-attention layer: {', '.join(missing)}{hint}")
     return {component: [full[name][1] for name in wanted if full[name][0] == component] for component in names}
+
+
+def _compiled(expression: str | re.Pattern[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"layers={expression!r} is not a regular expression: {error}") from None
 
 
 def head_dim_of(attn: nn.Module, name: str) -> int:
@@ -338,9 +355,13 @@ def _uninstall(model: nn.Module, name: str, original: Any) -> None:
 def reset_attn_processor(pipe_or_model: Any) -> None:
     """Take everything off again: the same processor objects, state_dict and outputs as before the first install.
 
-    Weights that :func:`dit_accel.load_attention` overwrote are put back. Nothing happens where nothing is installed.
+    Weights that :func:`dit_accel.load_attention` overwrote are put back. If they were changed since, by training or a
+    LoRA that was merged and unloaded, that change is lost, and the log warns of it. Nothing happens if nothing is
+    installed.
 
-    Raises: TypeError: neither a pipeline nor a model.
+    Raises:
+        TypeError: neither a pipeline nor a model.
+        RuntimeError: weights to be put back are offloaded to another place.
     """
     for model in denoisers(pipe_or_model).values():
         _reset(model)
@@ -350,10 +371,59 @@ def _reset(model: nn.Module) -> None:
     installation = installation_of(model)
     if installation is None:
         return
-    overwritten = dict(installation.overwritten)
+    _check_reachable(model, installation.overwritten)
+    _warn_of_changes(model, installation.overwritten, installation.written)
     _set_layers(model, {}, installation.steps.clock)
-    for name, value in overwritten.items():
+    for name, value in installation.overwritten.items():
         write_host_weight(model, name, value)
+
+
+def _warn_of_changes(model: nn.Module, names: Iterable[str], written: Mapping[str, Tensor]) -> None:
+    """Log a warning if weights that are about to be put back were changed after a load wrote them."""
+    changed = [name for name in names if name in written and _is_changed(model, name, written[name])]
+    if changed:
+        logger.warning(
+            "%d weights that load_attention had overwritten were changed afterwards, by training or a merged LoRA "
+            "(%s …): the values from before the load are put back, and the changes are lost",
+            len(changed),
+            changed[0],
+        )
+
+
+def overwrite_host_weight(model: nn.Module, name: str, value: Tensor) -> None:
+    """Overwrite a parameter of the host as a load does: :func:`reset_attn_processor` puts back what was there first."""
+    installation = installation_of(model)
+    assert installation is not None
+    if name not in installation.overwritten:
+        installation.overwritten[name] = model.get_parameter(name).detach().to("cpu", copy=True)
+    write_host_weight(model, name, value)
+    installation.written[name] = _sample(model.get_parameter(name))
+
+
+def _check_reachable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises: RuntimeError: weights that are offloaded, so that nothing can be written into them."""
+    away = [name for name in names if model.get_parameter(name).is_meta]
+    if away:
+        raise RuntimeError(
+            f"{len(away)} weights are to be put back but are offloaded ({away[0]} …): remove the offloading hooks "
+            "first (pipe.remove_all_hooks())"
+        )
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """At most 64 numbers spread over a weight, on the CPU."""
+    flat = weight.detach().flatten()
+    return flat[:: max(1, len(flat) // 64)][:64].to("cpu", copy=True)
+
+
+def _is_changed(model: nn.Module, name: str, sample: Tensor) -> bool:
+    """Whether a weight holds other numbers than were written, by its sample; a conversion to 16 bits is no change."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if getattr(owner, "merged_adapters", ()):  # taken out and fused in again by write_host_weight
+        return False
+    now = _sample(model.get_parameter(name)).double()
+    dtypes = (sample.dtype, torch.float16, torch.bfloat16)
+    return not any(torch.equal(now, sample.to(dtype).double()) for dtype in dtypes)
 
 
 def keep_layers(model: nn.Module, names: Iterable[str]) -> None:
@@ -371,8 +441,9 @@ def write_host_weight(model: nn.Module, name: str, value: Tensor) -> None:
     """Overwrite a parameter of the host; open scopes keep what it was.
 
     A LoRA that peft has fused into the weight is taken out before and fused in again after, so that the value counts as
-    the base weight's and unfusing later gives it.
+    the base weight's and unfusing later gives it. Projections that diffusers has fused are made again.
     """
+    _check_reachable(model, [name])
     parameter = model.get_parameter(name)
     owner = model.get_submodule(name.rpartition(".")[0])
     fused = list(getattr(owner, "merged_adapters", ()))
@@ -384,6 +455,10 @@ def write_host_weight(model: nn.Module, name: str, value: Tensor) -> None:
     parameter.copy_(value)
     if fused:
         owner.merge(adapter_names=fused)  # type: ignore[operator]
+    attn = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    if getattr(attn, "fused_projections", False) is True:
+        setattr(attn, "fused_projections", False)  # noqa: B010 (a diffusers module's)
+        attn.fuse_projections()  # type: ignore[operator]
 
 
 @contextlib.contextmanager
@@ -409,21 +484,25 @@ def restored_afterwards(models: Iterable[nn.Module], *, on_success: bool = True)
 def _open_scope(model: nn.Module) -> _Scope:
     installation = installation_of(model)
     if installation is None:
-        scope = _Scope(None, {}, {}, 0)
+        scope = _Scope(None, {}, {}, {}, 0)
     else:
-        overwritten, layers = dict(installation.overwritten), installed_layers(model)
-        scope = _Scope(installation.steps.clock, layers, overwritten, installation.attention_layers)
+        weights = dict(installation.overwritten), dict(installation.written)
+        layers = installed_layers(model)
+        scope = _Scope(installation.steps.clock, layers, *weights, installation.attention_layers)
     _SCOPES.setdefault(model, []).append(scope)
     return scope
 
 
 def _restore(model: nn.Module, scope: _Scope) -> None:
+    installation = installation_of(model)
+    if installation is not None:
+        _warn_of_changes(model, scope.replaced, installation.written)
     for name, value in scope.replaced.items():
         write_host_weight(model, name, value)
     _set_layers(model, scope.layers, scope.clock or StepClock())
     installation = installation_of(model)
     if installation is not None:
-        installation.overwritten = dict(scope.overwritten)
+        installation.overwritten, installation.written = dict(scope.overwritten), dict(scope.written)
         installation.attention_layers = scope.attention_layers
 
 

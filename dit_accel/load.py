@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .attention_group import ReadLayout
-from .install import denoisers, install_processors, installation_of, restored_afterwards, write_host_weight
+from .install import denoisers, install_processors, overwrite_host_weight, restored_afterwards
 from .layout import TokenLayout
 from .plan_checks import check_fit, check_host, check_installed, check_layout, check_writable
 from .processor import AcceleratedAttnProcessor
@@ -155,6 +155,8 @@ def _load(
         check_installed(models[name], plan, path)
         check_layout(models[name], plan, path)
         check_fit(models[name], plan, path)
+        if any(".dit_accel." not in key for key in plan.weights):
+            check_host(models[name], path)
         check_writable(models[name], plan, path)
     _apply({name: models[name] for name in plans}, plans)
     parts = (_part(name, models[name], plan) for name, plan in plans.items())
@@ -225,13 +227,8 @@ def _by_layout(
 
 @torch.no_grad()
 def _write(model: nn.Module, weights: Mapping[str, Weight]) -> None:
-    installation = installation_of(model)
-    assert installation is not None
     for key, weight in weights.items():
-        parameter = model.get_parameter(key)
         if ".dit_accel." in key:
-            parameter.copy_(weight.read())
-            continue
-        if key not in installation.overwritten:
-            installation.overwritten[key] = parameter.detach().to("cpu", copy=True)
-        write_host_weight(model, key, weight.read())
+            model.get_parameter(key).copy_(weight.read())
+        else:
+            overwrite_host_weight(model, key, weight.read())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,7 +278,13 @@ class World:
                     bias.copy_(installed.bias)
         self.check()
 
+    def _end_if_baked(self, kept: dict[str, Tensor]) -> None:
+        """End the sequence if a LoRA is merged for good into host weights that are put back: its loss is logged."""
+        if self.baked and (self.host.before or kept):
+            raise MayBeRefused
+
     def reset(self) -> None:
+        self._end_if_baked({})
         may = None if self._host_is_entangled({}) or self.open else False
         if self.attempt("reset_attn_processor", lambda: dit_accel.reset_attn_processor(self.model), may):
             self._bring_back({}, Host())
@@ -305,6 +312,7 @@ class World:
         self.open.pop()
         error = Left("leaves the context")
         arguments = (Left, error, None) if leave == "raising" else (None, None, None)
+        self._end_if_baked(host.before)
         may = None if self._host_is_entangled(host.before) else False
         if not self.attempt("leaving attention()", lambda: context.__exit__(*arguments), may):
             raise MayBeRefused
@@ -352,17 +360,13 @@ class World:
             for name, new in file.spec.items()
             if name in self.spec
         )
-        kinds = {self.spec[name].kind if name in self.spec else "" for name in file.spec}
-        if self.family in UNKNOWN:  # a file has no layout: the installed one is to stay
-            if any(name in self.spec and self.spec[name].kind != new.kind for name, new in file.spec.items()):
-                return
-            may: bool | None = None if entangled or kinds & {""} else False
-        else:
-            if kinds - {None, ""} or any(new.kind for new in file.spec.values()):
-                return
-            may = None if entangled else False
-        refused = True if others else may
-        if self.attempt("load_attention", lambda: dit_accel.load_attention(self.model, file.path), refused):
+        kinds = {new.kind for new in file.spec.values()}
+        if len(kinds) > 1:
+            return
+        given = layout_argument(self.family, *kinds)  # a function is not in the file
+        refused = True if others else None if entangled else False
+        load = functools.partial(dit_accel.load_attention, self.model, file.path, layout=given)
+        if self.attempt("load_attention", load, refused):
             self.spec = {**self.spec, **{name: copy.copy(new) for name, new in file.spec.items()}}
             self.unsure &= not self.spec.keys() <= file.spec.keys()
             values = dict(file.host)

@@ -148,6 +148,29 @@ def test_reset_puts_weights_back_below_a_fused_lora(tmp_path):
     torch.testing.assert_close(model.state_dict()[base], before[KEY], atol=1e-6, rtol=0)
 
 
+def test_reset_warns_of_a_merged_lora_that_it_drops(tmp_path, caplog):
+    from peft import LoraConfig
+
+    model, inputs = flux_and_inputs()
+    dense, before = run(model, inputs), copies_of_weights(model)
+    dit_accel.load_attention(model, file_with_host_weights(tmp_path))
+    model.to(torch.bfloat16).float()  # not a change of its own
+    dit_accel.reset_attn_processor(model)
+    assert "changed afterwards" not in caplog.text
+    dit_accel.load_attention(model, file_with_host_weights(tmp_path / "again"))
+    with torch.no_grad():
+        for name, value in before.items():
+            if name != KEY:
+                model.get_parameter(name).copy_(value)
+    model.add_adapter(LoraConfig(r=2, target_modules=["transformer_blocks.0.attn.to_q"], init_lora_weights=False))
+    model.fuse_lora()
+    model.unload_lora()
+    dit_accel.reset_attn_processor(model)
+    assert "changed afterwards" in caplog.text and KEY in caplog.text
+    assert torch.equal(run(model, inputs), dense)
+    assert_weights_equal(model, before)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_model_with_a_layout_by_hand_can_be_copied(way):
     model, inputs = flux_and_inputs()

@@ -27,7 +27,8 @@ def feature(x: Tensor, feature_map: str) -> Tensor:
     """φ(x) over the last axis."""
     if feature_map == "softmax":
         return torch.softmax(x, -1)
-    return F.elu(x) + 1 if feature_map == "elu" else F.relu(x)
+    # not F.elu(x) + 1, which loses the digits of exp(x) far below 0
+    return F.relu(x) + x.clamp(max=0).exp() if feature_map == "elu" else F.relu(x)
 
 
 def block_linear_sums(

@@ -15,7 +15,7 @@ from torch import Tensor
 from .block_linear_bwd_triton_kernel import linear_rows_bwd_kernel
 from .block_linear_triton import EPSILON, LinearState, block_states, linear_state, marginal_states
 from .block_pool_triton import mask_arguments
-from .launch import cdiv, empty_rows, next_pow2_min16
+from .launch import cdiv, check_contiguous, empty_rows, next_pow2_min16
 from .tiling import Tiling
 
 __all__ = ["LinearGradients", "linear_backward"]
@@ -63,7 +63,10 @@ def linear_backward(
     n_grid = q_tiling.n_tokens
     by_row = grad.transpose(1, 2)
     g = (by_row @ weight.to(grad.dtype)).transpose(1, 2)
-    d_query, product, quotient = (empty_rows(query) for _ in range(3))
+    d_query, product = empty_rows(query), empty_rows(query)
+    # what g is divided by may be as small as eps: float16 cannot hold the quotient, nor dA, which is summed up from it
+    wide = torch.float32 if query.dtype == torch.float16 else query.dtype
+    quotient = empty_rows(query, wide)
     d_total, share = torch.zeros(2, batch, heads, length, device=query.device)
     state, norm = sums.state.flatten(0, -3), sums.norm.flatten(0, -2)
     of_queries = (sums.eps, quotient, d_total, share)
@@ -75,11 +78,11 @@ def linear_backward(
     if marginal is None:  # means over the grid; the forward's are over its real tokens
         d_sums = linear_state(query, quotient, before, n_grid, feature_map, None, shares=d_total)
         more = (sums.eps * (n_grid / EPSILON)).view(batch, heads, 1)
-        state, norm = (d_sums.state * more[..., None]).to(key.dtype), d_sums.norm * more
+        state, norm = (d_sums.state * more[..., None]).to(wide), d_sums.norm * more
     else:
-        states, norms = block_states(query, quotient, q_tiling, before, feature_map, None, key.dtype, shares=d_total)
+        states, norms = block_states(query, quotient, q_tiling, before, feature_map, None, wide, shares=d_total)
         count = n_marginal * k_tiling.volume / q_tiling.volume
-        turned = marginal.mT[:, : k_tiling.n_tiles]
+        turned = marginal.mT[:, : k_tiling.n_tiles].to(wide)
         state, norm, _ = marginal_states(turned, states, norms, q_tiling.volume, count)
     d_key, d_value = empty_rows(key), empty_rows(value)
     state, norm = state.flatten(0, -3), norm.flatten(0, -2)
@@ -104,7 +107,8 @@ def _launch_rows(
     batch, heads, length, dim = x.shape
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
     eps, quotient, d_total, share = of_queries or (None,) * 4
-    block_m, block_e, num_warps = _rows_build(x)
+    check_contiguous(eps=eps, d_total=d_total, share=share)
+    block_m, block_e, num_warps = _rows_build(x.shape[-1], max(x.element_size(), state.element_size()))
     block_d, block_m = next_pow2_min16(dim), min(block_m, next_pow2_min16(tiling.volume))
     parts = cdiv(tiling.volume, block_m)
     mask, mask_b, mask_s, has_real = mask_arguments(real, x)
@@ -119,8 +123,8 @@ def _launch_rows(
     )  # fmt: skip
 
 
-def _rows_build(x: Tensor) -> tuple[int, int, int]:
+def _rows_build(dim: int, itemsize: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps."""
-    if x.element_size() == 2:
-        return (64, 128, 4) if x.shape[-1] <= 128 else (32, 64, 4)
+    if itemsize == 2:
+        return (64, 128, 4) if dim <= 128 else (32, 64, 4)
     return 32, 32, 4

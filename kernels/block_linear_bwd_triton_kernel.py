@@ -79,18 +79,18 @@ def linear_rows_bwd_kernel(
             y = tl.load(p_y + cols[None, :], mask=m_y, other=0.0)
         m_state = (dims < D)[:, None] & (cols < D)[None, :]
         state = tl.load(STATE + dims[:, None] * D + cols[None, :], mask=m_state, other=0.0)
-        product = tl.dot(phi, state, input_precision=PRECISION)
+        product = tl.dot(phi.to(state.dtype), state, input_precision=PRECISION)
         if OF_QUERIES:
             product = product / total[:, None]
             share += tl.sum(product * y.to(tl.float32), 1)
-            factor = (y.to(tl.float32) / total[:, None]).to(dtype)
-            tl.store(QUOTIENT + p_out + cols[None, :], factor, mask=m_out)
+            factor = y.to(tl.float32) / total[:, None]
+            tl.store(QUOTIENT + p_out + cols[None, :], factor.to(QUOTIENT.dtype.element_ty), mask=m_out)
         else:
-            factor = y
             product = tl.where(live[:, None], product, 0.0)
         tl.store(PRODUCT + p_out + cols[None, :], product.to(PRODUCT.dtype.element_ty), mask=m_out)
-        d_phi = tl.dot(factor, tl.trans(state), d_phi, input_precision=PRECISION)
+        d_phi = tl.dot(y.to(state.dtype), tl.trans(state), d_phi, input_precision=PRECISION)
     if OF_QUERIES:
+        d_phi = d_phi / total[:, None]  # after the product: g / t may be more than float16 holds
         d_total = -share / total
         tl.store(D_TOTAL + bh * length + row, d_total, mask=inside)
         d_phi += d_total[:, None] * norm[None, :]

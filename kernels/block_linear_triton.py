@@ -20,6 +20,7 @@ from .launch import (
     Boxes,
     box_descriptors,
     cdiv,
+    check_contiguous,
     exact_products,
     next_power_of_2,
     register_limit,
@@ -66,7 +67,8 @@ def linear_state(
     """Means over all real grid keys. The order of the tokens does not matter, so there is no tiling.
 
     Args:
-        key, value: (B, H, S, D) float16/bfloat16/float32, any strides, D at most 256.
+        key, value: (B, H, S, D) float16/bfloat16/float32, any strides, D at most 256; the value may be float32 where
+            the key is not, if there is no weight.
         before, n_grid: the grid's tokens stand in rows before to before + n_grid - 1.
         feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu", in float32.
         weight: (D, D), any floating dtype; it is applied to the finished mean, in float32. None = no projection.
@@ -105,6 +107,7 @@ def _finish_state(
     dtype: torch.dtype | None,
 ) -> LinearState:
     """The parts (G, parts, D, D) and (G, parts, D) added up, divided by the count, the projection folded in."""
+    check_contiguous(states=states, norms=norms)
     groups, n_parts, dim, _ = states.shape
     heads, device = groups // batch, states.device
     counts = None if real is None else real[:, before : before + n_grid].sum(-1).expand(batch).int().contiguous()
@@ -251,8 +254,9 @@ def _launch_block_states(
     shares: Tensor | None = None,
 ) -> None:
     """Writes states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = none."""
+    check_contiguous(states=states, norms=norms, shares=shares)
     heads, dim = key.shape[1], key.shape[3]
-    half = key.element_size() == 2
+    half = value.element_size() == 2
     block_d = max(16, next_power_of_2(dim))
     block_e = min(block_d, 128 if half else 64)  # columns of the state a program makes: more would spill registers
     block_n = min(max(16, next_power_of_2(tiling.volume)), 64 if half else 32)
@@ -300,7 +304,7 @@ def _launch_block_states(
         BLOCK_D=block_d,
         BLOCK_E=block_e,
         num_warps=8 if big and not (in_one and half and block_d <= 128) else 4,
-        num_stages=BOX_STAGES if boxes else _stages(key, block_n, block_d, block_e, fold, 2 if in_one else 3),
+        num_stages=BOX_STAGES if boxes else _stages(value, block_n, block_d, block_e, fold, 2 if in_one else 3),
         # two programs on a processor: one waits, one works
         **register_limit(key, 128 if big and block_d <= 128 and not in_one else None),
     )
@@ -320,16 +324,17 @@ def _rows(states: Tensor, dim: int) -> TensorDescriptor:
     return TensorDescriptor(states, [states.shape[0] * states.shape[1] * dim, dim], [dim, 1], [dim, dim])
 
 
-def _stages(key: Tensor, block_n: int, block_d: int, block_e: int, fold: bool, most: int) -> int:
+def _stages(value: Tensor, block_n: int, block_d: int, block_e: int, fold: bool, most: int) -> int:
     """Blocks of keys and values in flight: ``most``, or as many as leave room for two programs on a Hopper processor
     and for one on any other."""
-    size = key.element_size()
+    size = value.element_size()
     beside = (block_n + block_d) * block_e if fold else block_n * block_d  # v Wᵀ and W, else φ
-    room = min(shared_memory(key), HOPPER_SHARED // 2) - beside * size
+    room = min(shared_memory(value), HOPPER_SHARED // 2) - beside * size
     return max(1, min(most if size == 2 and block_d <= 128 else 2, room // (block_n * (block_d + block_e) * size)))
 
 
 def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: float) -> None:
+    check_contiguous(norms=norms, out=out)
     groups, n_q, n_k = marginal.shape
     dim = norms.shape[-1]
     block_m = 32

@@ -116,11 +116,11 @@ def block_state_fwd_kernel(
                 stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, 0, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
             # a product with ones, whose columns are all the sum: to sum over rows, all warps would wait for one another
-            b_ones = tl.full([BLOCK_N, 16], 1.0, b_phi.dtype)
+            b_ones = tl.full([BLOCK_N, 16], 1.0, v_ptr.dtype.element_ty)
             if HAS_SHARES:
                 share = _shares(SHARES, begin, start, first, n_tiles, length, before, G0, G1, G2, B0, B1, B2, BLOCK_N)
-                b_ones = (b_ones * share[:, None]).to(b_phi.dtype)
-            norm = tl.dot(tl.trans(b_phi), b_ones, norm, input_precision="ieee")
+                b_ones = (b_ones * share[:, None]).to(v_ptr.dtype.element_ty)
+            norm = tl.dot(tl.trans(b_phi.to(b_ones.dtype)), b_ones, norm, input_precision="ieee")
         norm = tl.max(norm, 1) * scale
         _store_state(states_ptr, norms_ptr, STATES, state * scale, norm, begin, n_tiles, n_rows, D, 0, BLOCK_D, BLOCK_E)
 
@@ -194,7 +194,9 @@ def _add_tokens(
         cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
         p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :].to(tl.int64) * stride_vd
         b_v = tl.load(p_v, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
-    return tl.dot(tl.trans(b_phi), b_v, state, input_precision="ieee"), b_phi
+    # float32 values of half-precision keys have the range of float32, and are as exact as in half precision by TF32
+    PRECISION: tl.constexpr = "ieee" if k_ptr.dtype == v_ptr.dtype else "tf32"
+    return tl.dot(tl.trans(b_phi.to(b_v.dtype)), b_v, state, input_precision=PRECISION), b_phi
 
 
 @triton.jit
@@ -251,7 +253,7 @@ def finish_state_fwd_kernel(
             p_part = states_ptr + i_part * D * D + rows[:, None] * D + dims[None, :]
             total += tl.load(p_part, mask=m_rows, other=0.0) * share
             norm += tl.load(norms_ptr + i_part * D + dims, mask=dims < D, other=0.0) * share
-    count = n_grid.to(tl.float32)
+    count = tl.cast(n_grid, tl.float32)  # a length of 1 is a constant here
     if HAS_COUNTS:
         count = tl.maximum(tl.load(counts_ptr + i_g // n_heads), 1).to(tl.float32)
     total *= volume / count

@@ -41,6 +41,7 @@ class WindowMask:
     tables: (3, 3, longest axis) int32: of each axis the coordinate at a place, and the run of places seen from it.
     ordered: on which axes places are not coordinates (dilation).
     weights: of the squared distances; None = no ball. exact: whether float32 is sure to tell inside from outside.
+    ball: (4,) float64 weights and limit for kernels, whose scalars are float32; None if exact.
     """
 
     tables: Tensor
@@ -49,6 +50,7 @@ class WindowMask:
     weights: tuple[float, float, float] | None
     limit: float
     exact: bool
+    ball: Tensor | None = None
 
 
 def transpose_block_lists(lists: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -277,17 +279,18 @@ def _window_mask(
     elif curved:
         weights, limit, exact = _ball(axes, limit)
     inside = tuple(not w and weights is None for w in whole)
-    return WindowMask(tables.to(device), inside, ordered, weights, limit, exact)  # type: ignore[arg-type]
+    ball = None
+    if weights and not exact:
+        ball = torch.tensor([*weights, limit], dtype=torch.float64, device=device)
+    return WindowMask(tables.to(device), inside, ordered, weights, limit, exact, ball)  # type: ignore[arg-type]
 
 
 def _ball(axes: Sequence[NeighborhoodAxis | BallAxis], limit: float) -> tuple[tuple[float, float, float], float, bool]:
     """Weights of the squares and a limit that float32 can compare with: halfway between the costliest distance that is
     inside and the cheapest that is outside."""
-    most = max(axis.weight for axis in axes if isinstance(axis, BallAxis))
-    weights = [axis.weight / most if isinstance(axis, BallAxis) else 0.0 for axis in axes]
-    limit /= most
-    far = sum(w * axis.length**2 for w, axis in zip(weights, axes, strict=True))
+    weights = [axis.weight if isinstance(axis, BallAxis) else 0.0 for axis in axes]
     if all(w in (0.0, 1.0) for w in weights):
+        far = sum(w * axis.length**2 for w, axis in zip(weights, axes, strict=True))
         return tuple(weights), math.ceil(limit) - 0.5, far < EXACT_INTEGERS  # type: ignore[return-value]
     cost = torch.zeros(1, dtype=torch.float64, device="cpu")
     for w, axis in zip(weights, axes, strict=True):
@@ -297,7 +300,8 @@ def _ball(axes: Sequence[NeighborhoodAxis | BallAxis], limit: float) -> tuple[tu
     inside, outside = cost[cost < limit].max().item(), cost[cost >= limit]
     beyond = outside.min().item() if len(outside) else inside + 1
     middle = (inside + beyond) / 2
-    return tuple(weights), middle, beyond - inside > 4e-6 * middle  # type: ignore[return-value]
+    whole = all(w.is_integer() for w in weights) and middle < EXACT_INTEGERS
+    return tuple(weights), middle, whole or beyond - inside > 4e-6 * middle  # type: ignore[return-value]
 
 
 def _choose_boxes(

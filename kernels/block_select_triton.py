@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, exact_products, next_power_of_2
+from .launch import cdiv, check_contiguous, exact_products, next_power_of_2
 
 __all__ = ["MAX_BLOCKS", "ordered", "select_blocks"]
 
@@ -81,6 +81,7 @@ def select_blocks(
 
 
 def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:
+    check_contiguous(queries=queries, keys=keys, scores=scores)
     groups, n_q, dim = queries.shape
     n_k = keys.shape[1]
     block_m, block_n = 64, 64
@@ -145,6 +146,7 @@ def _launch_pick(
     marginal: Tensor | None,
 ) -> None:
     """Writes ``lists`` and ``marginal`` of the heads from ``first`` on."""
+    check_contiguous(scores=scores, lists=lists, marginal=marginal)
     groups, n_q, pitch = scores.shape
     filled = None if filled is None else filled.view(torch.uint8)
     block = next_power_of_2(pitch)

@@ -77,6 +77,8 @@ def tile_attention(
         per_head: whether every head has lists of its own.
     Returns: (B, H, Sq, D) in query.dtype; a row that may see no key is 0.
     """
+    if scale < 0:  # flash attention on a GPU takes the maximum of the logits before it scales them
+        query, scale = -query, -scale
     batch, heads = query.shape[:2]
     if key_bias is not None and key_bias.shape[0] > 1 and per_head:
         key_bias = key_bias.repeat_interleave(heads, 0)

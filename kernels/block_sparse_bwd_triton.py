@@ -16,8 +16,16 @@ from .block_sparse_bwd_triton_kernel import (
     block_sparse_bwd_dq_kernel,
     statistics_bwd_kernel,
 )
-from .block_sparse_triton import check_inputs, cost_mode, log2_scale
-from .launch import box_descriptors, cdiv, empty_rows, has_large_shared_memory, next_pow2_min16, next_power_of_2
+from .block_sparse_triton import check_inputs, check_plan, cost_mode, log2_scale
+from .launch import (
+    box_descriptors,
+    cdiv,
+    check_contiguous,
+    empty_rows,
+    has_large_shared_memory,
+    next_pow2_min16,
+    next_power_of_2,
+)
 
 __all__ = ["Gradients", "block_sparse_attention_backward", "row_statistics"]
 
@@ -73,6 +81,9 @@ def block_sparse_attention_backward(
     Returns: gradients in the dtypes of what they belong to; those of hidden keys are 0.
     """
     check_inputs(query)
+    check_plan(plan, extra and extra[2])
+    if added:
+        check_contiguous(**{f"added[{i}]": x.transpose(1, 2) for i, x in enumerate(added)})
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     batch, heads, length_q, dim = query.shape
@@ -101,7 +112,7 @@ def block_sparse_attention_backward(
         "COST": cost_mode(mask), "OR0": ordered[0], "OR1": ordered[1], "OR2": ordered[2], "HAS_ADD": added is not None,
         "NEGATE": scale < 0, "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    tables, longest = (mask.tables, mask.tables.shape[2]) if mask else (None, 0)
+    tables, balls, longest = (mask.tables, mask.ball, mask.tables.shape[2]) if mask else (None, None, 0)
     ball = (*weights, mask.limit if mask else 0.0)
     mask_strides = 0 if real is None else real.stride(0), 0 if real2 is None else real2.stride(0)
 
@@ -113,8 +124,8 @@ def block_sparse_attention_backward(
     fetched = real is None and not any(ordered)
     boxes = box_descriptors(key, value, kv, before[1], block_n) if fetched else None
     block_sparse_bwd_dq_kernel[((n_text_tiles + n_items) * batch * heads,)](
-        query, key, value, grad, statistics, d_q, real, plan.tiles, plan.n_full, plan.n_tiles, tables, k2, v2, real2,
-        *(boxes[:2] if boxes else (None, None)),
+        query, key, value, grad, statistics, d_q, real, plan.tiles, plan.n_full, plan.n_tiles, tables, balls, k2, v2,
+        real2, *(boxes[:2] if boxes else (None, None)),
         *strides, *d_q.stride()[:3], mask_strides[0], *k2.stride()[:3], mask_strides[1],
         plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k, length_2,
         *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2], longest, magnitude, scale, *ball,
@@ -134,7 +145,7 @@ def block_sparse_attention_backward(
     assert d_k2 is not None
     block_sparse_bwd_dkv_kernel[((n_text_tiles + n_extra_tiles + n_items) * batch * kv_heads,)](
         query, key, value, grad, statistics, d_k, d_v, real, lists.tiles, lists.first, lists.n_full, lists.n_tiles,
-        tables, k2, v2, d_k2, d_v2, real2, *(boxes[:2] if boxes else (None, None)),
+        tables, balls, k2, v2, d_k2, d_v2, real2, *(boxes[:2] if boxes else (None, None)),
         *strides, *d_k.stride()[:3], mask_strides[0], *k2.stride()[:3],
         *d_k2.stride()[:3], mask_strides[1], lists.tiles.stride(0) if lists.tiles.shape[0] > 1 else 0, kv_heads,
         heads // kv_heads, length_q, length_k, length_2, *before, batch * kv_heads, n_text_tiles, n_extra_tiles,
@@ -158,6 +169,7 @@ def row_statistics(
     are 0, and Σ grad · out over the head dim, less the share and, in the n_grid rows after the first ``before``, less
     the bias's part. And the bias's gradient."""
     batch, heads, length, dim = grad.shape
+    check_contiguous(lse=lse, share=share)
     out = out if out.stride(-1) == 1 else out.contiguous()
     statistics = torch.empty(batch, heads, length, 2, dtype=torch.float32, device=grad.device)
     block_m = 64

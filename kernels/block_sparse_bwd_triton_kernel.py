@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .block_sparse_triton_kernel import load_pair, load_rows, logits
 from .tiling_triton import tile_places
-from .window_triton import in_ball, in_run, query_run, token_at
+from .window_triton import ball_weights, in_ball, in_run, query_run, token_at
 
 __all__ = [
     "block_sparse_bwd_dkv_kernel",
@@ -95,7 +95,7 @@ def _run_dq(
 
 @triton.jit
 def block_sparse_bwd_dq_kernel(
-    Q, K, V, DO, STATISTICS, DQ, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2, K_BOXES, V_BOXES,
+    Q, K, V, DO, STATISTICS, DQ, REAL, TILES, N_FULL, N_TILES, TABLES, BALL, K2, V2, REAL2, K_BOXES, V_BOXES,
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, sr2,
     list_stride, n_q_heads, group, length_q, length_k, length_2, q_before, k_before,
     n_batch_heads, n_text_tiles, n_q_tiles, n_items, n_list, longest, scale, grad_scale, w0, w1, w2, limit,
@@ -111,6 +111,7 @@ def block_sparse_bwd_dq_kernel(
     """Gradient of a tile of queries, in the order of the forward kernel. HAS_ADD: to that of grid queries is added
     what stands in DQ."""
     pid = tl.program_id(0)
+    w0, w1, w2, limit = ball_weights(BALL, w0, w1, w2, limit, COST)
     if HAS_TEXT_QUERIES:  # they come first: they take longest
         is_text = pid < n_text_tiles * n_batch_heads
         local = tl.where(is_text, pid, pid - n_text_tiles * n_batch_heads)
@@ -247,7 +248,7 @@ def _add_dkv(
 
 @triton.jit
 def block_sparse_bwd_dkv_kernel(
-    Q, K, V, DO, STATISTICS, DK, DV, REAL, TILES, FIRST, N_FULL, N_TILES, TABLES, K2, V2, DK2, DV2, REAL2,
+    Q, K, V, DO, STATISTICS, DK, DV, REAL, TILES, FIRST, N_FULL, N_TILES, TABLES, BALL, K2, V2, DK2, DV2, REAL2,
     Q_BOXES, DO_BOXES,
     sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sgb, sgh, sgr, sdb, sdh, sdr, srb, s2b, s2h, s2r, s3b, s3h, s3r, sr2,
     list_stride, n_kv_heads, group, length_q, length_k, length_2, q_before, k_before,
@@ -263,6 +264,7 @@ def block_sparse_bwd_dkv_kernel(
     """Gradients of a tile of keys and values. Keys off the grid come first, then the extra ones: they take longest.
     HAS_ADD: to those of grid keys is added what stands in DK and DV."""
     pid = tl.program_id(0)
+    w0, w1, w2, limit = ball_weights(BALL, w0, w1, w2, limit, COST)
     n_off = n_text_tiles + n_extra_tiles
     is_off = pid < n_off * n_batch_heads
     local = tl.where(is_off, pid, pid - n_off * n_batch_heads)

@@ -15,6 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .block_plan import BlockPlan
 from .block_sparse_hopper_kernel import block_sparse_hopper_kernel
 from .block_sparse_hopper_walk import Static
+from .launch import check_contiguous
 
 __all__ = ["VOLUMES", "block_sparse_hopper", "suits", "takes"]
 
@@ -133,7 +134,9 @@ def block_sparse_hopper(
     linear: Any,
     full_mode: int,
 ) -> None:
-    """`block_sparse_attention` into ``out`` and ``lse``, for what `takes` takes. ``scale`` in units of log2."""
+    """`block_sparse_attention` into ``out`` and ``lse``, for what `takes` takes; it has checked plan and linear branch.
+    ``scale`` in units of log2."""
+    check_contiguous(lse=lse)
     batch, heads, length_q, dim = query.shape
     kv_heads, length_k = key.shape[1:3]
     q, kv, mask = plan.q, plan.kv, plan.mask

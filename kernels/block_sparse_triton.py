@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_plan import BlockPlan, WindowMask
 from .block_sparse_triton_kernel import block_sparse_fwd_kernel
-from .launch import Boxes, box_descriptors, cdiv, empty_rows, next_pow2_min16, register_limit
+from .launch import Boxes, box_descriptors, cdiv, check_contiguous, empty_rows, next_pow2_min16, register_limit
 from .tuning import Config, choose_config, launch_tuned, measured
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "LinearBranch",
     "block_sparse_attention",
     "check_inputs",
+    "check_plan",
     "cost_mode",
     "log2_scale",
     "tile_volumes",
@@ -82,10 +83,13 @@ def block_sparse_attention(
             their own where it can.
     Returns: (B, H, Sq, D) in query.dtype, dense in the order (B, Sq, H, D); (B, H, Sq) float32 log-sum-exp of the
         softmax part, natural log, -inf where a query sees no key; such a row is 0 in the output.
-    Raises: ValueError: a dtype, head dim or device that the kernel does not take; OutOfResources: the GPU has too
-        little shared memory for it.
+    Raises: ValueError: a dtype, head dim or device that the kernel does not take, or lists or states that are not
+        contiguous; OutOfResources: the GPU has too little shared memory for it.
     """
     check_inputs(query)
+    check_plan(plan, extra and extra[2])
+    if linear:
+        check_contiguous(state=linear.state, norm=linear.norm, eps=linear.eps)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     batch, heads, length_q, dim = query.shape
@@ -123,8 +127,8 @@ def block_sparse_attention(
         found = boxes if config.boxes else None
         block_sparse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
             query, key, value, out, lse, real, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
-            k2, v2, real2, state, linear.norm if linear else None, linear.eps if linear else None,
-            bias, *(found[:2] if found else (None, None)),
+            mask.ball if mask else None, k2, v2, real2, state, linear.norm if linear else None,
+            linear.eps if linear else None, bias, *(found[:2] if found else (None, None)),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             0 if real is None else real.stride(0), *k2.stride()[:3], 0 if real2 is None else real2.stride(0),
             plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
@@ -204,6 +208,15 @@ def check_inputs(query: Tensor) -> None:
         raise ValueError(f"Triton kernels take head dims up to 256, got {query.shape[-1]}: use backend='torch'")
     if query.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"Triton kernels run on CUDA and ROCm GPUs, got a tensor on {query.device}")
+
+
+def check_plan(plan: BlockPlan, extra_real: Tensor | None = None) -> None:
+    """Raises: ValueError: lists, counts, tables or rows of the extra keys' mask that are not contiguous; the kernels do
+    not read their strides."""
+    tables = plan.mask.tables if plan.mask else None
+    check_contiguous(tiles=plan.tiles, n_full=plan.n_full, n_tiles=plan.n_tiles, tables=tables)
+    if extra_real is not None:
+        check_contiguous(extra_real=extra_real[:1])
 
 
 def tile_volumes(query: Tensor, kind: str) -> tuple[tuple[int, int], ...]:

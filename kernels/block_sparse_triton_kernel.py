@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .block_linear_triton_kernel import feature
 from .tiling_triton import load_box, tile_places
-from .window_triton import in_ball, in_run, query_run, token_at
+from .window_triton import ball_weights, in_ball, in_run, query_run, token_at
 
 __all__ = ["block_sparse_fwd_kernel", "load_pair", "load_rows", "logits"]
 
@@ -106,8 +106,8 @@ def _store_linear(
 
 @triton.jit
 def block_sparse_fwd_kernel(
-    Q, K, V, OUT, LSE, REAL, TILES, N_FULL, N_TILES, TABLES, K2, V2, REAL2, STATE, NORM, EPS, BIAS, K_BOXES, V_BOXES,
-    sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sob, soh, sor, srb, s2b, s2h, s2r, sr2,
+    Q, K, V, OUT, LSE, REAL, TILES, N_FULL, N_TILES, TABLES, BALL, K2, V2, REAL2, STATE, NORM, EPS, BIAS, K_BOXES,
+    V_BOXES, sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sob, soh, sor, srb, s2b, s2h, s2r, sr2,
     list_stride, n_q_heads, group, length_q, length_k, length_2, q_before, k_before,
     n_batch_heads, n_text_tiles, n_q_tiles, n_items, n_list, longest, scale, w0, w1, w2, limit,
     Q0, Q1, Q2, K0, K1, K2_, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BM: tl.constexpr,
@@ -123,6 +123,7 @@ def block_sparse_fwd_kernel(
 ):  # fmt: skip
     # which tile of queries, and whose
     pid = tl.program_id(0)
+    w0, w1, w2, limit = ball_weights(BALL, w0, w1, w2, limit, COST)
     if HAS_TEXT_QUERIES:  # they come first: they take longest
         is_text = pid < n_text_tiles * n_batch_heads
         local = tl.where(is_text, pid, pid - n_text_tiles * n_batch_heads)

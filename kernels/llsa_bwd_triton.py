@@ -15,9 +15,9 @@ from torch import Tensor
 from .block_plan import transpose_block_lists
 from .block_sparse_bwd_triton import row_statistics
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import cdiv, empty_rows, has_large_shared_memory, next_pow2_min16
+from .launch import cdiv, check_contiguous, empty_rows, has_large_shared_memory, next_pow2_min16
 from .llsa_bwd_triton_kernel import llsa_coarse_bwd_dq_kernel, llsa_dkv_kernel, llsa_fine_bwd_dq_kernel
-from .llsa_triton import Build, Pooled
+from .llsa_triton import Build, Pooled, check_tree
 
 __all__ = ["llsa_blocks_attention_backward"]
 
@@ -94,6 +94,8 @@ def llsa_blocks_attention_backward(
         query, key, value, scale, before, n_grid, pooled, real, whole: as in the forward.
     """
     check_inputs(query)
+    check_tree(children, pooled)
+    check_contiguous(**{f"kept[{i}]": x for i, x in enumerate(kept)})
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     length = query.shape[2]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_select_triton import ordered, select_blocks
-from .launch import cdiv, exact_products, next_power_of_2
+from .launch import cdiv, check_contiguous, exact_products, next_power_of_2
 from .llsa_tree_triton import PooledTree
 
 __all__ = ["MAX_CANDIDATES", "select_tree"]
@@ -40,8 +40,11 @@ def select_tree(
     Returns: of each level (B*H, n_l, k) int32, tokens of that level kept, -1 for none; (B*H, n_2, m) int32, of each
         token of level 2 the candidates at level 1 and those of its ancestors at the levels above but for the top, as
         places among all pooled tokens, P where there is none, or none with a real token. None for a tree of one level.
-    Raises: ValueError: more than MAX_CANDIDATES candidates at a level.
+    Raises: ValueError: more than MAX_CANDIDATES candidates at a level, or tables that are not contiguous.
     """
+    for name, tables in (("children", children), ("places", places), ("query", pooled.query), ("key", pooled.key)):
+        check_contiguous(**{f"{name}[{i}]": x for i, x in enumerate(tables)})
+    check_contiguous(number=pooled.number)
     kept = [_select_top(pooled, topk)]
     met = None
     for level in reversed(range(len(children) - 1)):

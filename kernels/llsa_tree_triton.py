@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_pool_triton import mask_arguments
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv, check_contiguous, next_power_of_2
 
 __all__ = ["PooledTree", "pool_tree"]
 
@@ -61,6 +61,7 @@ def pool_tree(
         before: rows ahead of the grid.
         real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
     """
+    check_contiguous(**{f"children[{i}]": table for i, table in enumerate(children)})
     batch, heads, _, dim = query.shape
     sizes = [len(x) for x in children]
     rows = [sum(sizes[:i]) for i in range(len(sizes))]

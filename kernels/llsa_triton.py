@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .block_sparse_triton import LOG2E, check_inputs
-from .launch import cdiv, empty_rows, has_large_shared_memory, next_pow2_min16, register_limit
+from .launch import cdiv, check_contiguous, empty_rows, has_large_shared_memory, next_pow2_min16, register_limit
 from .llsa_triton_kernel import llsa_coarse_fwd_kernel, llsa_fine_fwd_kernel
 
-__all__ = ["Build", "Pooled", "llsa_blocks_attention"]
+__all__ = ["Build", "Pooled", "check_tree", "llsa_blocks_attention"]
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,12 @@ def llsa_blocks_attention(
         coarse, fine: how the kernels are built; None = as suits the GPU.
     Returns: (B, H, S, D) in query.dtype, dense in the order (B, S, H, D); (B, H, S) float32 log-sum-exp, natural log,
         -inf where a query sees no key; such a row is 0 in the output.
-    Raises: ValueError: a dtype, head dim or device that the kernels do not take; OutOfResources: the GPU has too little
-        shared memory for them.
+    Raises: ValueError: a dtype, head dim or device that the kernels do not take, or tables that are not contiguous;
+        OutOfResources: the GPU has too little shared memory for them.
     """
     check_inputs(query)
+    check_tree(children, pooled)
+    check_contiguous(kept=kept)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     real = real if real is None or real.stride(-1) == 1 else real.contiguous()
     batch, heads, length, _ = query.shape
@@ -107,6 +109,14 @@ def llsa_blocks_attention(
     flags = (whole, has_coarse, return_lse)
     _launch_fine(build, tensors, strides, kept, children[0], scale * LOG2E, before, *flags)
     return out, lse if return_lse else None
+
+
+def check_tree(children: Sequence[Tensor], pooled: Pooled | None = None) -> None:
+    """Raises: ValueError: index tables or pooled tokens that are not contiguous; the kernels do not read their
+    strides."""
+    check_contiguous(**{f"children[{i}]": table for i, table in enumerate(children)})
+    if pooled is not None:
+        check_contiguous(keys=pooled.keys, values=pooled.values, weight=pooled.weight, met=pooled.met)
 
 
 def _launch_coarse(

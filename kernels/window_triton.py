@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["in_ball", "in_run", "query_run", "token_at"]
+__all__ = ["ball_weights", "in_ball", "in_run", "query_run", "token_at"]
 
 
 @triton.jit
@@ -39,6 +39,15 @@ def in_run(k, middle, half, KEYS_FIRST: tl.constexpr):
         return tl.abs(k[:, None] - middle[None, :]) <= half[None, :]
     else:
         return tl.abs(k[None, :] - middle[:, None]) <= half[:, None]
+
+
+@triton.jit
+def ball_weights(BALL, w0, w1, w2, limit, COST: tl.constexpr):
+    """Weights of the axes and limit of a ball: with COST 2 in float64, from memory, because scalars are float32."""
+    if COST == 2:
+        return tl.load(BALL), tl.load(BALL + 1), tl.load(BALL + 2), tl.load(BALL + 3)
+    else:
+        return w0, w1, w2, limit
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
+from functools import cache
 
 import numpy as np
 
@@ -83,13 +85,14 @@ def clear(query, key, value, layout, *, radius, down_factor=1, pool_weight=None,
     radii = _expand(radius, len(layout.grid))
     k, v, weight, f = _array(key), _array(value), _array(pool_weight), down_factor
     weight = np.full((f, f), 1 / f**2) if weight is None else weight
-    same = len(set(radii)) == 1
+    exact = [Fraction(str(r)) if math.isfinite(r) else None for r in radii]  # 2.6 is 13/5
+
+    @cache
+    def within(*distances):
+        return sum((x / r) ** 2 for x, r in zip(distances, exact, strict=True) if r) < 1
 
     def inside(a, b):
-        squares = [(x - y) ** 2 for x, y in zip(a, b, strict=True)]
-        if same:
-            return sum(squares) < radii[0] ** 2
-        return sum(s / r**2 for s, r in zip(squares, radii, strict=True)) < 1
+        return within(*(abs(x - y) for x, y in zip(a, b, strict=True)))
 
     def pooled(b):
         """Per patch: tokens and their weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import oracle
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import TokenLayout
+from dit_accel.kernels import block_plan
 from dit_accel.mechanisms import clear, gna, llsa, sla
 
 FUNCTIONS = {
@@ -260,6 +262,64 @@ def test_a_tiny_circle_holds_the_token_itself(radius):
     want = expected("clear", qkv, layout, same, {})
     for function in FUNCTIONS["clear"]:
         torch.testing.assert_close(function(*qkv, layout, **options).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "flex"])
+@pytest.mark.parametrize("name, grid, options, told", [CASES[2], CASES[11], CASES[16], CASES[22]])
+def test_scales_of_any_sign(name, grid, options, told, backend):
+    """Which blocks are chosen depends on the scores alone, whatever the scale."""
+    if name == "llsa" and backend == "flex":
+        pytest.skip("LLSA has no such backend")
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the tensors are on the CPU")
+    layout = TokenLayout(grid, 2, 1)
+    options = options | learned(name, options, 8)
+    qkv = inputs(layout, 8, batch=1, heads=1)
+    for scale in (-0.7, -20.0, 0.0):
+        want = expected(name, qkv, layout, options | {"scale": scale}, told)
+        got = FUNCTIONS[name][0](*qkv, layout, **options, scale=scale, backend=backend)
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+
+# a key exactly on the border: along an axis, off the axes, in decimals, in 3-D, beyond float32
+BORDERS = [
+    ((3, 9), (4, 7)),
+    ((4, 9), (5, 10)),
+    ((2, 13), (2.6, 13)),
+    ((7, 7), 2.5),
+    ((4, 5), (1.5, 3)),
+    ((2, 4, 5), (3, 6, 2)),
+    ((2, 102), (97, 101)),
+    ((2, 2, 2), (1009.7, 1013.3, 1)),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "flex"])
+@pytest.mark.parametrize("grid, radius", BORDERS)
+def test_a_key_on_the_border_is_not_seen(grid, radius, backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the tensors are on the CPU")
+    layout = TokenLayout(grid)
+    qkv = inputs(layout, 8, batch=1, heads=1)
+    want = expected("clear", qkv, layout, {"radius": radius}, {})
+    got = clear.clear_attention(*qkv, layout, radius=radius, backend=backend)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "decimal"])
+def test_every_ball_tells_inside_from_outside_exactly(whole):
+    """In float64, which the torch path, Flex and the kernels of a ball that is not `exact` compare in; else in float32
+    as well."""
+    layout, unit = TokenLayout((24, 25)), 1 if whole else 10
+    place = torch.arange(25)
+    for r0, r1 in itertools.product(range(1, 25) if whole else range(10, 70, 7), repeat=2):
+        axes, limit = clear._axes(layout, (r0 / unit, r1 / unit))
+        inside = (place[:24, None] * r1 * unit) ** 2 + (place * r0 * unit) ** 2 < (r0 * r1) ** 2  # exact in int64
+        weights, bound, exact = block_plan._ball((block_plan.NeighborhoodAxis(1, 1, 1, 1, False), *axes), limit)
+        for dtype in [torch.float64] + [torch.float32] * exact:
+            squares = place.to(dtype) ** 2
+            w0, w1, least = torch.tensor([*weights[1:], bound], dtype=dtype)
+            assert torch.equal(w0 * squares[:24, None] + w1 * squares < least, inside), (r0, r1, dtype)
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (1, 0)])

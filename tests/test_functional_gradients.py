@@ -32,6 +32,32 @@ CASES = [
 ]
 
 
+FORWARD_MODES = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(lambda t: f(t * x))(torch.ones((), dtype=x.dtype)),
+    "compiled": lambda f, x: torch.func.jvp(torch.compile(f, backend="aot_eager"), (x,), (torch.ones_like(x),)),
+}
+
+
+@pytest.mark.parametrize("mode", FORWARD_MODES)
+@pytest.mark.parametrize("function, reference, options, learned", [CASES[0], CASES[3], CASES[4], CASES[6]])
+def test_forward_mode_is_refused(function, reference, options, learned, mode):
+    """With a tangent of any argument: torch would give a derivative of 0."""
+    tensors = [x.detach() for x in make([(1, 1, LAYOUT.seq_len, 4)] * 3 + list(learned.values()))]
+    attend = call(function, options, list(learned), None)
+    places = range(len(tensors)) if mode == "jvp" else [0]
+    for i in places:
+        with pytest.raises(NotImplementedError, match=r"has no forward-mode derivative .* use reverse mode"):
+            FORWARD_MODES[mode](lambda x, i=i: attend(*tensors[:i], x, *tensors[i + 1 :]), tensors[i])
+
+
+def test_tensors_without_tangents_are_taken_in_forward_mode():
+    q, k, v = (x.detach() for x in make([(1, 1, LAYOUT.seq_len, 4)] * 3))
+    out = gna.gna_attention(q, k, v, LAYOUT, window=3)
+    value, tangent = torch.func.jvp(lambda t: t * gna.gna_attention(q, k, v, LAYOUT, window=3), (out,), (out,))
+    torch.testing.assert_close(tangent, value)
+
+
 def make(shapes, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]

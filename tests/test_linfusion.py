@@ -1,6 +1,7 @@
 """LinFusion's linear attention: the function against its definition token by token, and the processor on U-Nets."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -50,6 +51,27 @@ def test_function_is_the_definition(length, dtype):
     rounding = exact.abs() * torch.finfo(dtype).eps + 1e-6
     assert ((out.double() - exact).abs() <= rounding).all()
     torch.testing.assert_close(linfusion.reference(query.double(), key.double(), value.double()), exact)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 8])
+def test_short_heads_keep_the_digits_of_float32(dim):
+    """Where all features of a query are far below 0, so that they are as small as the 1e-4 they are added to."""
+    query, key, value = draw(40, dim, batch=1)
+    leaves = [(query * 10).requires_grad_(), (key * 10).requires_grad_(), value.requires_grad_()]
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    exact = token_by_token(*leaves)
+    out = linfusion_attention(*leaves)
+    assert ((out.double() - exact).abs() <= exact.abs() * torch.finfo(torch.float32).eps + 1e-6).all()
+    grad = torch.randn(out.shape)
+    wanted = torch.autograd.grad(linfusion.reference(*exact_leaves), exact_leaves, grad.double())
+    for x, want in zip(torch.autograd.grad(out, leaves, grad), wanted, strict=True):
+        assert (x.double() - want).norm() <= 2e-6 * want.norm()
+
+
+@pytest.mark.parametrize("x", [-60.0, -12.0, -1e-3, 0.0, 1e-3, 30.0])
+def test_elu_features_are_exact_to_rounding(x):
+    feature = linfusion._feature(torch.tensor(x)).double()
+    assert feature.item() == pytest.approx(x + 1 if x > 0 else math.exp(x), rel=4e-7)
 
 
 def test_large_keys_and_many_tokens_do_not_overflow_in_half_precision():

@@ -46,6 +46,8 @@ CASES = {
     "not enriched, text": (L((9, 11), 2, 1), 16, 1, True, {"block_size": 8, "topk": 3, "levels": 3, "enrich": False}),
     "tiny": (L((3,), 1), 16, 1, True, {"block_size": 16, "topk": 8, "levels": 2}),
     "one token, default levels": (L((1,)), 16, 1, True, {"block_size": 8, "topk": 3, "levels": None}),
+    "two rows": (L((2, 12)), 16, 2, True, {"block_size": 2, "topk": 2, "levels": 2}),
+    "narrow in 3-D": (L((3, 3, 5)), 16, 1, False, {"block_size": 4, "topk": 2, "levels": 3}),
 }
 # on the CPU every case in one dtype, a few in both: the interpreter is slow
 BOTH = ("whole, 2 levels", "2-D, text")
@@ -168,6 +170,35 @@ def test_blocks_keep_what_the_reference_keeps(case, padded):
 def test_many_candidates_are_scored_one_block_at_a_time(monkeypatch):
     monkeypatch.setattr(llsa_select_triton, "MAX_TILE", 16)
     check_selection("whole, uneven lists", True)
+
+
+@pytest.mark.parametrize("grid", [(2, 12), (3, 3, 5), (4, 9), (1, 7), (2, 2, 6)])
+def test_index_tables_of_a_tree_are_contiguous(grid):
+    """The kernels do not read their strides."""
+    for block in (2, 3, 4, 6, 9, 10):
+        for level in make_tree(grid, block, 3, torch.device("cpu")):
+            assert level.children.is_contiguous() and level.place.is_contiguous()
+
+
+def test_strided_index_tables_are_refused():
+    (query, key, value), layout, _, options = inputs("2-D, text")
+    children, places = tree_of(layout, options)
+    pooled = pool_tree(query, key, None, children, layout.before)
+    (kept, *_), _ = select_tree(pooled, children, places, 3, False)
+
+    def strided(x):
+        return x.mT.contiguous().mT
+
+    common = {"scale": 0.1, "before": layout.before, "n_grid": layout.grid_len}
+    wrong = [children[0], strided(children[1]), *children[2:]]
+    with pytest.raises(ValueError, match=r"children\[1\] must be contiguous, got shape .* pass \.contiguous\(\)"):
+        pool_tree(query, key, None, wrong, layout.before)
+    with pytest.raises(ValueError, match=r"children\[1\] must be contiguous"):
+        select_tree(pooled, wrong, places, 3, False)
+    with pytest.raises(ValueError, match=r"children\[1\] must be contiguous"):
+        llsa_blocks_attention(query, key, value, kept, wrong, **common)
+    with pytest.raises(ValueError, match="kept must be contiguous"):
+        llsa_blocks_attention(query, key, value, strided(kept), children, **common)
 
 
 @padding

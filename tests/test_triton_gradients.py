@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_triton_kernels import CASES, build
 
+from dit_accel import TokenLayout as L
 from dit_accel import functional
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels on the GPU")
@@ -66,6 +67,22 @@ def test_gradients_of_extreme_inputs_are_finite(case, kind):
     tensors += [torch.eye(dim), torch.ones(dim)] if name == "sla" else [torch.ones(4, 4) / 16]
     grad = torch.randn(1, 1, layout.seq_len, dim)
     assert all(x.isfinite().all() for x in gradients(name, layout, tensors, options, None, "triton", grad))
+
+
+@pytest.mark.parametrize("linear_over", ["marginal", "all"])
+@pytest.mark.parametrize("size", [0.01, 3.0])
+def test_float16_gradients_of_small_relu_features_are_finite(size, linear_over):
+    """A gradient divided by Σ φ(q) φ(k) may be more than float16 holds."""
+    layout, dim = L((40,), 0, 3), 8
+    options = {"critical": 0.3, "block_q": 8, "block_kv": 8, "feature_map": "relu", "linear_over": linear_over}
+    torch.manual_seed(0)
+    tensors = [(torch.randn(1, 2, layout.seq_len, dim) * x).half() for x in (size, size, 1)]
+    tensors += [(torch.randn(dim, dim) / dim**0.5).half(), torch.randn(dim).half()]
+    grad = torch.randn(1, 2, layout.seq_len, dim).half()
+    exact = gradients("sla", layout, [x.double() for x in tensors], options, None, "torch", grad.double())
+    found = gradients("sla", layout, tensors, options, None, "triton", grad)
+    for x, y in zip(found, exact, strict=True):
+        assert (x.double() - y).norm() <= TOLERANCE[torch.float16] * y.norm()
 
 
 BUILD = """

@@ -13,7 +13,8 @@ import torch
 from dit_accel import TokenLayout, functional
 from dit_accel.kernels import block_sparse_triton
 from dit_accel.kernels.block_plan import BlockPlan, window_plan
-from dit_accel.kernels.block_sparse_triton import Config, block_sparse_attention, check_inputs
+from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
+from dit_accel.kernels.block_sparse_triton import Config, LinearBranch, block_sparse_attention, check_inputs
 from dit_accel.kernels.tiling import Tiling
 from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
 
@@ -109,6 +110,29 @@ def test_log_sum_exp_grouped_heads_and_lengths_that_differ():
     logits = q @ k.repeat_interleave(2, 1).mT * 0.2
     torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out, logits.softmax(-1) @ v.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_strided_lists_states_and_sums_are_refused():
+    x, tiling = torch.randn(1, 2, 64, 16), Tiling.of((64,), (16,))
+    lists, counts = torch.zeros(2, 4, 4, dtype=torch.int32), torch.full((2, 4), 4, dtype=torch.int32)
+    state, norm = torch.zeros(2, 4, 16, 16), torch.zeros(2, 4, 16)
+
+    def attend(lists=lists, counts=counts, state=state, norm=norm):
+        linear = LinearBranch(state, norm, torch.ones(2), None, "relu")
+        plan = BlockPlan(tiling, tiling, lists, None, counts)
+        out, lse = block_sparse_attention(x, x, x, plan, scale=0.2, linear=linear, return_lse=True)
+        return plan, out, lse
+
+    plan, out, lse = attend()
+    for name, wrong in (("tiles", {"lists": lists.mT}), ("n_tiles", {"counts": counts[:, :1].expand(-1, 4)}),
+                        ("state", {"state": state.mT}), ("norm", {"norm": norm.mT.contiguous().mT})):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name} must be contiguous"):
+            attend(**wrong)
+    with pytest.raises(ValueError, match=r"^lse must be contiguous"):
+        block_sparse_attention_backward(out, out, lse.mT.contiguous().mT, x, x, x, plan, scale=0.2)
+    with pytest.raises(ValueError, match=r"^tiles must be contiguous"):
+        wrong = BlockPlan(tiling, tiling, lists.mT, None, counts)
+        block_sparse_attention_backward(out, out, lse, x, x, x, wrong, scale=0.2)
 
 
 def test_strides_of_mask_and_bias_are_followed():

@@ -59,7 +59,8 @@ def box_table(grid: Sequence[int], box: Sequence[int], device: torch.device) -> 
     split = list(itertools.chain(*zip(box_grid(grid, box), box, strict=True)))
     axes = len(box)
     order = [*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)]
-    return index.reshape(split).permute(order).reshape(-1, math.prod(box))
+    # a view on some grids, and kernels do not read its strides
+    return index.reshape(split).permute(order).reshape(-1, math.prod(box)).contiguous()
 
 
 @lru_cache(maxsize=64)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from fractions import Fraction
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -26,13 +27,15 @@ from ._common import (
     softmax_rows,
     text_logits,
 )
-from ._operator import autograd_inside_op, define_operator
+from ._operator import autograd_inside_op, check_no_tangents, define_operator
 from ._windows import window_attention, window_attention_backward
 
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
 
 Radius = float | Sequence[float]
 UNBOUNDED = 2.0**32  # an axis with a larger radius is seen whole: no squares overflow
+EXACT_LIMIT = 2**51  # whole costs about this limit are exact in float64
+BORDER = 1e-15  # costs closer to a limit of 1 than this count as on it: float64 may be wrong by half as much
 
 
 def clear_attention(
@@ -56,7 +59,8 @@ def clear_attention(
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
         layout: where the grid lies in the sequence.
-        radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf sees the whole axis.
+        radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf sees the whole axis. A key
+            exactly on the border is not seen, also with a radius such as 2.6.
         down_factor: side f of the patches on the last two axes; 1 = no pooled tokens.
         pool_weight: (f, f) learned weights of a patch; None = 1 / f².
         key_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
@@ -104,6 +108,7 @@ def _attend(
         check_layout_and_scale(layout, scale)
         check_options(radius=radius, down_factor=down_factor, train_tokens=train_tokens, backend=backend)
         check_learned("pool_weight", pool_weight, (down_factor, down_factor), query)
+    check_no_tangents("clear", query, key, value, pool_weight)
     return torch.ops.dit_accel.clear_attention(
         query,
         key,
@@ -176,20 +181,29 @@ def _radii(layout: TokenLayout, radius: Radius) -> list[float]:
 
 
 def _axes(layout: TokenLayout, radius: Radius) -> tuple[tuple[BallAxis, ...], float]:
-    """Costs along the axes, and the limit under which their sum is seen: exact for whole distances.
+    """Costs along the axes, and the limit under which their sum is seen.
 
     Raises: ValueError: another number of radii than axes.
     """
     radii = _radii(layout, radius)
-    bounded = [r for r in radii if r < UNBOUNDED]
-    if len(set(radii)) == 1:  # Σ Δ² < r²
-        weights = [1.0 if bounded else 0.0] * len(radii)
-        limit = radii[0] ** 2 if bounded else 1.0
-    else:  # Σ (Δ_a / r_a)² < 1, times every r²
-        limit = math.prod(r * r for r in bounded)
-        weights = [limit / (r * r) if r < UNBOUNDED else 0.0 for r in radii]
+    whole, most = _whole_costs(tuple(radii))
+    if most <= EXACT_LIMIT:
+        weights, limit = [float(w) for w in whole], float(most)
+    else:
+        weights, limit = [w / most for w in whole], 1 - BORDER
     reaches = [n - 1 if r >= n else math.ceil(r) for n, r in zip(layout.grid, radii, strict=True)]
     return tuple(BallAxis(*x) for x in zip(layout.grid, reaches, weights, strict=True)), limit
+
+
+@lru_cache(maxsize=256)
+def _whole_costs(radii: tuple[float, ...]) -> tuple[list[int], int]:
+    """Whole numbers w and m with Σ w Δ² < m iff Σ (Δ / r)² < 1, for whole distances Δ. A radius counts as the decimal
+    number that it is written as: 2.6 is 13/5."""
+    squares = [Fraction(repr(r)) ** 2 if r < UNBOUNDED else None for r in radii]
+    most = math.lcm(*(s.numerator for s in squares if s))
+    weights = [most * s.denominator // s.numerator if s else 0 for s in squares]
+    shared = math.gcd(*weights) or 1
+    return [w // shared for w in weights], -(-most // shared)
 
 
 def _n_pooled(layout: TokenLayout, down_factor: int) -> int:
@@ -348,8 +362,8 @@ def reference(
     acc = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
     places = [layout.coordinates(token) for token in range(layout.seq_len)]
-    radii = _radii(layout, radius)
-    visible = torch.tensor([[_sees(a, b, radii) for b in places] for a in places], device=query.device)
+    costs = _whole_costs(tuple(_radii(layout, radius)))
+    visible = torch.tensor([[_sees(a, b, *costs) for b in places] for a in places], device=query.device)
     visible = visible.expand(len(q), 1, -1, -1)
     real = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)
     real = real if key_mask is None else key_mask
@@ -362,14 +376,10 @@ def reference(
     return (softmax_rows(q @ k.mT * scale, visible) @ v).to(query.dtype)
 
 
-def _sees(a: tuple[int, ...] | None, b: tuple[int, ...] | None, radii: list[float]) -> bool:
+def _sees(a: tuple[int, ...] | None, b: tuple[int, ...] | None, weights: list[int], limit: int) -> bool:
     if a is None or b is None:
         return True
-    if len(set(radii)) == 1:
-        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) < radii[0] ** 2
-    limit = math.prod(r * r for r in radii if r < math.inf)
-    costs = [(x - y) ** 2 * limit / (r * r) for x, y, r in zip(a, b, radii, strict=True)]
-    return sum(costs) < limit
+    return sum(w * (x - y) ** 2 for x, y, w in zip(a, b, weights, strict=True)) < limit
 
 
 def _pool_matrix(

@@ -24,7 +24,7 @@ from ._common import (
     softmax_rows,
     text_logits,
 )
-from ._operator import define_operator
+from ._operator import check_no_tangents, define_operator
 from ._windows import window_attention, window_attention_backward
 
 __all__ = ["check_options", "count_logits", "fit", "gna_attention", "reference"]
@@ -99,6 +99,7 @@ def _attend(
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale)
         check_options(window=window, stride=stride, dilation=dilation, is_causal=is_causal, backend=backend)
+    check_no_tangents("gna", query, key, value)
     lists = [list(as_tuple(x)) for x in (window, stride, dilation, is_causal)]
     return torch.ops.dit_accel.gna_attention(
         query, key, value, key_mask, list(layout.grid), layout.before, layout.after, *lists, scale, fit, backend

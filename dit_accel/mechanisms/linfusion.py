@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_accel.backend import resolve
+from dit_accel.kernels.block_linear import feature
 from dit_accel.layout import TokenLayout
 
 from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, hide
@@ -76,7 +76,7 @@ def _attend(
 
 
 def _feature(x: Tensor) -> Tensor:
-    return F.elu(x) + 1
+    return feature(x, "elu")
 
 
 def _check_sequence(layout: TokenLayout, query: Tensor, scale: float | None) -> None:

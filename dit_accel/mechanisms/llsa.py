@@ -27,7 +27,7 @@ from ._common import (
     text_logits,
 )
 from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
-from ._operator import define_operator
+from ._operator import check_no_tangents, define_operator
 from ._tree import Level, default_levels, level_grids, make_tree, patch_shapes
 
 __all__ = ["check_options", "count_logits", "fit", "llsa_attention", "reference"]
@@ -102,6 +102,7 @@ def _attend(
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale, default=True)
         check_options(block_size=block_size, topk=topk, levels=levels, enrich=enrich, backend=backend)
+    check_no_tangents("llsa", query, key, value)
     layout = flat_layout(layout, query)
     return torch.ops.dit_accel.llsa_attention(
         query,

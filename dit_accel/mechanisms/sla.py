@@ -30,7 +30,7 @@ from ._common import (
     softmax_rows,
     text_logits,
 )
-from ._operator import define_operator
+from ._operator import check_no_tangents, define_operator
 from ._sla_flex import critical_by_flex
 from ._sla_triton import sla_attention_triton, sla_attention_triton_backward
 
@@ -143,6 +143,7 @@ def _attend(
         )
         check_learned("weight", weight, (query.shape[-1], query.shape[-1]), query)
         check_learned("bias", bias, (query.shape[-1],), query)
+    check_no_tangents("sla", query, key, value, weight, bias)
     layout = flat_layout(layout, query)
     return torch.ops.dit_accel.sla_attention(
         query,

@@ -77,6 +77,37 @@ def test_forward_agrees_with_float64_and_with_itself(case, masked, dtype):
     assert error(out, exact) <= band(inputs(layout, dim, dtype), dtype)
 
 
+FEW = [
+    ("gna", L((1,)), 64, {"window": 1}),
+    ("gna", L((3,), 1), 16, {"window": 2}),
+    ("clear", L((1, 1), 0, 1), 128, {"radius": 2, "down_factor": 2}),
+    ("clear", L((1, 3)), 40, {"radius": (1, 2)}),
+    ("sla", L((1,)), 80, {"critical": 1.0, "negligible": 0.0, "linear_over": "all"}),
+    ("sla", L((2,), 0, 1), 64, {"critical": 1.0, "negligible": 0.0, "linear_over": "all", "feature_map": "elu"}),
+    ("sla", L((3,)), 80, {"critical": 0.5, "negligible": 0.0, "block_q": 2, "block_kv": 2}),
+    ("llsa", L((1,)), 64, {"block_size": 16, "topk": 8}),
+    ("llsa", L((3,), 1), 40, {"block_size": 2, "topk": 1, "levels": 2}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_one_to_three_tokens(case, heads, dtype):
+    """Sizes of 1 are constants to Triton. Forward and gradients."""
+    name, layout, dim, options = case
+    tensors = inputs(layout, dim, dtype, batch=1, heads=heads)
+    grad = torch.randn_like(tensors[0])
+    found = []
+    for to, backend in ((dtype, "triton"), (torch.float64, "torch")):
+        leaves = [x.to(to).requires_grad_() for x in tensors[: 5 if name == "sla" else 3]]
+        out = call(name, layout, leaves, options, None, backend)
+        found.append([out, *torch.autograd.grad(out, leaves, grad.to(to))])
+    tolerance = 1e-2 if dtype == torch.float16 else 1e-4
+    for x, exact in zip(*found, strict=True):
+        torch.testing.assert_close(x.double(), exact, atol=tolerance, rtol=tolerance)
+
+
 LONG = {
     "clear": {"radius": 6},
     "gna": {"window": (5, 12, 12), "stride": (1, 4, 4)},

@@ -1,0 +1,94 @@
+"""One to three tokens, one block: every mechanism in Triton's interpreter, and built for a GPU that is not there, where
+a size of 1 is a constant."""
+
+import pytest
+import torch
+from test_triton_kernels import build
+
+from dit_accel import TokenLayout, functional
+
+BUILD = """
+import importlib, pkgutil, sys, torch, offline_gpu
+import dit_accel.kernels
+from dit_accel import TokenLayout
+from dit_accel.mechanisms import _llsa_triton, _sla_triton, clear, gna
+built, empty = [], torch.empty
+torch.empty = lambda *a, **k: empty(*a, **k).zero_()  # lists that no kernel has written are of block 0
+def offline(kernel):
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
+    return Launch()
+for found in pkgutil.iter_modules(dit_accel.kernels.__path__):
+    if "_triton" in found.name and not found.name.endswith("_kernel"):
+        module = importlib.import_module(f"dit_accel.kernels.{found.name}")
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                setattr(module, name, offline(getattr(module, name)))
+            elif name == "check_inputs":
+                module.check_inputs = lambda query: None
+def run(forward, backward, *learned, n, before=0, heads=1, dim=16, real=None, **options):
+    x = torch.zeros(1, heads, before + n, dim, dtype=torch.float16)
+    more = {"layout": TokenLayout((n,), before), "scale": 0.1, **options}
+    out, lse = forward(x, x, x, real, *learned, **more)
+    backward(x, out, lse, x, x, x, real, *learned, **more)
+sla = {"critical": 1.0, "negligible": 0.0, "block_q": 64, "block_kv": 64, "smooth_key": False, "tile_order": False}
+llsa = {"block_size": 2, "topk": 1, "enrich": True}
+def call(name, **size):
+    dim = size.get("dim", 16)
+    weight = torch.zeros(dim, dim, dtype=torch.float16)
+    if name.startswith("sla"):
+        over = name.split()[1]
+        run(_sla_triton.sla_attention_triton, _sla_triton.sla_attention_triton_backward, weight, weight[0],
+            feature_map="relu", linear_over=over, **sla, **size)
+    elif name == "llsa":
+        run(_llsa_triton.llsa_attention_triton, _llsa_triton.llsa_attention_triton_backward, levels=2, **llsa, **size)
+    elif name == "gna":
+        run(gna._COMPUTE["triton"], gna._derive, window=1, stride=1, dilation=1, is_causal=False, **size)
+    else:
+        run(clear._COMPUTE["triton"], clear._derive, None, radius=1.0, down_factor=1, **size)
+with offline_gpu.target("sm_90"):
+    for n in map(int, sys.argv[2].split(",")):
+        for more in map(eval, sys.argv[3:]):
+            call(sys.argv[1], n=n, **more)
+print(len(built), all("cubin" in each.asm for each in built))
+"""
+
+
+@pytest.mark.parametrize(
+    "name, n_kernels", [("sla all", 18), ("sla marginal", 18), ("llsa", 16), ("gna", 4), ("clear", 4)]
+)
+def test_kernels_build_for_one_token(name, n_kernels):
+    assert build(BUILD, name, "1", "{}").strip() == f"{n_kernels} True"
+
+
+CASES = {
+    "sla all": ("sla", {"critical": 1.0, "negligible": 0.0, "linear_over": "all", "feature_map": "relu"}),
+    "sla marginal": ("sla", {"critical": 0.5, "negligible": 0.0, "block_q": 2, "block_kv": 2, "feature_map": "elu"}),
+    "llsa": ("llsa", {"block_size": 2, "topk": 1, "levels": 2}),
+    "gna": ("gna", {"window": 1}),
+    "clear": ("clear", {"radius": 2}),
+}
+
+
+def attend(name, options, layout, leaves, mask, backend):
+    learned = {"weight": leaves[3], "bias": leaves[4]} if name == "sla" else {}
+    function = getattr(functional, f"{name}_attention")
+    return function(*leaves[:3], layout, key_mask=mask, backend=backend, **learned, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels on the GPU")
+@pytest.mark.parametrize("layout", [TokenLayout((1,)), TokenLayout((3,), 1, 0)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_few_tokens_agree_with_the_torch_path(case, layout):
+    name, options = CASES[case]
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 1, layout.seq_len, 5) for _ in range(3)] + [torch.randn(5, 5), torch.randn(5)]
+    tensors, grad = tensors[: 5 if name == "sla" else 3], torch.randn(1, 1, layout.seq_len, 5)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = attend(name, options, layout, leaves, None, backend)
+        found.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    for x, exact in zip(*found, strict=True):
+        torch.testing.assert_close(x.double(), exact, atol=2e-6, rtol=2e-6)

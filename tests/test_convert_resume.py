@@ -75,26 +75,38 @@ def link_samples(drawn, out):
     return out
 
 
-# Imports once, then forks a run that it kills after some seconds, again and again; the last one ends by itself.
+# Imports once, then forks runs: one that nothing disturbs, and those that are killed at a moment of its duration.
+# One that ended before begins anew in an empty folder. The last one ends by itself.
 KILLS = """
-import os, random, signal, sys, time
+import os, random, shutil, signal, sys, time
 import torch
 from dit_accel.cli import main
 torch.set_num_threads(1)
-draw, kills, longest = random.Random(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
-for i in range(kills + 1):
+
+def start(out):
     process = os.fork()
-    if process == 0:
-        try:
-            main(sys.argv[4:])
-        except SystemExit as ended:
-            os._exit(ended.code)
-        os._exit(99)
-    if i < kills:
-        time.sleep(draw.uniform(0, longest))
-        os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    print("killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), flush=True)
+    if process:
+        return process
+    try:
+        main([*sys.argv[5:], "--out", out])
+    except SystemExit as ended:
+        os._exit(ended.code)
+    os._exit(99)
+
+draw, kills, whole, killed = random.Random(int(sys.argv[1])), int(sys.argv[2]), *sys.argv[3:5]
+began = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+duration = time.monotonic() - began
+while kills:
+    process = start(killed)
+    time.sleep(draw.uniform(0, duration))
+    os.kill(process, signal.SIGKILL)
+    if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+        kills -= 1
+        print("files when killed:", sum(len(names) for _, _, names in os.walk(killed)), flush=True)
+    else:
+        shutil.rmtree(killed)
+assert os.waitpid(start(killed), 0)[1] == 0
 """
 
 
@@ -109,19 +121,16 @@ def ends(out):
 
 def test_killed_at_any_moment_it_ends_where_an_undisturbed_run_ends(pipelines, tmp_path):
     """Bit for bit: samples, pictures, optimizer and weights; and no temporary files stay."""
-    seed, kills, longest = (
-        os.environ.get(f"KILL_TEST_{name}", usual) for name, usual in (("SEED", "0"), ("KILLS", "3"), ("SECONDS", "2"))
-    )
-    more = ("--steps", "6", "--save-every", "2", "--sample-every", "3")
+    seed, kills = os.environ.get("KILL_TEST_SEED", "0"), os.environ.get("KILL_TEST_KILLS", "3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    given = [sys.executable, "-c", KILLS, seed, kills, longest, *command(pipelines, killed, *more)]
-    process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert convert(pipelines, whole, *more) == 0
-    said = process.communicate(timeout=400)[0].decode()
-    ended = [line for line in said.splitlines() if line in ("killed", "0")]
-    assert ended.count("killed") >= int(kills) // 2 and ended[-1] == "0", said[-3000:]
-    (files, state, history), (theirs, there, told_there) = ends(whole), ends(killed)
-    assert files == theirs and len(files) == 4 + 6 + 1 and history == told_there
+    more = ("--steps", "6", "--save-every", "2", "--sample-every", "3")
+    given = [sys.executable, "-c", KILLS, seed, kills, str(whole), str(killed), *command(pipelines, whole, *more)]
+    done = subprocess.run(given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500)
+    said = done.stdout.decode()
+    assert done.returncode == 0 and said.count("files when killed:") == int(kills), said[-3000:]
+    print(*(line for line in said.splitlines() if "files when killed" in line), sep="\n")
+    (files, state, history), (theirs, there, history_there) = ends(whole), ends(killed)
+    assert files == theirs and len(files) == 4 + 6 + 1 and history == history_there
     torch.testing.assert_close(there, state, rtol=0, atol=0)
 
 

@@ -145,23 +145,23 @@ def _claim(request: Request, processes: int, console: Console) -> None:
     path = out / ABOUT
     ours = {**request.fingerprint(), "processes": processes}
     try:
+        if path.exists():
+            told = read_json(path)
+            if not isinstance(told.get("request"), dict):
+                raise ValueError(f"{path} has no request of a conversion: restore it, or choose another --out")
+            earlier = {**told["request"], "processes": told.get("processes")}
+            other = [key for key in ours if earlier.get(key) != ours[key]]
+            if other:
+                changes = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
+                raise ValueError(f"{out} holds another conversion ({changes}): choose another --out, or remove it")
         tell = partial(console.print, highlight=False, soft_wrap=True)
         state = load_checkpoint(out, mapped=True, tell=tell)  # looked at before the model is loaded
         if state is not None:
             check_steps(out, state["step"], request.steps)
-        if not path.exists():
-            write_json(path, {"status": "running", "request": request.fingerprint(), "processes": processes})
-            return
-        told = read_json(path)
-        if not isinstance(told.get("request"), dict):
-            raise ValueError(f"{path} has no request of a conversion: restore it, or choose another --out")
     except ValueError as error:
         raise BadInput(str(error)) from error
-    earlier = {**told["request"], "processes": told.get("processes")}
-    other = [key for key in ours if earlier.get(key) != ours[key]]
-    if other:
-        changes = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
-        raise BadInput(f"{out} holds another conversion ({changes}): choose another --out, or remove it")
+    if not path.exists():
+        write_json(path, {"status": "running", "request": request.fingerprint(), "processes": processes})
 
 
 def _about(request: Request, accelerator: Accelerator, trainer: Trainer, status: str) -> None:

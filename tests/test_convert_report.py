@@ -62,7 +62,8 @@ def test_a_student_that_is_its_teacher_has_lost_nothing(pipelines, tmp_path):
     found = json.loads((tmp_path / "out/evaluate.json").read_text())
     assert abs(found["flow_loss"]["student_over_teacher"] - 1) < 1e-6 and found["prediction_error"] < 1e-10
     assert len(found["attention_error"]) == 4 and max(found["attention_error"].values()) < 1e-10
-    assert [picture["psnr"] for picture in found["pictures"]] == [None, None]  # equal
+    # None = equal; 83 dB is one of 3,072 8-bit values off by one, since the two sums are rounded differently
+    assert all(picture["psnr"] is None or picture["psnr"] > 82 for picture in found["pictures"])
     assert found["logit_fraction"] == 1.0
 
 

@@ -45,7 +45,7 @@ class Installation:
     attention_layers: int = 0  # self-attention layers of the model, installed or not
 
 
-@dataclass
+@dataclass(eq=False)
 class _Scope:
     """State of one denoiser when a ``with`` block begins, and the host weights that the block has replaced."""
 

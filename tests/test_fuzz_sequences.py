@@ -197,6 +197,7 @@ DIRECTED: dict[str, tuple[str, list[Operation]]] = {
     "unfuse in a context": ("sd15", [FUSE, context("gna3", [UNFUSE])]),
     "set between fuse and unfuse": ("sd3_single", [SPARSE, FUSE, RESET, SPARSE, UNFUSE, RESET]),
     "LoRA fused over host weights": ("flux", [HOST, *MERGED, RESET, step("lora_unfuse")]),
+    "host weights loaded after a reset in a context": ("flux", [context("sla_all", [RESET, HOST])]),
     "LoRA fused in a context": ("wan", [context("sla_all", [HOST, *MERGED]), step("lora_unfuse")]),
     "host weights loaded over fused projections": ("flux", [FUSE, HOST]),
     "host weights of fused projections reset": ("flux", [HOST, FUSE, RESET, UNFUSE]),

@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_evaluation(args: argparse.Namespace, config: Config, device: torch.device, log: Log, seed: int = 0) -> None:
-    """Evaluate the pipeline in `args.out`; write the figures and a sheet of drawings path it."""
+    """Evaluate the pipeline in `args.out`; write the figures and a sheet of drawings beside it."""
     figures, drawn = evaluate(args.out, config, args.eval, device, log, seed)
     path = args.out.parent / f"{args.out.name}_metrics.json"
     path.write_text(json.dumps({"seed": seed, **figures}, indent=1) + "\n")

@@ -72,7 +72,7 @@ class Access:
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """Headers of every response."""
+        """Headers of each response."""
         policy = " ".join(["frame-ancestors", "'self'", *self._frames])
         headers = [
             ("Content-Security-Policy", policy),

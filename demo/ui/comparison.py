@@ -73,7 +73,7 @@ def compare_attention(
 
 
 class _Watch:
-    """Reports the steps of both drawings as Progress."""
+    """Reporter of the steps of both drawings as Progress."""
 
     def __init__(self, loaded: Loaded, wanted: DrawingOptions, report: Callable[[Any], None]) -> None:
         self.loaded, self.wanted, self.report = loaded, wanted, report

@@ -248,7 +248,7 @@ class _Requests:
         yield from self.inspect_token(request, *values)
 
     def clicked(self, shown: int, request: gr.Request, event: gr.SelectData) -> list[Any]:
-        """Position of a click in pixels of the picture, which may be shown overlay_scale."""
+        """Position of a click in pixels of the picture, which may be shown enlarged."""
         try:
             drawn = self.drawings.get(_page(request))
         except ValueError:

@@ -186,7 +186,7 @@ def _measure(plan: Plan, name: str, layout: TokenLayout, tensors: Sequence[Tenso
 
 
 def _time(call: Callable[[], Tensor], device: torch.device) -> Row:
-    """Time a call. On MPS, which is timed_call by the host's clock, each call is synchronized."""
+    """Time a call. On MPS, which is timed by the host's clock, each call is synchronized."""
 
     def synchronized_call() -> None:
         call()

@@ -34,7 +34,7 @@ _HOW = (
     "from there on, the mechanism is faster at each measured size. A curve ends if its next size would exceed the time "
     "limit."
 )
-_MAX_DISPLAY_SECONDS = 10.0  # at most this long, the next measurement waits for the page to show the last one
+_MAX_DISPLAY_SECONDS = 10.0  # maximum wait for the page to show a point before the next measurement
 
 
 def build(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""The demo app: a page with a tab for each thing to see. ``dit-accel demo``, or ``python demo/app.py``."""
+"""Demo app with one tab per view. Start it with ``dit-accel demo`` or ``python demo/app.py``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _TABS = {"Compare": compare_tab, "Look inside": look_tab, "Speed": speed_tab, "C
 _TITLE = "dit_accel: sub-quadratic attention"
 _INTRODUCTION = (
     "# Diffusion with less attention\n"
-    "In a diffusion transformer every piece of the picture looks at every other: twice the width and height cost "
-    "sixteen times as much. Here you see what cheaper attention makes of the same prompt and seed."
+    "In a diffusion transformer, each token attends to all tokens: twice the width and height cost sixteen times as "
+    "much. This page compares dense attention with sub-quadratic attention for the same prompt and seed."
 )
-_MOST_QUEUED = 20
+_MAX_QUEUED = 20
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important }
 .gradio-container .problem { color: var(--error-text-color, #b91c1c); font-weight: 600 }
@@ -39,7 +39,7 @@ _SYSTEM_MONOSPACE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "mon
 
 
 def build_app(engine: Engine) -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(_INTRODUCTION)
         for name, tab in _TABS.items():
@@ -49,17 +49,17 @@ def build_app(engine: Engine) -> gr.Blocks:
 
 
 def launch(engine: Engine, access: Access | None = None, port: int | None = None, share: bool = False) -> Any:
-    """Serve the page in threads of its own.
+    """Serve the page in background threads.
 
     Args:
-        access: where to listen, and what to accept; default this machine only.
-        port: None or 0 = the first free one from 7860 on.
-    Returns: the running ``gr.Blocks``; ``close()`` ends it.
+        access: address to listen on, and accepted hosts and origins; default this machine only.
+        port: None or 0 = the first free port from 7860 on.
+    Returns: the running ``gr.Blocks``; ``close()`` stops it.
     """
-    processing_utils.async_ssrf_protected_get = _fetch_nothing
+    processing_utils.async_ssrf_protected_get = _refuse_download
     app = build_app(engine)
-    app.queue(max_size=_MOST_QUEUED, api_open=False)  # else run/predict goes past the queue
-    app.has_launched = True  # Gradio sets it, and from then on checks the files that requests name, after it listens
+    app.queue(max_size=_MAX_QUEUED, api_open=False)  # otherwise run/predict bypasses the queue
+    app.has_launched = True  # Gradio checks files in requests only once this is set, which it does after it listens
     access = access or Access()
     with guarded_server(access) as server:
         app.launch(
@@ -76,13 +76,13 @@ def launch(engine: Engine, access: Access | None = None, port: int | None = None
     return app
 
 
-async def _fetch_nothing(url: str) -> Any:
-    """In place of Gradio's download of what a request names by its URL."""
-    raise ValueError(f"nothing is fetched from other machines, as {url} would be")
+async def _refuse_download(url: str) -> Any:
+    """Replacement for Gradio's download of URLs in requests."""
+    raise ValueError(f"downloads from other machines are disabled, got {url}")
 
 
 def _theme() -> gr.Theme:
-    """Fonts that every machine has: nothing is fetched."""
+    """Theme with system fonts, which need no download."""
     theme = gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONOSPACE)
     plain = {"background_fill": "none", "padding": "0", "text_weight": "600"}
     return theme.set(

@@ -1,4 +1,4 @@
-"""Endless training batches: random scenes outside the held-out part, laid out, captioned and tokenized."""
+"""Endless stream of training batches: random scenes of the training split, laid out, captioned and tokenized."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from dit_accel.demo.vocabulary import build_clip_tokenizer, build_t5_tokenizer
 
 CHUNK = 256
 NOUNS = {*SHAPES, *PLURALS.values()}
-# how many answers each question about a named object has; 0 is "the caption does not say" where it may be silent
-ANSWERS = (
+# number of classes per attribute of a named object; class 0 means "not in the caption" for optional attributes
+NUM_CLASSES = (
     *(len(COLOURS), len(SHAPES), len(TEXTURES), len(SIZES), len(PLACES) + 1, len(MOTIONS) + 1),
     *(len(BACKGROUNDS), 4, len(ARRANGEMENTS) + 1),
 )
@@ -41,22 +41,25 @@ NAMED = 2
 
 @dataclass
 class Batch:
-    """`rows` and `backgrounds` as `render` takes them; `nouns` (B, 2) places of the named objects' nouns among the T5
-    tokens; `answers` (B, 2, questions) what the caption says of each, -100 where there is no second object."""
+    """Batch of scenes and captions.
+
+    rows, backgrounds: as `render` takes them. nouns: (B, 2) positions of the named objects' nouns in the T5 tokens.
+    labels: (B, 2, attributes) classes of each named object, -100 if there is no second object.
+    """
 
     rows: torch.Tensor
     backgrounds: torch.Tensor
     clip_ids: torch.Tensor
     t5_ids: torch.Tensor
     nouns: torch.Tensor
-    answers: torch.Tensor
+    labels: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         moved = (getattr(self, f.name) for f in fields(self))
         return Batch(*(t.to(device, non_blocking=True) for t in moved))
 
 
-def _answers(scene: Scene) -> list[list[int]]:
+def _labels(scene: Scene) -> list[list[int]]:
     def optional(options: tuple[str, ...], value: str | None) -> int:
         return 0 if value is None else 1 + options.index(value)
 
@@ -66,7 +69,7 @@ def _answers(scene: Scene) -> list[list[int]]:
         look = [COLOURS.index(thing.colour), SHAPES.index(thing.shape), TEXTURES.index(thing.texture)]
         look += [SIZES.index(thing.size), optional(PLACES, thing.place), optional(MOTIONS, thing.motion)]
         rows.append(look + common)
-    return rows + [[-100] * len(ANSWERS)] * (NAMED - len(rows))
+    return rows + [[-100] * len(NUM_CLASSES)] * (NAMED - len(rows))
 
 
 class _Chunks(IterableDataset):
@@ -92,17 +95,17 @@ class _Chunks(IterableDataset):
                 self._ids(self.clip_tokenizer, captions),
                 self._ids(self.t5_tokenizer, captions),
                 torch.tensor([[*places, 0][:NAMED] for places in nouns]),
-                torch.tensor([_answers(scene) for scene in scenes]),
+                torch.tensor([_labels(scene) for scene in scenes]),
             )
 
 
 def half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where it is quick: on a GPU."""
+    """Autocast to bfloat16 on a GPU, no autocast on other devices."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 class SceneStream:
-    """Batches of any size, made by worker processes; call `next(count)`."""
+    """Batches of any size, made by worker processes. `next(count)` returns a batch."""
 
     def __init__(self, clip: bool, device: torch.device, seed: int, workers: int) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

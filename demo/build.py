@@ -1,6 +1,6 @@
-"""The embedded pipelines' parts, untrained: genuine diffusers and transformers classes in small sizes.
+"""Untrained components of the embedded pipelines: diffusers and transformers classes in small sizes.
 
-Everything that is worth tuning stands in the two configurations: sizes first, then how they are trained.
+The two configurations hold all sizes and training options.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULTS_FILE = "defaults.json"
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of the denoiser's training: `share` of its time at `size` pixels, `shift` of the noise levels."""
+    """Phase of the denoiser's training: `share` of the time at `size` pixels with noise levels shifted by `shift`."""
 
     share: float
     size: int
@@ -45,7 +45,7 @@ class Phase:
 
 @dataclass
 class ImageConfig:
-    """FluxPipeline: 512×512 pixels, shrunk by 4 and packed by 2 to 64×64 = 4,096 tokens."""
+    """FluxPipeline: 512×512 pixels, downsampled by 4 and packed by 2 to 64×64 = 4,096 tokens."""
 
     size: int = 512
     steps: int = 10
@@ -59,7 +59,7 @@ class ImageConfig:
     text_layers: int = 2
     latent_channels: int = 4
     vae_channels: tuple[int, ...] = (16, 32, 64)
-    # how it is trained
+    # training
     text_share: float = 0.07
     vae_share: float = 0.28
     vae_batch: int = 32
@@ -88,7 +88,7 @@ class ImageConfig:
 
 @dataclass
 class VideoConfig:
-    """WanPipeline: 25 frames of 256×256, shrunk by (2, 8, 8) and patched by (1, 2, 2) to 13×16×16 = 3,328 tokens."""
+    """WanPipeline: 25 frames of 256×256, downsampled by (2, 8, 8), patch size (1, 2, 2): 13×16×16 = 3,328 tokens."""
 
     size: int = 256
     frames: int = 25
@@ -103,7 +103,7 @@ class VideoConfig:
     vae_dim: int = 16
     vae_decoder_dim: int = 16
     vae_mult: tuple[int, ...] = (1, 2, 2)
-    # how it is trained
+    # training
     text_share: float = 0.07
     vae_share: float = 0.34
     vae_batch: int = 16
@@ -113,7 +113,7 @@ class VideoConfig:
         Phase(0.5, 256, 16, 3.0),
     )
     resume_phases: tuple[Phase, ...] = (
-        Phase(0.35, 128, 64, 1.7),  # six times the clips a second: what words mean together is learned here
+        Phase(0.35, 128, 64, 1.7),  # six times the clips per second: most of the text conditioning is learned here
         Phase(0.65, 256, 16, 3.0),
     )
     lr: float = 1.5e-3
@@ -135,7 +135,7 @@ Config = ImageConfig | VideoConfig
 
 
 def smoke_config(kind: str) -> Config:
-    """Sizes for a run of seconds on a CPU."""
+    """Configuration for a run of a few seconds on a CPU."""
     if kind == "image":
         phases = (Phase(0.5, 64, 4, 1.0), Phase(0.5, 128, 2, 2.0))
         return ImageConfig(
@@ -161,7 +161,7 @@ def _encoder_sizes(config: Config, vocab_size: int) -> dict[str, Any]:
 
 
 def build_image_pipeline(config: ImageConfig) -> FluxPipeline:
-    """A FluxPipeline with random weights."""
+    """Build a FluxPipeline with random weights."""
     clip_tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
     clip = CLIPTextModel(
         CLIPTextConfig(
@@ -178,8 +178,8 @@ def build_image_pipeline(config: ImageConfig) -> FluxPipeline:
         )
     )
     t5 = T5EncoderModel(T5Config(**_encoder_sizes(config, len(t5_tokenizer))))
-    _neutralise(clip.get_input_embeddings(), neutral_ids(clip_tokenizer))
-    _neutralise(t5.get_input_embeddings(), neutral_ids(t5_tokenizer))
+    _zero_embeddings(clip.get_input_embeddings(), neutral_ids(clip_tokenizer))
+    _zero_embeddings(t5.get_input_embeddings(), neutral_ids(t5_tokenizer))
     depth = len(config.vae_channels)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * depth,
@@ -210,10 +210,10 @@ def build_image_pipeline(config: ImageConfig) -> FluxPipeline:
 
 
 def build_video_pipeline(config: VideoConfig) -> WanPipeline:
-    """A WanPipeline with random weights."""
+    """Build a WanPipeline with random weights."""
     tokenizer = build_t5_tokenizer()
     t5 = UMT5EncoderModel(UMT5Config(**_encoder_sizes(config, len(tokenizer))))
-    _neutralise(t5.get_input_embeddings(), neutral_ids(tokenizer))
+    _zero_embeddings(t5.get_input_embeddings(), neutral_ids(tokenizer))
     vae = AutoencoderKLWan(
         base_dim=config.vae_dim,
         decoder_base_dim=config.vae_decoder_dim,
@@ -245,7 +245,7 @@ def build_video_pipeline(config: VideoConfig) -> WanPipeline:
 
 
 def start_as_identity(transformer: torch.nn.Module) -> None:
-    """Zero modulation and output layers, so that at first every block passes its input on (DiT's adaLN-zero)."""
+    """Zero the modulation and output layers, so that each block is initially the identity (DiT's adaLN-zero)."""
     for name, module in transformer.named_modules():
         modulates = isinstance(module, torch.nn.Linear) and ("norm" in name or name.endswith("time_proj"))
         if modulates or name == "proj_out":
@@ -256,13 +256,13 @@ def start_as_identity(transformer: torch.nn.Module) -> None:
             torch.nn.init.zeros_(parameter)
 
 
-def _neutralise(embedding: torch.nn.Embedding, ids: list[int]) -> None:
+def _zero_embeddings(embedding: torch.nn.Embedding, ids: list[int]) -> None:
     with torch.no_grad():
         embedding.weight[ids] = 0.0
 
 
 def call_defaults(config: Config) -> dict[str, Any]:
-    """Arguments with which the pipeline is to be called; written beside it as `defaults.json`."""
+    """Default arguments of the pipeline's call, written as `defaults.json` to its folder."""
     common = {"num_inference_steps": config.steps, "max_sequence_length": TEXT_LENGTH}
     size = {"height": config.size, "width": config.size}
     if isinstance(config, VideoConfig):
@@ -277,9 +277,9 @@ def folder_bytes(folder: str | Path) -> int:
 def save_pipeline(
     pipe: DiffusionPipeline, folder: str | Path, config: Config, max_bytes: int | None = MAX_BYTES
 ) -> int:
-    """Writes the pipeline in half precision, whole or not at all, and returns its bytes.
+    """Write the pipeline in half precision, atomically, and return its size in bytes.
 
-    Raises: ValueError: it would take more than ``max_bytes``, by default what the embedded ones may.
+    Raises: ValueError: the size is above ``max_bytes``, by default the limit of the embedded pipelines.
     """
     target = Path(folder).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -287,14 +287,16 @@ def save_pipeline(
     try:
         pipe.save_pretrained(staging)
         for weights in staging.rglob("*.safetensors"):
-            _halve(weights)
+            _convert_to_half(weights)
         for config_file in staging.rglob("*.json"):
-            _forget_origin(config_file)
+            _remove_origin(config_file)
         (staging / DEFAULTS_FILE).write_text(json.dumps(call_defaults(config), indent=2) + "\n")
         (staging / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         size = folder_bytes(staging)
         if max_bytes is not None and size > max_bytes:
-            raise ValueError(f"the pipeline takes {size:,} bytes, more than {max_bytes:,}: make its parts smaller")
+            raise ValueError(
+                f"expected at most {max_bytes:,} bytes for the pipeline, got {size:,}: make its components smaller"
+            )
         old = target.with_name(f".{target.name}-old")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
@@ -306,15 +308,15 @@ def save_pipeline(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _forget_origin(path: Path) -> None:
-    """Leaves out where a resumed pipeline was read from: a path of the machine that trained it."""
+def _remove_origin(path: Path) -> None:
+    """Remove the path from which a resumed pipeline was loaded."""
     content = json.loads(path.read_text())
     kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "is_local", "local_files_only")}
     if kept != content:
         path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
-def _halve(path: Path) -> None:
+def _convert_to_half(path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     save_file({name: value.half().contiguous() for name, value in load_file(path).items()}, path, {"format": "pt"})

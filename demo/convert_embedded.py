@@ -1,12 +1,12 @@
-"""Converts an embedded pipeline (or another of this language) into each mechanism, and measures what was lost.
+"""Convert an embedded pipeline (or another one trained on scenes) to each mechanism, and measure the loss in quality.
 
     python -m dit_accel.demo.convert_embedded image --out conversions/image
     python -m dit_accel.demo.convert_embedded video --out conversions/video --only sla --only gna
 
-For each mechanism at a tenth of the logits: the loss on held-out scenes and the share of held-out captions drawn right,
-by the teacher, by the student before it is trained and after. Stopped, the same command goes on. ``quality.json`` and
-``quality.png`` (teacher, before, after) are written into the out folder, and for each mechanism a folder for
-``load_attention``.
+Each mechanism computes a tenth of the logits. The script measures the loss on held-out scenes and the share of held-out
+captions drawn right, for the teacher and for the student before and after training. If a run is interrupted, run the
+same command again: it resumes from the last checkpoint. The output folder gets ``quality.json``, ``quality.png``
+(teacher, before, after) and, per mechanism, a folder for ``load_attention``.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ from dit_accel.install import denoisers, installed_layers
 
 __all__ = ["MECHANISMS"]
 
-# a tenth of the logits each, of 64×64 tokens beside 40 of text and of 13×16×16. Which layer has how many and where was
-# searched with search_layer_options (125 seconds each on a GPU, begun by hand); but the image's LLSA is by hand alone,
-# whose loss was the lower after as many steps (+24.0 %, and +31.1 % for what the search found)
+# A tenth of the logits of 64×64 tokens with 40 text tokens (image), and of 13×16×16 tokens (video). The options per
+# layer were found with search_layer_options (125 seconds each on a GPU, starting from options chosen by hand), except
+# the image's LLSA, which was chosen by hand: its loss after the same number of steps was lower (+24.0 %, against
+# +31.1 % for the result of the search).
 MECHANISMS = {
     "image": {
         "sla": r"sla:critical=0.15,block_q=8,block_kv=8,tile_order=true"
@@ -95,9 +96,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=tuple(MECHANISMS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pipeline", type=Path, help="default the embedded one")
-    parser.add_argument("--only", action="append", choices=tuple(MECHANISMS["image"]), help="of the mechanisms")
-    parser.add_argument("--attn", action="append", metavar="SPEC", default=[], help="instead of its mechanism's here")
+    parser.add_argument("--pipeline", type=Path, help="folder of the teacher; default the embedded pipeline")
+    parser.add_argument(
+        "--only", action="append", choices=tuple(MECHANISMS["image"]), help="convert only this mechanism; repeatable"
+    )
+    parser.add_argument(
+        "--attn",
+        action="append",
+        metavar="SPEC",
+        default=[],
+        help="replaces the default options of its mechanism; repeatable",
+    )
     parser.add_argument("--recipe", default="clear")
     parser.add_argument("--train", default="lora")
     parser.add_argument("--lora-layers", default="attention", choices=LORA_LAYERS)
@@ -106,19 +115,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
-        "--timestep-sampling", default="uniform", choices=SAMPLINGS, help="the loss is over even levels"
+        "--timestep-sampling",
+        default="uniform",
+        choices=SAMPLINGS,
+        help="distribution of training noise levels; the loss is always evaluated at even levels",
     )
     parser.add_argument("--loss-weight", action="append", metavar="NAME=WEIGHT", type=parse_weight, default=[])
     parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--caption-dropout", type=float, default=0.0, metavar="SHARE")
-    parser.add_argument("--scenes", type=int, default=2000, help="to train on")
-    parser.add_argument("--held-out", type=int, default=64, help="scenes for the loss")
-    parser.add_argument("--captions", type=int, default=1000, help="to draw and check")
-    parser.add_argument("--captions-before", type=int, help="of them, by the untrained student; default all")
-    parser.add_argument("--pictures", type=int, default=4, help="to show")
+    parser.add_argument("--scenes", type=int, default=2000, help="number of training scenes")
+    parser.add_argument("--held-out", type=int, default=64, help="number of held-out scenes for the loss")
+    parser.add_argument("--captions", type=int, default=1000, help="number of held-out captions to draw and check")
+    parser.add_argument("--captions-before", type=int, help="number of captions for the untrained student; default all")
+    parser.add_argument("--pictures", type=int, default=4, help="number of prompts in quality.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed-precision", default="bf16", choices=("no", "bf16"))
-    parser.add_argument("--results", type=Path, help="file that rows are added to; default quality.json in --out")
+    parser.add_argument("--results", type=Path, help="file to which the rows are added; default quality.json in --out")
     parser.add_argument("--device", choices=("cpu",))
     convert_all(parser.parse_args())
 
@@ -147,7 +159,7 @@ def convert_all(args: argparse.Namespace) -> None:
         folder.mkdir(exist_ok=True)
         if not (folder / "samples").exists():
             (args.out / "samples").mkdir(exist_ok=True)
-            (folder / "samples").symlink_to(Path("..") / "samples")  # the same for all
+            (folder / "samples").symlink_to(Path("..") / "samples")  # shared by all mechanisms
         run(_request(args, replace(source, out=folder), specs[name]), console)
         evaluation = evaluation or Evaluation(
             held_out, LEVELS, args.pictures, console, partial(_check, held_out.out), args.captions,
@@ -164,27 +176,27 @@ def convert_all(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, evaluation: Evaluation, name: str, text: str) -> dict[str, Any]:
-    """A row of the table: a mechanism before training, and after."""
+    """Row of the results: a mechanism before and after training."""
     folder = args.out / name
     before = evaluation.measure(parse_attention(text), folder / "before", args.captions_before)
     after = evaluation.measure(str(folder), folder / "report")
     write_json(folder / "report/evaluate.json", {**evaluation.about(), **after})
     write_card(folder)
-    told = json.loads((folder / "convert.json").read_text())
+    result = json.loads((folder / "convert.json").read_text())
     parameters = sum(p.numel() for p in evaluation.teacher.parameters())
     return {
         "teacher": f"{args.kind}, {parameters / 1e6:.1f} M", "mechanism": name, "training": _training(args),
         "attention": text,
-        "before": before, "after": after, "steps": told["steps"], "batch": args.batch, "recipe": args.recipe,
+        "before": before, "after": after, "steps": result["steps"], "batch": args.batch, "recipe": args.recipe,
         "lr": args.lr, "rank": args.rank if args.train == "lora" else None, "scenes": args.scenes,
-        "trained_parameters": told["trained_parameters"], "last_losses": told["history"][-1],
+        "trained_parameters": result["trained_parameters"], "last_losses": result["history"][-1],
         "samples": len(evaluation.samples), "call": evaluation.call,
         "bytes": (folder / "dit_accel.safetensors").stat().st_size, "status": "complete",
     }  # fmt: skip
 
 
 def _training(args: argparse.Namespace) -> str:
-    """The losses of the last stage, and the noise levels that were drawn."""
+    """Description of the losses of the last stage and of the noise levels."""
     stage = reweighted(RECIPES[args.recipe], dict(args.loss_weight)).stages[-1]
     losses = [name for name in ("flow", "prediction", "attention", "matching") if stage.weight(name)]
     levels = {"shift": "shifted levels", "uniform": "even levels", "mixed": "mixed levels"}[args.timestep_sampling]
@@ -193,7 +205,7 @@ def _training(args: argparse.Namespace) -> str:
 
 
 def _check(folder: Path, pipe: Any, call: dict[str, Any], count: int, note: Callable[[int], None]) -> list[bool]:
-    """The prompt check; the teacher's is kept in a file, since it is the same for all mechanisms."""
+    """Run the prompt check; the teacher's result is cached in a file, as it is the same for all mechanisms."""
     path = folder / f"captions-{count}.json"
     if any(installed_layers(model) for model in denoisers(pipe).values()):
         return prompt_check(pipe, call, count, note)
@@ -203,7 +215,7 @@ def _check(folder: Path, pipe: Any, call: dict[str, Any], count: int, note: Call
 
 
 def _write(path: Path, measured: list[Path]) -> None:
-    """The rows of these files, and those that are there of other teachers and mechanisms."""
+    """Write the rows of these files, keeping existing rows of other teachers and mechanisms."""
     each = [read_results(file) for file in measured]
     rows = [row for one in each for row in one["rows"]]
     names = {tuple(row[key] for key in KEYS["quality"]) for row in rows}
@@ -237,7 +249,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _picture(out: Path, names: list[str], pictures: int) -> None:
-    """A row a prompt: the teacher's, then each mechanism's before and after training; in half size, with headings."""
+    """Write ``quality.png``: one row per prompt with the teacher's picture, then each mechanism's before and after."""
     rows = []
     for i in range(pictures):
         tiles: list[np.ndarray] = []

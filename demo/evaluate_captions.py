@@ -1,4 +1,4 @@
-"""How often a pipeline of this language draws what its captions say: held-out scenes, drawn, and checked."""
+"""Prompt check: draw held-out captions with a pipeline trained on scenes, and check the drawings."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dit_accel.demo.scenes import Scene, caption, sample_scene
 
 __all__ = ["check_drawing", "draw_scenes", "held_out_scenes", "prompt_check"]
 
-_FEW = 64  # drawings that are checked in this process
-_WORKERS = min(8, max(1, (os.cpu_count() or 1) // 4))  # others check the rest while the next are drawn
+_MIN_PARALLEL = 64  # up to this number, drawings are checked in this process
+_WORKERS = min(8, max(1, (os.cpu_count() or 1) // 4))  # they check drawings while the next are drawn
 
 
 def held_out_scenes(count: int, clip: bool, seed: int = 0) -> list[Scene]:
-    """The first scenes of a fixed sequence that training never sees."""
+    """First `count` scenes of a fixed sequence of held-out scenes."""
     rng = random.Random(seed)
     return [sample_scene(rng, clip, held_out=True) for _ in range(count)]
 
@@ -31,7 +31,7 @@ def held_out_scenes(count: int, clip: bool, seed: int = 0) -> list[Scene]:
 def draw_scenes(
     pipe: DiffusionPipeline, scenes: list[Scene], arguments: dict[str, Any], batch: int, seed: int = 0
 ) -> np.ndarray:
-    """Pictures (N, H, W, 3) or clips (N, T, H, W, 3) in 0…1, each of its own caption and seed."""
+    """Draw pictures (N, H, W, 3) or clips (N, T, H, W, 3) in 0…1, one per scene, each with its own seed."""
     return np.concatenate(list(_drawings(pipe, scenes, arguments, batch, seed)))
 
 
@@ -44,19 +44,19 @@ def _drawings(pipe: Any, scenes: list[Scene], arguments: dict[str, Any], batch: 
         yield np.asarray(pipe(prompts, generator=generators, output_type="np", **arguments)[0])
 
 
-def check_drawing(drawing: np.ndarray, wanted: str | Scene) -> Verdict:
-    """Is this picture or clip what the caption says?"""
-    return (check_clip if drawing.ndim == 4 else check_picture)(drawing, wanted)
+def check_drawing(drawing: np.ndarray, expected: str | Scene) -> Verdict:
+    """Check a picture or clip against a caption."""
+    return (check_clip if drawing.ndim == 4 else check_picture)(drawing, expected)
 
 
 def prompt_check(
     pipe: Any, arguments: dict[str, Any], count: int, note: Callable[[int], None] | None = None, seed: int = 0
 ) -> list[bool]:
-    """Which of the first held-out captions the pipeline draws right, each with a seed of its own.
+    """Draw the first `count` held-out captions, each with its own seed, and return which are right.
 
     Args:
-        arguments: of the pipeline but for the prompt.
-        note: called with how many have been drawn since.
+        arguments: arguments of the pipeline's call, without the prompt.
+        note: called after each batch with the number of new drawings.
     """
     clip = "num_frames" in arguments
     scenes = held_out_scenes(count, clip, seed)
@@ -66,11 +66,11 @@ def prompt_check(
     with torch.no_grad(), ProcessPoolExecutor(_WORKERS, context) as pool:
         for drawn in _drawings(pipe, scenes, arguments, batch, seed):
             pixels = (drawn.clip(0, 1) * 255).round().astype(np.uint8)
-            mine = scenes[len(done) : len(done) + len(pixels)]
-            if count > _FEW:  # while the next are being drawn
-                done += [pool.submit(_is_right, *pair) for pair in zip(pixels, mine, strict=True)]
+            part = scenes[len(done) : len(done) + len(pixels)]
+            if count > _MIN_PARALLEL:  # check while the next batch is drawn
+                done += [pool.submit(_is_right, *pair) for pair in zip(pixels, part, strict=True)]
             else:
-                done += [_is_right(*pair) for pair in zip(pixels, mine, strict=True)]
+                done += [_is_right(*pair) for pair in zip(pixels, part, strict=True)]
             if note is not None:
                 note(len(pixels))
         return [x if isinstance(x, bool) else x.result() for x in done]

@@ -1,7 +1,7 @@
-"""Draws scenes as pictures and clips: vectorised torch, on any device, anti-aliased, at any size.
+"""Renderer of scenes as pictures and clips: vectorised torch, anti-aliased, any device, any size.
 
-`layout_scene` settles what a caption leaves open (the exact place within the cell, rotation, shade, speed) as a row of
-numbers per object; `render` turns a batch of such rows into pixels. Nothing is read from disk.
+`layout_scene` samples what a caption leaves open (position within the cell, rotation, shade, speed) as one row of
+numbers per object. `render` turns a batch of such rows into pixels. Nothing is read from disk.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from dit_accel.demo.scenes import LANE_MOTIONS, MAX_OBJECTS, PLACES, SHAPES, TEXTURES, Scene, Thing
 
-# fields of an object's row; positions and the radius are fractions of the side, velocities of the side per clip
+# columns of an object's row; positions and radius are fractions of the side, velocities fractions per clip
 X, Y, RADIUS, ROTATION, SHAPE, TEXTURE, ANGLE, PRESENT, VX, VY, RED, DARK_RED = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13
 FIELDS = 16
 IMAGE_RADIUS = {"small": 0.11, "medium": 0.14, "large": 0.165}
 CLIP_RADIUS = {"small": 0.155, "medium": 0.19, "large": 0.225}
 LANES = {"top": 0.26, "bottom": 0.74, "left": 0.26, "right": 0.74}
-LANE_SHRINKS = 0.8  # beside the middle there is less room, and two objects pass each other
+LANE_SHRINKS = 0.8  # lanes off the middle have less room, and two objects pass each other
 COPIES_RADIUS = {2: 0.12, 3: 0.115, 4: 0.085}
 PALETTE = {
     "red": (0.90, 0.08, 0.08),
@@ -36,12 +36,12 @@ PALETTE = {
     "gray": (0.50, 0.50, 0.50),
 }
 DARKER = 0.55
-TURN, CLIP_TURN = 0.35, 0.12  # most that an object is turned, in radians
+TURN, CLIP_TURN = 0.35, 0.12  # maximum rotation in radians
 MOTION_VECTORS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 
 
 def second_colour(name: str) -> tuple[float, float, float]:
-    """The other colour of a textured object: a darker shade, or a lighter one for black."""
+    """Second colour of a textured object: a darker shade, or a lighter one for black."""
     if name == "black":
         return (0.27, 0.27, 0.27)
     factor = 0.74 if name == "white" else DARKER
@@ -50,7 +50,7 @@ def second_colour(name: str) -> tuple[float, float, float]:
 
 
 def layout_scene(scene: Scene, rng: random.Random) -> tuple[list[list[float]], list[float]]:
-    """One row of FIELDS numbers per object (MAX_OBJECTS rows, absent ones zero) and the background's RGB."""
+    """Sample one row of FIELDS numbers per object (MAX_OBJECTS rows, absent ones zero) and the background's RGB."""
     if scene.is_clip:
         rows = [_lay_out_moving(thing, rng) for thing in _in_lanes(scene, rng)]
     elif scene.count > 1:
@@ -97,12 +97,14 @@ def _lay_out_copies(scene: Scene, rng: random.Random) -> list[list[float]]:
 
 
 def _in_lanes(scene: Scene, rng: random.Random) -> list[Thing]:
-    """The things of a clip; of two copies each, with the place that its lane has."""
+    """Things of a clip; two copies become two things, each with the place of its lane."""
     thing = scene.things[0]
     if scene.count == 1:
         return list(scene.things)
     if scene.count > 2:
-        raise ValueError(f"a clip has at most two copies of an object, got {scene.count}; draw more as a picture")
+        raise ValueError(
+            f"expected at most two copies of an object in a clip, got {scene.count}: draw more in a picture"
+        )
     arrangement = scene.arrangement or rng.choice(("row", "column"))
     if thing.motion != "still":
         arrangement = "column" if thing.motion in LANE_MOTIONS["top"] else "row"
@@ -147,7 +149,7 @@ def signed_distances(u: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _texture_weights(u: torch.Tensor, v: torch.Tensor, angle: torch.Tensor, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """How much of the first colour each texture of TEXTURES shows; `pixels` is a radius in pixels."""
+    """Weight of the first colour for each texture of TEXTURES; `pixels` is the radius in pixels."""
     period = 0.56
     s, t = (
         (u * torch.cos(angle) + v * torch.sin(angle)) / period,
@@ -168,13 +170,13 @@ def render(
     time: torch.Tensor | None = None,
     draw: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Pictures of laid-out scenes.
+    """Render laid-out scenes.
 
     Args:
-        rows: (B, MAX_OBJECTS, FIELDS) as `layout_scene` gives.
+        rows: (B, MAX_OBJECTS, FIELDS) as `layout_scene` returns them.
         backgrounds: (B, 3) RGB in 0…1.
         time: (T,) moments in 0…1 for clips; None for pictures.
-        draw: `draw_object`, compiled, where that pays.
+        draw: compiled `draw_object`; None = not compiled.
     Returns: (B, 3, size, size), or (B, 3, T, size, size) with `time`, in -1…1.
     """
     batch = rows.shape[0]
@@ -196,7 +198,7 @@ def render(
 
 
 def draw_object(picture: torch.Tensor, row: torch.Tensor, axis: torch.Tensor, size: int) -> torch.Tensor:
-    """The pictures (B, 3, size, size) with one more object on each; `row` is (B, FIELDS, 1, 1)."""
+    """Draw one object on each of the pictures (B, 3, size, size); `row` is (B, FIELDS, 1, 1)."""
     radius = row[:, RADIUS].clamp(min=1e-3)
     dx, dy = (axis[None, None, :] - row[:, X]) / radius, (axis[None, :, None] - row[:, Y]) / radius
     cos, sin = torch.cos(row[:, ROTATION]), torch.sin(row[:, ROTATION])

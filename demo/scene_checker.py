@@ -1,9 +1,9 @@
-"""Judges a picture or a clip against a caption by classical image analysis; no learned network.
+"""Check of pictures and clips against captions by classical image analysis, without a learned network.
 
-The background is the colour of the picture's rim. What differs from it falls into connected components; each is named
-by the colour of its pixels, by its outline (its profile, beside those of the shapes as they should be) and by the cell
-of its centroid. A caption is right when every object it names is there, in colour, shape and place, and nothing else
-is; in clips also moving as it says, on the side that it names. Sizes and textures are not judged.
+The background is the colour of the picture's rim. Pixels that differ from it form connected components. Each component
+is classified by the colour of its pixels, by its outline (its profile, compared with those of rendered shapes) and by
+the grid cell of its centroid. A caption is right if the picture shows exactly the objects it names, with their colour,
+shape and place; in clips, also their motion and side. Sizes and textures are not checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ANGLES = 72
 MIN_AREA = 0.004
 FOREGROUND = 0.14
 CLIP_MOMENTS = 5
-# where the middle of a clip's track must lie: axis, direction, and how far from the middle of the picture at least
+# axis and direction from the picture's middle in which the middle of a track must lie, by at least ASIDE
 SIDES = {"top": (1, -1), "bottom": (1, 1), "left": (0, -1), "right": (0, 1)}
 ASIDE = 0.08
 ROUNDING = 0.1
@@ -33,7 +33,7 @@ ROUNDING = 0.1
 
 @dataclass(frozen=True)
 class Blob:
-    """One connected component: `centre` (x, y) and `area` as fractions of the picture."""
+    """Connected component; `centre` (x, y) and `area` are fractions of the picture."""
 
     colour: str
     shape: str
@@ -43,14 +43,14 @@ class Blob:
 
 @dataclass
 class Verdict:
-    """Whether the picture is what the caption says, and what is wrong with it otherwise."""
+    """Result of a check: whether the drawing matches the caption, and the differences."""
 
     ok: bool
     problems: list[str] = field(default_factory=list)
 
 
 def check_picture(picture: np.ndarray, caption: str | Scene) -> Verdict:
-    """Is this picture what the caption says?
+    """Check a picture against a caption.
 
     Args:
         picture: (H, W, 3) RGB, floats in 0…1 or uint8.
@@ -63,30 +63,33 @@ def check_picture(picture: np.ndarray, caption: str | Scene) -> Verdict:
 
 
 def check_clip(frames: np.ndarray, caption: str | Scene) -> Verdict:
-    """Is this clip, (T, H, W, 3), what the caption says? Looked at in a few frames from the first to the last."""
+    """Check a clip (T, H, W, 3) against a caption, in five frames from the first to the last."""
     scene = parse_caption(caption) if isinstance(caption, str) else caption
     moments = np.linspace(0, len(frames) - 1, CLIP_MOMENTS).round().astype(int)
     found = [find_blobs(_as_float(frames[i])) for i in moments]
     problems = [f"background {b}, not {scene.background}" for b, _ in found[:1] if b != scene.background]
-    wanted, crowd = len(scene.things) * scene.count, [len(blobs) for _, blobs in found]
-    if sum(n == wanted for n in crowd) < CLIP_MOMENTS - 1:
-        problems.append(f"{crowd} objects in the frames, not {wanted}")
+    expected, counts = len(scene.things) * scene.count, [len(blobs) for _, blobs in found]
+    if sum(n == expected for n in counts) < CLIP_MOMENTS - 1:
+        problems.append(f"{counts} objects in the frames, not {expected}")
     for thing in scene.things:
-        shown = _frames_with(thing, scene.count, [blobs for _, blobs in found])
-        if len(shown) < CLIP_MOMENTS - 1:
-            problems.append(f"not {scene.count} {thing.colour} in {CLIP_MOMENTS - len(shown)} of {CLIP_MOMENTS} frames")
+        complete = _frames_with(thing, scene.count, [blobs for _, blobs in found])
+        if len(complete) < CLIP_MOMENTS - 1:
+            problems.append(
+                f"not {scene.count} {thing.colour} in {CLIP_MOMENTS - len(complete)} of {CLIP_MOMENTS} frames"
+            )
             continue
-        if scene.arrangement and _arrangement_of(shown[0]) != scene.arrangement:
+        if scene.arrangement and _arrangement_of(complete[0]) != scene.arrangement:
             problems.append(f"not in a {scene.arrangement}")
-        for track in zip(*shown, strict=True):
+        for track in zip(*complete, strict=True):
             problems += _compare_track(thing, track)
     return Verdict(not problems, problems)
 
 
 def _frames_with(thing: Thing, count: int, frames: list[list[Blob]]) -> list[list[Blob]]:
-    """The object, or its copies in one order, of each frame that shows them all.
+    """Blobs of an object, or of its copies in a fixed order, for each frame that shows all of them.
 
-    Copies are sorted along the axis across their motion, still ones along the axis on which they are apart.
+    Moving copies are sorted along the axis perpendicular to their motion, still ones along the axis of their row or
+    column.
     """
     same = [sorted((b for b in blobs if b.colour == thing.colour), key=lambda b: -b.area)[:count] for blobs in frames]
     same = [blobs for blobs in same if len(blobs) == count]
@@ -98,7 +101,7 @@ def _frames_with(thing: Thing, count: int, frames: list[list[Blob]]) -> list[lis
 
 
 def _compare_track(thing: Thing, track: Sequence[Blob]) -> list[str]:
-    """What is wrong with what became of one object over a clip."""
+    """Differences between a thing and its track over a clip."""
     problems = []
     if sum(blob.shape == thing.shape for blob in track) * 2 <= len(track):
         problems.append(f"{thing.colour} {track[0].shape}, not {thing.shape}")
@@ -115,18 +118,18 @@ def _compare_track(thing: Thing, track: Sequence[Blob]) -> list[str]:
 def _as_float(picture: np.ndarray) -> np.ndarray:
     picture = np.asarray(picture)
     if picture.ndim != 3 or picture.shape[-1] != 3:
-        raise ValueError(f"a picture is (H, W, 3), got {picture.shape}")
+        raise ValueError(f"expected a picture of shape (H, W, 3), got {picture.shape}")
     return picture.astype(np.float32) / 255 if picture.dtype == np.uint8 else picture.astype(np.float32)
 
 
 def _compare_things(scene: Scene, blobs: list[Blob]) -> list[str]:
-    wanted = list(scene.things) * scene.count
-    if len(blobs) != len(wanted):
-        return [f"{len(blobs)} objects, not {len(wanted)}"]
+    expected = list(scene.things) * scene.count
+    if len(blobs) != len(expected):
+        return [f"{len(blobs)} objects, not {len(expected)}"]
     best: list[str] | None = None
     for order in itertools.permutations(blobs) if scene.count == 1 else [tuple(blobs)]:
         problems = []
-        for thing, blob in zip(wanted, order, strict=True):
+        for thing, blob in zip(expected, order, strict=True):
             place = _place_of(blob.centre)
             if blob.colour != thing.colour:
                 problems.append(f"{blob.colour}, not {thing.colour}")
@@ -161,7 +164,7 @@ def _motion_of(track: Sequence[Blob]) -> str:
 
 
 def find_blobs(picture: np.ndarray) -> tuple[str, list[Blob]]:
-    """The background's name and the objects of a picture (H, W, 3) in 0…1."""
+    """Colour name of the background, and the objects, of a picture (H, W, 3) in 0…1."""
     rim = np.concatenate([picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3)])
     rim = np.concatenate([rim, picture[:, :4].reshape(-1, 3), picture[:, -4:].reshape(-1, 3)])
     ground = np.median(rim, axis=0)
@@ -171,13 +174,13 @@ def find_blobs(picture: np.ndarray) -> tuple[str, list[Blob]]:
     labels, count = ndimage.label(mask)
     blobs = []
     for label, box in enumerate(ndimage.find_objects(labels, count), start=1):
-        part = labels[box] == label
-        area = part.sum() / mask.size
+        component = labels[box] == label
+        area = component.sum() / mask.size
         if area < MIN_AREA:
             continue
-        y, x = ndimage.center_of_mass(ndimage.binary_fill_holes(part))
+        y, x = ndimage.center_of_mass(ndimage.binary_fill_holes(component))
         centre = ((x + box[1].start + 0.5) / mask.shape[1], (y + box[0].start + 0.5) / mask.shape[0])
-        blobs.append(Blob(_colour_of(picture[box], part, background), _shape_of(part), centre, float(area)))
+        blobs.append(Blob(_colour_of(picture[box], component, background), _shape_of(component), centre, float(area)))
     return background, blobs
 
 
@@ -188,9 +191,9 @@ def _references() -> tuple[np.ndarray, list[str]]:
     return np.array(values, dtype=np.float32), names
 
 
-def _colour_of(picture: np.ndarray, part: np.ndarray, background: str) -> str:
-    core = ndimage.binary_erosion(part, iterations=2)
-    pixels = picture[core if core.sum() > 20 else part]
+def _colour_of(picture: np.ndarray, component: np.ndarray, background: str) -> str:
+    core = ndimage.binary_erosion(component, iterations=2)
+    pixels = picture[core if core.sum() > 20 else component]
     values, names = _references()
     allowed = [i for i, name in enumerate(names) if name != background]
     nearest = np.abs(pixels[:, None] - values[None, allowed]).sum(-1).argmin(1)
@@ -201,16 +204,16 @@ def _colour_of(picture: np.ndarray, part: np.ndarray, background: str) -> str:
     return max(totals, key=lambda name: totals[name])
 
 
-def _profile(part: np.ndarray) -> np.ndarray:
-    """What tells the shapes apart: the outline's radius over the angle, solidity, roundness and a hole within.
+def _profile(component: np.ndarray) -> np.ndarray:
+    """Features of a shape: radius of the outline over the angle, solidity, roundness and central hole.
 
-    The radius counts by its Fourier magnitudes, which a rotation leaves alone. Solidity is the share that the filled
-    part has of its convex hull, roundness the hull's area beside that of a circle of its perimeter. The weights bring
-    them to like spreads within a shape.
+    The radius is represented by its Fourier magnitudes, which are invariant to rotation. Solidity is the area of the
+    filled component divided by that of its convex hull. Roundness is the hull's area divided by that of a circle with
+    the same perimeter. The weights equalize the spread of the features within a shape.
     """
-    filled = ndimage.binary_fill_holes(part)
+    filled = ndimage.binary_fill_holes(component)
     y, x = ndimage.center_of_mass(filled)
-    reach = int(np.hypot(*part.shape)) + 2
+    reach = int(np.hypot(*component.shape)) + 2
     angles = np.arange(ANGLES) * 2 * np.pi / ANGLES
     steps = np.arange(0, reach, 0.5)
     ys = y + np.sin(angles)[:, None] * steps
@@ -220,28 +223,28 @@ def _profile(part: np.ndarray) -> np.ndarray:
     spectrum = np.abs(np.fft.rfft(radius / radius.mean())) / ANGLES
     area, perimeter = _hull_of(filled)
     solidity, roundness = filled.sum() / area, 4 * np.pi * area / perimeter**2
-    weighted = [4 * solidity, 8 * roundness, min(1.0, 12 * _central_hole(part, filled))]
+    weighted = [4 * solidity, 8 * roundness, min(1.0, 12 * _central_hole(component, filled))]
     return np.concatenate([spectrum[1:11] * 10, weighted])
 
 
 def _hull_of(filled: np.ndarray) -> tuple[float, float]:
-    """Area and perimeter of the convex hull of the part's pixels."""
+    """Area and perimeter of the convex hull of the component's pixels."""
     rim = np.argwhere(filled & ~ndimage.binary_erosion(filled))
     corners = rim[:, None] + [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]
     hull = ConvexHull(corners.reshape(-1, 2))
     return float(hull.volume), float(hull.area)
 
 
-def _central_hole(part: np.ndarray, filled: np.ndarray) -> float:
-    """The share of the filled part that is a hole around its centre; holes that a texture leaves elsewhere are none."""
-    holes, _ = ndimage.label(filled & ~part)
+def _central_hole(component: np.ndarray, filled: np.ndarray) -> float:
+    """Area of the hole at the centre as a share of the filled component; other holes belong to textures."""
+    holes, _ = ndimage.label(filled & ~component)
     y, x = (round(c) for c in ndimage.center_of_mass(filled))
     return float((holes == holes[y, x]).sum() / filled.sum()) if holes[y, x] else 0.0
 
 
 @functools.cache
 def _templates() -> np.ndarray:
-    """The profiles of every shape as rendered, then of every shape grown and with its corners rounded."""
+    """Profiles of each shape as rendered, then of each shape dilated and with rounded corners."""
     rows = torch.zeros(len(SHAPES), 1, FIELDS)
     rows[..., X] = rows[..., Y] = 0.5
     rows[..., RADIUS], rows[..., PRESENT] = 0.3, 1.0
@@ -251,5 +254,5 @@ def _templates() -> np.ndarray:
     return np.stack([_profile(p > 0.5) for p in covers] + [_profile(p > FOREGROUND) for p in rounded])
 
 
-def _shape_of(part: np.ndarray) -> str:
-    return SHAPES[int(np.abs(_templates() - _profile(part)).sum(1).argmin()) % len(SHAPES)]
+def _shape_of(component: np.ndarray) -> str:
+    return SHAPES[int(np.abs(_templates() - _profile(component)).sum(1).argmin()) % len(SHAPES)]

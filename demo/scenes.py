@@ -1,8 +1,8 @@
-"""Scenes that the embedded pipelines draw, and the small language of their captions.
+"""Scenes that the embedded pipelines draw, and the language of their captions.
 
-A `Scene` is what a caption fixes: objects with colour, texture, shape, size and place (or count, or motion) on a
-background. `render.py` draws a scene, `scene_checker.py` judges a picture against one. One scene in ten is held out of
-training: `is_held_out` decides from a hash of what the caption says, whatever its phrasing.
+A `Scene` holds what a caption states: objects with colour, texture, shape, size and place (or count, or motion) on a
+background. `render.py` draws a scene, `scene_checker.py` checks a picture against one. One scene in ten is held out of
+training: `is_held_out` depends on a hash of the scene, not on the phrasing of its caption.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PLACES = (
 COUNTS = ("two", "three", "four")
 ARRANGEMENTS = ("row", "column")
 MOTIONS = ("left", "right", "up", "down", "still")
-# the lanes beside the middle that objects of a clip take, each with the motions that stay in it
+# lanes off the middle for objects of a clip, each with the motions that stay in the lane
 LANE_MOTIONS = {
     **dict.fromkeys(("top", "bottom"), ("left", "right", "still")),
     **dict.fromkeys(("left", "right"), ("up", "down", "still")),
 }
 OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
-# what training and the held-out captions draw from; the renderer and the check know all of SHAPES and COUNTS
+# used by training and held-out captions; renderer and checker support all of SHAPES and COUNTS
 TAUGHT_SHAPES = ("circle", "square", "triangle", "cross")
 TAUGHT_COUNTS = (2, 3)
 HELD_OUT_ONE_IN = 10
@@ -42,7 +42,7 @@ TEXT_LENGTH = 40
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a caption; None where the caption leaves it open."""
+    """Object of a caption; None for attributes that the caption leaves open."""
 
     shape: str
     colour: str
@@ -54,9 +54,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption fixes. `count` > 1 means that many copies of the only thing, in a row or a column.
+    """Content of a caption. `count` > 1: copies of the only thing, in a row or a column.
 
-    Two copies that move lie side by side across their motion.
+    Two moving copies are side by side, perpendicular to their motion.
     """
 
     things: tuple[Thing, ...]
@@ -70,22 +70,22 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What the caption says, in one canonical order.
+        """Canonical description of the scene.
 
-        The split of the trained pipelines hangs on every letter; "None" stands where relations once did.
+        The split of the trained pipelines depends on each letter of it; "None" is in the place of a removed attribute.
         """
         parts = sorted(f"{t.size} {t.colour} {t.texture} {t.shape} {t.place} {t.motion}" for t in self.things)
         return f"{'; '.join(parts)}; {self.count} {self.arrangement} None; {self.background}"
 
 
 def is_held_out(scene: Scene) -> bool:
-    """True for the one scene in ten that training never sees."""
+    """True for the one scene in ten that is not used in training."""
     digest = hashlib.blake2b(scene.key.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
 
 
 def sample_scene(rng: random.Random, clip: bool = False, held_out: bool = False) -> Scene:
-    """A random scene from the training part, or from the part held out."""
+    """Sample a scene from the training split or from the held-out split."""
     while True:
         scene = _sample_clip_scene(rng) if clip else _sample_image_scene(rng)
         if is_held_out(scene) == held_out:
@@ -146,7 +146,7 @@ def _places_for(motion: str | None) -> list[str]:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """A caption of the scene: one phrasing of several, or the plainest without `rng`."""
+    """Caption of a scene: a random phrasing, or the plainest one without `rng`."""
     pick: Callable[[Sequence[str]], str] = rng.choice if rng else lambda options: options[0]
     thing = scene.things[0]
     if scene.count > 1:
@@ -185,14 +185,14 @@ def _describe_motion(motion: str | None) -> str:
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene that a caption of this language describes.
+    """Parse a caption into a scene.
 
-    Raises: ValueError: the caption names no background, a phrase not one shape or no colour, or a place that the
-        motion would leave.
+    Raises: ValueError: no background, a phrase without exactly one shape or without a colour, or a place that does not
+        fit the motion.
     """
     words = text.lower().replace(",", " ").replace(".", " ").split()
     if "background" not in words or words[words.index("background") - 1] not in BACKGROUNDS:
-        raise ValueError(f"caption {text!r} names no background; write '… on a green background'")
+        raise ValueError(f"caption {text!r} names no background: add '… on a green background'")
     end = words.index("background")
     background = words[end - 1]
     body = " ".join(words[: max(i for i in range(end) if words[i] in ("on", "with"))])
@@ -208,7 +208,9 @@ def _parse_thing(words: list[str], text: str) -> Thing:
     shapes = [n for n in names if n in SHAPES]
     colour = next((n for n in names if n in COLOURS), None)
     if len(shapes) != 1 or colour is None:
-        raise ValueError(f"caption {text!r}: {' '.join(words)!r} needs one shape of {SHAPES}, a colour of {COLOURS}")
+        raise ValueError(
+            f"caption {text!r}: expected one shape of {SHAPES} and a colour of {COLOURS}, got {' '.join(words)!r}"
+        )
     tail = " ".join(names[names.index(shapes[0]) + 1 :])
     moves = {"still" if m == "still" else f"moving {m}": m for m in MOTIONS}
     phrase = next((p for p in moves if p in tail), None)
@@ -216,9 +218,7 @@ def _parse_thing(words: list[str], text: str) -> Thing:
     place = " ".join(n for n in rest.split() if n in ("top", "bottom", "left", "right", "center"))
     motion = moves[phrase] if phrase else None
     if motion and place and motion not in LANE_MOTIONS.get(place, ()):
-        raise ValueError(
-            f"caption {text!r}: motion {motion!r} at the {place}; its place is one of {_places_for(motion)}"
-        )
+        raise ValueError(f"caption {text!r}: motion {motion!r} needs a place of {_places_for(motion)}, got {place!r}")
     return Thing(
         shapes[0],
         colour,
@@ -230,9 +230,9 @@ def _parse_thing(words: list[str], text: str) -> Thing:
 
 
 def words_of_language() -> list[str]:
-    """Every word that a caption can contain, sorted; it is the vocabulary of the trained pipelines."""
+    """Sorted list of all words of captions, the vocabulary of the trained pipelines."""
     phrases = ["a an and on with at in the of standing moving corner background picture clip", "row column"]
-    phrases.append("above below to")  # of captions that once were
+    phrases.append("above below to")  # from removed captions; the trained vocabulary contains them
     groups = (COLOURS, BACKGROUNDS, SHAPES, PLURALS.values(), TEXTURES, SIZES, PLACES, COUNTS, MOTIONS)
     for group in groups:
         phrases.extend(group)
@@ -240,7 +240,7 @@ def words_of_language() -> list[str]:
 
 
 def altered_captions(scene: Scene, rng: random.Random) -> dict[str, str]:
-    """Captions that are wrong for a picture of `scene`, one changed attribute each: what was changed → caption."""
+    """Captions that differ from `scene` in one attribute each: attribute → caption."""
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
     taken = {scene.background, *(t.colour for t in scene.things)}
@@ -268,7 +268,7 @@ def altered_captions(scene: Scene, rng: random.Random) -> dict[str, str]:
 
 
 def _altered_clips(scene: Scene, rng: random.Random) -> dict[str, Scene]:
-    """Scenes that a clip of `scene` is none of: one object more or less, another lane, attributes of two swapped."""
+    """Altered scenes of a clip: one object more or less, another lane, or swapped attributes of two objects."""
     first, *others = scene.things
     if not others:
         alone = replace(first, place=None)

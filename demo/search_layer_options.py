@@ -1,12 +1,13 @@
-"""Shares a tenth of the logits out among a pipeline's layers, so that a mechanism loses little before it is trained.
+"""Search for per-layer options of a mechanism with the smallest error of the untrained student at a fixed cost.
 
     python -m dit_accel.demo.search_layer_options image --attn gna:window=18x18 \\
         --samples conversions/image/samples --out gna.json
 
-Layers need different places and different numbers of them: one the whole row, one the same place in all frames, one
-hardly any. The search is by trial, on samples that ``convert`` has encoded to train on: each round tries other options
-in each layer, takes the best change of one layer or two that keeps within the share, and goes on. The file holds the
-best so far, as ``--attn`` takes it, and how far its predictions are from the dense ones.
+The cost is the share of the logits over all layers, by default a tenth. Layers need different windows and numbers of
+keys: some attend along a whole row, some to the same place in all frames, some to few keys. The search is a random
+local search on encoded training samples of ``convert``: each round tries other options in each layer and applies the
+best change of one or two layers within the cost. The output file holds the best options so far, in the syntax of
+``--attn``, and the distance of their predictions to the dense ones.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ _SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.26
 _TOPK = (2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 76)
 _BLOCKS = ("block_size=8,levels=2", "block_size=16,levels=1", "block_size=32,levels=1")
 
-Choice = tuple[int, ...]  # of each axis of the options the place
+Choice = tuple[int, ...]  # index into each axis of the options
 
 
 class Options:
-    """What a mechanism can be given in a layer: axes of values, and the text of a choice of each."""
+    """Search space of one layer: axes of values, and conversion of a choice to text."""
 
     def __init__(self, name: str, grid: Sequence[int]) -> None:
         self.name = name
@@ -67,14 +68,14 @@ class Options:
             return f"{values[1]},topk={values[0]}"
         if self.name == "gna":
             return "window=" + "x".join(map(str, values))
-        # half of a window of this size; an axis that is seen whole must not narrow the others
+        # half of a window of this size; 4 × the axis if it is covered entirely, so that it does not narrow the others
         radii = [4 * size if size == axis[-1] else (size + 1) / 2 for size, axis in zip(values, self.axes, strict=True)]
         return "radius=" + "x".join(f"{radius:g}" for radius in radii)
 
     def choice(self, processor: Any) -> Choice:
-        """The nearest to a processor's options.
+        """Choice nearest to a processor's options.
 
-        Raises: ValueError: options that are not searched are others than here.
+        Raises: ValueError: options outside the search space differ from those of the search.
         """
         if self.name == "sla":
             values: list[Any] = [processor.critical]
@@ -88,20 +89,21 @@ class Options:
             min(range(len(axis)), key=lambda i: axis[i] != value if isinstance(value, str) else abs(axis[i] - value))
             for axis, value in zip(self.axes, values, strict=True)
         )
-        ours = parse_attention(f"{self.name}:{self.text(choice)}").processor()
+        nearest = parse_attention(f"{self.name}:{self.text(choice)}").processor()
         searched = {"sla": "critical", "llsa": "topk", "gna": "window", "clear": "radius"}[self.name]
-        alike = replace(processor, **{searched: getattr(ours, searched)})
-        if alike != ours:
+        changed = replace(processor, **{searched: getattr(nearest, searched)})
+        if changed != nearest:
             raise ValueError(
-                f"{alike}: of {self.name} only {searched} can be other than in {ours}: begin with such options"
+                f"{self.name}: the search varies only {searched}; expected the other options as in {nearest}, got "
+                f"{changed}"
             )
         return choice
 
     def _by_axis(self, value: Any) -> list[Any]:
         return list(value) if isinstance(value, tuple) else [value] * len(self.axes)
 
-    def near(self, choice: Choice, rng: random.Random) -> Choice:
-        """Another choice: one axis or two a few steps on."""
+    def neighbour(self, choice: Choice, rng: random.Random) -> Choice:
+        """Random neighbour of a choice: one or two axes changed by at most three steps."""
         while True:
             moved = list(choice)
             for axis in rng.sample(range(len(choice)), min(len(choice), rng.choice((1, 1, 2)))):
@@ -112,13 +114,13 @@ class Options:
 
 
 class Search:
-    """Choices of options by layer, from those of ``begin`` on."""
+    """Local search of options per layer, starting from those of ``begin``."""
 
     def __init__(self, pipe: Any, begin: AttentionSpec, samples: Sequence[Sample], share: float, seed: int) -> None:
         self.pipe, self.name, self.share, self.rng = pipe, begin.name, share, random.Random(seed)
         (self.model,) = denoisers(pipe).values()
         self.arguments = self._arguments(samples)
-        self.wanted = self._predict()
+        self.dense = self._predict()
         (processors,) = set_by_layer(pipe, begin.by_layer(begin.processor())).values()
         self.layouts = self._layouts()
         layout = next(iter(self.layouts.values()))
@@ -127,13 +129,13 @@ class Search:
         self.choices = {name: self.options.choice(layer) for name, layer in processors.items()}
         if self.cost(self.choices) > share:
             raise ValueError(
-                f"{self.text(self.choices)} computes {self.cost(self.choices):.2%} of the logits, more than the share "
-                f"of {share:.2%}: begin with less"
+                f"expected at most {share:.2%} of the logits (--share), got {self.cost(self.choices):.2%} for "
+                f"{self.text(self.choices)}: start from options with a lower cost"
             )
         self.loss = self.measure(self.choices)
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """One call of the denoiser: each sample at each level."""
+        """Arguments of one call of the denoiser with each sample at each noise level."""
         process, device = noise_process(self.pipe.scheduler), next(self.model.parameters()).device
         chosen = [sample for sample in samples for _ in LEVELS]
         levels = torch.tensor(LEVELS, device=device).repeat(len(samples))
@@ -151,43 +153,43 @@ class Search:
             return self.model(**self.arguments)[0].float()
 
     def _layouts(self) -> dict[str, TokenLayout]:
-        """Of each layer; read off a forward. What is installed is taken off."""
+        """Layout of each layer, recorded in one forward pass. Removes the installed processors."""
         self._predict()
         found = {name: layer.slot.last for name, layer in installed_layers(self.model).items()}
         reset_attn_processor(self.pipe)
         return {name: layout for name, layout in found.items() if layout is not None}
 
     def _cost(self, choice: Choice, layout: TokenLayout) -> float:
-        """Share of a layer's logits."""
+        """Share of the logits in one layer."""
         if (choice, layout) not in self.shares:
             processor = parse_attention(f"{self.name}:{self.options.text(choice)}").processor()
             self.shares[choice, layout] = count_logits(processor, layout) / layout.seq_len**2
         return self.shares[choice, layout]
 
     def cost(self, choices: Mapping[str, Choice]) -> float:
-        """Share of all logits."""
+        """Share of the logits over all layers."""
         return sum(self._cost(choice, self.layouts[name]) for name, choice in choices.items()) / len(choices)
 
     def measure(self, choices: Mapping[str, Choice]) -> float:
-        """Mean squared distance of the predictions to the dense ones."""
+        """Mean squared error of the predictions against the dense ones."""
         spec = parse_attention(self.text(choices))
         set_by_layer(self.pipe, spec.by_layer(spec.processor()))
         try:
-            return float((self._predict() - self.wanted).square().mean())
+            return float((self._predict() - self.dense).square().mean())
         finally:
             reset_attn_processor(self.pipe)
 
     def text(self, choices: Mapping[str, Choice]) -> str:
-        """As ``--attn`` takes it: what most layers have, then the exceptions."""
+        """Choices in the syntax of ``--attn``: the most frequent options, then the exceptions."""
         layers: dict[str, list[str]] = {}
         for name, choice in choices.items():
             layers.setdefault(self.options.text(choice), []).append(name)
-        usual = max(layers, key=lambda options: len(layers[options]))
-        parts = [f"{self.name}:{usual}"]
+        most_common = max(layers, key=lambda options: len(layers[options]))
+        parts = [f"{self.name}:{most_common}"]
         for options, names in layers.items():
-            if options == usual:
+            if options == most_common:
                 continue
-            differ = ",".join(part for part in options.split(",") if part not in usual.split(","))
+            differ = ",".join(part for part in options.split(",") if part not in most_common.split(","))
             stems: dict[str, list[str]] = {}
             for name in names:
                 stem, number, _ = re.split(r"\.(\d+)\.", name, maxsplit=1)
@@ -198,13 +200,13 @@ class Search:
         return ";".join(parts)
 
     def round(self, finished: Callable[[], bool]) -> bool:
-        """Try two other choices for each layer, and the best of them alone or two together. Returns: whether better."""
-        changes: list[tuple[float, float, str, Choice]] = []  # in loss, in cost, of a layer to a choice
+        """Try two other choices per layer and apply the best one or pair. Returns: True if the loss decreased."""
+        changes: list[tuple[float, float, str, Choice]] = []  # change of loss, change of cost, layer, choice
         for name in self.layouts:
             for _ in range(2):
                 if finished():
                     return False
-                choice = self.options.near(self.choices[name], self.rng)
+                choice = self.options.neighbour(self.choices[name], self.rng)
                 cost = self._cost(choice, self.layouts[name]) - self._cost(self.choices[name], self.layouts[name])
                 loss = self.measure({**self.choices, name: choice}) - self.loss
                 changes.append((loss, cost / len(self.layouts), name, choice))
@@ -230,11 +232,11 @@ class Search:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("image", "video"))
-    parser.add_argument("--pipeline", type=Path, help="default the embedded one")
-    parser.add_argument("--attn", metavar="SPEC", type=parse_attention, required=True, help="to begin with")
+    parser.add_argument("--pipeline", type=Path, help="folder of the pipeline; default the embedded one")
+    parser.add_argument("--attn", metavar="SPEC", type=parse_attention, required=True, help="initial options")
     parser.add_argument("--samples", type=Path, required=True, help="folder of encoded samples")
-    parser.add_argument("--count", type=int, default=4, help="of them")
-    parser.add_argument("--share", type=float, default=0.0995, help="of the logits")
+    parser.add_argument("--count", type=int, default=4, help="number of samples")
+    parser.add_argument("--share", type=float, default=0.0995, help="maximum share of the logits")
     parser.add_argument("--seconds", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
@@ -244,7 +246,7 @@ def main() -> None:
     folder = args.pipeline or (VIDEO if args.kind == "video" else IMAGE).folder
     paths = sorted(args.samples.glob("*.safetensors"))[: args.count]
     if not paths:
-        parser.error(f"no encoded samples in {args.samples}: give the folder samples of a conversion")
+        parser.error(f"no encoded samples in {args.samples}: pass the folder samples of a conversion")
     samples = [read_sample(path) for path in paths]
     pipe = load_pipeline(str(folder), torch.float32, device)
     try:
@@ -256,9 +258,9 @@ def main() -> None:
         better = search.round(lambda: time.monotonic() >= end)
         rounds += 1
         if better or rounds == 1:
-            told = {"attention": search.text(search.choices), "share": search.cost(search.choices)}
-            write_json(args.out, {**told, "distance": search.loss, "rounds": rounds})
-            print(json.dumps({**told, "distance": search.loss, "rounds": rounds}), flush=True)
+            result = {"attention": search.text(search.choices), "share": search.cost(search.choices)}
+            write_json(args.out, {**result, "distance": search.loss, "rounds": rounds})
+            print(json.dumps({**result, "distance": search.loss, "rounds": rounds}), flush=True)
 
 
 if __name__ == "__main__":

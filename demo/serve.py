@@ -1,4 +1,4 @@
-"""Runs the app until a signal ends it. Gradio is imported once there is a folder for its files."""
+"""Run the app until a signal stops it. Gradio is imported after its temporary folder has been set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["serve"]
 def serve(
     pipeline: str | None, device: torch.device, dtype: torch.dtype, access: Access, port: int | None, share: bool
 ) -> None:
-    """Load, serve and print the address; the temporary folder is gone afterwards.
+    """Load the pipeline, serve the app and print its address; remove the temporary folder on exit.
 
     Raises: BadInput: the pipeline cannot be loaded; OSError: the port is taken; KeyboardInterrupt: a signal.
     """
@@ -28,7 +28,7 @@ def serve(
         app = launch(engine, access, port, share)
         try:
             print(f"The page is at {app.local_url}" + (f" and {app.share_url}" if share else ""), flush=True)
-            print("Ctrl-C ends it.", flush=True)
+            print("Press Ctrl-C to stop.", flush=True)
             threading.Event().wait()
         finally:
             app.close(verbose=False)

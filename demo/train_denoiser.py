@@ -1,8 +1,8 @@
-"""Trains the embedded pipelines' denoisers (with their text encoders) by flow matching, within a wall-clock budget.
+"""Train the denoisers of the embedded pipelines, with their text encoders, by flow matching in a wall-clock budget.
 
-Many steps are taken on small pictures of the same scenes; positions are stretched so that a place keeps its rotary
-angle at every size. The models are small and the steps many: what limits them is drawing and encoding clips and
-starting kernels. So latents are kept and met again with other noise, and on a GPU a step is one CUDA graph.
+Most steps use small pictures; positions are stretched, so that a place has the same rotary angles at each size. The
+models are small, so rendering and encoding clips and kernel launches limit the speed. Therefore latents are reused with
+new noise, and on a GPU each step is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dit_accel.demo.train_text import LONG_TEXT, t5_embeddings, text_encoders
 from dit_accel.demo.train_vae import clip_times, encode
 from dit_accel.demo.vocabulary import share_capitals
 
-EAGER_STEPS = 20  # before a step is captured: the optimizer's state is made, the kernels are compiled
+EAGER_STEPS = 20  # before the first capture: creates the optimizer's state and compiles the kernels
 
 
 class StretchedRope(nn.Module):
-    """Wan's rotary table for a grid of fewer tokens a side, at the angles of the full grid."""
+    """Wan's rotary table for a grid with fewer tokens per side, stretched to the angles of the full grid."""
 
     def __init__(self, model: WanTransformer3DModel, frames: int, side: int, full_side: int) -> None:
         super().__init__()
@@ -59,21 +59,21 @@ class StretchedRope(nn.Module):
 
 
 def stretched_ids(side: int, full_side: int, device: torch.device) -> torch.Tensor:
-    """Flux's image position ids for a grid of fewer tokens a side, at the positions of the full grid."""
+    """Flux's image position ids for a grid with fewer tokens per side, stretched to the full grid."""
     axis = (torch.arange(side, device=device) + 0.5) * (full_side / side) - 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([torch.zeros_like(y), y, x], -1).flatten(0, 1)
 
 
 def sample_sigmas(count: int, shift: float, device: torch.device) -> torch.Tensor:
-    """Noise levels: half logit-normal, half uniform, then shifted as the scheduler shifts its own."""
+    """Sample noise levels: half logit-normal, half uniform, then shifted like the scheduler's sigmas."""
     middle = torch.sigmoid(torch.randn(count, device=device))
     level = torch.where(torch.rand(count, device=device) < 0.5, middle, torch.rand(count, device=device))
     return shift * level / (1 + (shift - 1) * level)
 
 
 class LatentPool:
-    """The latest `capacity` latents with their captions; `sample` draws from all of them at random."""
+    """Ring buffer of the latest `capacity` latents with their captions; `sample` returns a random batch."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.count, self.place = capacity, 0, 0
@@ -96,7 +96,7 @@ class LatentPool:
 
 
 class DenoiserTrainer:
-    """The denoiser and text encoders under training: one `step` a batch, averaged weights at the end."""
+    """Trainer of the denoiser and text encoders: one `step` per batch, averaged weights at the end."""
 
     def __init__(self, pipe: DiffusionPipeline, config: Config, stream: SceneStream) -> None:
         self.pipe, self.config, self.stream = pipe, config, stream
@@ -105,7 +105,7 @@ class DenoiserTrainer:
         if self.device.type == "cuda":
             self.draw = torch.compile(draw_object, dynamic=False)
             self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.own_rope = getattr(self.model, "rope", None)
+        self.original_rope = getattr(self.model, "rope", None)
         text = [p for encoder in text_encoders(pipe) for p in encoder.parameters()]
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -115,7 +115,9 @@ class DenoiserTrainer:
             {"params": text, "peak": config.text_lr, "weight_decay": 0.0},
         ]
         cuda = self.device.type == "cuda"
-        rate = torch.tensor(0.0, device=self.device)  # a tensor, so that a captured step reads what it is at replay
+        rate = torch.tensor(
+            0.0, device=self.device
+        )  # a tensor, so that a captured step reads its current value at replay
         for group in groups:
             group["lr"] = rate.clone()
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=cuda, capturable=cuda)
@@ -125,21 +127,23 @@ class DenoiserTrainer:
         self.steps = 0
 
     def enter_phase(self, phase: Phase) -> None:
-        """Settles the positions for this phase's size."""
+        """Set the positions for the size of this phase."""
         full, side = self.config.token_side, self.config.token_side * phase.size // self.config.size
         if isinstance(self.config, VideoConfig):
             frames = (self.config.frames - 1) // 2 + 1
             whole = side == full
-            self.model.rope = self.own_rope if whole else StretchedRope(self.model, frames, side, full).to(self.device)
+            self.model.rope = (
+                self.original_rope if whole else StretchedRope(self.model, frames, side, full).to(self.device)
+            )
         self.image_ids = stretched_ids(side, full, self.device)
         self.graphs.clear()
 
     def save(self, write: Callable[[DiffusionPipeline], object]) -> None:
-        """Writes the pipeline as it would be if training ended here, and goes on."""
+        """Write the pipeline with the averaged weights, then restore the weights under training."""
         rope, kept = getattr(self.model, "rope", None), [p.detach().clone() for p in self.parameters]
         embedding = text_encoders(self.pipe)[-1].get_input_embeddings().weight
         row = embedding.detach().clone()
-        self.leave()
+        self.load_averaged()
         write(self.pipe)
         with torch.no_grad():
             for parameter, value in zip(self.parameters, kept, strict=True):
@@ -148,10 +152,10 @@ class DenoiserTrainer:
         if rope is not None:
             self.model.rope = rope
 
-    def leave(self) -> None:
-        """Puts the averaged weights in, and everything else back as the pipeline had it."""
-        if self.own_rope is not None:
-            self.model.rope = self.own_rope
+    def load_averaged(self) -> None:
+        """Load the averaged weights and restore the pipeline's own rotary embedding."""
+        if self.original_rope is not None:
+            self.model.rope = self.original_rope
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.averaged, strict=True):
                 parameter.copy_(value)
@@ -197,7 +201,7 @@ class DenoiserTrainer:
         return self.model(noisy, text, pooled, sigma, self.image_ids, text_ids, return_dict=False)[0]
 
     def step(self, latents: torch.Tensor, batch: Batch, shift: float, progress: float) -> torch.Tensor:
-        """One optimizer step; `progress` 0…1 of the whole budget sets the learning rate."""
+        """Run one optimizer step; `progress` in 0…1 of the whole budget sets the learning rate."""
         ramp = min(1.0, (self.steps + 1) / 200)
         decay = 1.0 if progress < 0.3 else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.3) / 0.7))
         for group in self.optimizer.param_groups:
@@ -216,7 +220,7 @@ class DenoiserTrainer:
         return loss
 
     def update(self, latents: torch.Tensor, batch: Batch, shift: float, long_text: bool) -> torch.Tensor:
-        """Loss, gradients and the optimizer's change: what a graph captures."""
+        """Compute loss and gradients and update the parameters: the part captured as a CUDA graph."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(latents, batch, shift, long_text)
         loss.backward()
@@ -230,17 +234,17 @@ class _CapturedStep:
 
     def __init__(self, trainer: DenoiserTrainer, latents: torch.Tensor, batch: Batch, shift: float, long: bool) -> None:
         self.inputs = [latents.clone(), *(getattr(batch, f.name).clone() for f in fields(Batch))]
-        mine, own = self.inputs[0], Batch(*self.inputs[1:])
+        static_latents, static_batch = self.inputs[0], Batch(*self.inputs[1:])
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what the first calls allocate and compile must not be captured
+        with torch.cuda.stream(side):  # warm-up: allocations and compilation of the first calls must not be captured
             for _ in range(3):
-                trainer.update(mine, own, shift, long)
+                trainer.update(static_latents, static_batch, shift, long)
         torch.cuda.current_stream().wait_stream(side)
         trainer.optimizer.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = trainer.update(mine, own, shift, long)
+            self.loss = trainer.update(static_latents, static_batch, shift, long)
 
     def __call__(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
         given = [latents, *(getattr(batch, f.name) for f in fields(Batch))]
@@ -258,25 +262,25 @@ def train_denoiser(
     log: Callable[..., None],
     write: Callable[[DiffusionPipeline], object],
 ) -> int:
-    """Trains through the phases until `deadline`, leaves averaged weights in the pipeline, returns the steps taken.
+    """Train through the phases until `deadline`, load the averaged weights, and return the number of steps.
 
     `write` saves the pipeline; it is called after each phase.
     """
     pipe.vae.requires_grad_(False)
     trainer = DenoiserTrainer(pipe, config, stream)
-    begun = time.monotonic()
-    budget, passed, average = max(1e-3, deadline - begun), 0.0, None
+    start = time.monotonic()
+    budget, passed, average = max(1e-3, deadline - start), 0.0, None
     for phase in phases:
         passed += phase.share / sum(p.share for p in phases)
         trainer.enter_phase(phase)
         pool = LatentPool(config.pool_batches * phase.batch)
         seen, since, first = 0, time.monotonic(), True
-        while first or time.monotonic() < begun + passed * budget:
+        while first or time.monotonic() < start + passed * budget:
             for _ in range(config.first_batches if first else 1):
                 batch = stream.next(phase.batch)
                 pool.add(trainer.latents(batch, phase.size), batch)
             for _ in range(config.reuse):
-                progress = min(1.0, (time.monotonic() - begun) / budget)
+                progress = min(1.0, (time.monotonic() - start) / budget)
                 loss = trainer.step(*pool.sample(phase.batch), phase.shift, progress)
                 average = loss if average is None else torch.lerp(average, loss, 0.02)
             if first and pipe.device.type == "cuda":
@@ -286,5 +290,5 @@ def train_denoiser(
             rate = seen / max(1e-3, time.monotonic() - since)
             log(lambda s=trainer.steps, p=phase.size, a=average, r=rate: f"denoiser {s} {p} px loss {a:.4f} {r:.0f}/s")
         trainer.save(write)
-    trainer.leave()
+    trainer.load_averaged()
     return trainer.steps

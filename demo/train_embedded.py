@@ -1,12 +1,12 @@
-"""Trains one of the embedded pipelines from scratch, on scenes that it renders as it goes, and writes the pipeline.
+"""Train one of the embedded pipelines from scratch on scenes rendered on the fly, and write the pipeline.
 
     python -m dit_accel.demo.train_embedded image --out demo/image --minutes 9
     python -m dit_accel.demo.train_embedded video --out demo/video --minutes 9 --resume demo/video
     python -m dit_accel.demo.train_embedded image --out demo/image --only-eval --seed 20261123
     python -m dit_accel.demo.train_embedded image --out large --heads 6 --single-blocks 5 --parts demo/image --lr 6e-4
 
-Everything is done when the minutes are over: text encoders, autoencoder, denoiser, writing, and, in what is left,
-drawing held-out captions through the written pipeline and checking the pictures.
+The minutes cover everything: training of text encoders, autoencoder and denoiser, writing the pipeline and, in the
+reserve, drawing and checking held-out captions with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-BEGUN = time.monotonic()
+START_TIME = time.monotonic()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -49,13 +49,13 @@ LOG_EVERY = 10.0
 
 
 class Log:
-    """Prints a line every ten seconds, or at once when told to."""
+    """Print at most one line every ten seconds, or immediately with `now`."""
 
     def __init__(self, kind: str) -> None:
         self.kind, self.last = kind, -LOG_EVERY
 
     def __call__(self, text: str | Callable[[], str], now: bool = False) -> None:
-        passed = time.monotonic() - BEGUN
+        passed = time.monotonic() - START_TIME
         if now or passed - self.last >= LOG_EVERY:
             self.last = passed
             print(f"[{self.kind} {passed:6.1f} s] {text if isinstance(text, str) else text()}", flush=True)
@@ -71,7 +71,7 @@ def render_scenes(scenes: list[Scene], config: Config, device: torch.device, see
 def evaluate(
     folder: Path, config: Config, count: int, device: torch.device, log: Log, seed: int = 0
 ) -> tuple[dict, np.ndarray]:
-    """Draws `count` held-out captions through the written pipeline and checks them; the figures and the pictures."""
+    """Draw `count` held-out captions with the written pipeline and check them; return figures and pictures."""
     clip = bool(config.frames)
     pipe = (WanPipeline if clip else FluxPipeline).from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def contact_sheet(drawn: np.ndarray, path: Path, side: int = 160, columns: int = 8) -> None:
-    """The first drawings as one PNG: pictures in a grid, clips as a row of frames each."""
+    """Write the first drawings as one PNG: pictures in a grid, clips as one row of frames each."""
     if drawn.ndim == 5:
         moments = np.linspace(0, drawn.shape[1] - 1, columns).round().astype(int)
         drawn = drawn[:12, moments].reshape(-1, *drawn.shape[2:])
@@ -118,16 +118,24 @@ def main() -> None:
     parser.add_argument("kind", choices=("image", "video"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
     parser.add_argument("--minutes", type=float, default=9.0, help="wall-clock budget of the whole run")
-    parser.add_argument("--resume", type=Path, help="go on from this pipeline: its autoencoder stays as it is")
-    parser.add_argument("--parts", type=Path, help="a new denoiser with this pipeline's text encoders and autoencoder")
-    parser.add_argument("--heads", type=int, help="of the denoiser, 64 channels each; such a pipeline may be large")
-    parser.add_argument("--single-blocks", type=int, help="of the image denoiser")
-    parser.add_argument("--blocks", type=int, help="of the video denoiser")
+    parser.add_argument("--resume", type=Path, help="continue training this pipeline; its autoencoder is not trained")
+    parser.add_argument(
+        "--parts", type=Path, help="train a new denoiser with the text encoders and autoencoder of this pipeline"
+    )
+    parser.add_argument(
+        "--heads", type=int, help="heads of the denoiser, 64 channels each; lifts the limit on the pipeline's size"
+    )
+    parser.add_argument(
+        "--single-blocks", type=int, help="single blocks of the image denoiser; lifts the limit on the size"
+    )
+    parser.add_argument("--blocks", type=int, help="blocks of the video denoiser; lifts the limit on the size")
     parser.add_argument("--eval", type=int, default=100, help="held-out captions to draw and check at the end")
-    parser.add_argument("--only-eval", action="store_true", help="train nothing: draw and check with what is in --out")
-    parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for writing and checking")
-    parser.add_argument("--workers", type=int, default=5, help="processes that make up scenes")
-    parser.add_argument("--lr", type=float, help="peak learning rate of the denoiser; default the configuration's")
+    parser.add_argument(
+        "--only-eval", action="store_true", help="no training: draw and check with the pipeline in --out"
+    )
+    parser.add_argument("--reserve", type=float, default=40.0, help="seconds reserved for writing and checking")
+    parser.add_argument("--workers", type=int, default=5, help="processes that generate scenes")
+    parser.add_argument("--lr", type=float, help="peak learning rate of the denoiser; default from the configuration")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a run of seconds on a CPU")
     args = parser.parse_args()
@@ -140,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # without it a compiled backward ended in an illegal memory access
+    torch.backends.cuda.enable_cudnn_sdp(False)  # with cuDNN, a compiled backward failed with an illegal memory access
     video = args.kind == "video"
     config = smoke_config(args.kind) if args.smoke else (VideoConfig() if video else ImageConfig())
     sizes = {name: getattr(args, name) for name in ("heads", "single_blocks", "blocks")}
@@ -152,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         return save_pipeline(pipe, args.out, config, max_bytes)
 
     if args.only_eval:
-        judge(args, config, device, log, args.seed)
+        write_evaluation(args, config, device, log, args.seed)
         return
     stream = SceneStream(video, device, args.seed, 0 if args.smoke else args.workers)
     stream.next(1)
@@ -166,11 +174,11 @@ def run(args: argparse.Namespace) -> None:
     pipe.to(device)
     log(f"denoiser of {sum(p.numel() for p in pipe.transformer.parameters()):,} parameters", True)
     log(f"on {device}, {config}", True)
-    end = BEGUN + 60 * args.minutes - args.reserve
+    end = START_TIME + 60 * args.minutes - args.reserve
     total = end - time.monotonic()
     if not args.resume and not args.parts:
         right = train_text(pipe, config, stream, time.monotonic() + config.text_share * total, log)
-        log(f"text encoders: {right:.4f} of the answers right", True)
+        log(f"text encoders: {right:.4f} of the attributes right", True)
         train_vae(pipe, config, stream, time.monotonic() + config.vae_share * total, log)
         log(f"autoencoder trained, {save(pipe):,} bytes written", True)
     phases = config.resume_phases if args.resume else config.phases
@@ -179,14 +187,14 @@ def run(args: argparse.Namespace) -> None:
     log(f"{steps} denoiser steps, {save(pipe):,} bytes written", True)
     del pipe
     if args.eval:
-        judge(args, config, device, log)
+        write_evaluation(args, config, device, log)
 
 
-def judge(args: argparse.Namespace, config: Config, device: torch.device, log: Log, seed: int = 0) -> None:
-    """Writes the figures and a sheet of held-out captions drawn by the pipeline in `args.out`, beside it."""
+def write_evaluation(args: argparse.Namespace, config: Config, device: torch.device, log: Log, seed: int = 0) -> None:
+    """Evaluate the pipeline in `args.out`; write the figures and a sheet of drawings beside it."""
     figures, drawn = evaluate(args.out, config, args.eval, device, log, seed)
-    beside = args.out.parent / f"{args.out.name}_metrics.json"
-    beside.write_text(json.dumps({"seed": seed, **figures}, indent=1) + "\n")
+    path = args.out.parent / f"{args.out.name}_metrics.json"
+    path.write_text(json.dumps({"seed": seed, **figures}, indent=1) + "\n")
     contact_sheet(drawn, args.out.parent / f"{args.out.name}_sheet.png")
     log(f"{figures['right']:.0%} of {args.eval} held-out captions drawn right", True)
     for key, problems in figures["wrong"][:30]:

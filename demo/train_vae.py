@@ -1,4 +1,4 @@
-"""Trains the embedded pipelines' autoencoders, and sets their latents to zero mean and unit variance."""
+"""Train the autoencoders of the embedded pipelines, and normalise their latents."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SQUARE_WEIGHT = 2.0
 
 
 def draw(stream: SceneStream, config: Config, count: int, size: int, frames: int | None = None) -> torch.Tensor:
-    """Rendered pictures or clips of `count` new scenes."""
+    """Render pictures or clips of `count` new scenes."""
     batch = stream.next(count)
     return render(batch.rows, batch.backgrounds, size, clip_times(config, stream.device, frames))
 
 
 def clip_times(config: Config, device: torch.device, frames: int | None = None) -> torch.Tensor | None:
-    """Moments of a clip's frames in 0…1: `frames` of them in a random stretch, or all; None for pictures."""
+    """Times of a clip's frames in 0…1: `frames` consecutive ones at random, or all; None for pictures."""
     if not config.frames:
         return None
     moments = torch.linspace(0, 1, config.frames, device=device)
@@ -44,7 +44,7 @@ def clip_times(config: Config, device: torch.device, frames: int | None = None) 
     return moments[start : start + frames]
 
 
-def _resample_whole(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
+def _resample_all_frames(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
     if layer.mode == "upsample3d":
         first, rest = x[:, :, :1], x[:, :, 1:]
         if rest.shape[2]:
@@ -59,27 +59,27 @@ def _resample_whole(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _through(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+def _apply_layers(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
-        x = _resample_whole(layer, x) if isinstance(layer, WanResample) else layer(x)
+        x = _resample_all_frames(layer, x) if isinstance(layer, WanResample) else layer(x)
     return x
 
 
 def encode_clip(vae: AutoencoderKLWan, clip: torch.Tensor) -> DiagonalGaussianDistribution:
-    """The posterior of `vae.encode`, all frames at once instead of in cached chunks: the same numbers, much faster."""
+    """Posterior of `vae.encode`, all frames at once instead of in cached chunks: the same values, much faster."""
     encoder: WanEncoder3d = vae.encoder
     x = encoder.conv_in(patchify(clip, vae.config.patch_size))
-    x = encoder.mid_block(_through(encoder.down_blocks, x))
+    x = encoder.mid_block(_apply_layers(encoder.down_blocks, x))
     x = encoder.conv_out(encoder.nonlinearity(encoder.norm_out(x)))
     return DiagonalGaussianDistribution(vae.quant_conv(x))
 
 
 def decode_clip(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """What `vae.decode` gives before it clamps, all frames at once."""
+    """Output of `vae.decode` before the clamp, all frames at once."""
     decoder: WanDecoder3d = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
     for block in decoder.up_blocks:
-        x = _through([*block.resnets, *(block.upsamplers or [])], x)
+        x = _apply_layers([*block.resnets, *(block.upsamplers or [])], x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
     return unpatchify(x, vae.config.patch_size)
 
@@ -92,9 +92,9 @@ def decode(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents).sample if isinstance(vae, AutoencoderKL) else decode_clip(vae, latents)
 
 
-def _next_pixels(stream: SceneStream, config: Config, passed: float, step: int) -> torch.Tensor:
-    """Cut-outs of pictures at half and at full size, many and small; towards the end whole pictures too."""
-    if passed > 0.7 and step % 4 == 0:
+def _next_pixels(stream: SceneStream, config: Config, progress: float, step: int) -> torch.Tensor:
+    """Batch of small crops of pictures at half and full size; in the last 30 % of the time also whole pictures."""
+    if progress > 0.7 and step % 4 == 0:
         return draw(stream, config, max(1, config.vae_batch // 8), config.size)
     pixels = draw(stream, config, config.vae_batch, config.size // (1 + step % 2), 9 if config.frames else None)
     side = config.size // 4
@@ -110,19 +110,19 @@ def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def train_vae(
     pipe: DiffusionPipeline, config: Config, stream: SceneStream, deadline: float, log: Callable[..., None]
 ) -> None:
-    """Trains until `deadline`, then normalises the latents."""
+    """Train until `deadline`, then normalise the latents."""
     vae, device = pipe.vae, stream.device
     if device.type == "cuda" and isinstance(config, ImageConfig):
         vae.to(memory_format=torch.channels_last)
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4)
     averaged = [p.detach().clone() for p in parameters]
-    begun, step = time.monotonic(), 0
+    start_time, step = time.monotonic(), 0
     while step == 0 or time.monotonic() < deadline:
-        passed = min(1.0, (time.monotonic() - begun) / max(1e-3, deadline - begun))
-        ramp = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * passed) + 0.01)
+        progress = min(1.0, (time.monotonic() - start_time) / max(1e-3, deadline - start_time))
+        ramp = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress) + 0.01)
         optimizer.param_groups[0]["lr"] = config.vae_lr * ramp
-        pixels = _next_pixels(stream, config, passed, step)
+        pixels = _next_pixels(stream, config, progress, step)
         with half_precision(device):
             posterior = encode(vae, pixels)
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()
@@ -149,9 +149,10 @@ def train_vae(
 
 @torch.no_grad()
 def normalise_latents(pipe: DiffusionPipeline, config: Config, stream: SceneStream) -> None:
-    """Gives every latent channel zero mean and unit variance over rendered data.
+    """Normalise each latent channel to zero mean and unit variance over rendered data.
 
-    Pictures: folded into the 1×1 convolutions on either side of the latents. Clips: in `latents_mean`, `latents_std`.
+    For pictures, the normalisation is folded into the 1×1 convolutions before and after the latents. For clips, it is
+    stored in `latents_mean` and `latents_std`.
     """
     vae, latents = pipe.vae, []
     for _ in range(16):
@@ -173,7 +174,7 @@ def normalise_latents(pipe: DiffusionPipeline, config: Config, stream: SceneStre
 
 @torch.no_grad()
 def measure_psnr(pipe: DiffusionPipeline, pixels: torch.Tensor) -> list[float]:
-    """PSNR in dB of the pipeline's own encode and decode, for each picture or clip in -1…1."""
+    """PSNR in dB of encoding and decoding with the pipeline, for each picture or clip in -1…1."""
     values = []
     for each in pixels.split(1):
         decoded = pipe.vae.decode(pipe.vae.encode(each).latent_dist.mode()).sample.clamp(-1, 1)

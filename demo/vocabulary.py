@@ -1,4 +1,4 @@
-"""Tokenizers for the captions, one token a word, in files that CLIPTokenizer and T5TokenizerFast load."""
+"""Tokenizers of the captions, with one token per word, as CLIPTokenizer and T5TokenizerFast."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T5_UNKNOWN = "<unk>"
 
 
 def build_t5_tokenizer() -> T5TokenizerFast:
-    """A Unigram tokenizer whose pieces are whole words; ids 0, 1, 2 are pad, end and unknown, as in T5.
+    """Build a Unigram tokenizer whose pieces are whole words; ids 0, 1, 2 are pad, end and unknown, as in T5.
 
-    T5 tells capitals apart: every word is there twice, and `share_capitals` gives both one embedding.
+    T5 is case-sensitive: each word is in the vocabulary twice, and `share_capitals` copies its embedding.
     """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), (T5_UNKNOWN, -20.0)]
     words = words_of_language()
@@ -25,10 +25,10 @@ def build_t5_tokenizer() -> T5TokenizerFast:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer whose merges join each word of the language to one token, from its end to its beginning.
+    """Build a byte-pair tokenizer whose merges join each word of the language to one token, from its end to its start.
 
-    Every merge ends the word, so no two words' merges can disturb each other. Words outside the language fall into
-    letters and ends of words, whose embeddings are zero (`neutral_ids`).
+    Each merge contains the end of the word, so merges of different words do not interfere. Words outside the language
+    are split into letters and word endings, whose embeddings are zero (`neutral_ids`).
     """
     words = words_of_language()
     vocab = {CLIP_START: 0, CLIP_END: 1, "<|unknown|>": 2}
@@ -49,13 +49,13 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 
 def share_capitals(embedding: torch.Tensor) -> None:
-    """Copies the T5 embeddings of the words onto those of the words that begin with a capital, in place."""
+    """Copy the T5 embeddings of the words to those of the capitalized words, in place."""
     count = len(words_of_language())
     embedding.data[3 + count : 3 + 2 * count] = embedding.data[3 : 3 + count]
 
 
 def neutral_ids(tokenizer: CLIPTokenizer | T5TokenizerFast) -> list[int]:
-    """Ids of the tokens that are no word of the language and no frame of a caption: their embeddings are zero."""
+    """Ids of the tokens that are neither words of the language nor start, end or padding; their embeddings are zero."""
     known = {CLIP_START, CLIP_END, "<pad>", "</s>"}
     for word in words_of_language():
         known |= {word + "</w>", "▁" + word, "▁" + word.capitalize()}

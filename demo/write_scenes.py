@@ -1,4 +1,4 @@
-"""Writes scenes as pictures or clips, and their captions as metadata.jsonl: a folder for `dit-accel convert --data`.
+"""Write scenes as pictures or clips, and their captions as metadata.jsonl: a folder for `dit-accel convert --data`.
 
 python -m dit_accel.demo.write_scenes image --out scenes --count 2000 --seed 1
 python -m dit_accel.demo.write_scenes video --out clips --count 500 --seed 1
@@ -29,20 +29,20 @@ from dit_accel.files import replacing
 __all__ = ["write_scenes"]
 
 FPS = 8
-_CHUNK = 16  # scenes that a process draws at a time
+_CHUNK = 16  # scenes per task of a process
 
 
 def write_scenes(
     folder: Path, count: int, clip: bool = False, seed: int = 0, held_out: bool = False, size: int | None = None,
     workers: int = 1,
 ) -> None:  # fmt: skip
-    """Write ``000000.png`` (``.mp4``) and so on, each of a scene of its own, and their captions.
+    """Write one picture ``000000.png`` (or clip ``000000.mp4``) per scene, and their captions.
 
     Args:
-        clip: clips as the embedded video pipeline draws them; else pictures as the image pipeline does.
-        held_out: of the scenes that the embedded pipelines were not trained on.
-        size: pixels a side; None = the pipeline's.
-        workers: processes.
+        clip: write clips for the embedded video pipeline, instead of pictures for the image pipeline.
+        held_out: use scenes that the embedded pipelines were not trained on.
+        size: pixels per side; None = the pipeline's size.
+        workers: number of processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw = partial(_draw, folder, clip, seed, held_out, size or (VideoConfig() if clip else ImageConfig()).size)
@@ -57,7 +57,7 @@ def write_scenes(
 
 
 def _draw(folder: Path, clip: bool, seed: int, held_out: bool, size: int, numbers: range) -> list[str]:
-    """Draws the scenes of these numbers; their lines of metadata.jsonl."""
+    """Write the scenes with these numbers; return their lines of metadata.jsonl."""
     torch.set_num_threads(1)
     moments = torch.linspace(0, 1, VideoConfig().frames) if clip else None
     lines = []
@@ -92,9 +92,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--held-out", action="store_true", help="scenes that the embedded pipelines were not trained on"
+        "--held-out", action="store_true", help="use scenes that the embedded pipelines were not trained on"
     )
-    parser.add_argument("--size", type=int, help="pixels a side; default the pipeline's")
+    parser.add_argument("--size", type=int, help="pixels per side; default the pipeline's size")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     write_scenes(args.out, args.count, args.kind == "video", args.seed, args.held_out, args.size, args.workers)

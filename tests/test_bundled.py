@@ -1,4 +1,4 @@
-"""The two embedded pipelines as they lie in demo/: genuine and small, and the image pipeline draws what it is told."""
+"""Embedded pipelines in demo/: size, diffusers classes, drawings of held-out captions, and their training code."""
 
 import json
 import random
@@ -34,7 +34,7 @@ HELD_OUT_CLIPS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def embedded(request):
-    """(kind, pipeline, configuration, call arguments)."""
+    """Kind, pipeline, configuration and call arguments."""
     pipeline_class, config = KINDS[request.param]
     folder = DEMO / request.param
     pipe = pipeline_class.from_pretrained(folder)
@@ -49,14 +49,14 @@ def image_pipeline():
     return pipe
 
 
-def test_folder_is_small_and_loads_as_genuine_classes(embedded):
+def test_folder_is_small_and_loads_as_diffusers_classes(embedded):
     kind, pipe, _, _ = embedded
     assert build.folder_bytes(DEMO / kind) <= build.MAX_BYTES
     for part in pipe.components.values():
         assert part is None or type(part).__module__.split(".")[0] in ("diffusers", "transformers")
 
 
-def test_call_gives_frames_and_enough_tokens_for_the_mechanisms(embedded):
+def test_default_call_gives_frames_and_enough_tokens(embedded):
     kind, pipe, config, arguments = embedded
     seen = []
     attention = next(m for n, m in pipe.transformer.named_modules() if n.endswith(("blocks.0.attn", "blocks.0.attn1")))
@@ -74,8 +74,8 @@ def test_call_gives_frames_and_enough_tokens_for_the_mechanisms(embedded):
     assert np.isfinite(frames).all() and frames.std() > 0
 
 
-def test_autoencoder_decodes_held_out_scenes_cleanly(embedded):
-    """At least 28 dB on average; of pictures, every single one."""
+def test_autoencoder_reconstructs_held_out_scenes(embedded):
+    """At least 28 dB on average, and for each single picture."""
     kind, pipe, config, _ = embedded
     pixels = render_scenes(held_out_scenes(8 if kind == "image" else 2, kind == "video", seed=11), config, CPU)
     decibels = measure_psnr(pipe, pixels)
@@ -84,7 +84,7 @@ def test_autoencoder_decodes_held_out_scenes_cleanly(embedded):
 
 
 @pytest.mark.parametrize(("text", "seed"), HELD_OUT_CAPTIONS.items())
-def test_held_out_caption_is_drawn_right_and_altered_ones_are_refused(image_pipeline, text, seed):
+def test_held_out_caption_is_right_and_altered_ones_are_rejected(image_pipeline, text, seed):
     assert is_held_out(parse_caption(text))
     picture = image_pipeline(text, generator=torch.Generator().manual_seed(seed), output_type="np", **STEPS)[0][0]
     assert picture.shape == (512, 512, 3)
@@ -95,7 +95,7 @@ def test_held_out_caption_is_drawn_right_and_altered_ones_are_refused(image_pipe
 
 
 @pytest.mark.parametrize(("text", "seed"), HELD_OUT_CLIPS.items())
-def test_held_out_clip_is_drawn_right_and_altered_captions_are_refused(text, seed):
+def test_held_out_clip_is_right_and_altered_ones_are_rejected(text, seed):
     assert is_held_out(parse_caption(text))
     pipe = WanPipeline.from_pretrained(DEMO / "video")
     pipe.set_progress_bar_config(disable=True)
@@ -108,7 +108,7 @@ def test_held_out_clip_is_drawn_right_and_altered_captions_are_refused(text, see
     assert not [wrong for wrong in altered.values() if check_clip(clip, wrong).ok]
 
 
-def test_unknown_words_do_not_break_the_call(embedded):
+def test_unknown_words_in_a_prompt_are_accepted(embedded):
     kind, pipe, _, arguments = embedded
     tiny = {**arguments, "num_inference_steps": 1, "height": 64, "width": 64, "output_type": "latent"}
     if kind == "video":
@@ -117,7 +117,7 @@ def test_unknown_words_do_not_break_the_call(embedded):
     assert torch.isfinite(out).all()
 
 
-def test_training_encodes_and_decodes_clips_as_the_pipeline_does():
+def test_training_autoencoder_equals_the_pipelines():
     torch.manual_seed(0)
     config = build.smoke_config("video")
     vae = build.build_video_pipeline(config).vae
@@ -132,7 +132,7 @@ def test_training_encodes_and_decodes_clips_as_the_pipeline_does():
         )
 
 
-def test_normalising_latents_leaves_the_reconstruction_alone():
+def test_normalising_latents_keeps_the_reconstruction():
     torch.manual_seed(0)
     config = build.smoke_config("image")
     pipe = build.build_image_pipeline(config)
@@ -146,7 +146,7 @@ def test_normalising_latents_leaves_the_reconstruction_alone():
     assert latents.mean().abs() < 0.3 and 0.7 < latents.std() < 1.3
 
 
-def test_training_reads_captions_as_the_pipeline_does():
+def test_training_text_embeddings_equal_the_pipelines():
     torch.manual_seed(0)
     texts = [caption(scene) for scene in held_out_scenes(3, clip=False)]
     pipe = build.build_image_pipeline(build.smoke_config("image"))
@@ -160,7 +160,7 @@ def test_training_reads_captions_as_the_pipeline_does():
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_stretched_positions_at_full_size_are_the_models_own():
+def test_stretched_positions_at_full_size_equal_the_models():
     model = build.build_video_pipeline(build.smoke_config("video")).transformer
     own = model.rope(torch.zeros(1, 12, 5, 8, 8))
     for mine, theirs in zip(StretchedRope(model, 5, 4, 4)(own[0]), own, strict=True):
@@ -168,7 +168,7 @@ def test_stretched_positions_at_full_size_are_the_models_own():
     assert torch.equal(stretched_ids(4, 4, CPU), FluxPipeline._prepare_latent_image_ids(1, 4, 4, CPU, torch.float32))
 
 
-def test_pipeline_over_the_limit_is_not_written(tmp_path):
+def test_pipeline_above_the_size_limit_is_not_written(tmp_path):
     config = build.ImageConfig(single_blocks=12)
     with pytest.raises(ValueError, match="8,388,608"):
         build.save_pipeline(build.build_image_pipeline(config), tmp_path / "image", config)

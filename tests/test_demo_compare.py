@@ -1,4 +1,4 @@
-"""The Compare tab without a browser: what is told, what is checked, and the Python that does the same."""
+"""Compare tab without a browser: progress events, validation, and the generated Python code."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ from dit_accel.compare.calling import to_frames
 from dit_accel.compare.sizes import Size
 from dit_accel.demo.ui import compare_tab
 from dit_accel.demo.ui.comparison import Comparison, Progress, compare_attention, python_lines
-from dit_accel.demo.ui.controls import DrawingControls, MechanismControls, Wanted, check_drawing
+from dit_accel.demo.ui.controls import DrawingControls, DrawingOptions, MechanismControls, check_drawing
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
 from dit_accel.demo.ui.preview import Preview
 from dit_accel.errors import BadInput
 
 CPU = torch.device("cpu")
-FAIR = {"prompt": "a red circle", "seed": 0, "height": 32, "width": 32, "frames": None, "steps": 2}
+VALID = {"prompt": "a red circle", "seed": 0, "height": 32, "width": 32, "frames": None, "steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -43,41 +43,41 @@ def video(tmp_path_factory):
 
 
 def compare(engine, spec, size, steps=3):
-    kind, told = engine.kinds[0], []
-    wanted = Wanted(kind, "a red circle", 5, size, steps)
-    compare_attention(engine, wanted, parse_attention(spec), Stop(), told.append)
-    return told
+    kind, events = engine.kinds[0], []
+    wanted = DrawingOptions(kind, "a red circle", 5, size, steps)
+    compare_attention(engine, wanted, parse_attention(spec), Stop(), events.append)
+    return events
 
 
-def test_progress_is_told_for_each_step_of_both_and_then_the_result(image):
-    told = compare(image, "clear:radius=2", Size(32, 32))
-    assert [(news.drawing, news.step) for news in told[:-1]] == [(i, step) for i in (0, 1) for step in range(4)]
-    assert isinstance(told[-1], Comparison) and not np.array_equal(told[-1].dense.frames, told[-1].other.frames)
-    assert 0 < told[-1].other.logit_fraction < 1 and told[-1].psnr > 0
-    left = [news.seconds_left for news in told[:-1] if news.step]
+def test_progress_is_reported_per_step_before_the_result(image):
+    events = compare(image, "clear:radius=2", Size(32, 32))
+    assert [(news.drawing, news.step) for news in events[:-1]] == [(i, step) for i in (0, 1) for step in range(4)]
+    assert isinstance(events[-1], Comparison) and not np.array_equal(events[-1].dense.frames, events[-1].other.frames)
+    assert 0 < events[-1].other.logit_fraction < 1 and events[-1].psnr > 0
+    left = [news.seconds_left for news in events[:-1] if news.step]
     assert left[-1] == 0 and all(a >= 0 for a in left)
 
 
-def test_previews_are_pictures_of_the_size_that_is_drawn(image, video):
+def test_previews_have_the_expected_size(image, video):
     seen = [news.pictures for news in compare(image, "clear:radius=2", Size(32, 32)) if isinstance(news, Progress)]
     assert any(pictures and pictures[1] is not None and pictures[1].shape == (16, 16, 3) for pictures in seen)
     seen = [news.pictures for news in compare(video, "clear:radius=2", Size(32, 32, 5)) if isinstance(news, Progress)]
     assert any(pictures and pictures[1] is not None and pictures[1].shape == (32, 32, 3) for pictures in seen)
 
 
-def test_preview_expects_the_latents_that_euler_steps_lead_to(image):
+def test_preview_extrapolates_euler_steps_to_clean_latents(image):
     pipe = image.about("image").pipe
     pipe.scheduler.set_timesteps(4, mu=1.0)
     noise, clean = torch.randn(1, 64, 4), torch.randn(1, 64, 4)
     preview = Preview(pipe, Size(32, 32))
     for step in (1, 2):
         sigma = pipe.scheduler.sigmas[step]
-        preview.see(step, (1 - sigma) * clean + sigma * noise)
-    assert torch.allclose(preview._expected(), clean, atol=1e-4)
+        preview.update(step, (1 - sigma) * clean + sigma * noise)
+    assert torch.allclose(preview._extrapolate(), clean, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_lines_of_python_draw_the_same(request, kind):
+def test_python_code_draws_the_same_picture(request, kind):
     engine = request.getfixturevalue(kind)
     size = Size(32, 32, 5 if kind == "video" else None)
     result = compare(engine, "gna:window=2", size)[-1]
@@ -91,7 +91,7 @@ def test_lines_of_python_draw_the_same(request, kind):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": None}, "prompt is empty"),
@@ -108,25 +108,25 @@ def test_lines_of_python_draw_the_same(request, kind):
         ({"steps": True}, "steps must be a whole number"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(image, changed, said):
-    with pytest.raises(ValueError, match=said):
-        check_drawing(image.about("image"), **{**FAIR, **changed})
+def test_invalid_drawing_options_raise_a_clear_error(image, changed, message):
+    with pytest.raises(ValueError, match=message):
+        check_drawing(image.about("image"), **{**VALID, **changed})
 
 
-def test_what_can_be_drawn_passes(image):
-    wanted = check_drawing(image.about("image"), **FAIR)
-    assert wanted == Wanted("image", "a red circle", 0, Size(32, 32), 2)
+def test_valid_drawing_options_are_returned(image):
+    wanted = check_drawing(image.about("image"), **VALID)
+    assert wanted == DrawingOptions("image", "a red circle", 0, Size(32, 32), 2)
 
 
-@pytest.mark.parametrize(("spec", "said"), [("gna:window=9x9", "9×9 tokens is larger than the grid of 8×8")])
-def test_window_larger_than_the_grid_is_refused_before_anything_is_drawn(image, spec, said, monkeypatch):
+@pytest.mark.parametrize(("spec", "message"), [("gna:window=9x9", "9×9 tokens is larger than the grid of 8×8")])
+def test_too_large_window_is_refused_before_drawing(image, spec, message, monkeypatch):
     monkeypatch.setattr(image, "draw", lambda *_: pytest.fail("drawn"))
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=message):
         compare(image, spec, Size(32, 32))
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_sliders_begin_within_their_limits_and_each_mechanism_takes_them(request, kind):
+def test_slider_defaults_are_valid_for_each_mechanism(request, kind):
     engine = request.getfixturevalue(kind)
     with gr.Blocks():
         controls = MechanismControls(engine)
@@ -139,17 +139,17 @@ def test_sliders_begin_within_their_limits_and_each_mechanism_takes_them(request
         controls.student(kind, "/etc/passwd", *values)
 
 
-def test_conversion_made_in_the_app_is_offered_and_chosen(image, tmp_path):
+def test_conversion_made_in_the_app_can_be_selected(image, tmp_path):
     with gr.Blocks():
         controls = MechanismControls(image)
     image.add_conversion("image", "mine", tmp_path)
-    assert ("mine", "mine") in controls._renew("image", "sla").choices
+    assert ("mine", "mine") in controls._refresh_choices("image", "sla").choices
     assert controls.student("image", "mine", *[slider.value for slider in controls.sliders.values()]) == str(tmp_path)
-    image._made["image"].clear()
+    image._app_conversions["image"].clear()
 
 
 def handler(engine):
-    """What the button of a fresh page calls, and the values it sends."""
+    """Request handler of a new page, and the values that its button sends."""
     with gr.Blocks():
         drawing, mechanism = DrawingControls(engine), MechanismControls(engine)
         view = compare_tab._View(engine, gr.Button(), gr.Button())
@@ -159,7 +159,7 @@ def handler(engine):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "Out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Out of memory"),
@@ -167,18 +167,18 @@ def handler(engine):
         (ArithmeticError("the picture holds NaN or infinity"), "NaN"),
     ],
 )
-def test_error_while_drawing_is_said_and_the_button_works_again(image, monkeypatch, error, said):
+def test_error_while_drawing_is_shown_and_reenables_the_button(image, monkeypatch, error, message):
     def draw(*_):
         raise error
 
     monkeypatch.setattr(image, "draw", draw)
     requests, page, values = handler(image)
     run, cancel, status, *_ = list(requests.run(page, *values))[-1]
-    assert said in status and 'role="alert"' in status and "Traceback" not in status
+    assert message in status and 'role="alert"' in status and "Traceback" not in status
     assert run.interactive and not cancel.interactive
 
 
-def test_button_draws_and_cancel_of_another_page_does_nothing(image):
+def test_cancel_affects_only_its_own_page(image):
     requests, page, values = handler(image)
     updates = requests.run(page, *values)
     next(updates)
@@ -191,13 +191,13 @@ def test_button_draws_and_cancel_of_another_page_does_nothing(image):
     assert "Stopped" in list(updates)[-1][2]
 
 
-def test_prompt_cannot_smuggle_markup_into_the_page(image):
+def test_markup_in_a_prompt_is_escaped(image):
     requests, page, values = handler(image)
     values[7] = "<img src=x onerror=alert(1)>"
     assert all("<img" not in str(update) for updates in requests.run(page, *values) for update in updates)
 
 
-def test_closed_page_stops_its_drawing(image, monkeypatch):
+def test_closing_the_page_stops_its_drawing(image, monkeypatch):
     stops = []
 
     def draw(_loaded, _prompt, _seed, _size, _steps, stop, _on_step):
@@ -217,7 +217,7 @@ def test_closed_page_stops_its_drawing(image, monkeypatch):
         pass
 
 
-def test_signal_ends_the_app_and_its_folder_is_gone(tmp_path):
+def test_signal_stops_the_app_and_removes_its_folder(tmp_path):
     source, temporary = save_flux(tmp_path / "flux"), tmp_path / "temporary"
     temporary.mkdir()
     process = subprocess.Popen(
@@ -234,7 +234,7 @@ def test_signal_ends_the_app_and_its_folder_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "missing", "said"),
+    ("arguments", "missing", "message"),
     [
         ([], "gradio", "pip install 'dit-accel[demo]'"),
         (["--pipeline", "/nowhere"], None, "there is no folder /nowhere"),
@@ -244,14 +244,14 @@ def test_signal_ends_the_app_and_its_folder_is_gone(tmp_path):
         (["--allow-frame", "a.example"], None, "expected an origin"),
     ],
 )
-def test_what_the_command_cannot_do_is_said(arguments, missing, said, monkeypatch, capsys):
+def test_invalid_command_arguments_give_a_clear_error(arguments, missing, message, monkeypatch, capsys):
     if missing is not None:
         monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as ended:
         main(["demo", *arguments])
-    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_command_imports_gradio_only_to_serve():
+def test_cli_import_does_not_import_gradio():
     code = "import sys, dit_accel.cli; assert 'gradio' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

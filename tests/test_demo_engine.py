@@ -1,4 +1,4 @@
-"""The app's engine: turns, stopping, and pipelines that are dense again afterwards."""
+"""Engine of the app: turns, stopping, and reset to dense attention."""
 
 import os
 import threading
@@ -38,7 +38,7 @@ def in_thread(work):
     return thread
 
 
-def test_pipeline_says_what_it_draws(engine, tmp_path):
+def test_engine_lists_the_kinds_and_defaults_of_its_pipelines(engine, tmp_path):
     loaded = engine.about("image")
     assert engine.kinds == ("image",) and loaded.size.height > 0 and loaded.size.frames is None and loaded.steps > 0
     with pytest.raises(BadInput, match="no video pipeline"):
@@ -47,7 +47,7 @@ def test_pipeline_says_what_it_draws(engine, tmp_path):
         assert other.kinds == ("video",) and other.about("video").size.frames
 
 
-def test_drawing_is_that_of_the_attention_installed_and_the_pipeline_dense_afterwards(engine):
+def test_drawing_uses_the_installed_attention_and_then_resets_it(engine):
     dense = draw(engine)
     clear = draw(engine, dit_accel.CLEARAttnProcessor(radius=2))
     assert dense.frames.shape == clear.frames.shape == (1, 32, 32, 3)
@@ -56,38 +56,38 @@ def test_drawing_is_that_of_the_attention_installed_and_the_pipeline_dense_after
     assert np.array_equal(draw(engine).frames, dense.frames)
 
 
-def test_pipeline_is_dense_after_a_turn_that_failed(engine):
+def test_pipeline_is_dense_after_a_failed_turn(engine):
     with pytest.raises(ArithmeticError), engine.turn("image") as loaded:
         loaded.pipe.set_attn_processor(dit_accel.CLEARAttnProcessor(radius=2))
         raise ArithmeticError
     assert all(installation_of(model) is None for model in denoisers(loaded.pipe).values())
 
 
-def test_steps_are_told_with_their_latents(engine):
-    seen = []
-    draw(engine, on_step=lambda step, latents: seen.append((step, latents.shape)), steps=3)
-    assert [step for step, _ in seen] == [1, 2, 3] and len({shape for _, shape in seen}) == 1
+def test_steps_are_reported_with_their_latents(engine):
+    events = []
+    draw(engine, on_step=lambda step, latents: events.append((step, latents.shape)), steps=3)
+    assert [step for step, _ in events] == [1, 2, 3] and len({shape for _, shape in events}) == 1
 
 
-def test_stop_ends_the_denoiser_within_a_step_and_leaves_no_hooks(engine):
-    stop, reached = Stop(), []
+def test_stop_ends_within_a_step_and_leaves_no_hooks(engine):
+    stop, calls = Stop(), []
     model = engine.about("image").pipe.transformer
     hooks = sum(len(part._forward_pre_hooks) for part in model.modules())
 
-    def reach(*_):
-        reached.append(1)
+    def count_and_stop(*_):
+        calls.append(1)
         stop.set()
 
-    handles = [part.register_forward_hook(reach) for part in model.modules() if hasattr(part, "processor")]
+    handles = [part.register_forward_hook(count_and_stop) for part in model.modules() if hasattr(part, "processor")]
     with pytest.raises(Cancelled):
         draw(engine, stop=stop)
     for handle in handles:
         handle.remove()
-    assert len(reached) == 1, "the next attention layer of the same step ends it"
+    assert len(calls) == 1, "the next attention layer of the same step ends it"
     assert sum(len(part._forward_pre_hooks) for part in model.modules()) == hooks
 
 
-def test_turns_do_not_overlap_and_go_first_come_first_served(engine):
+def test_turns_do_not_overlap_and_keep_the_order_of_arrival(engine):
     log, threads = [], []
 
     def use(name):
@@ -107,7 +107,7 @@ def test_turns_do_not_overlap_and_go_first_come_first_served(engine):
     assert log == [f"{name} {way}" for name in "abc" for way in ("in", "out")]
 
 
-def test_waiting_for_a_turn_can_be_given_up(engine):
+def test_waiting_for_a_turn_can_be_cancelled(engine):
     stop, ended = Stop(), []
 
     def wait():
@@ -127,27 +127,27 @@ def test_waiting_for_a_turn_can_be_given_up(engine):
     assert draw(engine).frames.any()
 
 
-def test_who_waits_is_told_how_many_are_before_and_not_too_many_may_wait(engine, monkeypatch):
-    told, threads = [[], []], []
-    monkeypatch.setattr("dit_accel.demo.ui.engine.MOST_WAITING", 2)
+def test_queue_reports_positions_and_has_a_limit(engine, monkeypatch):
+    positions, threads = [[], []], []
+    monkeypatch.setattr("dit_accel.demo.ui.engine.MAX_WAITING", 2)
 
     def wait(number):
-        with engine.turn("image", on_wait=told[number].append):
+        with engine.turn("image", on_wait=positions[number].append):
             pass
 
     with engine.turn("image"):
         for number in range(2):
             threads.append(in_thread(lambda number=number: wait(number)))
-            while len(told[number]) < 1:
+            while len(positions[number]) < 1:
                 time.sleep(0.001)
-        with pytest.raises(BadInput, match="2 requests wait"), engine.turn("image"):
+        with pytest.raises(BadInput, match="2 requests are already waiting"), engine.turn("image"):
             pytest.fail("a third may wait")
     for thread in threads:
         thread.join()
-    assert told[0] == [1] and told[1][0] == 2
+    assert positions[0] == [1] and positions[1][0] == 2
 
 
-def test_two_at_once_with_other_mechanisms_each_draw_what_they_draw_alone(engine):
+def test_concurrent_drawings_equal_separate_drawings(engine):
     attentions = {
         "clear": dit_accel.CLEARAttnProcessor(radius=2),
         "gna": dit_accel.GNAAttnProcessor(window=3),
@@ -164,48 +164,48 @@ def test_two_at_once_with_other_mechanisms_each_draw_what_they_draw_alone(engine
     assert all(np.array_equal(together[name], alone[name]) for name in attentions)
 
 
-def test_folder_is_gone_afterwards(tmp_path):
+def test_temporary_folder_is_removed_on_exit(tmp_path):
     with Engine(None, CPU, torch.float32) as engine:
         (engine.folder / "file").write_text("x")
         assert engine.kinds == ("image", "video")
     assert not engine.folder.exists()
 
 
-def test_folder_is_gone_when_the_pipeline_cannot_be_loaded(tmp_path, monkeypatch):
+def test_temporary_folder_is_removed_if_loading_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(BadInput, match="no folder"):
         Engine(str(tmp_path / "nothing"), CPU, torch.float32)
     assert os.listdir(tmp_path) == []
 
 
-def test_conversions_made_in_the_app_can_be_chosen(engine, tmp_path):
+def test_conversions_made_in_the_app_are_listed(engine, tmp_path):
     assert engine.conversions("image") == {}
     engine.add_conversion("image", "mine", tmp_path)
     assert engine.conversions("image") == {"mine": tmp_path} and engine.conversions("video") == {}
 
 
-def test_stream_gives_what_is_told_and_raises_what_the_work_raises():
-    def work(tell):
-        tell(1)
-        tell(2)
+def test_stream_yields_events_and_raises_errors_of_the_work():
+    def work(report):
+        report(1)
+        report(2)
         raise BadInput("no")
 
-    seen = []
+    events = []
     with pytest.raises(BadInput, match="no"):
-        seen.extend(event for event in stream(work, Stop()) if event is not None)
+        events.extend(event for event in stream(work, Stop()) if event is not None)
         pytest.fail("the error was swallowed")
     events = stream(work, Stop())
     assert [next(events), next(events)] == [1, 2]
 
 
-def test_stream_that_is_given_up_stops_the_work():
+def test_closing_a_stream_stops_the_work():
     stop, ended = Stop(), threading.Event()
 
-    def work(tell):
+    def work(report):
         try:
             for count in range(10_000):
                 stop.check()
-                tell(count)
+                report(count)
                 time.sleep(0.001)
         finally:
             ended.set()
@@ -217,7 +217,7 @@ def test_stream_that_is_given_up_stops_the_work():
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (Cancelled(), "Stopped"),
         (BadInput("the prompt is empty"), "The prompt is empty"),
@@ -227,11 +227,11 @@ def test_stream_that_is_given_up_stops_the_work():
         (RuntimeError("strange"), "did not work: RuntimeError: strange"),
     ],
 )
-def test_errors_are_said_in_words(error, said):
-    assert said in message_for(error)
+def test_error_messages_have_no_stack_trace(error, message):
+    assert message in message_for(error)
 
 
-def test_a_page_stops_what_it_runs_and_no_other():
+def test_stop_flags_of_pages_are_independent():
     stops = Stops()
     mine, other = stops.begin("mine"), stops.begin("other")
     stops.end("mine")

@@ -41,8 +41,8 @@ def app(engine):
         yield running
 
 
-def ask(app, method="GET", path="/config", body=None, **headers):
-    """Status, headers and text."""
+def send(app, method="GET", path="/config", body=None, **headers):
+    """Send a request; return status, headers and text."""
     url = urlsplit(app.local_url)
     connection = http.client.HTTPConnection(url.hostname, url.port, timeout=20)
     try:
@@ -66,31 +66,31 @@ def has_ipv6():
 def test_page_is_served_on_ipv6(engine):
     with launched(engine, Access("::1")) as running:
         assert urlsplit(running.local_url).hostname == "::1"
-        assert ask(running)[0] == 200
+        assert send(running)[0] == 200
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:1234", "LocalHost.", "127.0.0.1", "[::1]:7860"])
 def test_loopback_host_is_served(app, host):
-    assert ask(app, Host=host)[0] == 200
+    assert send(app, Host=host)[0] == 200
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:7860", "192.168.1.5", "localhost.evil.example", "[::2]"]
 )
 def test_foreign_host_is_refused(app, host):
-    status, _, text = ask(app, Host=host)
+    status, _, text = send(app, Host=host)
     assert status == 421 and f"--allow-host {host.removesuffix(':7860').strip('[]')}" in text and "{" not in text
 
 
 @pytest.mark.parametrize("host", ["", "evil.example@localhost", "localhost/x", "a b", "[::1", "localhost:x"])
 def test_malformed_host_is_refused(app, host):
-    assert ask(app, Host=host)[0] in (400, 421)
+    assert send(app, Host=host)[0] in (400, 421)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 @pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost:1", "null", "file://"])
 def test_foreign_origin_is_refused(app, method, origin):
-    status, headers, text = ask(
+    status, headers, text = send(
         app, method, "/gradio_api/run/predict", Origin=origin, Access_Control_Request_Method="GET"
     )
     assert status == 403 and "access-control-allow-origin" not in headers
@@ -98,17 +98,17 @@ def test_foreign_origin_is_refused(app, method, origin):
 
 
 def test_own_origin_is_served(app):
-    assert ask(app, Host="localhost:8080", Origin="http://localhost:8080")[0] == 200
+    assert send(app, Host="localhost:8080", Origin="http://localhost:8080")[0] == 200
 
 
 def test_all_interfaces_accept_addresses_but_no_names(engine):
     with launched(engine, Access("0.0.0.0", ["box.local"])) as running:
         for host in ("192.168.1.5:7860", "[fe80::1]", "localhost", "box.local:7860"):
-            assert ask(running, Host=host)[0] == 200, host
-        assert ask(running, Host="evil.example")[0] == 421
-        # a reverse proxy that passes its own name for the server on
-        assert ask(running, Host="127.0.0.1:7860", Origin="https://box.local")[0] == 200
-        assert ask(running, Host="192.168.1.5", Origin="http://192.168.1.6")[0] == 403
+            assert send(running, Host=host)[0] == 200, host
+        assert send(running, Host="evil.example")[0] == 421
+        # a reverse proxy that forwards its own host name
+        assert send(running, Host="127.0.0.1:7860", Origin="https://box.local")[0] == 200
+        assert send(running, Host="192.168.1.5", Origin="http://192.168.1.6")[0] == 403
 
 
 def test_space_is_served_by_its_names_and_framed_by_the_hub(monkeypatch):
@@ -142,20 +142,20 @@ def test_allowed_frame_must_be_an_origin(origin):
 @pytest.mark.parametrize(
     "path, headers", [("/", {}), ("/config", {}), ("/nowhere", {}), ("/", {"Host": "evil.example"})]
 )
-def test_security_headers_are_on_every_response(app, path, headers):
-    found = ask(app, path=path, **headers)[1]
+def test_each_response_has_the_security_headers(app, path, headers):
+    found = send(app, path=path, **headers)[1]
     assert found["X-Frame-Options"] == "SAMEORIGIN" and found["X-Content-Type-Options"] == "nosniff"
     assert "frame-ancestors 'self'" in found["Content-Security-Policy"] and found["Referrer-Policy"] == "same-origin"
 
 
-def test_allowed_frame_replaces_the_header_that_cannot_name_it():
+def test_allowed_frame_removes_x_frame_options():
     headers = dict(Access("127.0.0.1", frames=["https://a.example"]).headers)
     assert "X-Frame-Options" not in headers
     assert headers["Content-Security-Policy"] == "frame-ancestors 'self' https://a.example"
 
 
 def opened(app, count, text):
-    """Connections that have sent the text, and wait."""
+    """Open connections that have sent the text and stay open."""
     url, connections = urlsplit(app.local_url), []
     for _ in range(count):
         connections.append(socket.create_connection((url.hostname, url.port), timeout=10))
@@ -164,7 +164,7 @@ def opened(app, count, text):
 
 
 def closed(connections, seconds):
-    """How many the server has closed after that time."""
+    """Number of connections that the server has closed after `seconds`."""
     until, count = time.monotonic() + seconds, 0
     for connection in connections:
         connection.settimeout(max(until - time.monotonic(), 0.001))
@@ -196,11 +196,11 @@ def short_deadline(monkeypatch):
 @pytest.mark.parametrize("sent", HALF_SENT)
 def test_half_sent_requests_are_closed_and_others_answered(app, short_deadline, sent):
     connections = opened(app, 50, HALF_SENT[sent])
-    assert ask(app)[0] == 200
+    assert send(app)[0] == 200
     assert closed(connections, 6) == 50
 
 
-def test_dripping_request_is_closed(app, short_deadline):
+def test_slowly_sent_request_is_closed(app, short_deadline):
     (connection,) = opened(app, 1, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
     begun = time.monotonic()
     with pytest.raises(OSError), connection:
@@ -214,7 +214,7 @@ def test_slow_upload_that_makes_progress_is_answered(app, short_deadline):
     body = b'{"data": [], "fn_index": 0, "session_hash": "' + b"x" * 2500 + b'"}'
     (connection,) = opened(app, 1, HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
     with connection:
-        for start in range(0, len(body), 500):  # for 3 s, three times the deadline, at twice the least rate
+        for start in range(0, len(body), 500):  # for 3 s, three times the deadline, at twice the minimum rate
             time.sleep(0.5)
             connection.sendall(body[start : start + 500])
         assert connection.recv(100).startswith(b"HTTP/1.1 ")
@@ -237,23 +237,23 @@ def test_keep_alive_connection_is_used_again(app, short_deadline):
         assert connection.sock.getsockname() == local
 
 
-def test_connections_over_the_limit_replace_the_longest_waiting(app, monkeypatch):
-    monkeypatch.setattr(BoundedProtocol, "most_connections", 20)
+def test_connections_above_the_limit_replace_the_longest_pending(app, monkeypatch):
+    monkeypatch.setattr(BoundedProtocol, "max_connections", 20)
     (stream,) = opened(app, 1, b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert stream.recv(1000)
     waiting = opened(app, 60, b"GET / HTTP/1.1\r\n")
-    assert ask(app)[0] == 200
+    assert send(app)[0] == 200
     assert closed(waiting[:45], 2) >= 40 and closed([stream], 0.2) == 0
     for connection in waiting:
         connection.close()
 
 
 def post(app, path, **body):
-    return ask(app, "POST", path, json.dumps(body), Content_Type="application/json")
+    return send(app, "POST", path, json.dumps(body), Content_Type="application/json")
 
 
 def events(app, queued):
-    return [event for event in json.loads(ask(app)[2])["dependencies"] if event["queue"] is queued]
+    return [event for event in json.loads(send(app)[2])["dependencies"] if event["queue"] is queued]
 
 
 def test_queue_cannot_be_bypassed(app):
@@ -266,8 +266,8 @@ def test_queue_cannot_be_bypassed(app):
 
 
 @pytest.mark.parametrize("data", [[], ["x"], None, {"path": "/etc/passwd"}])
-def test_answer_to_a_bad_request_shows_no_code_and_no_path(app, data):
-    for event in json.loads(ask(app)[2])["dependencies"]:
+def test_bad_request_response_has_no_code_and_no_path(app, data):
+    for event in json.loads(send(app)[2])["dependencies"]:
         each = [data] * len(event["inputs"]) if data else data
         answer = post(app, "/gradio_api/run/predict", data=each, fn_index=event["id"], session_hash="abc")
         assert not re.search(r"Traceback|\.py\b|site-packages|/tmp/", answer[2]), answer[2]

@@ -1,4 +1,4 @@
-"""The page's speed test: what is timed, where a mechanism breaks even, and what is saved."""
+"""Speed benchmark of the page: measured sizes, break-even, and saved files."""
 
 import json
 
@@ -16,54 +16,54 @@ CPU = torch.device("cpu")
 FLOAT = torch.float32
 
 
-def a_row(name, tokens, ms):
+def make_row(name, tokens, ms):
     times = {"first_call_s": 0.1, "ms": ms, "q1": ms * 0.9, "q3": ms * 1.1, "least": ms, "samples": 3, "calls": 1}
     about = {"attention": name, "tokens": tokens, "grid": [tokens], "options": {}, "logit_fraction": 0.1}
     return about | times | {"status": "complete"}
 
 
-def rows_of(**times):
+def make_rows(**times):
     sizes = (256, 1024, 4096, 16384)
-    return [a_row(name, n, ms) for name, series in times.items() for n, ms in zip(sizes, series, strict=False)]
+    return [make_row(name, n, ms) for name, series in times.items() for n, ms in zip(sizes, series, strict=False)]
 
 
-def test_break_even_is_where_the_curves_cross():
-    found = break_even(rows_of(dense=(1, 10, 100), sla=(4, 20, 50)), "sla")
+def test_break_even_is_the_crossing_of_the_curves():
+    found = break_even(make_rows(dense=(1, 10, 100), sla=(4, 20, 50)), "sla")
     assert found.tokens == pytest.approx(2048)  # 2 times as slow at 1024, 2 times as fast at 4096
     assert found.ms == pytest.approx(1000**0.5)
     assert (found.slower, found.faster, found.largest) == (1024, 4096, 4096)
     assert found.times_dense == pytest.approx(2)
 
 
-def test_break_even_counts_only_from_where_it_stays_faster():
-    found = break_even(rows_of(dense=(10, 10, 100, 1000), gna=(1, 20, 50, 100)), "gna")
+def test_break_even_requires_all_larger_sizes_to_be_faster():
+    found = break_even(make_rows(dense=(10, 10, 100, 1000), gna=(1, 20, 50, 100)), "gna")
     assert (found.slower, found.faster) == (1024, 4096)
-    assert break_even(rows_of(dense=(10, 10), gna=(1, 20)), "gna").tokens is None
+    assert break_even(make_rows(dense=(10, 10), gna=(1, 20)), "gna").tokens is None
 
 
-def test_no_break_even_is_said():
-    result = Speed(Plan(), CPU, FLOAT, rows_of(dense=(1, 10, 100), clear=(2, 20, 250, 300)))
+def test_summary_states_that_there_is_no_break_even():
+    result = Speed(Plan(), CPU, FLOAT, make_rows(dense=(1, 10, 100), clear=(2, 20, 250, 300)))
     assert result.points["clear"].tokens is None
     assert result.sentences() == [
-        "CLEAR: no break-even within what was measured; at 4,096 tokens it takes 2.5 times as long as dense."
+        "CLEAR: no break-even within the measured sizes; at 4,096 tokens it takes 2.5 times as long as dense."
     ]
 
 
-def test_faster_from_the_beginning_is_said():
-    result = Speed(Plan(), CPU, FLOAT, rows_of(dense=(1, 10, 100), llsa=(0.5, 2, 10)))
+def test_summary_states_faster_from_the_smallest_size():
+    result = Speed(Plan(), CPU, FLOAT, make_rows(dense=(1, 10, 100), llsa=(0.5, 2, 10)))
     assert result.sentences() == [
         "LLSA: faster than dense from the smallest size on, 256 tokens; at 4,096 tokens it is 10.00 times as fast."
     ]
 
 
-def test_sizes_that_only_one_was_measured_at_do_not_count():
-    assert break_even(rows_of(dense=(1,), sla=()), "sla") is None
-    assert break_even(rows_of(dense=(1, 10), sla=(2, 20, 1e-9)), "sla").tokens is None
+def test_break_even_ignores_sizes_without_both_measurements():
+    assert break_even(make_rows(dense=(1,), sla=()), "sla") is None
+    assert break_even(make_rows(dense=(1, 10), sla=(2, 20, 1e-9)), "sla").tokens is None
 
 
 @pytest.fixture
 def clocked(monkeypatch):
-    """No waiting: a call takes what ``cost(name, tokens)`` says, in seconds, on a clock of its own."""
+    """Simulated clock: a call takes ``cost(name, tokens)`` seconds."""
     state = {"now": 0.0, "cost": lambda tokens: 1e-3, "made": []}
 
     def once(call, device):
@@ -80,7 +80,7 @@ def clocked(monkeypatch):
     monkeypatch.setattr(speed, "time_once", once)
     monkeypatch.setattr(speed, "time_calls", calls)
     monkeypatch.setattr(speed.time, "monotonic", lambda: state["now"])
-    monkeypatch.setattr(speed, "_UNDISTURBED", 0.0)
+    monkeypatch.setattr(speed, "_MIN_PROCESSOR_SHARE", 0.0)
     return state
 
 
@@ -95,7 +95,7 @@ def run(plan, stop=None):
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_sizes_grow_until_the_time_is_over(kind, clocked):
+def test_sizes_grow_until_the_time_limit(kind, clocked):
     clocked["cost"] = lambda tokens: 1e-3 * (tokens / 256) ** 2
     rows = run(Plan(kind=kind, seconds=5, mechanisms=("gna",), heads=1, head_dim=16))
     assert clocked["now"] <= 5
@@ -105,14 +105,14 @@ def test_sizes_grow_until_the_time_is_over(kind, clocked):
     assert all(len(row["grid"]) == (2 if kind == "image" else 3) for row in rows)
 
 
-def test_slow_calls_are_sampled_three_times_and_quick_ones_more_often(clocked):
+def test_fast_calls_get_more_samples(clocked):
     clocked["cost"] = lambda tokens: 1e-3 if tokens < 1000 else 1.0
     run(Plan(seconds=10, mechanisms=("gna",), heads=1, head_dim=16))
     assert {samples for tokens, samples in clocked["made"] if tokens < 1000} == {15}
     assert {samples for tokens, samples in clocked["made"] if tokens >= 1000} == {3}
 
 
-def test_a_series_that_grew_too_slow_ends_and_the_others_go_on(clocked, monkeypatch):
+def test_slow_series_ends_and_the_others_continue(clocked, monkeypatch):
     original = speed._measure
 
     def slow_dense(plan, name, layout, tensors):
@@ -125,7 +125,7 @@ def test_a_series_that_grew_too_slow_ends_and_the_others_go_on(clocked, monkeypa
     assert largest["dense"] == 256 < largest["gna"]
 
 
-def test_out_of_memory_ends_that_series_and_is_said(clocked, monkeypatch):
+def test_out_of_memory_ends_the_series_with_a_message(clocked, monkeypatch):
     def full(self, *args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -140,19 +140,19 @@ def test_out_of_memory_ends_that_series_and_is_said(clocked, monkeypatch):
     result.figure()
 
 
-def test_other_work_on_the_machine_is_said():
-    rows = rows_of(dense=(1, 10, 100), sla=(4, 20, 50))
+def test_busy_machine_gives_a_warning():
+    rows = make_rows(dense=(1, 10, 100), sla=(4, 20, 50))
     for row, share in zip(rows, (0.1, 0.5, 0.6, 1, 1, 1), strict=True):
         row["cpu_share"] = share
     result = Speed(Plan(), CPU, FLOAT, rows)
-    assert "got 55% of the processor time" in result.sentences()[-1]
+    assert "got 55% of the available processor time" in result.sentences()[-1]
     assert result.content()["processor_share"] == pytest.approx(0.55)
     for row in rows:
         row["cpu_share"] = 0.95
     assert len(result.sentences()) == 1
 
 
-def test_stop_ends_between_two_measurements(clocked):
+def test_stop_ends_between_measurements(clocked):
     stop = Stop()
     rows = speed.measure(Plan(), CPU, FLOAT, stop)
     next(rows)
@@ -161,7 +161,7 @@ def test_stop_ends_between_two_measurements(clocked):
         next(rows)
 
 
-def test_all_are_measured_on_the_same_tensors_and_sla_with_its_projection(clocked, monkeypatch):
+def test_series_share_tensors_and_sla_has_its_projection(clocked, monkeypatch):
     seen = []
     monkeypatch.setattr(speed, "_time", lambda call, device: seen.append(call) or speed_times(1.0, 3).as_row())
     next_rows = speed.measure(Plan(head_dim=16), CPU, FLOAT, Stop())
@@ -178,15 +178,15 @@ def test_all_are_measured_on_the_same_tensors_and_sla_with_its_projection(clocke
 
 @pytest.mark.parametrize("share", [0.05, 0.1])
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_the_share_of_the_logits_is_about_what_was_asked_for(kind, share):
-    """Of grids that are large enough for windows and blocks of this share; LLSA keeps its own."""
+def test_share_of_the_logits_is_close_to_the_plan(kind, share):
+    """For grids large enough for windows and blocks of this share. LLSA has a fixed number of blocks."""
     layout = list(speed._layouts(Plan(kind=kind), FLOAT))[4]
     for name in ("sla", "clear", "gna"):
         assert speed._case(Plan(kind=kind, share=share), name, layout).fraction == pytest.approx(share, rel=0.4)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"heads": 0}, "from 1 to 64"),
         ({"heads": 1.5}, "whole number"),
@@ -196,11 +196,11 @@ def test_the_share_of_the_logits_is_about_what_was_asked_for(kind, share):
         ({"seconds": 1e9}, "from 5 to 600"),
         ({"kind": "audio"}, "image, video"),
         ({"mechanisms": ()}, "at least one"),
-        ({"mechanisms": ("full",)}, "no mechanism"),
+        ({"mechanisms": ("full",)}, "Unknown mechanism 'full'"),
     ],
 )
-def test_a_plan_that_cannot_be_measured_is_refused(change, words):
-    with pytest.raises(BadInput, match=words):
+def test_invalid_plan_raises_a_clear_error(change, message):
+    with pytest.raises(BadInput, match=message):
         run(Plan(**change))
 
 
@@ -211,7 +211,7 @@ def test_memory_of_the_tensors_is_bounded():
 
 def test_result_is_saved_as_picture_and_data(tmp_path):
     plan = Plan(mechanisms=("sla", "gna"))
-    result = Speed(plan, CPU, FLOAT, rows_of(dense=(1, 10, 100), sla=(4, 20, 50), gna=(4, 40, 400)), "complete")
+    result = Speed(plan, CPU, FLOAT, make_rows(dense=(1, 10, 100), sla=(4, 20, 50), gna=(4, 40, 400)), "complete")
     picture, data = result.save(tmp_path)
     content = json.loads(data.read_text())
     assert content["rows"] == result.rows and content["status"] == "complete"
@@ -221,18 +221,18 @@ def test_result_is_saved_as_picture_and_data(tmp_path):
     assert content["plan"]["share"] == 0.1
     assert Image.open(picture).size[0] > 1000
     assert sorted(file.name for file in data.parent.iterdir()) == ["speed.json", "speed.png"]
-    assert result.save(tmp_path)[0] != picture  # two people's results
+    assert result.save(tmp_path)[0] != picture  # each result has its own folder
 
 
-def test_nothing_is_left_of_a_result_that_cannot_be_written(tmp_path, monkeypatch):
-    result = Speed(Plan(), CPU, FLOAT, rows_of(dense=(1,)))
+def test_failed_save_leaves_no_files(tmp_path, monkeypatch):
+    result = Speed(Plan(), CPU, FLOAT, make_rows(dense=(1,)))
     monkeypatch.setattr(Speed, "figure", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         result.save(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_measurement():
+def test_measurement_on_this_machine():
     plan = Plan(heads=1, head_dim=16, seconds=5, mechanisms=("clear",))
     rows = [row for row, _ in zip(speed.measure(plan, CPU, FLOAT, Stop()), range(4), strict=False)]
     assert [row["attention"] for row in rows] == ["dense", "clear", "dense", "clear"]

@@ -1,4 +1,4 @@
-"""The pictures' language, the renderer, the tokenizers and the check that judges drawn pictures."""
+"""Caption language, renderer, tokenizers and scene checker."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from dit_accel.demo import scene_checker
-from dit_accel.demo.batches import ANSWERS, SceneStream
+from dit_accel.demo.batches import NUM_CLASSES, SceneStream
 from dit_accel.demo.render import PRESENT, layout_scene, render
 from dit_accel.demo.scene_checker import check_clip, check_picture, find_blobs
 from dit_accel.demo.scenes import (
@@ -39,7 +39,7 @@ KINDS = ("single", "placed", "pair", "copies")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small pictures: threads would only wait for one another on a busy machine."""
+    """The pictures are small: more threads would be slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def scenes(count: int, clip: bool, seed: int = 0) -> list[Scene]:
 
 
 def truth(scene: Scene, rng: random.Random, size: int, blur: int = 0) -> np.ndarray:
-    """The scene as rendered, (H, W, 3) or (T, H, W, 3); blurred and noisy like a drawn picture with `blur`."""
+    """Rendered scene, (H, W, 3) or (T, H, W, 3); blurred and noisy like a drawn picture with `blur`."""
     rows, background = layout_scene(scene, rng)
     times = MOMENTS if scene.is_clip else None
     picture = (render(torch.tensor([rows]), torch.tensor([background]), size, times)[0] + 1) / 2
@@ -66,7 +66,7 @@ def truth(scene: Scene, rng: random.Random, size: int, blur: int = 0) -> np.ndar
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_parsing_a_caption_gives_back_its_scene_in_every_phrasing(clip):
+def test_each_phrasing_of_a_caption_parses_to_its_scene(clip):
     rng = random.Random(1)
     for scene in scenes(500, clip):
         assert parse_caption(caption(scene, rng)) == scene
@@ -83,12 +83,12 @@ def test_parsing_a_caption_gives_back_its_scene_in_every_phrasing(clip):
         "two red circles in a column standing still",
     ],
 )
-def test_clip_captions_name_places_before_motions(text):
+def test_clip_captions_state_places_before_motions(text):
     text += " on a green background"
     assert caption(parse_caption(text)) == text and parse_caption(text).is_clip
 
 
-def test_language_and_split_of_the_trained_pipelines_stay():
+def test_vocabulary_and_split_are_unchanged():
     words = words_of_language()
     assert (len(words), words[0], words[-1]) == (60, "a", "yellow")
     assert hashlib.sha256(" ".join(words).encode()).hexdigest().startswith("6e2dc917ac0f7fb7")
@@ -109,13 +109,13 @@ def test_language_and_split_of_the_trained_pipelines_stay():
         "a red circle at the top moving up on a green background",
     ],
 )
-def test_caption_outside_the_language_is_refused(text):
+def test_caption_outside_the_language_raises(text):
     with pytest.raises(ValueError, match="caption"):
         parse_caption(text)
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_held_out_part_is_disjoint_and_one_in_ten(clip):
+def test_held_out_split_is_disjoint_and_one_in_ten(clip):
     rng = random.Random(2)
     trained = {sample_scene(rng, clip).key for _ in range(3000)}
     held_out = [sample_scene(rng, clip, held_out=True) for _ in range(300)]
@@ -126,7 +126,7 @@ def test_held_out_part_is_disjoint_and_one_in_ten(clip):
     assert 0.5 / HELD_OUT_ONE_IN < share < 2 / HELD_OUT_ONE_IN
 
 
-def test_order_of_two_objects_does_not_move_a_scene_across_the_split():
+def test_split_does_not_depend_on_the_order_of_objects():
     rng = random.Random(3)
     pairs = [s for clip in (False, True) for s in scenes(200, clip) if len(s.things) == 2]
     assert len(pairs) > 100
@@ -138,7 +138,7 @@ def test_order_of_two_objects_does_not_move_a_scene_across_the_split():
 @pytest.mark.parametrize(
     ("clip", "size", "blur", "count"), [(False, 256, 0, 100), (False, 512, 9, 40), (True, 128, 3, 60)]
 )
-def test_check_accepts_truth_and_refuses_altered_captions(clip, size, blur, count):
+def test_check_accepts_true_and_rejects_altered_captions(clip, size, blur, count):
     rng = random.Random(4)
     check = check_clip if clip else check_picture
     right, refused = [], []
@@ -151,7 +151,7 @@ def test_check_accepts_truth_and_refuses_altered_captions(clip, size, blur, coun
 
 
 def kind_of(scene: Scene) -> str:
-    """What a clip shows: copies, a pair, one object with a place or one without."""
+    """Kind of a clip: copies, a pair, one object with a place, or one without."""
     if scene.count > 1:
         return "copies"
     return "pair" if len(scene.things) > 1 else "placed" if scene.things[0].place else "single"
@@ -165,22 +165,22 @@ def clips(kind: str, count: int, seed: int) -> list[Scene]:
     return found
 
 
-def test_clips_show_each_kind_as_often_as_meant():
+def test_clip_kinds_have_the_expected_frequencies():
     kinds = [kind_of(scene) for scene in scenes(2000, clip=True)]
     shares = {kind: kinds.count(kind) / len(kinds) for kind in KINDS}
     assert shares == pytest.approx({"single": 0.45, "placed": 0.2, "pair": 0.25, "copies": 0.1}, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_check_of_clips_accepts_their_captions_and_refuses_altered_ones(kind, monkeypatch):
+def test_clip_check_accepts_true_and_rejects_altered_captions(kind, monkeypatch):
     known: dict[bytes, tuple] = {}
 
-    def remembered(frame: np.ndarray) -> tuple:  # a clip is checked against many captions
+    def cached(frame: np.ndarray) -> tuple:  # a clip is checked against many captions
         key = hashlib.sha256(frame.tobytes()).digest()
         known[key] = known.get(key) or find_blobs(frame)
         return known[key]
 
-    monkeypatch.setattr(scene_checker, "find_blobs", remembered)
+    monkeypatch.setattr(scene_checker, "find_blobs", cached)
     rng, right, refused = random.Random(4), [], []
     for scene in clips(kind, 200, seed=6):
         clip = truth(scene, rng, 128, 3)
@@ -195,7 +195,7 @@ def test_check_of_clips_accepts_their_captions_and_refuses_altered_ones(kind, mo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_objects_of_a_clip_stay_apart_and_inside(kind):
+def test_clip_objects_stay_apart_and_inside_the_frame(kind):
     rng = random.Random(11)
     for scene in clips(kind, 40, seed=7):
         large = replace(scene, things=tuple(replace(thing, size="large") for thing in scene.things))
@@ -213,39 +213,39 @@ def test_objects_of_a_clip_stay_apart_and_inside(kind):
         ("a red square on the left standing still on a white background", "at the top"),
     ],
 )
-def test_check_of_clips_asks_for_a_place_only_where_it_is_named(text, wrong):
+def test_clip_check_requires_only_places_in_the_caption(text, wrong):
     place = next(p for p in ("at the top", "on the left") if p in text)
     clip = truth(parse_caption(text), random.Random(12), 128)
     assert check_clip(clip, text).ok and check_clip(clip, text.replace(f"{place} ", "")).ok
     assert not check_clip(clip, text.replace(place, wrong)).ok
 
 
-def test_more_than_two_copies_in_a_clip_are_refused():
+def test_more_than_two_copies_in_a_clip_raise():
     scene = parse_caption("three red circles moving left on a white background")
     with pytest.raises(ValueError, match="at most two copies"):
         layout_scene(scene, random.Random(0))
 
 
-def test_training_batches_of_clips_name_each_phrase_and_answer_for_it():
+def test_clip_batches_have_nouns_and_labels():
     batch = SceneStream(clip=True, device=torch.device("cpu"), seed=0, workers=0).next(256)
-    assert batch.rows.shape[1] == 2 and batch.answers.shape == (*batch.nouns.shape, len(ANSWERS))
+    assert batch.rows.shape[1] == 2 and batch.labels.shape == (*batch.nouns.shape, len(NUM_CLASSES))
     drawn = batch.rows[..., PRESENT].sum(1)
-    pairs, copies = batch.answers[:, 1, 0] >= 0, batch.answers[:, 0, 7] == 1
+    pairs, copies = batch.labels[:, 1, 0] >= 0, batch.labels[:, 0, 7] == 1
     assert bool((drawn == 1 + (pairs | copies)).all()) and not bool((pairs & copies).any())
     assert bool(pairs.any()) and bool(copies.any()) and bool(((batch.nouns[:, 1] > 0) == pairs).all())
     tokenizer = build_t5_tokenizer()
-    for ids, nouns, answers in zip(batch.t5_ids, batch.nouns, batch.answers, strict=True):
+    for ids, nouns, labels in zip(batch.t5_ids, batch.nouns, batch.labels, strict=True):
         scene = parse_caption(tokenizer.decode(ids, skip_special_tokens=True))
         words = tokenizer.convert_ids_to_tokens(ids[nouns[: len(scene.things)]])
         assert [word.strip("▁") for word in words] == [
             PLURALS[thing.shape] if scene.count > 1 else thing.shape for thing in scene.things
         ]
         places = [0 if thing.place is None else 1 + PLACES.index(thing.place) for thing in scene.things]
-        assert answers[: len(scene.things), 4].tolist() == places
+        assert labels[: len(scene.things), 4].tolist() == places
 
 
 def deform(picture: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """The picture as an imperfect hand would draw it: wobbly outlines, thick arms, round corners, noise."""
+    """Deform a picture: distorted outlines, thick arms, rounded corners, noise."""
     side = len(picture)
     shift = ndimage.gaussian_filter(rng.standard_normal((2, side, side)), (0, *2 * [rng.uniform(0.2, 0.4) * radius]))
     shift *= rng.uniform(0.02, 0.05) * radius / shift.std()
@@ -256,7 +256,7 @@ def deform(picture: np.ndarray, radius: float, rng: np.random.Generator) -> np.n
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_check_knows_deformed_shapes_and_still_tells_them_apart(shape):
+def test_check_recognizes_and_distinguishes_deformed_shapes(shape):
     rng, noise = random.Random(10), np.random.default_rng(10)
     right, refused, taken_for = [], [], []
     for i in range(100):
@@ -274,7 +274,7 @@ def test_check_knows_deformed_shapes_and_still_tells_them_apart(shape):
     assert len(taken_for) <= 1, taken_for
 
 
-def test_check_names_what_is_wrong():
+def test_check_lists_the_differences():
     rng = random.Random(6)
     scene = parse_caption("a large red circle at the top left on a green background")
     picture = truth(scene, rng, 256)
@@ -285,13 +285,13 @@ def test_check_names_what_is_wrong():
 
 
 @pytest.mark.parametrize("blank", [0.0, 0.5, 1.0])
-def test_check_refuses_an_empty_picture_and_noise(blank):
+def test_check_rejects_an_empty_picture_and_noise(blank):
     noise = np.random.default_rng(0).random((256, 256, 3), dtype=np.float32)
     for picture in (np.full((256, 256, 3), blank, dtype=np.float32), noise):
         assert not check_picture(picture, "a red circle at the top left on a green background").ok
 
 
-def test_check_refuses_a_picture_of_the_wrong_shape():
+def test_check_raises_for_a_wrong_picture_shape():
     with pytest.raises(ValueError, match="H, W, 3"):
         check_picture(np.zeros((3, 64, 64)), "a red circle on a green background")
 
@@ -304,7 +304,7 @@ def test_renders_at_two_sizes_show_the_same_scene():
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_object_is_drawn_in_the_cell_its_place_names(place):
+def test_object_is_drawn_in_the_cell_of_its_place(place):
     scene = parse_caption(f"a small black square at the {place} on a white background")
     picture = truth(scene, random.Random(8), 96)
     y, x = np.argwhere(picture.mean(-1) < 0.5).mean(0) / 96 * 3
@@ -312,7 +312,7 @@ def test_object_is_drawn_in_the_cell_its_place_names(place):
 
 
 @pytest.mark.parametrize(("build", "frame"), [(build_clip_tokenizer, 2), (build_t5_tokenizer, 1)])
-def test_tokenizers_give_one_token_a_word_and_survive_saving(build, frame, tmp_path):
+def test_tokenizers_give_one_token_per_word_after_reloading(build, frame, tmp_path):
     tokenizer = build()
     tokenizer.save_pretrained(tmp_path)
     loaded = type(tokenizer).from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The search that shares logits out among layers."""
+"""Search of options per layer."""
 
 import random
 
@@ -16,17 +16,17 @@ from dit_accel.install import denoisers, installed_layers
 
 @pytest.mark.parametrize("grid", [(64, 64), (13, 16, 16)])
 @pytest.mark.parametrize("name", ["sla", "clear", "llsa", "gna"])
-def test_a_choice_is_what_its_text_means(name, grid):
+def test_choice_round_trips_through_text(name, grid):
     options, rng = Options(name, grid), random.Random(0)
     choice = tuple(len(axis) // 2 for axis in options.axes)
     for _ in range(50):
-        choice = options.near(choice, rng)
+        choice = options.neighbour(choice, rng)
         assert options.choice(parse_attention(f"{name}:{options.text(choice)}").processor()) == choice
 
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    """A pipeline, its denoiser, and a sample of 2×8×8 tokens."""
+    """Pipeline, its denoiser, and a sample of 2×8×8 tokens."""
     pipe = DiffusionPipeline.from_pretrained(save_wan(tmp_path_factory.mktemp("wan") / "wan"))
     (model,) = denoisers(pipe).values()
     conditions = capture(pipe, model, {"prompt": "a red circle", "height": 128, "width": 128, "num_frames": 5})
@@ -37,7 +37,7 @@ def wan(tmp_path_factory):
 @pytest.mark.parametrize(
     "begin", ["gna:window=2x4x4", "clear:radius=3", "sla:critical=0.2,block_q=8,block_kv=8,tile_order=true"]
 )
-def test_distance_falls_within_the_share_and_nothing_stays_installed(wan, begin):
+def test_distance_decreases_and_pipeline_stays_dense(wan, begin):
     pipe, model, sample = wan
     search = Search(pipe, parse_attention(begin), [sample], share=0.3, seed=0)
     losses = [search.loss]
@@ -50,24 +50,24 @@ def test_distance_falls_within_the_share_and_nothing_stays_installed(wan, begin)
 
 
 @pytest.mark.parametrize(
-    "begin, said",
+    "begin, message",
     [
-        ("gna:window=2x8x8", "begin with less"),
-        ("gna:window=2x2x2,stride=2", "of gna only window can be other"),
-        ("llsa:block_size=64,levels=1", "of llsa only topk can be other"),
+        ("gna:window=2x8x8", "start from options with a lower cost"),
+        ("gna:window=2x2x2,stride=2", "gna: the search varies only window"),
+        ("llsa:block_size=64,levels=1", "llsa: the search varies only topk"),
     ],
 )
-def test_what_it_cannot_begin_with_is_told(wan, begin, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_initial_options_raise_a_clear_error(wan, begin, message):
+    with pytest.raises(ValueError, match=message):
         Search(wan[0], parse_attention(begin), [wan[2]], share=0.1, seed=0)
     assert not installed_layers(wan[1])
 
 
-def test_a_folder_without_samples_is_told(tmp_path, monkeypatch, capsys):
+def test_folder_without_samples_gives_a_clear_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv", ["search_layer_options", "image", "--attn", "gna:window=8x8", "--samples", "x", "--out", "y"]
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main()
-    assert "no encoded samples in x: give the folder" in capsys.readouterr().err
+    assert "no encoded samples in x: pass the folder" in capsys.readouterr().err

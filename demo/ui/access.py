@@ -1,7 +1,8 @@
 """Host names, origins and framing pages that the app accepts.
 
-A page of another site can point its own name at this machine (DNS rebinding) and can send requests to it; only the
-``Host`` and ``Origin`` headers tell them from the app's own. An address in ``Host`` cannot be rebound.
+A page of another site can point its own host name at this machine (DNS rebinding) and can send requests to it. Only
+the ``Host`` and ``Origin`` headers distinguish these requests from the app's own. An IP address in ``Host`` cannot be
+rebound.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _FRAME = re.compile(r"https?://(\[[\da-f:.]+\]|(\*\.)?[a-z\d_.-]+)(:\d{1,5})?", 
 class Access:
     """Rules for ``Host``, ``Origin`` and frames.
 
-    Accepted hosts: localhost, 127.0.0.1, [::1], ``host``, ``names`` and, if ``host`` is 0.0.0.0 or ::, every address.
-    In a Hugging Face Space also its own names, and the Hub may show the page in a frame.
+    Accepted hosts: localhost, 127.0.0.1, [::1], ``host``, ``names`` and, if ``host`` is 0.0.0.0 or ::, every IP
+    address. In a Hugging Face Space, the Space's own names are accepted too, and the Hub may show the page in a frame.
 
     Args:
-        host: address or name the server listens on.
-        names: further names or addresses the page is reached by.
-        frames: origins whose pages may show it in a frame, such as ``https://example.com``.
-    Raises: ValueError: no host name, or no origin.
+        host: address or name that the server listens on.
+        names: further names or addresses under which the page is reached.
+        frames: origins of pages that may show the app in a frame, such as ``https://example.com``.
+    Raises: ValueError: an invalid host name or origin.
     """
 
     def __init__(self, host: str = "127.0.0.1", names: Iterable[str] = (), frames: Iterable[str] = ()) -> None:
@@ -43,23 +44,23 @@ class Access:
             self._frames.append("https://huggingface.co")
 
     def add(self, url: str) -> None:
-        """Accept the host of an address."""
+        """Accept the host of a URL."""
         self._given.add(_plain(urlsplit(url).hostname or ""))
 
     def refusal(self, host: str, origin: str | None) -> tuple[int, str] | None:
-        """HTTP status and reason to refuse a request with these headers; None = accept it."""
+        """HTTP status and reason for refusing a request with these headers; None to accept it."""
         found = _HOST.fullmatch(host)
         if found is None:
             return 400, "The request's Host header is malformed."
         name = _plain(found[1])
         if not (name in self._own | self._given or (self._every_address and _address(name))):
-            reason = f"This page is not served under the name {name}. If you reach it by that name"
-            return 421, f"{reason}, start it with --allow-host {name}"
+            reason = f"This page is not served under the name {name}."
+            return 421, f"{reason} To accept this name, start the app with --allow-host {name}"
         if origin is None or self._is_own(origin, host):
             return None
         return 403, (
-            "This page takes no requests from pages of other sites. If a proxy serves it under another name, start it "
-            "with --allow-host NAME"
+            "Requests from pages of other sites are refused. If a proxy serves this page under another name, start the "
+            "app with --allow-host NAME"
         )
 
     def _is_own(self, origin: str, host: str) -> bool:
@@ -71,20 +72,20 @@ class Access:
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """Headers of every response."""
+        """Headers of each response."""
         policy = " ".join(["frame-ancestors", "'self'", *self._frames])
         headers = [
             ("Content-Security-Policy", policy),
             ("X-Content-Type-Options", "nosniff"),
             ("Referrer-Policy", "same-origin"),
         ]
-        if not self._frames:  # it can name no other site
+        if not self._frames:  # X-Frame-Options cannot name another site
             headers.append(("X-Frame-Options", "SAMEORIGIN"))
         return headers
 
 
 def _address(name: str) -> str | None:
-    """IP address in its shortest spelling; None if the name is none."""
+    """IP address in its shortest spelling; None if the name is not an IP address."""
     try:
         return str(ip_address(name))
     except ValueError:
@@ -92,7 +93,7 @@ def _address(name: str) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """One spelling of a name or address."""
+    """Canonical spelling of a name or address."""
     name = name.lower().strip("[]").removesuffix(".")
     return _address(name) or name
 
@@ -100,7 +101,7 @@ def _plain(name: str) -> str:
 def _name(name: str) -> str:
     if _NAME.fullmatch(name) or _address(name.strip("[]")):
         return name
-    raise ValueError(f"expected a host name such as app.example.com or an address, without port; got {name!r}")
+    raise ValueError(f"expected a host name such as app.example.com, or an address, without a port; got {name!r}")
 
 
 def _frame(origin: str) -> str:

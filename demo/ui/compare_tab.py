@@ -1,4 +1,4 @@
-"""The Compare tab: the same prompt and seed with dense attention and with another, under one slider."""
+"""Compare tab: the same prompt and seed drawn with dense attention and with another one, under one slider."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dit_accel.compare.students import Student
 
 from .comparison import Comparison, Progress, compare_attention, python_lines
 from .controls import DrawingControls, MechanismControls
-from .engine import MOST_WAITING, Cancelled, Engine, Loaded
+from .engine import MAX_WAITING, Cancelled, Engine, Loaded
 from .status import duration, progress_line, status_line, waiting_line
 from .work import Stops, Waiting, message_for, stream
 
@@ -25,20 +25,20 @@ __all__ = ["CSS", "HEAD", "build"]
 
 _FPS = 16
 _IDLE = (
-    "Press <b>Draw both</b>: first dense attention draws the prompt, then the attention you chose, from the same seed."
+    "Press <b>Draw both</b>: the prompt is drawn with dense attention, then with the selected one, from the same seed."
 )
 _HELP = (
     "*seconds per step*: median time in the denoiser. *logits computed*: share of query-key products that are computed "
-    "exactly. *PSNR*, *SSIM*: likeness to the dense picture; above 30 dB, or near 1, few people see a difference."
+    "exactly. *PSNR*, *SSIM*: similarity to the dense picture; above 30 dB, or near 1, differences are hard to see."
 )
 _UNTRAINED = (
-    "This attention was put in as it is, without training. Weights that were trained with it bring the picture back "
-    "towards the dense one: choose them in the list where there are any, or make them under *Convert*."
+    "This attention was installed without training. Fine-tuned weights bring the picture closer to the dense one: "
+    "select them in the list if there are any, or train them under *Convert*."
 )
 
 CSS = """
 .at-the-bottom { align-self: end }
-#compare-code .cm-gutters { display: none }  /* empty, and of the height that the code had before it was shown */
+#compare-code .cm-gutters { display: none }  /* empty, but keeps the height that it had before the code was shown */
 #compare-figures table { width: 100%; border-collapse: collapse }
 #compare-figures :is(table, thead, tbody, tr) { border: 0 !important }
 #compare-figures :is(th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 0.4rem 0.5rem }
@@ -47,11 +47,11 @@ CSS = """
 
 _MOVE_BORDER = "(percent) => ({ __type__: 'update', slider_position: percent })"  # in the browser, at once
 
-# What is done to one of the two clips is done to the other; Gradio has nothing for it.
+# Keeps the two clips in step (play, pause, seek, rate). Gradio has no option for it.
 HEAD = """<script>
 (() => {
   const clips = () => [...document.querySelectorAll("#compare-clips video")];
-  const led = new WeakSet();  // clips that were just moved here, not by a person
+  const led = new WeakSet();  // clips that this script has just moved
   const follow = (name, act) => document.addEventListener(name, (event) => {
     const all = clips();
     if (!all.includes(event.target)) return;
@@ -72,7 +72,7 @@ HEAD = """<script>
 
 
 def build(engine: Engine) -> None:
-    """The tab's components and what they do."""
+    """Build the components of the tab and their event handlers."""
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             drawing = DrawingControls(engine)
@@ -86,7 +86,7 @@ def build(engine: Engine) -> None:
     requests = _Requests(engine, drawing, mechanism, view)
     gr.on(
         [run.click, drawing.prompt.submit], requests.run, [*drawing.inputs, *mechanism.inputs], view.outputs,
-        concurrency_id="compare", concurrency_limit=MOST_WAITING + 2, show_progress="hidden", api_visibility="private",
+        concurrency_id="compare", concurrency_limit=MAX_WAITING + 2, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     cancel.click(requests.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
     drawing.kind.change(
@@ -96,7 +96,7 @@ def build(engine: Engine) -> None:
 
 
 class _View:
-    """The right side: what is shown, as updates for ``outputs``."""
+    """Right side of the tab. Methods return updates for ``outputs``."""
 
     def __init__(self, engine: Engine, run: gr.Button, cancel: gr.Button) -> None:
         self.engine = engine
@@ -107,12 +107,12 @@ class _View:
             visible=not clip, elem_id="compare-slider", buttons=["fullscreen"],
         )  # fmt: skip
         self.border = gr.Slider(
-            0, 100, 50, step=1, precision=0, label="Border between the two", info="Also by dragging in the picture.",
+            0, 100, 50, step=1, precision=0, label="Border between the two", info="Or drag it in the picture.",
             visible=False, buttons=[],
         )  # fmt: skip
         self.border.input(None, self.border, self.slider, js=_MOVE_BORDER, api_visibility="private")
         self.preview = gr.Image(
-            label="The middle of the clip, being drawn", interactive=False, visible=False, height=320,
+            label="Preview: middle of the clip", interactive=False, visible=False, height=320,
             elem_id="compare-preview", buttons=[],
         )  # fmt: skip
         with gr.Row(visible=clip, elem_id="compare-clips") as self.clips:
@@ -145,10 +145,10 @@ class _View:
             status=status_line(message, problem),
         )  # fmt: skip
 
-    def news(self, kind: str, name: str, event: Waiting | Progress) -> list[Any]:
+    def show_progress(self, kind: str, name: str, event: Waiting | Progress) -> list[Any]:
         if isinstance(event, Waiting):
             return self._update(status=waiting_line(event.before))
-        update: dict[str, Any] = {"status": _progress(name, event)}
+        update: dict[str, Any] = {"status": _progress_bar(name, event)}
         if event.pictures is not None and kind == "image":
             update["slider"] = gr.ImageSlider(value=_pair(*event.pictures), label=f"Dense | {name}")
         elif event.pictures is not None:
@@ -157,7 +157,7 @@ class _View:
             )
         return self._update(**update)
 
-    def finished(self, comparison: Comparison, loaded: Loaded, folder: Path) -> list[Any]:
+    def show_result(self, comparison: Comparison, loaded: Loaded, folder: Path) -> list[Any]:
         name = _name(comparison.student)
         update: dict[str, Any] = {
             "status": status_line("Done."), "figures": _figures(comparison, name), "preview": gr.Image(visible=False),
@@ -180,7 +180,7 @@ class _View:
 
 
 class _Requests:
-    """What the buttons do."""
+    """Event handlers of the buttons."""
 
     def __init__(self, engine: Engine, drawing: DrawingControls, mechanism: MechanismControls, view: _View) -> None:
         self.engine, self.drawing, self.mechanism, self.view = engine, drawing, mechanism, view
@@ -194,12 +194,14 @@ class _Requests:
             loaded, wanted = self.drawing.read(*values[:count])
             spec = self.mechanism.student(wanted.kind, *values[count:])
             name = str(values[count]) if isinstance(spec, str) else spec.name.upper()
-            for event in stream(lambda tell: compare_attention(self.engine, wanted, spec, stop, tell), stop):
+            for event in stream(lambda report: compare_attention(self.engine, wanted, spec, stop, report), stop):
                 if isinstance(event, Comparison):
                     with tempfile.TemporaryDirectory(dir=self.engine.folder) as folder:
-                        yield self.view.finished(event, loaded, Path(folder))
+                        yield self.view.show_result(event, loaded, Path(folder))
                 else:
-                    yield self.view.news(wanted.kind, name, event) if event is not None else self.view._update()
+                    yield (
+                        self.view.show_progress(wanted.kind, name, event) if event is not None else self.view._update()
+                    )
         except Exception as error:
             yield self.view.end(message_for(error), not isinstance(error, Cancelled))
 
@@ -216,7 +218,7 @@ def _name(student: Student) -> str:
 
 
 def _pair(left: NDArray[np.uint8] | None, right: NDArray[np.uint8] | None) -> tuple[Image.Image, Image.Image]:
-    """Both of one size; what is not there yet is like the other."""
+    """Both pictures in the same size; a missing one is replaced by the other."""
     some = left if left is not None else right
     assert some is not None
     pictures = [Image.fromarray(some if one is None else one) for one in (left, right)]
@@ -225,7 +227,7 @@ def _pair(left: NDArray[np.uint8] | None, right: NDArray[np.uint8] | None) -> tu
     return first, second
 
 
-def _progress(name: str, event: Progress) -> str:
+def _progress_bar(name: str, event: Progress) -> str:
     what = ("dense attention", name)[event.drawing]
     left = "" if event.seconds_left is None else f" · about {duration(event.seconds_left)} left"
     done, total = event.drawing * event.steps + event.step, 2 * event.steps

@@ -1,4 +1,4 @@
-"""One comparison for the page: dense attention, then another, with news on the way."""
+"""Comparison for the page: dense attention, then another one, with progress reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_accel.compare.metrics import compare_frames
 from dit_accel.compare.sizes import token_grid
 from dit_accel.compare.students import Student, make_students
 
-from .controls import Wanted, check_fits
+from .controls import DrawingOptions, check_fits
 from .engine import Drawing, Engine, Loaded, Stop
 from .preview import Preview
 from .work import Waiting
@@ -28,7 +28,10 @@ _STEPS_BETWEEN_PREVIEWS = 2
 
 @dataclass(frozen=True)
 class Progress:
-    """``drawing``: 0 dense, 1 the other. pictures: of both, as far as there are any; None: nothing new to see."""
+    """Progress of a comparison.
+
+    drawing: 0 = dense, 1 = the other attention. pictures: previews of both, None for a missing one; None = no change.
+    """
 
     drawing: int
     step: int
@@ -39,67 +42,69 @@ class Progress:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished one."""
+    """Result of a comparison."""
 
-    wanted: Wanted
+    wanted: DrawingOptions
     student: Student
     dense: Drawing
     other: Drawing
-    psnr: float | None  # None: the pictures are equal
+    psnr: float | None  # None if the pictures are equal
     ssim: float | None
 
 
 def compare_attention(
-    engine: Engine, wanted: Wanted, spec: AttentionSpec | str, stop: Stop, tell: Callable[[Any], None]
+    engine: Engine, wanted: DrawingOptions, spec: AttentionSpec | str, stop: Stop, report: Callable[[Any], None]
 ) -> None:
-    """Draw with dense attention and with the other; tells Waiting, Progress and at last the Comparison.
+    """Draw with dense attention and with ``spec``; report Waiting, Progress and finally the Comparison.
 
     Raises: what ``Engine.draw`` and ``make_students`` raise; BadInput: a window larger than the grid.
     """
-    with engine.turn(wanted.kind, stop, lambda before: tell(Waiting(before))) as loaded:
+    with engine.turn(wanted.kind, stop, lambda before: report(Waiting(before))) as loaded:
         grid = token_grid(loaded.pipe, wanted.size)
         check_fits(spec, grid)
         (student,) = make_students([spec], loaded.pipe, grid)
-        watch = _Watch(loaded, wanted, tell)
+        watch = _Watch(loaded, wanted, report)
         dense = engine.draw(loaded, wanted.prompt, wanted.seed, wanted.size, wanted.steps, stop, watch.step)
         watch.next_drawing(dense)
         with student.installed(loaded.pipe):
             other = engine.draw(loaded, wanted.prompt, wanted.seed, wanted.size, wanted.steps, stop, watch.step)
     likeness = compare_frames(other.frames, dense.frames)
-    tell(Comparison(wanted, student, dense, other, likeness["psnr"], likeness["ssim"]))
+    report(Comparison(wanted, student, dense, other, likeness["psnr"], likeness["ssim"]))
 
 
 class _Watch:
-    """Turns the steps of both drawings into Progress."""
+    """Reporter of the steps of both drawings as Progress."""
 
-    def __init__(self, loaded: Loaded, wanted: Wanted, tell: Callable[[Any], None]) -> None:
-        self.loaded, self.wanted, self.tell = loaded, wanted, tell
+    def __init__(self, loaded: Loaded, wanted: DrawingOptions, report: Callable[[Any], None]) -> None:
+        self.loaded, self.wanted, self.report = loaded, wanted, report
         self.drawing = 0
         self.seconds_of_dense: float | None = None
         self.dense: NDArray[np.uint8] | None = None
         self.preview = Preview(loaded.pipe, wanted.size)
         self.began = time.monotonic()
-        tell(Progress(0, 0, wanted.steps, None))
+        report(Progress(0, 0, wanted.steps, None))
 
     def next_drawing(self, dense: Drawing) -> None:
         now = time.monotonic()
         self.seconds_of_dense, self.began = now - self.began, now
         self.drawing, self.dense = 1, dense.frames[len(dense.frames) // 2]
         self.preview = Preview(self.loaded.pipe, self.wanted.size)
-        self.tell(Progress(1, 0, self.wanted.steps, self.seconds_of_dense, (self.dense, None)))
+        self.report(Progress(1, 0, self.wanted.steps, self.seconds_of_dense, (self.dense, None)))
 
     def step(self, step: int, latents: Any) -> None:
-        self.preview.see(step, latents)
+        self.preview.update(step, latents)
         steps = self.wanted.steps
-        seen = self.preview.picture() if step % _STEPS_BETWEEN_PREVIEWS == 0 and step < steps else None
-        pictures = None if seen is None else (seen, None) if self.drawing == 0 else (self.dense, seen)
+        picture = self.preview.picture() if step % _STEPS_BETWEEN_PREVIEWS == 0 and step < steps else None
+        pictures = None if picture is None else (picture, None) if self.drawing == 0 else (self.dense, picture)
         each = (time.monotonic() - self.began) / step
-        rest = each * (steps - step) + (0 if self.drawing else each * steps)  # the other is taken to be like dense
-        self.tell(Progress(self.drawing, step, steps, rest, pictures))
+        rest = each * (steps - step) + (
+            0 if self.drawing else each * steps
+        )  # assumes that the other takes as long as dense
+        self.report(Progress(self.drawing, step, steps, rest, pictures))
 
 
 def python_lines(comparison: Comparison, loaded: Loaded) -> str:
-    """The Python that draws the other picture; the line before the last two changes the attention."""
+    """Python code that draws the other picture."""
     wanted = comparison.wanted
     arguments = {"height": wanted.size.height, "width": wanted.size.width, "num_frames": wanted.size.frames}
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -119,7 +124,7 @@ def python_lines(comparison: Comparison, loaded: Loaded) -> str:
 
 
 def attention_line(student: Student) -> str:
-    """The one line that puts the attention in."""
+    """Line of Python that installs the attention."""
     if student.source is not None:
         return f"dit_accel.load_attention(pipe, {_short_path(student.source)!r})"
     processor = student.processor
@@ -128,6 +133,6 @@ def attention_line(student: Student) -> str:
 
 
 def _short_path(source: str) -> str:
-    """From here, where it lies below."""
+    """Path relative to the current directory, if it lies below it."""
     path, here = Path(source), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else source

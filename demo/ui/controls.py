@@ -1,4 +1,4 @@
-"""What a person chooses: prompt, seed, size, steps, and the attention with its sliders; checked, with messages."""
+"""Controls for prompt, seed, size, steps and attention options, and validation of their values."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dit_accel.errors import BadInput
 
 from .engine import Engine, Loaded
 
-__all__ = ["DrawingControls", "MechanismControls", "Wanted", "check_drawing", "check_fits"]
+__all__ = ["DrawingControls", "DrawingOptions", "MechanismControls", "check_drawing", "check_fits"]
 
-MOST_CHARACTERS = 2000
-MOST_STEPS = 100
-MOST_TIMES_LARGER = 4  # than the pipeline's own picture, in tokens: memory is not without end
-_MOST_SEED = 2**32 - 1
+MAX_CHARACTERS = 2000
+MAX_STEPS = 100
+MAX_RELATIVE_SIZE = 4  # times the pipeline's default number of pixels: limits memory
+_MAX_SEED = 2**32 - 1
 _KIND_NAMES = {"image": "Image", "video": "Video"}
 _MECHANISMS = {
-    "sla": "SLA: best blocks, linear attention for the rest",
-    "clear": "CLEAR: a circle around each token",
-    "llsa": "LLSA: best blocks, found from coarse to fine",
-    "gna": "GNA: a window that slides over the grid",
+    "sla": "SLA: critical blocks, linear attention for the rest",
+    "clear": "CLEAR: circular window around each token",
+    "llsa": "LLSA: top-k blocks, selected from coarse to fine",
+    "gna": "GNA: sliding window with a stride",
 }
 _SHOWN_FOR = {
     "sla": ("critical",),
@@ -38,8 +38,8 @@ _ONLY_VIDEO = ("radius_time", "window_time")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A drawing that the pipeline can make, as far as that can be told beforehand."""
+class DrawingOptions:
+    """Validated options of a drawing."""
 
     kind: str
     prompt: str
@@ -48,59 +48,73 @@ class Wanted:
     steps: int
 
 
-def check_drawing(loaded: Loaded, prompt: Any, seed: Any, height: Any, width: Any, frames: Any, steps: Any) -> Wanted:
-    """Raises: BadInput: what has to be changed, in words for people."""
+def check_drawing(
+    loaded: Loaded, prompt: Any, seed: Any, height: Any, width: Any, frames: Any, steps: Any
+) -> DrawingOptions:
+    """Validate the options of a drawing.
+
+    Raises: BadInput: a value that has to be changed.
+    """
     text = prompt.strip() if isinstance(prompt, str) else ""
     if not text:
         raise BadInput("The prompt is empty: write what to draw, or click on an example.")
-    if len(text) > MOST_CHARACTERS:
-        raise BadInput(f"The prompt has {len(text):,} characters; at most {MOST_CHARACTERS:,} are taken. Shorten it.")
+    if len(text) > MAX_CHARACTERS:
+        raise BadInput(f"The prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed. Shorten it.")
     size = Size(
-        _whole("height", height, 1), _whole("width", width, 1),
-        _whole("number of frames", frames, 1) if loaded.size.frames is not None else None,
+        _check_integer("height", height, 1), _check_integer("width", width, 1),
+        _check_integer("number of frames", frames, 1) if loaded.size.frames is not None else None,
     )  # fmt: skip
     check_size(loaded.pipe, size)
     _check_cost(loaded.size, size)
-    return Wanted(loaded.kind, text, _whole("seed", seed, 0, _MOST_SEED), size, _whole("steps", steps, 1, MOST_STEPS))
+    return DrawingOptions(
+        loaded.kind, text, _check_integer("seed", seed, 0, _MAX_SEED), size,
+        _check_integer("steps", steps, 1, MAX_STEPS),
+    )  # fmt: skip
 
 
-def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer():
         raise BadInput(f"The {name} must be a whole number.")
-    if value < least or (most is not None and value > most):
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
         raise BadInput(f"The {name} must be {limits}, got {int(value)}.")
     return int(value)
 
 
 def _check_cost(own: Size, size: Size) -> None:
-    amount = size.height * size.width * (size.frames or 1)
-    if amount > MOST_TIMES_LARGER * own.height * own.width * (own.frames or 1):
+    n_pixels = size.height * size.width * (size.frames or 1)
+    if n_pixels > MAX_RELATIVE_SIZE * own.height * own.width * (own.frames or 1):
         raise BadInput(
-            f"{size} is too large for this page: it draws up to {MOST_TIMES_LARGER} times the pipeline's own {own}. "
-            "Choose a smaller one."
+            f"{size} is too large for this page: at most {MAX_RELATIVE_SIZE} times the pipeline's default {own} is "
+            "allowed. Choose a smaller size."
         )
 
 
 def check_fits(spec: AttentionSpec | str, grid: tuple[int, ...] | None) -> None:
-    """Raises: BadInput: a window that is larger than the token grid."""
+    """Check that the window fits the token grid.
+
+    Raises: BadInput: a window that is larger than the grid.
+    """
     window = spec.options.get("window") if isinstance(spec, AttentionSpec) else None
     if window is None or grid is None:
         return
     window = window if isinstance(window, tuple) else (window,) * len(grid)
     if any(length > tokens for length, tokens in zip(window, grid, strict=True)):
         raise BadInput(
-            f"The window of {_times(window)} tokens is larger than the grid of {_times(grid)} tokens that this size "
-            "has. Choose a smaller window or a larger size."
+            f"The window of {_join_lengths(window)} tokens is larger than the grid of {_join_lengths(grid)} tokens "
+            "of this size. Choose a smaller window or a larger size."
         )
 
 
-def _times(lengths: Sequence[int]) -> str:
+def _join_lengths(lengths: Sequence[int]) -> str:
     return "×".join(map(str, lengths))
 
 
 class DrawingControls:
-    """Kind, prompt with examples, seed, size and steps. Build it inside a layout; ``read(*values of inputs)``."""
+    """Kind, prompt with examples, seed, size and steps.
+
+    Create it inside a layout. ``read`` takes the values of ``inputs``.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -119,14 +133,14 @@ class DrawingControls:
                 self.frames = gr.Number(
                     about.size.frames or 1, label="Frames", precision=0, min_width=90, visible=about.kind == "video"
                 )
-            self.steps = gr.Slider(1, MOST_STEPS, about.steps, step=1, precision=0, label="Steps")
+            self.steps = gr.Slider(1, MAX_STEPS, about.steps, step=1, precision=0, label="Steps")
             with gr.Row():
                 self.seed = gr.Number(0, label="Seed", precision=0, min_width=120)
                 dice = gr.Button("Another seed", size="md", min_width=120, elem_classes="at-the-bottom")
         self.inputs: list[Any] = [
             self.kind, self.prompt, self.seed, self.height, self.width, self.frames, self.steps,
         ]  # fmt: skip
-        self.examples.click(_first, self.examples, self.prompt, queue=False, api_visibility="private")
+        self.examples.click(_only_prompt, self.examples, self.prompt, queue=False, api_visibility="private")
         dice.click(_another_seed, None, self.seed, queue=False, api_visibility="private")
         self.kind.change(
             self._for_kind, self.kind,
@@ -136,8 +150,11 @@ class DrawingControls:
 
     def read(
         self, kind: str, prompt: Any, seed: Any, height: Any, width: Any, frames: Any, steps: Any
-    ) -> tuple[Loaded, Wanted]:
-        """Raises: BadInput."""
+    ) -> tuple[Loaded, DrawingOptions]:
+        """Return the pipeline and the validated options.
+
+        Raises: BadInput.
+        """
         loaded = self.engine.about(kind)
         return loaded, check_drawing(loaded, prompt, seed, height, width, frames, steps)
 
@@ -154,7 +171,7 @@ def _samples(about: Loaded) -> list[list[str]]:
     return [[prompt] for prompt in about.prompts]
 
 
-def _first(sample: list[str]) -> str:
+def _only_prompt(sample: list[str]) -> str:
     return sample[0]
 
 
@@ -163,12 +180,14 @@ def _another_seed() -> int:
 
 
 class MechanismControls:
-    """The attention and its sliders. Build it inside a layout; ``student(kind, *values of inputs)``.
+    """The attention and its sliders.
+
+    Create it inside a layout. ``student`` takes the kind and the values of ``inputs``.
 
     Args:
-        kind: the kind at the beginning; ``follow(radio)`` changes with it.
-        trained: offer converted weights, too.
-        first: what is chosen at the beginning.
+        kind: initial kind; ``follow(radio)`` keeps it in step with a radio button.
+        trained: also offer converted weights.
+        first: initial choice.
     """
 
     def __init__(
@@ -186,23 +205,23 @@ class MechanismControls:
             self._visibility, [self._kind, self.choice], list(self.sliders.values()), queue=False,
             api_visibility="private", show_progress="hidden",
         )  # fmt: skip
-        if trained:  # those that were made in the app meanwhile
+        if trained:  # conversions may have been added in the meantime
             self.choice.focus(
-                self._renew, [self._kind, self.choice], self.choice, queue=False, api_visibility="private",
+                self._refresh_choices, [self._kind, self.choice], self.choice, queue=False, api_visibility="private",
                 show_progress="hidden",
             )  # fmt: skip
 
     def follow(self, radio: gr.Radio) -> None:
-        """Take the defaults of the kind that is chosen there."""
+        """Update kind and defaults when the radio button changes."""
         radio.change(
             self._for_kind, radio, [self._kind, *self.inputs], queue=False, api_visibility="private",
             show_progress="hidden",
         )  # fmt: skip
 
     def student(self, kind: str, choice: str, *values: float) -> AttentionSpec | str:
-        """What ``make_students`` takes.
+        """Specification or folder, as ``make_students`` takes it.
 
-        Raises: BadInput: a combination that no size allows.
+        Raises: BadInput: options that are invalid at any size.
         """
         folder = self.engine.conversions(kind).get(choice)
         if folder is not None:
@@ -225,49 +244,49 @@ class MechanismControls:
         return [(label, name) for name, label in _MECHANISMS.items()] + [(label, label) for label in trained]
 
     def _sliders(self, kind: str) -> dict[str, gr.Slider]:
-        shown, own = _shown(kind, self.first), _own_values(self._grid(kind))
+        shown, own = _shown(kind, self.first), _default_values(self._grid(kind))
         side = max(self._grid(kind)[-2:])
         frames = self._grid(kind)[0] if kind == "video" else 1
         return {
             "critical": gr.Slider(
                 0.01, 0.9, own["critical"], step=0.01, label="Critical fraction", visible="critical" in shown,
-                info="Share of the blocks that each block of queries sees exactly.",
+                info="Share of key blocks that each query block attends to exactly.",
             ),
             "radius": gr.Slider(
                 1, side, own["radius"], step=0.5, label="Radius, in tokens", visible="radius" in shown,
-                info="Each token sees those within this distance.",
+                info="Each token attends to the tokens within this distance.",
             ),
             "radius_time": gr.Slider(
                 0.5, max(frames, 1), own["radius_time"], step=0.5, label="Radius in time, in tokens",
-                visible="radius_time" in shown, info="The same along the clip.",
+                visible="radius_time" in shown, info="The same along the time axis.",
             ),
             "topk": gr.Slider(
                 1, 64, own["topk"], step=1, precision=0, label="Blocks kept (topk)", visible="topk" in shown,
-                info="Of blocks of 16 tokens, so many are kept at each level of the search.",
+                info="Number of blocks of 16 tokens that are kept at each level.",
             ),
             "window": gr.Slider(
                 1, side, own["window"], step=1, precision=0, label="Window, in tokens", visible="window" in shown,
-                info="Side of the square that each token sees.",
+                info="Side of the square window of each token.",
             ),
             "window_time": gr.Slider(
                 1, max(frames, 2), own["window_time"], step=1, precision=0, label="Window in time, in tokens",
-                visible="window_time" in shown, info="The same along the clip.",
+                visible="window_time" in shown, info="The same along the time axis.",
             ),
             "stride": gr.Slider(
                 1, side, own["stride"], step=1, precision=0, label="Stride, in tokens", visible="stride" in shown,
-                info="So many neighbours share one window; 1 = each has its own. At most the window.",
+                info="Number of neighbours that share one window; 1 = one window per token. At most the window.",
             ),
         }  # fmt: skip
 
     def _for_kind(self, kind: str) -> list[Any]:
         grid = self._grid(kind)
-        own, side, frames = _own_values(grid), max(grid[-2:]), grid[0] if kind == "video" else 1
-        most = {"radius": side, "window": side, "stride": side, "radius_time": frames, "window_time": max(frames, 2)}
+        own, side, frames = _default_values(grid), max(grid[-2:]), grid[0] if kind == "video" else 1
+        maxima = {"radius": side, "window": side, "stride": side, "radius_time": frames, "window_time": max(frames, 2)}
         choices = self._choices(kind)
         shown = _shown(kind, self.first)
         sliders = [
             gr.Slider(
-                value=own[name], visible=name in shown, maximum=most.get(name, slider.maximum)
+                value=own[name], visible=name in shown, maximum=maxima.get(name, slider.maximum)
             )
             for name, slider in self.sliders.items()
         ]  # fmt: skip
@@ -277,7 +296,7 @@ class MechanismControls:
         shown = _shown(kind, choice)
         return [gr.Slider(visible=name in shown) for name in self.sliders]
 
-    def _renew(self, kind: str, choice: str) -> Any:
+    def _refresh_choices(self, kind: str, choice: str) -> Any:
         return gr.Dropdown(choices=self._choices(kind), value=choice)
 
 
@@ -286,8 +305,8 @@ def _shown(kind: str, choice: str) -> list[str]:
     return [name for name in names if kind == "video" or name not in _ONLY_VIDEO]
 
 
-def _own_values(grid: tuple[int, ...]) -> dict[str, Any]:
-    """What a bare name takes on this grid, as the sliders have it."""
+def _default_values(grid: tuple[int, ...]) -> dict[str, Any]:
+    """Slider values for the default options on this grid."""
     radius, gna = grid_defaults("clear", grid)["radius"], grid_defaults("gna", grid)
     radii = radius if isinstance(radius, tuple) else (radius,) * len(grid)
     in_time = {"radius_time": round(2 * radii[0]) / 2, "window_time": gna["window"][0]}

@@ -1,4 +1,4 @@
-"""The Convert tab: a pipeline is fine-tuned into an attention while one looks on, and Compare offers the result."""
+"""Convert tab: fine-tune a pipeline for another attention, show the progress, and offer the result in Compare."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dit_accel.convert.recipes import RECIPES
 from dit_accel.errors import BadInput
 
 from .controls import MechanismControls, check_fits
-from .engine import MOST_WAITING, Cancelled, Engine
+from .engine import MAX_WAITING, Cancelled, Engine
 from .status import duration, progress_line, status_line, waiting_line
-from .training import Converted, Wish, command_line, convert, expected_seconds, is_embedded
+from .training import ConversionOptions, Converted, command_line, convert, expected_seconds, is_embedded
 from .training_plots import distance_figure, loss_figure
 from .training_watch import Distance, Drawn, Preparing, Step
 from .work import Stops, Waiting, message_for, stream
@@ -24,66 +24,66 @@ __all__ = ["build"]
 _KIND_NAMES = {"image": "Image", "video": "Video"}
 _RECIPES = {
     "clear": (
-        "CLEAR: imitate, and learn from data",
-        "The dense pipeline's predictions, its attention outputs, and data.",
+        "CLEAR: distillation and data",
+        "Targets: the dense pipeline's predictions, its attention outputs, and data.",
     ),
-    "sla": ("SLA: learn from data", "Data alone, just as the pipeline itself was trained."),
-    "lit": ("LiT: imitate predictions, and data", "The dense pipeline's predictions, and data."),
+    "sla": ("SLA: data only", "The training objective of the pipeline itself."),
+    "lit": ("LiT: distillation and data", "Targets: the dense pipeline's predictions, and data."),
     "attention-transfer": (
-        "LoLCATs: layer by layer, then data",
-        "First each layer imitates what dense attention gives it; then LoRA learns from data.",
+        "LoLCATs: attention transfer, then data",
+        "First each layer is trained to match dense attention's output, then LoRA is trained on data.",
     ),
     "linvideo": (
-        "LinVideo: choose layers, and imitate",
-        "Learns which half of the layers to convert, then to draw as the dense pipeline does.",
+        "LinVideo: layer selection and distillation",
+        "Learns which half of the layers to convert, then distills the dense pipeline.",
     ),
 }
 _TRAIN = {
     "lora": (
         "LoRA on attention layers",
-        "Small matrices beside the weights, and what the attention adds: a small file.",
+        "Low-rank matrices and the parameters of the mechanism: a small file.",
     ),
-    "new": ("What the attention adds", "Parameters of SLA's linear branch; CLEAR, LLSA and GNA add none."),
-    "attention": ("All of the attention layers", "Their own weights, and what the attention adds."),
+    "new": ("Parameters of the mechanism", "SLA's linear branch; CLEAR, LLSA and GNA have none."),
+    "attention": ("Attention layers", "All of their weights, and the parameters of the mechanism."),
     "full": ("The whole denoiser", "All weights: the largest file."),
-    "": ("What the recipe says", "Its stages train different things."),
+    "": ("Set by the recipe", "Its stages train different parameters."),
 }
-_LORA_RATE = 3e-3  # measured: at 1e-3 the loss falls more slowly
-_STEPS, _MOST_STEPS = 40, 1000
-_MOST_PROMPTS, _MOST_CHARACTERS = 50, 2000
+_LORA_RATE = 3e-3  # measured: at 1e-3 the loss decreases more slowly
+_STEPS, _MAX_STEPS = 40, 1000
+_MAX_PROMPTS, _MAX_CHARACTERS = 50, 2000
 _IDLE = (
-    "Press Convert. A copy of the pipeline is trained, so Compare keeps working as before; whoever else "
-    "asks for something meanwhile waits."
+    "Press Convert. A copy of the pipeline is trained, so Compare keeps working as before. Requests of other pages "
+    "wait until the conversion ends."
 )
 _HELP = (
-    "*Distance to dense*: how far the predictions are from the dense pipeline's on a few noisy samples that stay the "
-    "same: squared, in % of the latter's square. *Loss*: what each step minimises, on other samples and noise every "
-    "time, so it jumps about."
+    "*Distance to dense*: squared error of the predictions against the dense pipeline's, relative to their squared "
+    "norm, on a few fixed noisy samples. *Loss*: training loss of each step; samples and noise differ from step to "
+    "step, so it fluctuates."
 )
 
 
 def build(engine: Engine) -> None:
-    """The tab's components and what they do."""
+    """Build the components of the tab and their event handlers."""
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             controls = _Controls(engine)
             with gr.Row():
                 run = gr.Button("Convert", variant="primary", elem_id="convert-run")
                 cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="convert-cancel")
-            anew = gr.Button("Begin anew", size="sm", visible=False, elem_id="convert-anew")
+            restart = gr.Button("Start over", size="sm", visible=False, elem_id="convert-restart")
         with gr.Column(scale=3, min_width=320):
-            view = _View(run, cancel, anew)
+            view = _View(run, cancel, restart)
     requests = _Requests(engine, controls, view)
-    for button, handler in ((run, requests.go_on), (anew, requests.begin_anew)):
+    for button, handler in ((run, requests.resume), (restart, requests.restart)):
         button.click(
-            handler, controls.inputs, view.outputs, concurrency_id="convert", concurrency_limit=MOST_WAITING + 2,
+            handler, controls.inputs, view.outputs, concurrency_id="convert", concurrency_limit=MAX_WAITING + 2,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
     cancel.click(requests.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
 
 class _Controls:
-    """What is converted into what, and how. ``read(*values of inputs)`` gives the wish."""
+    """Controls for pipeline, attention and training. ``read`` takes the values of ``inputs``."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -97,7 +97,7 @@ class _Controls:
             info=_RECIPES["clear"][1], elem_id="convert-recipe",
         )  # fmt: skip
         self.train = gr.Dropdown(
-            [(label, name) for name, (label, _) in _TRAIN.items()], value="lora", label="What is trained",
+            [(label, name) for name, (label, _) in _TRAIN.items()], value="lora", label="Trained parameters",
             info=_TRAIN["lora"][1], filterable=False, elem_id="convert-train",
         )  # fmt: skip
         with gr.Row():
@@ -105,7 +105,11 @@ class _Controls:
                 4, 400, _STEPS, step=1, precision=0, label="Steps", min_width=160, elem_id="convert-steps"
             )
             self.lr = gr.Number(
-                _LORA_RATE, label="Learning rate", min_width=140, info="Empty: the recipe's.", elem_id="convert-rate"
+                _LORA_RATE,
+                label="Learning rate",
+                min_width=140,
+                info="Empty: the recipe's default.",
+                elem_id="convert-rate",
             )
         self.prompts = gr.Textbox(
             value=self._prompts(about.kind), label=_prompts_label(about.source), lines=2, max_lines=8,
@@ -121,52 +125,62 @@ class _Controls:
         self.kind.change(self._prompts, self.kind, self.prompts, **quiet)
         gr.on([self.kind.change, self.steps.change], self._estimate, [self.kind, self.steps], self.estimate, **quiet)
 
-    def read(self, kind: str, recipe: str, train: str, steps: Any, lr: Any, prompts: Any, *mechanism: Any) -> Wish:
-        """Raises: BadInput."""
+    def read(
+        self, kind: str, recipe: str, train: str, steps: Any, lr: Any, prompts: Any, *mechanism: Any
+    ) -> ConversionOptions:
+        """Return the validated options.
+
+        Raises: BadInput.
+        """
         loaded = self.engine.about(kind)
         attention = self.mechanism.student(kind, *mechanism)
         if isinstance(attention, str):
             raise BadInput("Choose an attention from the list.")
         check_fits(attention, token_grid(loaded.pipe, loaded.size))
         if recipe not in RECIPES or train not in _TRAIN:
-            raise BadInput("Choose a recipe, and what is trained, from the lists.")
-        if isinstance(steps, bool) or not isinstance(steps, (int, float)) or not 1 <= steps <= _MOST_STEPS:
-            raise BadInput(f"The number of steps must be from 1 to {_MOST_STEPS}.")
+            raise BadInput("Choose a recipe and the trained parameters from the lists.")
+        if isinstance(steps, bool) or not isinstance(steps, (int, float)) or not 1 <= steps <= _MAX_STEPS:
+            raise BadInput(f"The number of steps must be from 1 to {_MAX_STEPS}.")
         if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr <= 1):
-            raise BadInput("The learning rate must be above 0 and at most 1; leave it empty for the recipe's.")
+            raise BadInput("The learning rate must be above 0 and at most 1; leave it empty for the recipe's default.")
         own = train and not RECIPES[recipe].fixes_train
-        return Wish(kind, attention, recipe, train if own else None, int(steps), lr, _lines(prompts))
+        return ConversionOptions(
+            kind, attention, recipe, train if own else None, int(steps), lr, _parse_prompts(prompts)
+        )
 
     def _prompts(self, kind: str) -> str:
         about = self.engine.about(kind)
         return about.prompts[-1] if is_embedded(about.source) else "\n".join(about.prompts)
 
     def _estimate(self, kind: str, steps: float) -> str:
-        data = "rendered scenes" if is_embedded(self.engine.about(kind).source) else "what the pipeline itself draws"
+        data = "rendered scenes" if is_embedded(self.engine.about(kind).source) else "samples of the pipeline itself"
         seconds = expected_seconds(self.engine, kind, int(steps or 0))
         if seconds is None:
-            return f"It is trained on {data}. How long it takes is told after the first steps."
-        return f"It is trained on {data}, and takes **about {duration(seconds)}** here if nothing else is running."
+            return f"Training data: {data}. The remaining time is shown after the first steps."
+        return f"Training data: {data}. It takes **about {duration(seconds)}** here if nothing else is running."
 
 
 def _prompts_label(source: str) -> str:
     if is_embedded(source):
         return "Prompt of the pictures on the right"
-    return "Prompts, one on a line: the pipeline draws from them what it is trained on"
+    return "Prompts, one per line: the pipeline draws its training samples from them"
 
 
-def _lines(prompts: Any) -> tuple[str, ...]:
-    """Raises: BadInput."""
+def _parse_prompts(prompts: Any) -> tuple[str, ...]:
+    """Split prompts into lines.
+
+    Raises: BadInput.
+    """
     lines = tuple(line.strip() for line in str(prompts or "").splitlines() if line.strip())
     if not lines:
         raise BadInput("The prompt is empty: write what to draw.")
-    if len(lines) > _MOST_PROMPTS or max(map(len, lines)) > _MOST_CHARACTERS:
-        raise BadInput(f"At most {_MOST_PROMPTS} prompts of at most {_MOST_CHARACTERS:,} characters are taken.")
+    if len(lines) > _MAX_PROMPTS or max(map(len, lines)) > _MAX_CHARACTERS:
+        raise BadInput(f"At most {_MAX_PROMPTS} prompts of at most {_MAX_CHARACTERS:,} characters are allowed.")
     return lines
 
 
 def _for_recipe(recipe: str, train: str) -> list[Any]:
-    """What a recipe with several stages trains is its own affair."""
+    """Updates after a change of the recipe; some recipes fix the trained parameters."""
     if recipe not in RECIPES:
         return [gr.skip()] * 3
     fixed = RECIPES[recipe].fixes_train
@@ -184,9 +198,9 @@ def _rate_of(train: str) -> float | None:
 
 
 class _View:
-    """The right side: what is shown, as updates for ``outputs``."""
+    """Right side of the tab. Methods return updates for ``outputs``."""
 
-    def __init__(self, run: gr.Button, cancel: gr.Button, anew: gr.Button) -> None:
+    def __init__(self, run: gr.Button, cancel: gr.Button, restart: gr.Button) -> None:
         self.status = gr.HTML(status_line(_IDLE), elem_id="convert-status")
         with gr.Row():
             self.distance = gr.Plot(show_label=False, min_width=260, elem_id="convert-distance")
@@ -207,7 +221,7 @@ class _View:
         )  # fmt: skip
         gr.Markdown(_HELP)
         self.named = {
-            "run": run, "cancel": cancel, "anew": anew, "status": self.status, "distance": self.distance,
+            "run": run, "cancel": cancel, "restart": restart, "status": self.status, "distance": self.distance,
             "loss": self.loss, "teacher": self.teacher, "before": self.before, "now": self.now,
             "result": self.result, "file": self.file, "command": self.command,
         }  # fmt: skip
@@ -218,7 +232,7 @@ class _View:
 
     def begin(self) -> list[Any]:
         return self.update(
-            run=gr.Button(interactive=False), anew=gr.Button(interactive=False), cancel=gr.Button(interactive=True),
+            run=gr.Button(interactive=False), restart=gr.Button(interactive=False), cancel=gr.Button(interactive=True),
             status=status_line("Starting …"), result="", file=gr.DownloadButton(visible=False),
             command=gr.Code(visible=False), distance=None, loss=None,
             teacher=gr.Image(None), before=gr.Image(None), now=gr.Image(None, label="Trained"),
@@ -227,17 +241,17 @@ class _View:
     def end(self, **changed: Any) -> list[Any]:
         return self.update(
             run=gr.Button(interactive=True), cancel=gr.Button(interactive=False),
-            anew=gr.Button(interactive=True, visible=True), **changed,
+            restart=gr.Button(interactive=True, visible=True), **changed,
         )  # fmt: skip
 
 
-class _Shown:
-    """What one request has told so far, as updates of the page."""
+class _Run:
+    """Events of one conversion as updates of the page."""
 
     def __init__(self, view: _View) -> None:
         self.view, self.distances, self.step, self.steps = view, dict[int, float](), 0, 1
 
-    def news(self, event: Waiting | Preparing | Step | Distance | Drawn | None) -> list[Any]:
+    def show_event(self, event: Waiting | Preparing | Step | Distance | Drawn | None) -> list[Any]:
         if isinstance(event, Waiting):
             return self.view.update(status=waiting_line(event.before))
         if isinstance(event, Preparing):
@@ -263,8 +277,12 @@ class _Shown:
             changed["now"] = gr.Image(event.student, label=f"Trained, step {event.step}")
         return self.view.update(**changed)
 
-    def finished(self, event: Converted, command: str) -> list[Any]:
-        done = "Done." if event.new_steps else "This had been done already: raise the steps to go on, or begin anew."
+    def show_result(self, event: Converted, command: str) -> list[Any]:
+        done = (
+            "Done."
+            if event.new_steps
+            else "Already converted with these settings: raise the steps to continue, or start over."
+        )
         return self.view.end(
             status=status_line(done), result=self._result(event), command=gr.Code(command, visible=True),
             file=gr.DownloadButton(value=str(event.file), visible=True),
@@ -272,39 +290,39 @@ class _Shown:
 
     def _result(self, event: Converted) -> str:
         size = event.file.stat().st_size / 1e6
-        told = f"**Compare** now offers “{event.label}”, under *Attention to compare*. The file has {size:.1f} MB."
+        offer = f"**Compare** now offers “{event.label}”, under *Attention to compare*. File size: {size:.1f} MB."
         steps = sorted(self.distances)
         if len(steps) < 2:
-            return told
+            return offer
         first, last = (100 * self.distances[step] for step in (steps[0], steps[-1]))
-        fell = f"The distance to dense went from {_percent(first)} to **{_percent(last)}**"
-        return f"{fell}; with more steps Convert goes on. {told}"
+        distance = f"The distance to dense went from {_percent(first)} to **{_percent(last)}**"
+        return f"{distance}. To continue, raise the steps and press Convert. {offer}"
 
 
 class _Requests:
-    """What the buttons do."""
+    """Event handlers of the buttons."""
 
     def __init__(self, engine: Engine, controls: _Controls, view: _View) -> None:
         self.engine, self.controls, self.view = engine, controls, view
         self.stops = Stops()
 
-    def go_on(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def resume(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         yield from self._run(values, False, request)
 
-    def begin_anew(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def restart(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         yield from self._run(values, True, request)
 
-    def _run(self, values: Sequence[Any], anew: bool, request: gr.Request) -> Iterator[list[Any]]:
-        stop, shown = self.stops.begin(str(request.session_hash)), _Shown(self.view)
+    def _run(self, values: Sequence[Any], restart: bool, request: gr.Request) -> Iterator[list[Any]]:
+        stop, shown = self.stops.begin(str(request.session_hash)), _Run(self.view)
         yield self.view.begin()
         try:
-            wish = self.controls.read(*values)
-            command = command_line(self.engine, wish)
-            for event in stream(lambda tell: convert(self.engine, wish, anew, stop, tell), stop):
-                yield shown.finished(event, command) if isinstance(event, Converted) else shown.news(event)
+            options = self.controls.read(*values)
+            command = command_line(self.engine, options)
+            for event in stream(lambda report: convert(self.engine, options, restart, stop, report), stop):
+                yield shown.show_result(event, command) if isinstance(event, Converted) else shown.show_event(event)
         except Cancelled:
-            said = f"Stopped at step {shown.step}. Convert goes on from there, Begin anew does not."
-            yield self.view.end(status=status_line(said))
+            message = f"Stopped at step {shown.step}. Convert resumes from there; Start over does not."
+            yield self.view.end(status=status_line(message))
         except Exception as error:
             yield self.view.end(status=status_line(message_for(error), problem=True))
 

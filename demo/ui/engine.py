@@ -1,4 +1,4 @@
-"""The app's pipelines: loaded once, used by one request at a time, and left dense after each."""
+"""Pipelines of the app: loaded once, used by one request at a time, reset to dense attention after each."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from dit_accel.pipeline_loading import load_pipeline
 __all__ = ["Cancelled", "Drawing", "Engine", "Loaded", "Stop"]
 
 _EMBEDDED = {"image": IMAGE, "video": VIDEO}
-MOST_WAITING = 8
+MAX_WAITING = 8
 _POLL_SECONDS = 0.1
-_USUAL_SIZE, _USUAL_STEPS = 512, 20  # for pipelines that do not say
+_DEFAULT_SIZE, _DEFAULT_STEPS = 512, 20  # for pipelines without defaults of their own
 
 
 class Cancelled(Exception):
-    """The person asked to stop."""
+    """A request was stopped by the user."""
 
 
 class Stop:
-    """One a running request: set by whoever wants it to end, checked by what runs."""
+    """Stop flag of one request: set by another thread, checked by the request."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -47,27 +47,27 @@ class Stop:
         self._event.set()
 
     def check(self) -> None:
-        """Raises: Cancelled: it was set."""
+        """Raise Cancelled if the flag is set."""
         if self._event.is_set():
             raise Cancelled
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pipeline and what it is called with when nothing else is asked for."""
+    """A pipeline and the default arguments of its call."""
 
     kind: str  # "image" or "video"
     source: str  # folder or hub id
     pipe: Any
     size: Size
     steps: int
-    call: dict[str, Any]  # all arguments but prompt, size, steps and seed
+    call: dict[str, Any]  # arguments other than prompt, size, steps and seed
     prompts: tuple[str, ...]  # examples
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture (one frame) or clip, and what it cost."""
+    """A picture (one frame) or clip, with its time per step and fraction of computed logits."""
 
     frames: NDArray[np.uint8]  # (T, H, W, 3)
     seconds_per_step: float
@@ -75,21 +75,21 @@ class Drawing:
 
 
 class Engine:
-    """Pipelines, turns and the app's own temporary folder. A context manager: the folder is gone afterwards.
+    """Pipelines, request queue and temporary folder of the app. A context manager that removes the folder on exit.
 
     Args:
         pipeline: folder or hub id; None = the two embedded pipelines.
-    Raises: BadInput: the pipeline cannot be loaded, or takes no prompt.
+    Raises: BadInput: the pipeline cannot be loaded, or has no prompt argument.
     """
 
     def __init__(self, pipeline: str | None, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.folder = Path(tempfile.mkdtemp(prefix="dit-accel-"))
         self._loading = threading.Lock()
-        self._waiting: deque[object] = deque()  # whose turn it is stands first
-        self._moved = threading.Condition()
+        self._waiting: deque[object] = deque()  # the first has the turn
+        self._queue_changed = threading.Condition()
         self._loaded: dict[str, Loaded] = {}
-        self._made: dict[str, dict[str, Path]] = {"image": {}, "video": {}}
+        self._app_conversions: dict[str, dict[str, Path]] = {"image": {}, "video": {}}
         self.kinds: tuple[str, ...] = ("image", "video")
         if pipeline is not None:
             try:
@@ -112,12 +112,12 @@ class Engine:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def about(self, kind: str) -> Loaded:
-        """The pipeline, loaded if it is not yet. Only for reading: what uses it takes a :meth:`turn`.
+        """Return the pipeline, loading it on first use. Read-only: to run it, take a :meth:`turn`.
 
-        Raises: BadInput: no such kind, or it cannot be loaded.
+        Raises: BadInput: no such kind, or the pipeline cannot be loaded.
         """
         if kind not in self.kinds:
-            raise BadInput(f"there is no {kind} pipeline here; there is: {', '.join(self.kinds)}")
+            raise BadInput(f"there is no {kind} pipeline here; available: {', '.join(self.kinds)}")
         with self._loading:
             if kind not in self._loaded:
                 embedded = _EMBEDDED[kind]
@@ -128,40 +128,40 @@ class Engine:
     def turn(
         self, kind: str, stop: Stop | None = None, on_wait: Callable[[int], None] | None = None
     ) -> Iterator[Loaded]:
-        """Inside, nobody else uses a pipeline: first come, first served. Afterwards it is dense, whatever happened.
+        """Exclusive use of the pipelines inside the context, in order of arrival. Dense attention is restored on exit.
 
         Args:
-            on_wait: called with the number of requests before this one, whenever it changes.
+            on_wait: called with the number of requests ahead of this one, whenever it changes.
         Raises:
-            Cancelled: ``stop`` was set while others had their turn.
-            BadInput: too many wait already.
+            Cancelled: ``stop`` was set while the request was waiting.
+            BadInput: too many requests are waiting.
         """
-        me = object()
-        with self._moved:
-            if len(self._waiting) > MOST_WAITING:
-                raise BadInput(f"{MOST_WAITING} requests wait already. Try again in a minute.")
-            self._waiting.append(me)
+        ticket = object()
+        with self._queue_changed:
+            if len(self._waiting) > MAX_WAITING:
+                raise BadInput(f"{MAX_WAITING} requests are already waiting. Try again in a minute.")
+            self._waiting.append(ticket)
         try:
-            self._wait_until_first(me, stop, on_wait)
+            self._wait_until_first(ticket, stop, on_wait)
             loaded = self.about(kind)
             try:
                 yield loaded
             finally:
                 reset_attn_processor(loaded.pipe)
         finally:
-            with self._moved:
-                self._waiting.remove(me)
-                self._moved.notify_all()
+            with self._queue_changed:
+                self._waiting.remove(ticket)
+                self._queue_changed.notify_all()
 
-    def _wait_until_first(self, me: object, stop: Stop | None, on_wait: Callable[[int], None] | None) -> None:
-        told = 0
-        with self._moved:
-            while before := self._waiting.index(me):
+    def _wait_until_first(self, ticket: object, stop: Stop | None, on_wait: Callable[[int], None] | None) -> None:
+        reported = 0
+        with self._queue_changed:
+            while before := self._waiting.index(ticket):
                 if stop is not None:
                     stop.check()
-                if on_wait is not None and before != told:
-                    on_wait(told := before)
-                self._moved.wait(_POLL_SECONDS)
+                if on_wait is not None and before != reported:
+                    on_wait(reported := before)
+                self._queue_changed.wait(_POLL_SECONDS)
 
     def draw(
         self,
@@ -173,19 +173,19 @@ class Engine:
         stop: Stop,
         on_step: Callable[[int, Any], None] | None = None,
     ) -> Drawing:
-        """Draw with the attention that is installed, inside a :meth:`turn`.
+        """Draw with the installed attention. Call it inside a :meth:`turn`.
 
         Args:
             on_step: called with the number of finished steps and the latents after each step.
         Raises:
-            Cancelled: ``stop`` was set; the denoiser ends within a step.
-            ValueError, TypeError: something that the pipeline cannot draw. ArithmeticError: NaN in the picture.
+            Cancelled: ``stop`` was set; the denoiser stops within a step.
+            ValueError, TypeError: arguments that the pipeline rejects. ArithmeticError: NaN in the picture.
         """
         pipe, models = loaded.pipe, denoisers(loaded.pipe).values()
         sizes = {"height": size.height, "width": size.width}
         if size.frames is not None:
             sizes["num_frames"] = size.frames
-        with _stoppable(models, stop), StepTimer(models, self.device) as timer:
+        with _interruptible(models, stop), StepTimer(models, self.device) as timer:
             output = pipe(
                 prompt=prompt, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="np", **sizes, **loaded.call, **_callback(pipe, stop, on_step),
@@ -194,14 +194,16 @@ class Engine:
         return Drawing(to_frames(output), timer.seconds_per_step(steps), average_logit_fraction(pipe, steps))
 
     def conversions(self, kind: str) -> dict[str, Path]:
-        """What ``load_attention`` takes, by label: the embedded pipeline's conversions and those made in the app."""
+        """Sources for ``load_attention`` by label: conversions of the embedded pipeline and those made in the app."""
         own = _EMBEDDED[kind].conversions if self._embedded else None
         folders = sorted(own.iterdir()) if own is not None and own.is_dir() else []
-        return {f"{folder.name.upper()}, trained": folder for folder in folders if folder.is_dir()} | self._made[kind]
+        return {
+            f"{folder.name.upper()}, trained": folder for folder in folders if folder.is_dir()
+        } | self._app_conversions[kind]
 
     def add_conversion(self, kind: str, label: str, folder: Path) -> None:
-        """Let a conversion that was made in the app be chosen."""
-        self._made[kind] = {**self._made[kind], label: folder}
+        """Register a conversion made in the app."""
+        self._app_conversions[kind] = {**self._app_conversions[kind], label: folder}
 
 
 def _load(source: str, dtype: torch.dtype, device: torch.device, prompts: tuple[str, ...]) -> Loaded:
@@ -212,12 +214,12 @@ def _load(source: str, dtype: torch.dtype, device: torch.device, prompts: tuple[
     except ValueError as error:
         raise BadInput(str(error)) from error
     kind = "video" if "num_frames" in inspect.signature(pipe.__call__).parameters else "image"
-    size = Size(own.size.height or _USUAL_SIZE, own.size.width or _USUAL_SIZE, own.size.frames)
-    return Loaded(kind, source, pipe, size, own.steps or _USUAL_STEPS, own.arguments, prompts)
+    size = Size(own.size.height or _DEFAULT_SIZE, own.size.width or _DEFAULT_SIZE, own.size.frames)
+    return Loaded(kind, source, pipe, size, own.steps or _DEFAULT_STEPS, own.arguments, prompts)
 
 
 def _callback(pipe: Any, stop: Stop, on_step: Callable[[int, Any], None] | None) -> dict[str, Any]:
-    """The argument that makes a pipeline report its steps; none for pipelines that report none."""
+    """Callback argument of the pipeline's call; empty for pipelines without step callbacks."""
     if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
         return {}
 
@@ -231,10 +233,10 @@ def _callback(pipe: Any, stop: Stop, on_step: Callable[[int, Any], None] | None)
 
 
 @contextmanager
-def _stoppable(models: Any, stop: Stop) -> Iterator[None]:
-    """Inside, a denoiser ends at its next attention layer once ``stop`` is set."""
-    places = [place for model in models for place in (model, *model.modules()) if hasattr(place, "processor")]
-    handles = [place.register_forward_pre_hook(lambda *_: stop.check()) for place in (*models, *places)]
+def _interruptible(models: Any, stop: Stop) -> Iterator[None]:
+    """Raise Cancelled at the denoiser's next attention layer once ``stop`` is set."""
+    modules = [module for model in models for module in (model, *model.modules()) if hasattr(module, "processor")]
+    handles = [module.register_forward_pre_hook(lambda *_: stop.check()) for module in (*models, *modules)]
     try:
         yield
     finally:

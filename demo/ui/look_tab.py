@@ -1,4 +1,4 @@
-"""The Look inside tab: click on a place of the picture, and see what it attends to."""
+"""Look inside tab: click on a place in the picture to see which tokens it attends to."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from gradio.context import Context
 
 from dit_accel.attn_spec import AttentionSpec
 
-from .attention_maps import Caught
+from .attention_maps import Coverage
 from .controls import DrawingControls, MechanismControls
-from .engine import MOST_WAITING, Cancelled, Engine
-from .inspection import Drawings, Drawn, Look, Step, Where, catch, draw, look
-from .plots import NAMES, caught_figure, enlarged, map_figure
+from .engine import MAX_WAITING, Cancelled, Engine
+from .inspection import Drawings, Drawn, Inspection, Position, Step, coverage_by_layer, draw, inspect_token
+from .plots import NAMES, coverage_figure, map_figure, overlay_scale
 from .status import progress_line, status_line, waiting_line
 from .work import Stops, message_for, stream
 
 __all__ = ["build"]
 
 _INTRODUCTION = (
-    "The pipeline draws with dense attention, and its queries and keys are kept. Click on a place of the picture: you "
-    "see which places it attends to under dense attention, and which it would under a mechanism."
+    "The pipeline draws with dense attention, and its queries and keys are recorded. Click on a place in the picture "
+    "to see which places it attends to under dense attention, and under a mechanism."
 )
-_IDLE = "Press Draw, then click into the picture."
+_IDLE = "Press Draw, then click on the picture."
 _READY = "Click on a place in one of the three pictures, or set it with the sliders below them."
 _HELP = (
-    "**Bright** places weigh much (both pictures have one scale; the ring is the place that looks). Under a mechanism, "
-    "what is **outlined** is seen; heat outside the outline is pooled tokens, which stand for a patch each. The map "
-    "shows which blocks of places each block has chosen. The bars: of all of dense attention's weight in a layer, how "
-    "much lies on what the mechanism sees, mean over heads and places. Text is seen by every place. The weights are of "
-    "the model as it is, not of converted ones; SLA's linear part adds nothing before it is trained, and is not shown."
+    "**Bright** tokens have a large weight (both pictures have the same scale). The ring marks the query token. Under "
+    "a mechanism, the **outlined** tokens are attended to; weight outside the outline is on pooled tokens, each of "
+    "which is the mean of a tile. The map shows the key blocks that each query block selected. The bars show the share "
+    "of dense attention's weight that lies on the attended tokens, mean over heads and query tokens. Every token "
+    "attends to all text tokens. The weights are the pipeline's own, not converted ones; SLA's linear part contributes "
+    "nothing before it is trained, and is not shown."
 )
 
 
 def build(engine: Engine) -> None:
-    """The tab's components and what they do."""
+    """Build the components of the tab and their event handlers."""
     gr.Markdown(_INTRODUCTION)
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
@@ -49,13 +50,13 @@ def build(engine: Engine) -> None:
             with gr.Group(elem_id="look-mechanism"):
                 mechanism = MechanismControls(engine, trained=False)
                 mechanism.follow(drawing.kind)
-            where = _WhereControls()
-    view = _View(run, cancel, where)
-    _wire(_Requests(engine, drawing, mechanism, view), where)
+            position = _PositionControls()
+    view = _View(run, cancel, position)
+    _wire(_Requests(engine, drawing, mechanism, view), position)
 
 
-class _WhereControls:
-    """Layer, step and head; the place is chosen below the pictures."""
+class _PositionControls:
+    """Controls for layer, step and head; those of the place are below the pictures."""
 
     def __init__(self) -> None:
         self.layer = gr.Dropdown([], label="Layer", filterable=False, elem_id="look-layer")
@@ -64,7 +65,7 @@ class _WhereControls:
             self.head = gr.Slider(1, 2, 1, step=1, precision=0, label="Head", elem_id="look-head", min_width=180)
 
     def place(self) -> None:
-        """The place's controls, where they are to stand."""
+        """Create the controls of the place in the current layout."""
         options: dict[str, Any] = {"step": 1, "precision": 0, "min_width": 160}
         with gr.Row():
             self.x = gr.Slider(0, 511, 256, label="Place: pixels from the left", elem_id="look-x", **options)
@@ -79,12 +80,12 @@ class _WhereControls:
         return [self.layer, self.step, self.head, self.x, self.y, self.frame, self.shown]
 
     def for_drawing(self, drawn: Drawn) -> list[Any]:
-        """Updates: what can be chosen of this drawing."""
+        """Updates that offer the layers, steps, heads and frames of this drawing."""
         height, width = drawn.frames.shape[1:3]
-        first = drawn.kept.steps[0]
+        first = drawn.recording.steps[0]
         middle = drawn.layers[len(drawn.layers) // 2]
         heads, frames = drawn.call(first, middle).n_heads, drawn.token_frames
-        steps = [(str(step + 1), step) for step in drawn.kept.steps]
+        steps = [(str(step + 1), step) for step in drawn.recording.steps]
         clip: dict[str, Any] = {"visible": frames > 1, "maximum": max(frames, 2), "value": (frames + 1) // 2}
         return [
             gr.Dropdown([(f"{i}: {name}", name) for i, name in enumerate(drawn.layers, 1)], value=middle),
@@ -96,10 +97,10 @@ class _WhereControls:
 
 
 class _View:
-    """What is shown, as updates for ``outputs``."""
+    """Outputs of the tab. Methods return updates for ``outputs`` or ``drawing_outputs``."""
 
-    def __init__(self, run: gr.Button, cancel: gr.Button, where: _WhereControls) -> None:
-        self.where = where
+    def __init__(self, run: gr.Button, cancel: gr.Button, position: _PositionControls) -> None:
+        self.position = position
         self.status = gr.HTML(status_line(_IDLE), elem_id="look-status")
         with gr.Column(visible=False, elem_id="look-results") as self.results:
             with gr.Row():
@@ -110,20 +111,20 @@ class _View:
                     )
                     for name, label in (("picture", "Picture: click on it"), ("dense", "Dense"), ("other", "Mechanism"))
                 ]  # fmt: skip
-            where.place()
+            position.place()
             self.summary = gr.Markdown(elem_id="look-summary")
             with gr.Row():
                 self.map = gr.Plot(show_label=False, visible=False, elem_id="look-map", scale=2, min_width=280)
-                self.caught = gr.Plot(show_label=False, elem_id="look-caught", scale=3, min_width=320)
+                self.coverage = gr.Plot(show_label=False, elem_id="look-coverage", scale=3, min_width=320)
             gr.Markdown(_HELP)
         self.drawing_outputs: list[Any] = [
-            run, cancel, self.status, self.results, self.pictures[0], *where.inputs,
+            run, cancel, self.status, self.results, self.pictures[0], *position.inputs,
         ]  # fmt: skip
-        self.outputs: list[Any] = [self.status, *self.pictures, self.summary, self.map, self.caught]
+        self.outputs: list[Any] = [self.status, *self.pictures, self.summary, self.map, self.coverage]
 
     def drawing(self, *leading: Any, drawn: Drawn | None = None) -> list[Any]:
-        """Updates of the drawing's outputs: the leading ones, and what can be chosen of a finished drawing."""
-        rest = [gr.skip()] * len(self.where.inputs) if drawn is None else self.where.for_drawing(drawn)
+        """Updates of ``drawing_outputs``: the leading ones, and the position controls of a finished drawing."""
+        rest = [gr.skip()] * len(self.position.inputs) if drawn is None else self.position.for_drawing(drawn)
         return [*leading, *[gr.skip()] * (5 - len(leading)), *rest]
 
     def begin(self) -> list[Any]:
@@ -135,7 +136,7 @@ class _View:
         leading = [*buttons, status_line(message, problem), gr.Column(visible=drawn is not None)]
         return self.drawing(*leading, drawn=drawn)
 
-    def news(self, event: Step | int) -> list[Any]:
+    def show_step(self, event: Step | int) -> list[Any]:
         if isinstance(event, int):
             return self.drawing(gr.skip(), gr.skip(), waiting_line(event))
         bar = progress_line(f"Drawing: step {event.step} of {event.steps}", event.step, event.steps, "Steps")
@@ -143,33 +144,34 @@ class _View:
             return self.drawing(gr.skip(), gr.skip(), bar)
         return self.drawing(gr.skip(), gr.skip(), bar, gr.Column(visible=True), event.picture)
 
-    def looked(self, found: Look, where: Where, steps: int) -> list[Any]:
+    def inspected(self, found: Inspection, position: Position, steps: int) -> list[Any]:
         name = NAMES[found.processor.name]
         chosen: Any = gr.Plot(visible=False)
         if found.blocks is not None:
             figure = map_figure(found.processor.name, found.blocks.states.numpy(), found.row)
             chosen = gr.Plot(figure, visible=True)
         pictures = [found.picture, found.dense, gr.Image(found.other, label=name)]
-        summary = _summary(found, where, steps)
-        return [status_line("Looking through the layers …"), *pictures, summary, chosen, gr.skip()]
+        summary = _summary(found, position, steps)
+        return [status_line("Computing the coverage of each layer …"), *pictures, summary, chosen, gr.skip()]
 
-    def caught_in(self, name: str, shares: dict[str, Caught], layer: str) -> list[Any]:
-        some = next(iter(shares.values()))
+    def show_coverage(self, name: str, shares: dict[str, Coverage], layer: str) -> list[Any]:
+        coverage = next(iter(shares.values()))
         title = (
-            f"How much of dense attention {NAMES[name]} catches: mean of {some.places:,} of {some.all_places:,} places"
+            f"Share of dense attention covered by {NAMES[name]}: mean of {coverage.n_queries:,} of "
+            f"{coverage.n_grid_tokens:,} tokens"
         )
-        alone = name in ("clear", "gna")  # windows have no map beside it
-        figure = caught_figure(name, title, list(shares), list(shares.values()), layer, wide=alone)
+        is_window = name in ("clear", "gna")  # windows have no block map beside it
+        figure = coverage_figure(name, title, list(shares), list(shares.values()), layer, wide=is_window)
         return self._only(status_line(_READY), figure)
 
-    def trouble(self, message: str) -> list[Any]:
+    def show_problem(self, message: str) -> list[Any]:
         return self._only(status_line(message, problem=True), gr.skip())
 
     def waiting(self, before: int) -> list[Any]:
         return self._only(waiting_line(before), gr.skip())
 
-    def nothing(self) -> list[Any]:
-        """Gradio empties the outputs of a generator that yields nothing at all."""
+    def no_change(self) -> list[Any]:
+        """No changes. Needed because Gradio clears the outputs of a generator that yields nothing."""
         return [gr.skip()] * len(self.outputs)
 
     @staticmethod
@@ -178,132 +180,134 @@ class _View:
 
 
 class _Requests:
-    """What the buttons, clicks and sliders do."""
+    """Event handlers of buttons, clicks and sliders."""
 
     def __init__(
         self, engine: Engine, drawing: DrawingControls, mechanism: MechanismControls, view: _View
     ) -> None:  # fmt: skip
         self.engine, self.drawing, self.mechanism, self.view = engine, drawing, mechanism, view
         self.drawings = Drawings()
-        self.draws, self.looks = Stops(), Stops()
+        self.draws, self.inspections = Stops(), Stops()
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         page = _page(request)
-        self.looks.end(page)
+        self.inspections.end(page)
         self.drawings.drop(page)
         stop = self.draws.begin(page)
         yield self.view.begin()
         try:
             _, wanted = self.drawing.read(*values)
-            for event in stream(lambda tell: draw(self.engine, wanted, stop, tell), stop):
+            for event in stream(lambda report: draw(self.engine, wanted, stop, report), stop):
                 if isinstance(event, Drawn):
                     self.drawings.put(page, event)
                     yield self.view.end(_READY, drawn=event)
                 elif event is not None:
-                    yield self.view.news(event)
+                    yield self.view.show_step(event)
         except Exception as error:
             yield self.view.end(message_for(error), not isinstance(error, Cancelled))
 
     def cancel(self, request: gr.Request) -> None:
         self.draws.end(_page(request))
 
-    def look(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        """The newest request of a page ends those before it."""
+    def inspect_token(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        """Inspect a token; a new request of a page cancels the previous one."""
         page = _page(request)
         layer, step, head, x, y, frame, shown = values[:7]
-        stop = self.looks.begin(page)
+        stop = self.inspections.begin(page)
         try:
             drawn = self.drawings.get(page)
-            where = Where(step, layer, int(head) - 1, int(x), int(y), int(frame) - 1, int(shown) - 1)
+            position = Position(step, layer, int(head) - 1, int(x), int(y), int(frame) - 1, int(shown) - 1)
             spec = self.mechanism.student(drawn.wanted.kind, *values[7:])
             assert isinstance(spec, AttentionSpec)
 
-            def work(tell: Any) -> None:
-                with self.engine.turn(drawn.wanted.kind, stop, tell):
+            def work(report: Any) -> None:
+                with self.engine.turn(drawn.wanted.kind, stop, report):
                     stop.check()
-                    found = look(drawn, where, spec, self.engine.device)
-                    tell(found)
-                    tell(catch(drawn, step, found.processor, self.engine.device, stop))
+                    found = inspect_token(drawn, position, spec, self.engine.device)
+                    report(found)
+                    report(coverage_by_layer(drawn, step, found.processor, self.engine.device, stop))
 
             for event in stream(work, stop):
-                if isinstance(event, Look):
-                    yield self.view.looked(event, where, drawn.wanted.steps)
+                if isinstance(event, Inspection):
+                    yield self.view.inspected(event, position, drawn.wanted.steps)
                 elif event is not None:
-                    caught_in = partial(self.view.caught_in, spec.name, layer=layer)
-                    yield caught_in(event) if isinstance(event, dict) else self.view.waiting(event)
+                    show_coverage = partial(self.view.show_coverage, spec.name, layer=layer)
+                    yield show_coverage(event) if isinstance(event, dict) else self.view.waiting(event)
         except Cancelled:
-            yield self.view.nothing()
+            yield self.view.no_change()
         except Exception as error:
-            yield self.view.trouble(message_for(error))
+            yield self.view.show_problem(message_for(error))
 
-    def look_at_new(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        """After a drawing: nothing if it was cancelled or failed, which was said."""
+    def inspect_new(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        """Inspect a new drawing; no change if it was cancelled or failed, which the status already says."""
         try:
             self.drawings.get(_page(request))
         except ValueError:
-            yield self.view.nothing()
+            yield self.view.no_change()
             return
-        yield from self.look(request, *values)
+        yield from self.inspect_token(request, *values)
 
     def clicked(self, shown: int, request: gr.Request, event: gr.SelectData) -> list[Any]:
-        """The place in pixels of the picture: those that are shown may be enlarged."""
+        """Position of a click in pixels of the picture, which may be shown enlarged."""
         try:
             drawn = self.drawings.get(_page(request))
         except ValueError:
             return [gr.skip()] * 3
         height, width = drawn.frames.shape[1:3]
-        x, y = (int(i) // enlarged(width) for i in event.index)
+        x, y = (int(i) // overlay_scale(width) for i in event.index)
         return [min(max(x, 0), width - 1), min(max(y, 0), height - 1), shown]
 
-    def forget(self, request: gr.Request) -> None:
+    def unload(self, request: gr.Request) -> None:
         page = _page(request)
         self.draws.end(page)
-        self.looks.end(page)
+        self.inspections.end(page)
         self.drawings.drop(page)
 
 
-def _wire(requests: _Requests, where: _WhereControls) -> None:
+def _wire(requests: _Requests, position: _PositionControls) -> None:
     view, drawing, mechanism = requests.view, requests.drawing, requests.mechanism
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     looking: dict[str, Any] = {
-        "inputs": [*where.inputs, *mechanism.inputs], "outputs": view.outputs, "concurrency_id": "look",
-        "concurrency_limit": MOST_WAITING + 2, "trigger_mode": "multiple", **quiet,
+        "inputs": [*position.inputs, *mechanism.inputs], "outputs": view.outputs, "concurrency_id": "look",
+        "concurrency_limit": MAX_WAITING + 2, "trigger_mode": "multiple", **quiet,
     }  # fmt: skip
     drawn = gr.on(
         [view.drawing_outputs[0].click, drawing.prompt.submit], requests.draw, drawing.inputs, view.drawing_outputs,
-        concurrency_id="look-draw", concurrency_limit=MOST_WAITING + 2, **quiet,
+        concurrency_id="look-draw", concurrency_limit=MAX_WAITING + 2, **quiet,
     )  # fmt: skip
-    drawn.then(requests.look_at_new, **looking)
+    drawn.then(requests.inspect_new, **looking)
     view.drawing_outputs[1].click(requests.cancel, None, None, queue=False, **quiet)
     for picture in view.pictures:
-        place = picture.select(requests.clicked, where.shown, [where.x, where.y, where.frame], queue=False, **quiet)
-        place.then(requests.look, **looking)
-    gr.on([part.input for part in (*where.inputs, *mechanism.inputs)], requests.look, **looking)
+        place = picture.select(
+            requests.clicked, position.shown, [position.x, position.y, position.frame], queue=False, **quiet
+        )
+        place.then(requests.inspect_token, **looking)
+    gr.on([part.input for part in (*position.inputs, *mechanism.inputs)], requests.inspect_token, **looking)
     hide = partial(gr.Column, visible=False)
     drawing.kind.change(lambda: [hide(), status_line(_IDLE)], None, [view.results, view.status], queue=False, **quiet)
     assert Context.root_block is not None
-    Context.root_block.unload(requests.forget)
+    Context.root_block.unload(requests.unload)
 
 
 def _page(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
-def _summary(found: Look, where: Where, steps: int) -> str:
-    """The shares of one place, as a table."""
+def _summary(found: Inspection, position: Position, steps: int) -> str:
+    """Table of the shares of one query token."""
     one, name = found.attended, NAMES[found.processor.name]
     axes = ("frame", "row", "column")[-len(found.place) :]
     place = ", ".join(f"{axis} {i + 1} of {n}" for axis, i, n in zip(axes, found.place, found.layout.grid, strict=True))
-    number, seen = found.layout.grid_len, int(one.seen.sum())
+    n_tokens, n_attended = found.layout.grid_len, int(one.mask.sum())
     rows = [
         ("", "Dense", name),
         (":--", "--:", "--:"),
-        ("places that it sees itself", f"{number:,}", f"{seen:,} ({_percent(seen / number)})"),
-        ("weight on text", _percent(one.dense_text), _percent(one.text)),
+        ("tokens attended to", f"{n_tokens:,}", f"{n_attended:,} ({_percent(n_attended / n_tokens)})"),
+        ("weight on text", _percent(one.dense_global), _percent(one.on_global)),
         *([("weight on pooled tokens", "–", _percent(one.pooled))] if one.pooled else []),
-        ("**dense attention on what it sees**", "100 %", f"**{_percent(one.caught)}**"),
+        ("**dense attention covered**", "100 %", f"**{_percent(one.coverage)}**"),
     ]
-    title = f"**This place**: {place}; head {where.head + 1}, step {where.step + 1} of {steps}"
+    title = f"**This place**: {place}; head {position.head + 1}, step {position.step + 1} of {steps}"
     return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 

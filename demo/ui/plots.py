@@ -14,17 +14,24 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 __all__ = [
-    "NAMES", "caught_figure", "enlarged", "label_axes", "map_figure", "new_figure", "overlay", "speed_figure",
+    "NAMES",
+    "coverage_figure",
+    "label_axes",
+    "map_figure",
+    "new_figure",
+    "overlay",
+    "overlay_scale",
+    "speed_figure",
     "two_digits",
 ]  # fmt: skip
 
 NAMES = {"dense": "Dense", "sla": "SLA", "clear": "CLEAR", "llsa": "LLSA", "gna": "GNA"}
 _COLOURS = {"dense": "#7d838c", "sla": "#2f7ed8", "clear": "#e08214", "llsa": "#2a9d5c", "gna": "#9b5fc0"}
-_MARKS = {"dense": "s", "sla": "o", "clear": "^", "llsa": "D", "gna": "v"}  # told apart without colours, too
-_INK, _GRID = "#7b8290", "#7b829040"  # grey: on white and on black
+_MARKS = {"dense": "s", "sla": "o", "clear": "^", "llsa": "D", "gna": "v"}  # distinguishable without colours
+_INK, _GRID = "#7b8290", "#7b829040"  # grey: legible on white and on black
 _STATES = ("#7b829022", "#9ec5f0", "#1f5fae")  # left out, linear, critical
 _PLACE = "#e4572e"
-_LEAST_PIXELS = 512
+_MIN_PIXELS = 512
 _HEAT = np.array([[13, 8, 60], [126, 3, 168], [204, 71, 120], [248, 149, 64], [252, 253, 150]], np.float32)
 
 
@@ -45,25 +52,25 @@ def label_axes(axes: Any, x: str, y: str, title: str = "") -> None:
     axes.set_title(title, color=_INK, fontsize=9, loc="left")
 
 
-def _head(figure: Figure, title: str, columns: int) -> None:
-    """A title above the axes, and the legend under them."""
+def _add_title_and_legend(figure: Figure, title: str, columns: int) -> None:
+    """Add a title above the axes and the legend below them."""
     figure.suptitle(title, color=_INK, fontsize=10, fontweight="bold", x=0.02, ha="left")
     figure.legend(fontsize=8.5, frameon=False, labelcolor=_INK, ncols=columns, loc="outside lower left")
 
 
 def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], subtitle: str) -> Figure:
-    """Milliseconds a call by tokens, both on logarithmic axes; a star where a mechanism breaks even with dense."""
+    """Milliseconds per call against tokens, on logarithmic axes; a star marks each break-even with dense attention."""
     figure, axes = new_figure(9, 5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for name, colour in _COLOURS.items():
-        mine = sorted(
+        series = sorted(
             (row["tokens"], row["ms"], row["q1"], row["q3"])
             for row in rows
             if row["attention"] == name and row["status"] == "complete"
         )
-        if mine:
-            tokens, ms, q1, q3 = zip(*mine, strict=True)
+        if series:
+            tokens, ms, q1, q3 = zip(*series, strict=True)
             axes.fill_between(tokens, q1, q3, color=colour, alpha=0.2, linewidth=0)
             width = 3 if name == "dense" else 1.8
             axes.plot(tokens, ms, color=colour, marker=_MARKS[name], markersize=5, lw=width, label=NAMES[name])
@@ -72,20 +79,20 @@ def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], s
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.grid(color=_GRID, linewidth=0.6)
-    label_axes(axes, "tokens", "milliseconds a call", subtitle)
+    label_axes(axes, "tokens", "milliseconds per call", subtitle)
     if rows:
         axes.legend(fontsize=9, frameon=False, labelcolor=_INK, loc="upper left")
     return figure
 
 
 def two_digits(number: float) -> int:
-    """What was interpolated is not known better."""
+    """Round to two significant digits, the precision of an interpolated break-even."""
     unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
     return round(number / unit) * unit
 
 
 def _mark_break_even(axes: Any, name: str, point: Any) -> None:
-    """A star on the curve and a line down to the tokens; nothing where there is none between two measured sizes."""
+    """Mark the break-even with a star and a vertical line, if it lies between two measured sizes."""
     if point.tokens is None or point.slower is None:
         return
     colour = _COLOURS[name]
@@ -97,34 +104,36 @@ def _mark_break_even(axes: Any, name: str, point: Any) -> None:
     )  # fmt: skip
 
 
-def caught_figure(
+def coverage_figure(
     name: str, title: str, layers: Sequence[str], found: Sequence[Any], chosen: str, wide: bool
 ) -> Figure:
-    """For each layer the share of dense attention's mass on what the mechanism sees; the layer that is looked at is
-    filled, and a line stands where it would be if attention were even."""
+    """Bars: share of dense attention that the mechanism covers in each layer. The selected layer is opaque.
+
+    A dashed line marks the share of uniform attention.
+    """
     figure, axes = new_figure(*((9.5, 3.8) if wide else (8, 4.4)))
     places = range(len(layers))
     colour = _COLOURS[name]
     alphas = [1.0 if layer == chosen else 0.45 for layer in layers]
     for place, one, alpha in zip(places, found, alphas, strict=True):
         axes.bar(place, 100 * one.mass, color=colour, alpha=alpha, width=0.7)
-        axes.bar(place, 100 * one.text, color="none", edgecolor=_INK, hatch="////", width=0.7, linewidth=0)
+        axes.bar(place, 100 * one.on_global, color="none", edgecolor=_INK, hatch="////", width=0.7, linewidth=0)
         axes.text(place, 100 * one.mass + 1, f"{100 * one.mass:.0f}", ha="center", color=_INK, fontsize=8)
     if found:
-        axes.axhline(100 * found[0].logits, color=_PLACE, linestyle="--", linewidth=1.2, label="if attention were even")
-    axes.bar(0, 0, color=colour, label=f"on what {NAMES[name]} sees")
-    if any(one.text > 0.005 for one in found):
-        axes.bar(0, 0, color="none", edgecolor=_INK, hatch="////", label="of it on text", linewidth=0)
+        axes.axhline(100 * found[0].logits, color=_PLACE, linestyle="--", linewidth=1.2, label="uniform attention")
+    axes.bar(0, 0, color=colour, label=f"covered by {NAMES[name]}")
+    if any(one.on_global > 0.005 for one in found):
+        axes.bar(0, 0, color="none", edgecolor=_INK, hatch="////", label="thereof on text", linewidth=0)
     axes.set_xticks(list(places), [str(place + 1) for place in places])
     axes.set_ylim(0, 108)
     axes.xaxis.set_major_locator(MaxNLocator(30, integer=True)) if len(layers) > 30 else None
     label_axes(axes, "layer", "% of dense attention")
-    _head(figure, title, columns=3)
+    _add_title_and_legend(figure, title, columns=3)
     return figure
 
 
 def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
-    """Query blocks by key blocks; the row of the place that is looked at is marked."""
+    """Map of query blocks by key blocks; the row of the inspected token is marked."""
     figure, axes = new_figure(5.3, 4.4)
     axes.imshow(states, cmap=ListedColormap(_STATES), vmin=0, vmax=2, interpolation="nearest", aspect="auto")
     axes.axhline(row - 0.5, color=_PLACE, linewidth=0.8)
@@ -133,11 +142,13 @@ def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
     for colour, word in zip(reversed(_STATES), reversed(words), strict=True):
         if word:
             axes.plot([], [], "s", color=colour, markeredgecolor=_INK, markeredgewidth=0.5, label=word)
-    axes.plot([], [], color=_PLACE, label="this place")
+    axes.plot([], [], color=_PLACE, label="query token")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    label_axes(axes, "blocks that are looked at", "blocks that look")
-    _head(figure, f"Blocks that each block of places {'chose' if name == 'sla' else 'kept'}", columns=4)
+    label_axes(axes, "key blocks", "query blocks")
+    _add_title_and_legend(
+        figure, f"Key blocks that each query block {'selected' if name == 'sla' else 'kept'}", columns=4
+    )
     return figure
 
 
@@ -145,58 +156,59 @@ def overlay(
     picture: NDArray[np.uint8],
     weights: NDArray[np.float32],
     top: float,
-    seen: NDArray[np.bool_] | None = None,
+    mask: NDArray[np.bool_] | None = None,
     place: tuple[int, ...] | None = None,
-    faint: bool = True,
+    grey_picture: bool = True,
 ) -> NDArray[np.uint8]:
-    """Weights as heat over a grey picture (with ``faint=False`` over the picture as it is).
+    """Attention weights as a heat map over the picture.
 
     Args:
-        picture: (H, W, 3). weights: (h, w) of its tokens. top: the weight that is shown brightest.
-        seen: (h, w), outlined; the rest is dark. place: row and column of the token that looks, ringed.
+        picture: (H, W, 3). weights: (h, w), one per token. top: weight that is shown brightest.
+        mask: (h, w), outlined; the rest is darkened. place: row and column of the query token, ringed.
+        grey_picture: show the picture in grey.
     """
-    times = enlarged(picture.shape[1])
+    times = overlay_scale(picture.shape[1])
     picture = picture.repeat(times, 0).repeat(times, 1)
     height, width = picture.shape[:2]
     rows = np.arange(height) * weights.shape[0] // height
     columns = np.arange(width) * weights.shape[1] // width
-    heat = np.sqrt(np.clip(weights / max(top, 1e-12), 0, 1))[rows][:, columns]  # the root: faint ones are seen, too
-    grey = np.repeat(picture.mean(-1, keepdims=True), 3, -1) * 0.55 if faint else picture
-    if seen is not None:
-        grey = np.where(seen[rows][:, columns, None], grey, grey * 0.45)
+    heat = np.sqrt(np.clip(weights / max(top, 1e-12), 0, 1))[rows][:, columns]  # the root makes small weights visible
+    grey = np.repeat(picture.mean(-1, keepdims=True), 3, -1) * 0.55 if grey_picture else picture
+    if mask is not None:
+        grey = np.where(mask[rows][:, columns, None], grey, grey * 0.45)
     alpha = np.clip(0.15 + heat, 0, 0.85)[..., None] * (heat > 0.02)[..., None]
     out = grey * (1 - alpha) + _colour(heat) * alpha
-    if seen is not None:
-        out[_outline(seen[rows][:, columns])] = (120, 220, 255)
+    if mask is not None:
+        out[_outline(mask[rows][:, columns])] = (120, 220, 255)
     if place is not None:
         centre = [(p + 0.5) * n / m for p, n, m in zip(place, (height, width), weights.shape, strict=True)]
         _ring(out, centre, radius=max(7.0, width / 64))
     return out.round().astype(np.uint8)
 
 
-def enlarged(width: int) -> int:
-    """How many pixels an overlay has for one of a picture of this width, along each side."""
-    return max(1, -(-_LEAST_PIXELS // width))
+def overlay_scale(width: int) -> int:
+    """Scale factor, per side, of the overlay of a picture of this width."""
+    return max(1, -(-_MIN_PIXELS // width))
 
 
 def _colour(heat: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(H, W) in [0, 1] to (H, W, 3), from dark blue to pale yellow."""
+    """Map (H, W) in [0, 1] to (H, W, 3), from dark blue to pale yellow."""
     steps = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(heat, steps, _HEAT[:, channel]) for channel in range(3)], -1)
 
 
-def _outline(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of what is seen whose neighbour is not."""
-    inner = seen.copy()
-    inner[1:] &= seen[:-1]
-    inner[:-1] &= seen[1:]
-    inner[:, 1:] &= seen[:, :-1]
-    inner[:, :-1] &= seen[:, 1:]
-    return seen & ~inner
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels of the mask with a neighbour outside the mask."""
+    inner = mask.copy()
+    inner[1:] &= mask[:-1]
+    inner[:-1] &= mask[1:]
+    inner[:, 1:] &= mask[:, :-1]
+    inner[:, :-1] &= mask[:, 1:]
+    return mask & ~inner
 
 
 def _ring(out: NDArray[Any], centre: Sequence[float], radius: float) -> None:
     y, x = np.ogrid[: out.shape[0], : out.shape[1]]
-    away = np.hypot(y + 0.5 - centre[0], x + 0.5 - centre[1]) - radius
-    out[np.abs(away) < 3.5] = (20, 20, 20)
-    out[np.abs(away) < 2] = (80, 255, 120)
+    distance = np.hypot(y + 0.5 - centre[0], x + 0.5 - centre[1]) - radius
+    out[np.abs(distance) < 3.5] = (20, 20, 20)
+    out[np.abs(distance) < 2] = (80, 255, 120)

@@ -1,4 +1,4 @@
-"""What a picture looks like while it is drawn: an estimate of where its latents are going, decoded at half the size."""
+"""Preview of a picture while it is drawn: an estimate of its clean latents, decoded at half the size."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["Preview"]
 
 
 class Preview:
-    """Of one drawing. Call :meth:`see` after each step; :meth:`picture` when it is to be shown."""
+    """Preview of one drawing. Call :meth:`update` after each step, and :meth:`picture` for the current preview."""
 
     def __init__(self, pipe: Any, size: Size) -> None:
         self.pipe, self.size = pipe, size
-        self._latents: list[Tensor] = []  # after the last step, and before it
+        self._latents: list[Tensor] = []  # after the last step and after the one before
         self._step = 0
 
-    def see(self, step: int, latents: Tensor) -> None:
-        """The latents after ``step`` steps."""
+    def update(self, step: int, latents: Tensor) -> None:
+        """Store the latents after ``step`` steps."""
         self._latents, self._step = [latents, *self._latents[:1]], step
 
     def picture(self) -> NDArray[np.uint8] | None:
-        """(H, W, 3), of a clip its middle; None for pipelines whose latents are not known."""
+        """(H, W, 3) picture, for a clip its middle frame; None for pipelines with an unknown layout of latents."""
         vae = getattr(self.pipe, "vae", None)
         if vae is None:
             return None
-        latents = _unpacked(self.pipe, self._expected(), self.size)
+        latents = _unpacked(self.pipe, self._extrapolate(), self.size)
         if latents is None:
             return None
         with torch.no_grad():
@@ -41,8 +41,8 @@ class Preview:
         values = (pixels.float().permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).nan_to_num()
         return (values * 255).round().to(torch.uint8).cpu().numpy()
 
-    def _expected(self) -> Tensor:
-        """The clean latents that the last step points to: Euler steps are straight lines over sigma."""
+    def _extrapolate(self) -> Tensor:
+        """Clean latents by linear extrapolation of the last Euler step to sigma = 0."""
         sigmas = getattr(self.pipe.scheduler, "sigmas", None)
         if len(self._latents) < 2 or sigmas is None or self._step >= len(sigmas):
             return self._latents[0]
@@ -53,7 +53,7 @@ class Preview:
 
 
 def _unpacked(pipe: Any, latents: Tensor, size: Size) -> Tensor | None:
-    """As the autoencoder takes them: (B, C, H, W), of a clip (B, C, 1, H, W) from its middle."""
+    """Latents in the autoencoder's layout: (B, C, H, W), for a clip (B, C, 1, H, W) from its middle."""
     if latents.ndim == 3 and hasattr(pipe, "_unpack_latents") and size.frames is None:
         latents = pipe._unpack_latents(latents, size.height, size.width, pipe.vae_scale_factor)
     config = pipe.vae.config

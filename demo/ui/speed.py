@@ -1,4 +1,4 @@
-"""Time of an attention call against the number of tokens, dense and with each mechanism, on this machine."""
+"""Benchmark of one attention call against the number of tokens, dense and with each mechanism, on this machine."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ __all__ = [
 
 DENSE = "dense"
 MECHANISMS = ("sla", "clear", "llsa", "gna")
-_SIDES = {
+_GRID_SIDES = {
     "image": (16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     "video": (8, 12, 16, 20, 24, 32, 40, 48, 64, 80),
 }
-_MOST_BYTES = 2 << 30  # of query, key, value and output together
+_MAX_BYTES = 2 << 30  # of query, key, value and output together
 _SAMPLE_SECONDS = 0.5
-_UNDISTURBED = 0.8  # of the processor time: less is said aloud
-_CALLS = 5  # calls that a measurement takes at least: the first, a warm-up and three samples
+_MIN_PROCESSOR_SHARE = 0.8  # below it, a warning is shown
+_MIN_CALLS = 5  # minimum calls per measurement: the first, a warm-up and three samples
 _FIGURES = (
     f"{TIMING} A call is the attention function on random query, key and value of shape (1, heads, tokens, head_dim), "
     "views of (1, tokens, heads, head_dim) as models have them, without gradients; selection, linear branch and "
     "learned projection included. dense: torch's scaled_dot_product_attention on the same tensors. first_call_s: the "
-    "first call, with compilation and plans. logit_fraction: softmax logits that are computed, as a share of dense "
-    "attention's. break_even: tokens from which on a mechanism is faster than dense at every measured size, "
-    "interpolated between the sizes around it on logarithmic axes. cpu_share: processor time of the calls over wall "
-    "time and threads; processor_share: its median over dense attention's sizes of at least 1,000 tokens; well below "
-    "1: other work disturbed the times."
+    "first call, with compilation and planning. logit_fraction: computed softmax logits as a share of dense "
+    "attention's. break_even: number of tokens from which a mechanism is faster than dense at each measured size, "
+    "interpolated between the two sizes around it on logarithmic axes. cpu_share: processor time of the calls, divided "
+    "by wall time and number of threads. processor_share: its median over dense attention's sizes of at least 1,000 "
+    "tokens; a value well below 1 means that other processes disturbed the times."
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. kind: "image" or "video" grids; share: of the logits (LLSA keeps its own blocks)."""
+    """Options of the benchmark. kind: "image" or "video" grids. share: share of the logits (except LLSA's)."""
 
     kind: str = "image"
     heads: int = 2
@@ -75,29 +75,32 @@ class Plan:
 
 
 def check_plan(plan: Plan) -> None:
-    """Raises: BadInput: what has to be changed."""
+    """Validate a plan.
+
+    Raises: BadInput: a value that has to be changed.
+    """
     limits = {"heads": (1, 64), "head_dim": (16, 256), "share": (0.01, 0.9), "seconds": (5, 600)}
     words = {"head_dim": "size of a head", "share": "share of the logits", "seconds": "time limit", "heads": "heads"}
-    for name, (least, most) in limits.items():
+    for name, (low, high) in limits.items():
         value = getattr(plan, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
-            raise BadInput(f"{words[name].capitalize()}: give a number from {least} to {most}, got {value}.")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise BadInput(f"{words[name].capitalize()}: give a number from {low} to {high}, got {value}.")
         if name in ("heads", "head_dim") and value != int(value):
             raise BadInput(f"{words[name].capitalize()}: give a whole number, got {value}.")
-    if plan.kind not in _SIDES:
-        raise BadInput(f"Grid: choose one of {', '.join(_SIDES)}.")
+    if plan.kind not in _GRID_SIDES:
+        raise BadInput(f"Grid: choose one of {', '.join(_GRID_SIDES)}.")
     if not plan.mechanisms:
-        raise BadInput("Choose at least one mechanism to measure beside dense attention.")
+        raise BadInput("Choose at least one mechanism to compare with dense attention.")
     unknown = [name for name in plan.mechanisms if name not in MECHANISMS]
     if unknown:
-        raise BadInput(f"There is no mechanism {unknown[0]!r}; there are: {', '.join(MECHANISMS)}.")
+        raise BadInput(f"Unknown mechanism {unknown[0]!r}: choose from {', '.join(MECHANISMS)}.")
 
 
 def _layouts(plan: Plan, dtype: torch.dtype) -> Iterator[TokenLayout]:
-    """Growing grids, as long as their tensors fit."""
-    for side in _SIDES[plan.kind]:
+    """Grids of increasing size, while their tensors take at most 2 GiB."""
+    for side in _GRID_SIDES[plan.kind]:
         layout = TokenLayout((side, side) if plan.kind == "image" else (side // 2, side, side))
-        if 4 * layout.seq_len * plan.heads * plan.head_dim * dtype.itemsize > _MOST_BYTES:
+        if 4 * layout.seq_len * plan.heads * plan.head_dim * dtype.itemsize > _MAX_BYTES:
             return
         yield layout
 
@@ -109,7 +112,7 @@ def _case(plan: Plan, name: str, layout: TokenLayout) -> Case:
 
 
 class _Budget:
-    """Seconds that are left, and whether a series' next measurement should fit into them."""
+    """Time limit, and prediction of whether the next measurement of a series fits into it."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -124,10 +127,10 @@ class _Budget:
         if not rows:
             return left > 0
         expected = rows[-1]["ms"] / 1e3 * (tokens / rows[-1]["tokens"]) ** self._exponent(name)
-        return _CALLS * expected < left
+        return _MIN_CALLS * expected < left
 
     def _exponent(self, name: str) -> float:
-        """Dense attention's is known; a mechanism grows as it did last."""
+        """Growth of the time with the tokens: 2 for dense attention, else from the last two measurements."""
         if name == DENSE or len(self.rows[name]) < 2:
             return 2.0
         before, last = self.rows[name][-2:]
@@ -137,27 +140,27 @@ class _Budget:
 
 @torch.no_grad()
 def measure(plan: Plan, device: torch.device, dtype: torch.dtype, stop: Stop) -> Iterator[Row]:
-    """A row after each measurement, the smallest grid first, until the time is over.
+    """Yield a row after each measurement, the smallest grid first, until the time limit.
 
-    A series ends once its next size would not fit into the time that is left, or into memory (a row says so).
+    A series ends if its next size would exceed the remaining time, or the memory (the row then has status "failed").
 
     Raises: Cancelled: ``stop`` was set. BadInput: a plan that cannot be measured.
     """
     check_plan(plan)
     budget = _Budget(plan.seconds)
-    going = [DENSE, *plan.mechanisms]
+    series = [DENSE, *plan.mechanisms]
     for layout in _layouts(plan, dtype):
-        going = [name for name in going if budget.allows(name, layout.seq_len)]
-        if not going:
+        series = [name for name in series if budget.allows(name, layout.seq_len)]
+        if not series:
             return
         tensors = _case(plan, "gna", layout).inputs(device, dtype, "tokens-first", seed=0)
-        for name in list(going):
+        for name in list(series):
             stop.check()
             if not budget.allows(name, layout.seq_len):
                 continue
             row = _measure(plan, name, layout, tensors)
             if row["status"] == "failed":
-                going.remove(name)
+                series.remove(name)
             else:
                 budget.add(row)
             yield row
@@ -183,17 +186,17 @@ def _measure(plan: Plan, name: str, layout: TokenLayout, tensors: Sequence[Tenso
 
 
 def _time(call: Callable[[], Tensor], device: torch.device) -> Row:
-    """Each call is waited for on devices whose time is taken by the clock."""
+    """Time a call. On MPS, which is timed by the host's clock, each call is synchronized."""
 
-    def finished() -> None:
+    def synchronized_call() -> None:
         call()
         synchronize(device)
 
-    timed = finished if device.type == "mps" else call
-    _, first = time_once(timed, device)
+    timed_call = synchronized_call if device.type == "mps" else call
+    _, first = time_once(timed_call, device)
     samples = max(3, min(15, int(_SAMPLE_SECONDS / max(first, 1e-6))))
     wall, cpu = time.perf_counter(), time.process_time()
-    times = time_calls(timed, device, samples=samples, warm_up_ms=50)
+    times = time_calls(timed_call, device, samples=samples, warm_up_ms=50)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     share = {"cpu_share": cpu / (wall * torch.get_num_threads())} if device.type == "cpu" else {}
     return {"first_call_s": first, **times.as_row(), **share}
@@ -201,47 +204,50 @@ def _time(call: Callable[[], Tensor], device: torch.device) -> Row:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Where a mechanism gets faster than dense attention. tokens: None where it does not within what was measured.
+    """Number of tokens from which a mechanism is faster than dense attention.
 
-    slower, faster: the measured sizes around it; slower is None where it is faster from the smallest size on.
+    tokens: None if the mechanism is slower at the largest size. slower, faster: measured sizes around the break-even;
+    slower is None if the mechanism is faster from the smallest size on.
     """
 
     tokens: float | None
     ms: float | None
     slower: int | None
     faster: int | None
-    largest: int  # the largest size that both were measured at
-    times_dense: float  # dense's time over the mechanism's there
+    largest: int  # largest size measured for both
+    times_dense: float  # dense attention's time divided by the mechanism's at that size
 
 
 def break_even(rows: Sequence[Row], name: str) -> BreakEven | None:
-    """None where the mechanism and dense attention have no measured size in common."""
-    dense, ours = ({row["tokens"]: row["ms"] for row in _complete(rows, which)} for which in (DENSE, name))
-    sizes = sorted(set(dense) & set(ours))
+    """Break-even of a mechanism; None if no size was measured for both it and dense attention."""
+    dense, own = ({row["tokens"]: row["ms"] for row in _complete(rows, which)} for which in (DENSE, name))
+    sizes = sorted(set(dense) & set(own))
     if not sizes:
         return None
-    ahead = [math.log(dense[n] / ours[n]) for n in sizes]
+    ahead = [math.log(dense[n] / own[n]) for n in sizes]
     first = next((i for i in range(len(sizes)) if all(x > 0 for x in ahead[i:])), None)
     end = {"largest": sizes[-1], "times_dense": math.exp(ahead[-1])}
     if first is None:
         return BreakEven(None, None, sizes[-1], None, **end)
     if first == 0:
-        return BreakEven(float(sizes[0]), ours[sizes[0]], None, sizes[0], **end)
+        return BreakEven(float(sizes[0]), own[sizes[0]], None, sizes[0], **end)
     below, above = sizes[first - 1], sizes[first]
-    way = -ahead[first - 1] / (ahead[first] - ahead[first - 1])
-    between = [_between(x[below], x[above], way) for x in ({n: n for n in sizes}, dense)]
+    weight = -ahead[first - 1] / (ahead[first] - ahead[first - 1])
+    between = [_interpolate_log(x[below], x[above], weight) for x in ({n: n for n in sizes}, dense)]
     return BreakEven(between[0], between[1], below, above, **end)
 
 
 def _processor_share(rows: Sequence[Row]) -> float | None:
-    """Of the processor time that dense attention's threads could have had, the part that they got (median over sizes
-    that keep all threads at work): less where other work goes on. None where it was not measured."""
+    """Processor time of dense attention's threads as a share of the available time; None if it was not measured.
+
+    Median over sizes of at least 1,000 tokens, which keep all threads busy. Other processes reduce it.
+    """
     shares = [row["cpu_share"] for row in _complete(rows, DENSE) if row["tokens"] >= 1000 and "cpu_share" in row]
     return statistics.median(shares) if shares else None
 
 
-def _between(a: float, b: float, way: float) -> float:
-    return math.exp(math.log(a) + way * (math.log(b) - math.log(a)))
+def _interpolate_log(a: float, b: float, weight: float) -> float:
+    return math.exp(math.log(a) + weight * (math.log(b) - math.log(a)))
 
 
 def _complete(rows: Sequence[Row], name: str) -> list[Row]:
@@ -250,7 +256,7 @@ def _complete(rows: Sequence[Row], name: str) -> list[Row]:
 
 @dataclass
 class Speed:
-    """What was measured so far. status: running, complete or cancelled."""
+    """Results of a benchmark. status: running, complete or cancelled."""
 
     plan: Plan
     device: torch.device
@@ -277,7 +283,7 @@ class Speed:
         return f"{machine['device_name']}{threads} · {machine['dtype']} · {heads} · {self.plan.kind} grid"
 
     def sentences(self) -> list[str]:
-        """What came out, one sentence a mechanism."""
+        """Summary, one sentence per mechanism."""
         return (
             [_sentence(NAMES[name], point) for name, point in self.points.items()]
             + [
@@ -285,20 +291,20 @@ class Speed:
                 for row in self.rows
                 if row["status"] == "failed"
             ]
-            + self._disturbed()
+            + self._warnings()
         )
 
-    def _disturbed(self) -> list[str]:
+    def _warnings(self) -> list[str]:
         share = _processor_share(self.rows)
-        if share is None or share >= _UNDISTURBED:
+        if share is None or share >= _MIN_PROCESSOR_SHARE:
             return []
         return [
-            f"Do not rely on these times: other work kept this machine busy. Dense attention's threads got {share:.0%} "
-            "of the processor time that they asked for."
+            f"Do not rely on these times: other processes kept this machine busy. Dense attention's threads got "
+            f"{share:.0%} of the available processor time."
         ]
 
     def content(self) -> dict[str, Any]:
-        """As JSON."""
+        """Content of the JSON file."""
         return {
             "kind": "speed",
             "status": self.status,
@@ -311,7 +317,7 @@ class Speed:
         }
 
     def save(self, folder: Path) -> tuple[Path, Path]:
-        """``speed.png`` and ``speed.json`` in a new folder inside: both whole, or nothing."""
+        """Write ``speed.png`` and ``speed.json`` to a new folder inside ``folder``; on an error, neither."""
         own = Path(tempfile.mkdtemp(prefix="speed-", dir=folder))
         picture, data = own / "speed.png", own / "speed.json"
         try:
@@ -327,7 +333,7 @@ class Speed:
 def _sentence(name: str, point: BreakEven) -> str:
     if point.tokens is None:
         return (
-            f"{name}: no break-even within what was measured; at {point.largest:,} tokens it takes "
+            f"{name}: no break-even within the measured sizes; at {point.largest:,} tokens it takes "
             f"{1 / point.times_dense:.1f} times as long as dense."
         )
     gain = f"at {point.largest:,} tokens it is {point.times_dense:.2f} times as fast"

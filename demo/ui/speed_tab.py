@@ -1,4 +1,4 @@
-"""The Speed tab: time of an attention call against the number of tokens, measured while one watches."""
+"""Speed tab: live benchmark of one attention call against the number of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from .engine import MOST_WAITING, Cancelled, Engine, Stop
+from .engine import MAX_WAITING, Cancelled, Engine, Stop
 from .plots import NAMES
 from .speed import DENSE, MECHANISMS, Plan, Speed, check_plan, measure
 from .status import progress_line, status_line, waiting_line
@@ -20,25 +20,25 @@ from .work import Stops, message_for, stream
 __all__ = ["build"]
 
 _INTRODUCTION = (
-    "How long does one attention call take on this machine as the number of tokens grows? Dense attention against "
-    "each mechanism, on the same random tensors, the smallest size first."
+    "Time of one attention call on this machine against the number of tokens: dense attention and each mechanism, on "
+    "the same random tensors, the smallest size first."
 )
-_IDLE = "Press Measure. While it measures, other requests to this page wait, so that they do not disturb the times."
+_IDLE = "Press Measure. Requests of other pages wait until the measurement ends, so that they do not disturb the times."
 _CPU_NOTE = (
-    "This is the CPU, where the mechanisms run in plain PyTorch: they gather their blocks before they multiply, which "
-    "pays only from some size on; below it dense attention is faster. On a GPU they are Triton kernels."
+    "On the CPU, the mechanisms run in plain PyTorch and gather their blocks before the matrix products. This is "
+    "faster than dense attention only above some size. On a GPU, they are Triton kernels."
 )
 _HOW = (
-    "A time is the median of several calls after a warm-up; the shade is from the lower to the upper quartile. "
-    "Everything that a call needs is in it: choosing the blocks, pooling, SLA's linear branch. A star marks where a "
-    "mechanism breaks even with dense attention: from there on it is faster at every size that was measured. A curve "
-    "ends where its next size would not fit into the time limit."
+    "Each time is the median of several calls after a warm-up; the shaded band spans the lower to the upper quartile. "
+    "Times include block selection, pooling and SLA's linear branch. A star marks the break-even with dense attention: "
+    "from there on, the mechanism is faster at each measured size. A curve ends if its next size would exceed the time "
+    "limit."
 )
-_SHOWN_SECONDS = 10.0  # the page has so long to show a point before the next is measured
+_MAX_DISPLAY_SECONDS = 10.0  # maximum wait for the page to show a point before the next measurement
 
 
 def build(engine: Engine) -> None:
-    """The tab's components and what they do."""
+    """Build the components of the tab and their event handlers."""
     gr.Markdown(_INTRODUCTION)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -52,7 +52,7 @@ def build(engine: Engine) -> None:
                 gr.Markdown(_CPU_NOTE)
     requests = _Requests(engine, view)
     run.click(
-        requests.run, inputs, view.outputs, concurrency_id="speed", concurrency_limit=MOST_WAITING + 2,
+        requests.run, inputs, view.outputs, concurrency_id="speed", concurrency_limit=MAX_WAITING + 2,
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     cancel.click(requests.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
@@ -61,22 +61,22 @@ def build(engine: Engine) -> None:
 def _inputs() -> list[Any]:
     return [
         gr.Radio(
-            [("Image (H, W)", "image"), ("Video (T, H, W)", "video")], value="image", label="Grid of tokens",
+            [("Image (H, W)", "image"), ("Video (T, H, W)", "video")], value="image", label="Token grid",
             elem_id="speed-kind",
         ),
         gr.CheckboxGroup([(NAMES[name], name) for name in MECHANISMS], value=list(MECHANISMS), label="Mechanisms"),
         gr.Slider(
             0.02, 0.5, 0.1, step=0.01, label="Share of the logits",
-            info="Of dense attention's, about. LLSA keeps 8 blocks of 16 tokens a level instead, whatever the size.",
+            info="Approximate share of dense attention's logits. LLSA keeps 8 blocks of 16 tokens per level instead.",
         ),
         gr.Slider(1, 24, 2, step=1, precision=0, label="Heads"),
-        gr.Dropdown([32, 64, 128], value=64, label="Size of a head", filterable=False),
+        gr.Dropdown([32, 64, 128], value=64, label="Head dimension", filterable=False),
         gr.Slider(5, 600, 60, step=5, precision=0, label="Time limit (seconds)", elem_id="speed-seconds"),
     ]  # fmt: skip
 
 
 class _View:
-    """What is shown, as updates for ``outputs``."""
+    """Outputs of the tab. Methods return updates for ``outputs``."""
 
     def __init__(self, run: gr.Button, cancel: gr.Button) -> None:
         self.status = gr.HTML(status_line(_IDLE), elem_id="speed-status")
@@ -101,30 +101,30 @@ class _View:
     def waiting(self, before: int) -> list[Any]:
         return self._changed(status=waiting_line(before))
 
-    def measured(self, speed: Speed, spent: float) -> list[Any]:
+    def show_row(self, speed: Speed, spent: float) -> list[Any]:
         row = speed.rows[-1]
         done = f"{NAMES[row['attention']]} at {row['tokens']:,} tokens"
         bar = progress_line(f"Measured: {done}", spent, speed.plan.seconds, "Time limit")
         return self._changed(status=bar, plot=speed.figure(), sentences=_bullets(speed), table=_table(speed))
 
     def end(self, message: str, problem: bool = False) -> list[Any]:
-        return self._changed(ended=True, status=status_line(message, problem))
+        return self._changed(is_finished=True, status=status_line(message, problem))
 
-    def finished(self, speed: Speed, message: str, picture: Path, data: Path) -> list[Any]:
+    def show_result(self, speed: Speed, message: str, picture: Path, data: Path) -> list[Any]:
         return self._changed(
-            ended=True, status=status_line(message), plot=speed.figure(), sentences=_bullets(speed),
+            is_finished=True, status=status_line(message), plot=speed.figure(), sentences=_bullets(speed),
             table=_table(speed), picture=gr.DownloadButton(value=str(picture), visible=True),
             data=gr.DownloadButton(value=str(data), visible=True),
         )  # fmt: skip
 
-    def _changed(self, ended: bool = False, **changed: Any) -> list[Any]:
-        buttons = [gr.Button(interactive=True), gr.Button(interactive=False)] if ended else [gr.skip(), gr.skip()]
+    def _changed(self, is_finished: bool = False, **changed: Any) -> list[Any]:
+        buttons = [gr.Button(interactive=True), gr.Button(interactive=False)] if is_finished else [gr.skip(), gr.skip()]
         names = ("status", "plot", "sentences", "table", "picture", "data")
         return [*buttons, *(changed.get(name, gr.skip()) for name in names)]
 
 
 class _Requests:
-    """What the buttons do."""
+    """Event handlers of the buttons."""
 
     def __init__(self, engine: Engine, view: _View) -> None:
         self.engine, self.view = engine, view
@@ -141,7 +141,7 @@ class _Requests:
         )
         try:
             check_plan(speed.plan)
-            yield from self._watch(speed, stop)
+            yield from self._measure(speed, stop)
             speed.status, message = "complete", "Done."
         except Cancelled as error:
             speed.status, message = "cancelled", message_for(error)
@@ -151,25 +151,25 @@ class _Requests:
         if not speed.rows:
             yield self.view.end(message)
             return
-        with tempfile.TemporaryDirectory(dir=self.engine.folder) as folder:  # the page makes its own copy
-            yield self.view.finished(speed, message, *speed.save(Path(folder)))
+        with tempfile.TemporaryDirectory(dir=self.engine.folder) as folder:  # Gradio copies the files
+            yield self.view.show_result(speed, message, *speed.save(Path(folder)))
 
-    def _watch(self, speed: Speed, stop: Stop) -> Iterator[list[Any]]:
-        """One update after each measurement; the next begins when the page has shown it, not to be disturbed by it."""
+    def _measure(self, speed: Speed, stop: Stop) -> Iterator[list[Any]]:
+        """Yield an update after each measurement. The next one starts after the page has drawn it."""
         shown = threading.Event()
 
-        def work(tell: Callable[[Any], None]) -> None:
-            with self.engine.turn(self.engine.kinds[0], stop, tell):
+        def work(report: Callable[[Any], None]) -> None:
+            with self.engine.turn(self.engine.kinds[0], stop, report):
                 began = time.monotonic()
                 for row in measure(speed.plan, speed.device, speed.dtype, stop):
                     speed.rows.append(row)
-                    tell(time.monotonic() - began)
+                    report(time.monotonic() - began)
                     _wait(shown, stop)
 
         for event in stream(work, stop):
             if event is None:
                 continue
-            yield self.view.waiting(event) if isinstance(event, int) else self.view.measured(speed, event)
+            yield self.view.waiting(event) if isinstance(event, int) else self.view.show_row(speed, event)
             shown.set()
 
     def cancel(self, request: gr.Request) -> None:
@@ -177,7 +177,7 @@ class _Requests:
 
 
 def _wait(shown: threading.Event, stop: Stop) -> None:
-    end = time.monotonic() + _SHOWN_SECONDS
+    end = time.monotonic() + _MAX_DISPLAY_SECONDS
     while not shown.wait(0.05) and time.monotonic() < end:
         stop.check()
     shown.clear()
@@ -188,7 +188,7 @@ def _bullets(speed: Speed) -> str:
 
 
 def _table(speed: Speed) -> str:
-    """Tokens by attention, in milliseconds, with the share of the logits."""
+    """Table of milliseconds by tokens and attention, with the share of the logits."""
     names = [DENSE, *speed.plan.mechanisms]
     head = ["tokens", *(NAMES[name] for name in names)]
     cells = {(row["tokens"], row["attention"]): _cell(row) for row in speed.rows}

@@ -1,4 +1,4 @@
-"""The line of a tab that says what is going on."""
+"""Status lines of the tabs, as HTML."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ __all__ = ["duration", "progress_line", "status_line", "waiting_line"]
 
 
 def status_line(text: str, problem: bool = False) -> str:
-    """HTML that a screen reader reads aloud when it changes; a problem stands out."""
+    """Status line that screen readers announce; a problem is highlighted."""
     role, kind = ("alert", " class=problem") if problem else ("status", "")
     return f'<div role="{role}"{kind}>{html.escape(text)}</div>'
 
 
 def waiting_line(before: int) -> str:
-    """While so many requests have their turn first."""
+    """Status line of a request with ``before`` requests ahead of it."""
     return status_line(f"Waiting: {'one request is' if before == 1 else f'{before} requests are'} before yours.")
 
 
 def progress_line(text: str, done: float, total: float, label: str) -> str:
-    """The same with a bar under it."""
+    """Status line with a progress bar below it."""
     share = min(max(done / total, 0), 1)
     style = "width: 100%; accent-color: var(--color-accent)"
     bar = f'<progress value="{share:.3f}" max="1" style="{style}" aria-label="{html.escape(label)}"></progress>'

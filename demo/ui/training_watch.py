@@ -1,4 +1,4 @@
-"""What a page is told of a conversion while it goes on: losses, distance to the teacher, pictures."""
+"""Progress events of a running conversion: losses, distance to the teacher, pictures."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from dit_accel.files import write_json
 
 from .engine import Cancelled, Stop
 
-__all__ = ["Asked", "Distance", "Drawn", "Preparing", "Step", "TrainingWatch"]
+__all__ = ["Distance", "Drawn", "Preparing", "Step", "StopRequested", "TrainingWatch"]
 
-_DISTANCES = 8  # are measured, and one before
-_LEVELS = (0.125, 0.375, 0.625, 0.875)  # of noise, as dit-accel evaluate takes them
-_FRAMES = 4  # of a clip, as convert's pictures have them
+_DISTANCES = 8  # measurements during training, and one before
+_LEVELS = (0.125, 0.375, 0.625, 0.875)  # noise levels, as in dit-accel evaluate
+_FRAMES = 4  # frames of a clip in a picture of dit-accel convert
 
 
 @dataclass(frozen=True)
 class Preparing:
-    """So many samples are there, of how many."""
+    """Number of prepared samples, and of all samples if known."""
 
     done: int
     total: int | None
@@ -40,7 +40,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Step:
-    """history: the losses of all steps so far."""
+    """Progress of training. history: losses of all steps so far."""
 
     step: int
     steps: int
@@ -50,8 +50,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the student's predictions are from the dense pipeline's: squared, over the square of the latter, mean
-    over a few noisy samples that stay the same."""
+    """Squared error of the student's predictions, relative to the squared norm of the dense pipeline's.
+
+    Mean over a few fixed noisy samples.
+    """
 
     step: int
     value: float
@@ -59,22 +61,22 @@ class Distance:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The teacher's picture and the student's of the same prompt and seed; four frames of a clip as one picture."""
+    """Pictures of the teacher and the student for the same prompt and seed; of a clip, four frames as one picture."""
 
     step: int
     teacher: NDArray[np.uint8]  # (H, W, 3)
     student: NDArray[np.uint8]
 
 
-class Asked(KeyboardInterrupt):
-    """As the machinery is stopped by a signal, so here by a person's request."""
+class StopRequested(KeyboardInterrupt):
+    """Stop requested by the user. The training loop handles it like an interrupt signal."""
 
 
 class TrainingWatch(Watch):
-    """Tells the page."""
+    """Watch that reports progress events to the page."""
 
-    def __init__(self, steps: int, folder: Path, stop: Stop, tell: Callable[[Any], None]) -> None:
-        self.steps, self.folder, self.stop, self.tell = steps, folder, stop, tell
+    def __init__(self, steps: int, folder: Path, stop: Stop, report: Callable[[Any], None]) -> None:
+        self.steps, self.folder, self.stop, self.report = steps, folder, stop, report
         self.done = self.first = 0
         self.began: float | None = None
         self.history: list[Mapping[str, float]] = []
@@ -89,27 +91,27 @@ class TrainingWatch(Watch):
         try:
             self.stop.check()
         except Cancelled:
-            raise Asked from None
+            raise StopRequested from None
 
     def sample(self, made: int, total: int | None) -> None:
         self.check()
-        self.tell(Preparing(made, total))
+        self.report(Preparing(made, total))
 
     def ready(self, model: nn.Module, process: NoiseProcess, samples: Samples) -> None:
         self.probe = _Probe(model, process, samples)
 
     def begin(self, step: int, history: Sequence[Mapping[str, float]]) -> None:
-        """What was done before is told again: the page may be another."""
+        """Report the earlier steps of a resumed run again, because another page may have started it."""
         self.done, self.first, self.history = step, step, list(history)
-        self.tell(Step(step, self.steps, tuple(self.history), None))
-        self._tell_earlier()
+        self.report(Step(step, self.steps, tuple(self.history), None))
+        self._report_earlier()
         if step == 0:
             self._measure()
         self.began = time.monotonic()
 
     def picture(self, step: int, path: Path) -> None:
-        if path.stem.endswith("-0"):  # of the first prompt
-            self.tell(_drawn(step, path))
+        if path.stem.endswith("-0"):  # first prompt
+            self.report(_drawn(step, path))
         if step == 0:
             self.began = time.monotonic()
 
@@ -120,33 +122,33 @@ class TrainingWatch(Watch):
             self._measure()
         assert self.began is not None
         each = (time.monotonic() - self.began) / (step - self.first)
-        self.tell(Step(step, self.steps, tuple(self.history), each * (self.steps - step)))
+        self.report(Step(step, self.steps, tuple(self.history), each * (self.steps - step)))
         self.check()
 
     def _measure(self) -> None:
         assert self.probe is not None
         value = self.probe.measure()
-        if not math.isfinite(value):  # so will be the next loss, which ends it
+        if not math.isfinite(value):  # the next loss will not be finite either, which ends the run
             return
         self.distances[str(self.done)] = value
         write_json(self.folder / "distances.json", self.distances)
-        self.tell(Distance(self.done, value))
+        self.report(Distance(self.done, value))
 
-    def _tell_earlier(self) -> None:
-        """Of an earlier run: distances, the first picture, and the last."""
+    def _report_earlier(self) -> None:
+        """Report the distances, the first picture and the last picture of an earlier run."""
         file = self.folder / "distances.json"
-        told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self.distances = {step: value for step, value in told.items() if int(step) <= self.done}
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.distances = {step: value for step, value in saved.items() if int(step) <= self.done}
         for at, value in self.distances.items():
-            self.tell(Distance(int(at), value))
+            self.report(Distance(int(at), value))
         drawn = {_step_of(path): path for path in sorted(self.folder.glob("pictures/step-*-0.png"))}
         earlier = [step for step in drawn if step <= self.done] if self.done else []
         for step in dict.fromkeys((*earlier[:1], *earlier[-1:])):
-            self.tell(_drawn(step, drawn[step]))
+            self.report(_drawn(step, drawn[step]))
 
 
 class _Probe:
-    """A few noisy samples and what the teacher predicts for them."""
+    """A few noisy samples and the teacher's predictions for them."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, process: NoiseProcess, samples: Samples) -> None:
@@ -163,6 +165,7 @@ class _Probe:
 
     @torch.no_grad()
     def measure(self) -> float:
+        """Return the distance of the student's predictions to the teacher's."""
         trains = self.model.training
         self.model.eval()
         try:
@@ -185,7 +188,7 @@ def _drawn(step: int, path: Path) -> Drawn:
 
 
 def _sheet(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Four frames beside one another as two rows; a picture stays as it is."""
+    """Rearrange four frames in one row into two rows; a picture is returned unchanged."""
     height, width = frames.shape[:2]
     if width % _FRAMES or width < 3 * height:
         return frames

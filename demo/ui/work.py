@@ -1,4 +1,4 @@
-"""Long work behind a page: in a thread of its own, telling how far it is, and ending when nobody waits for it."""
+"""Long-running work of a page in its own thread, with progress events, cancelled when the page is closed."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ _WAIT_SECONDS = 0.25
 
 
 def stream(work: Callable[[Callable[[Any], None]], None], stop: Stop) -> Iterator[Any]:
-    """What ``work(tell)`` tells, as it tells it; None in quiet times, so that whoever iterates can look up.
+    """Yield the events that ``work(report)`` reports; None if there is no event for 0.25 s.
 
-    When the iteration is given up, as when the page is closed, ``stop`` is set. What the work raises is raised here.
+    ``stop`` is set when the iteration ends, also early, as when the page is closed. Exceptions of the work are raised
+    here.
     """
-    told: queue.Queue[Any] = queue.Queue()
+    events: queue.Queue[Any] = queue.Queue()
     finished = object()
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            work(told.put)
+            work(events.put)
         except BaseException as error:
             failed.append(error)
         finally:
-            told.put(finished)
+            events.put(finished)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while (event := _next(told)) is not finished:
+        while (event := _next(events)) is not finished:
             yield event
     finally:
         stop.set()
@@ -47,43 +48,43 @@ def stream(work: Callable[[Callable[[Any], None]], None], stop: Stop) -> Iterato
 
 @dataclass(frozen=True)
 class Waiting:
-    """What is told while others have their turn. before: so many requests."""
+    """Event of a request that waits for its turn. before: number of requests ahead."""
 
     before: int
 
 
 class Stops:
-    """The stop of what each open page is running, so that its cancel button finds it."""
+    """Stop flag of the running request of each open page, for its cancel button."""
 
     def __init__(self) -> None:
         self._of_page: dict[str, Stop] = {}
 
     def begin(self, page: str) -> Stop:
-        """A new one; what the page was running before is stopped."""
+        """Return a new flag; the page's previous request is stopped."""
         self.end(page)
         return self._of_page.setdefault(page, Stop())
 
     def end(self, page: str) -> None:
-        """Stop what the page is running, if anything."""
+        """Stop the page's running request, if any."""
         stop = self._of_page.pop(page, None)
         if stop is not None:
             stop.set()
 
 
-def _next(told: queue.Queue[Any]) -> Any:
+def _next(events: queue.Queue[Any]) -> Any:
     try:
-        return told.get(timeout=_WAIT_SECONDS)
+        return events.get(timeout=_WAIT_SECONDS)
     except queue.Empty:
         return None
 
 
 def message_for(error: BaseException) -> str:
-    """What a page says of an error: never a stack trace."""
+    """Message for the page, without a stack trace."""
     text = " ".join(str(error).split())
     if isinstance(error, Cancelled):
         return "Stopped."
     if _out_of_memory(error):
-        return "Out of memory: this machine cannot hold a drawing of this size. Choose a smaller size or fewer frames."
+        return "Out of memory for a drawing of this size. Choose a smaller size or fewer frames."
     if isinstance(error, (ValueError, TypeError, ArithmeticError, FileNotFoundError)) and text:
         return text[:1].upper() + text[1:]
     return f"This did not work: {type(error).__name__}{': ' + text if text else ''}"

@@ -1,4 +1,4 @@
-"""One app for the whole session, in a process of its own as a person starts it, and a page in Debian's Chromium."""
+"""Fixtures: one app process per session, started by its command, and pages in Debian's Chromium."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 
-# The app's command, and a file with a line for every other machine that it turns to.
+# The app's command. Each connection to another machine adds a line to a file.
 _COMMAND = """
 import sys
 def note(event, arguments):
@@ -41,8 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @dataclass
 class App:
     url: str
-    folder: Path  # its own temporary folder
-    seconds_to_usable: float  # from the printed address to a button that can be pressed
+    folder: Path  # temporary folder of the app
+    seconds_to_usable: float  # from the printed address to an enabled button
     log: Path
 
 
@@ -82,7 +82,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[
 
 
 def _open(browser: Browser, url: str) -> float:
-    """When the page is usable."""
+    """Wait until the page is usable; return the time."""
     page = browser.new_page()
     page.goto(url)
     expect(page.get_by_role("button", name="Draw both")).to_be_enabled(timeout=60_000)
@@ -92,7 +92,7 @@ def _open(browser: Browser, url: str) -> float:
 
 
 class Pages:
-    """Opens pages that ask no foreign host, each as a visitor of its own."""
+    """Open pages in separate browser contexts, and record requests to other hosts."""
 
     def __init__(self, app: App, browser: Browser) -> None:
         self.app, self.browser = app, browser
@@ -120,7 +120,7 @@ def pages(app: App, browser: Browser) -> Iterator[Pages]:
     yield pages
     for context in pages.contexts:
         context.close()
-    assert pages.foreign == [], "the page asked a foreign host"
+    assert pages.foreign == [], "the page contacted another host"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What tests do with the page, as a person would."""
+"""Actions of the browser tests."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
-PATIENCE = 60_000  # milliseconds: other work may keep this machine busy
+PATIENCE = 60_000  # milliseconds: the machine may be busy
 
 
 def set_number(page: Page, label: str, value: float) -> None:
-    """Of a number field, or of the number beside a slider."""
+    """Set a number field, or the number beside a slider."""
     field = page.locator("input[type=number]:visible").and_(page.get_by_label(label, exact=False)).first
     field.fill(str(value))
     field.press("Tab")
 
 
 def open_details(page: Page) -> None:
-    """The fields for size, steps and seed."""
+    """Show the fields for size, steps and seed."""
     page.get_by_role("button", name="Size, steps and seed").locator("visible=true").first.click()
     expect(page.get_by_label("Width").locator("visible=true")).to_be_visible()
-    page.wait_for_timeout(500)  # what is typed into a field that has just appeared is lost
+    page.wait_for_timeout(500)  # text typed into a field that has just appeared is lost
 
 
 def set_drawing(page: Page, *, side: int = 256, steps: int = 2, seed: int = 0, prompt: str | None = None) -> None:
@@ -37,7 +37,7 @@ def set_drawing(page: Page, *, side: int = 256, steps: int = 2, seed: int = 0, p
 
 
 def choose_attention(page: Page, name: str) -> None:
-    """By its whole label, or what is before the colon in it."""
+    """Select an attention by its label, or the part of it before the colon."""
     page.get_by_label("Attention to compare").first.click()
     page.get_by_role("option", name=re.compile(f"^{name}(:|$)")).click()
 
@@ -58,7 +58,7 @@ def draw(page: Page) -> None:
 
 
 def pictures(page: Page) -> list[np.ndarray]:
-    """The two under the slider, (H, W, 3)."""
+    """Both pictures under the slider, (H, W, 3)."""
     images = page.get_by_test_id("imageslider-image")
     expect(images).to_have_count(2)
     answers = [page.request.get(images.nth(i).get_attribute("src")) for i in range(2)]
@@ -66,7 +66,7 @@ def pictures(page: Page) -> list[np.ndarray]:
 
 
 def choose_tab(page: Page, name: str) -> None:
-    """Also where there is no room for all of them side by side."""
+    """Select a tab, also from the overflow menu of a narrow page."""
     tab = page.get_by_role("tab", name=name)
     if tab.count() == 0:
         page.get_by_role("button", name="More tabs").click()

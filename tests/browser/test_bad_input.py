@@ -1,4 +1,4 @@
-"""What cannot be done is said in the page, and the page goes on working."""
+"""Messages for invalid input; the page works afterwards."""
 
 import pytest
 from driving import choose_attention, draw, draw_button, set_drawing, set_number, status
@@ -44,7 +44,7 @@ def large_stride(page):
     set_number(page, "Stride, in tokens", 8)
 
 
-SAID = {
+MESSAGES = {
     empty: "The prompt is empty",
     long: "10,009 characters",
     odd_size: "nearest: 248×248 or 256×256",
@@ -56,12 +56,12 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("wrong", SAID)
-def test_bad_input_is_said_in_the_page_and_the_next_drawing_works(page, wrong):
+@pytest.mark.parametrize("wrong", MESSAGES)
+def test_bad_input_gives_a_message_and_the_page_keeps_working(page, wrong):
     wrong(page)
     draw_button(page).click()
     problem = status(page).get_by_role("alert")
-    expect(problem).to_contain_text(SAID[wrong])
+    expect(problem).to_contain_text(MESSAGES[wrong])
     assert "Traceback" not in page.locator("body").inner_text()
     expect(draw_button(page)).to_be_enabled()
     page.reload()

@@ -1,4 +1,4 @@
-"""The Compare tab, as a person uses it."""
+"""Compare tab in the browser."""
 
 import re
 import time
@@ -17,11 +17,11 @@ def start_long_drawing(page):
     expect(status(page)).to_contain_text(re.compile(r"step [1-9]"), timeout=PATIENCE)
 
 
-def test_page_is_usable_soon_after_its_address_is_printed(app):
+def test_page_is_usable_soon_after_start(app):
     assert app.seconds_to_usable < 5
 
 
-def test_example_is_drawn_twice_under_a_slider_with_figures_and_the_line_of_python(page):
+def test_example_shows_both_pictures_figures_and_python_code(page):
     page.get_by_role("button", name="three yellow triangles").click()
     expect(page.get_by_label("Prompt").first).to_have_value("three yellow triangles in a row on an orange background")
     set_drawing(page)
@@ -55,7 +55,7 @@ def test_slider_moves_the_border_between_the_pictures(page):
     expect(right).not_to_have_css("clip-path", dragged)
 
 
-def test_picture_forms_while_it_is_drawn(page):
+def test_preview_changes_while_drawing(page):
     set_drawing(page, side=512, steps=8)
     draw_button(page).click()
     expect(page.get_by_test_id("imageslider-image").first).to_be_visible(timeout=PATIENCE)
@@ -67,7 +67,7 @@ def test_picture_forms_while_it_is_drawn(page):
     expect(status(page)).to_have_text("Stopped.", timeout=PATIENCE)
 
 
-def test_another_attention_has_its_own_sliders_and_draws_another_picture(page):
+def test_other_attention_shows_its_own_sliders(page):
     set_drawing(page)
     draw(page)
     dense, sla = pictures(page)
@@ -81,7 +81,7 @@ def test_another_attention_has_its_own_sliders_and_draws_another_picture(page):
     expect(page.locator("#compare-code")).to_contain_text("CLEARAttnProcessor(radius=4")
 
 
-def test_trained_weights_are_chosen_where_there_are_any(page):
+def test_converted_weights_can_be_selected(page):
     page.get_by_label("Attention to compare").first.click()
     trained = page.get_by_role("option", name="SLA, trained")
     trained.click()
@@ -91,18 +91,18 @@ def test_trained_weights_are_chosen_where_there_are_any(page):
     expect(page.locator("#compare-code")).to_contain_text("dit_accel.load_attention(pipe, ")
 
 
-def test_cancel_stops_the_denoiser_and_another_drawing_can_start(page):
+def test_cancel_stops_and_another_drawing_can_start(page):
     start_long_drawing(page)
     page.get_by_role("button", name="Cancel").click()
     began = time.monotonic()
     expect(status(page)).to_have_text("Stopped.", timeout=PATIENCE)
-    assert time.monotonic() - began < 15  # of some minutes
+    assert time.monotonic() - began < 15  # the whole drawing takes minutes
     set_drawing(page)
     draw(page)
     assert len(pictures(page)) == 2
 
 
-def test_closed_page_gives_its_turn_to_the_next(pages):
+def test_closing_a_page_frees_its_turn(pages):
     first, second = pages.open(), pages.open()
     start_long_drawing(first)
     set_drawing(second)
@@ -112,7 +112,7 @@ def test_closed_page_gives_its_turn_to_the_next(pages):
     expect(status(second)).to_contain_text("Done.", timeout=PATIENCE)
 
 
-def test_waiting_can_be_cancelled_at_once(pages):
+def test_waiting_request_is_cancelled_at_once(pages):
     first, second = pages.open(), pages.open()
     start_long_drawing(first)
     set_drawing(second)
@@ -125,7 +125,7 @@ def test_waiting_can_be_cancelled_at_once(pages):
     expect(status(first)).to_have_text("Stopped.", timeout=PATIENCE)
 
 
-def test_two_pages_at_once_get_what_each_gets_alone(pages):
+def test_concurrent_pages_get_the_same_pictures_as_alone(pages):
     both = {"CLEAR": pages.open(), "LLSA": pages.open()}
     for name, page in both.items():
         set_drawing(page, seed=7)
@@ -165,7 +165,7 @@ def test_clips_are_side_by_side_and_play_in_step(page):
     assert apart < 0.15
 
 
-def test_all_is_done_by_keyboard(page):
+def test_comparison_works_by_keyboard(page):
     set_drawing(page)
     page.get_by_label("Prompt").first.focus()
     for _ in range(40):
@@ -179,7 +179,7 @@ def test_all_is_done_by_keyboard(page):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_narrow_screen_shows_all_below_each_other(pages, theme):
+def test_narrow_screen_stacks_all_parts(pages, theme):
     page = pages.open(width=375, height=812, path=f"/?__theme={theme}")
     set_drawing(page)
     draw(page)

@@ -1,4 +1,4 @@
-"""The Convert tab, as a person uses it: one conversion, stopped in the middle, gone on with, and tried in Compare."""
+"""Convert tab in the browser: a conversion is stopped, resumed and selected in Compare."""
 
 import json
 import re
@@ -21,12 +21,12 @@ def status(page: Page):
 
 
 def plot(page: Page, name: str) -> str | None:
-    """The picture of a plot, as it is now."""
+    """Source of the current picture of a plot."""
     image = page.locator(f"#convert-{name} img")
     return image.get_attribute("src") if image.count() else None
 
 
-def test_converted_stopped_gone_on_with_downloaded_and_chosen_in_compare(page, tmp_path):
+def test_conversion_is_stopped_resumed_downloaded_and_selected(page, tmp_path):
     open_tab(page)
     expect(page.locator("#convert-estimate")).to_contain_text(re.compile(r"about \d+ (s|min)"))
     set_number(page, "Steps", 4)
@@ -40,7 +40,7 @@ def test_converted_stopped_gone_on_with_downloaded_and_chosen_in_compare(page, t
     page.locator("#convert-cancel").click()
     expect(status(page)).to_contain_text(re.compile(r"Stopped at step [23]\."), timeout=PATIENCE)
     assert all(plot(page, name) not in (None, src) for name, src in first.items())  # the curves moved
-    expect(page.locator("#convert-anew")).to_be_enabled()
+    expect(page.locator("#convert-restart")).to_be_enabled()
 
     page.locator("#convert-run").click()
     expect(status(page)).to_contain_text(re.compile("Step [23] of 4"), timeout=LONG)
@@ -67,7 +67,7 @@ def test_converted_stopped_gone_on_with_downloaded_and_chosen_in_compare(page, t
     expect(page.locator("#compare-code")).to_contain_text("load_attention")
 
 
-def test_bad_wishes_are_messages_in_the_page(page):
+def test_invalid_options_give_messages(page):
     open_tab(page)
     page.locator("#convert-prompts textarea").fill("  ")
     page.locator("#convert-run").click()

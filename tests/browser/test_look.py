@@ -1,4 +1,4 @@
-"""The Look inside tab, as a person uses it."""
+"""Look inside tab in the browser."""
 
 import io
 import re
@@ -31,12 +31,12 @@ def draw(page, **options):
     for label in ("Width", "Height"):
         assert number(page, label) == options.get("side", 256)
     page.locator("#look-run").click()
-    wait_until_looked(page)
+    wait_until_inspected(page)
 
 
-def wait_until_looked(page):
+def wait_until_inspected(page):
     expect(status(page)).to_contain_text("Click on a place", timeout=PATIENCE)
-    expect(page.locator("#look-caught img")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#look-coverage img")).to_be_visible(timeout=PATIENCE)
 
 
 def pixels(page, name):
@@ -45,7 +45,7 @@ def pixels(page, name):
 
 
 def click_into(page, across, down, name="picture"):
-    """At these shares of the picture; waits for what is shown of it."""
+    """Click at these fractions of the picture, and wait for the update."""
     picture = page.locator(f"#look-{name} img")
     before, size = page.locator("#look-other img").get_attribute("src"), picture.bounding_box()
     picture.click(position={"x": across * size["width"], "y": down * size["height"]})
@@ -54,31 +54,31 @@ def click_into(page, across, down, name="picture"):
 
 def changed(page, name, before):
     expect(page.locator(f"#look-{name} img")).not_to_have_attribute("src", before, timeout=PATIENCE)
-    wait_until_looked(page)
+    wait_until_inspected(page)
 
 
 def ring(page):
-    """Row and column of the ring's middle, as shares."""
+    """Row and column of the centre of the ring, as fractions of the picture."""
     found = np.argwhere((pixels(page, "picture") == (80, 255, 120)).all(-1))
     return (found.mean(0) / pixels(page, "picture").shape[:2]).round(2).tolist()
 
 
-def test_a_click_into_the_picture_shows_what_the_place_attends_to(look):
+def test_click_shows_the_attention_of_the_token(look):
     draw(look)
     first = pixels(look, "other")
     click_into(look, 0.25, 0.75)
     assert ring(look) == pytest.approx([0.75, 0.25], abs=0.03)
     assert not np.array_equal(pixels(look, "other"), first)
     assert not np.array_equal(pixels(look, "other"), pixels(look, "dense"))
-    assert (pixels(look, "other") == (120, 220, 255)).all(-1).any(), "what is seen has no outline"
+    assert (pixels(look, "other") == (120, 220, 255)).all(-1).any(), "the attended tokens have no outline"
     expect(look.locator("#look-summary")).to_contain_text(re.compile(r"row 2\d of 32, column \d of 32"))
-    expect(look.locator("#look-summary")).to_contain_text("dense attention on what it sees")
+    expect(look.locator("#look-summary")).to_contain_text("dense attention covered")
     expect(look.locator("#look-map img")).to_be_visible()
     click_into(look, 0.5, 0.25, name="dense")
     assert ring(look) == pytest.approx([0.25, 0.5], abs=0.03)
 
 
-def test_the_place_is_reached_by_keyboard_and_is_the_same_as_clicked(look):
+def test_sliders_select_the_same_token_as_a_click(look):
     draw(look)
     click_into(look, 0.25, 0.25)
     clicked, x = pixels(look, "other"), number(look, "pixels from the left")
@@ -97,7 +97,7 @@ def number(page, label):
     return int(page.locator("input[type=number]:visible").and_(page.get_by_label(label)).first.input_value())
 
 
-def test_mechanism_layer_step_and_head_are_chosen(look):
+def test_mechanism_layer_step_and_head_can_be_selected(look):
     draw(look, steps=3)
     click_into(look, 0.3, 0.3)
     before = look.locator("#look-other img").get_attribute("src")
@@ -132,7 +132,7 @@ def choose_layer(page, name):
     page.get_by_role("option", name=re.compile(f"^{name}")).click()
 
 
-def test_a_clip_has_a_slider_for_its_frames(look):
+def test_clip_has_a_slider_for_its_frames(look):
     look.locator("label:visible", has_text="Video").click()
     expect(look.get_by_label("Prompt").locator("visible=true")).to_have_value(re.compile("moving"))
     set_drawing(look, side=128)
@@ -142,13 +142,13 @@ def test_a_clip_has_a_slider_for_its_frames(look):
     before = look.locator("#look-picture img").get_attribute("src")
     set_number(look, "Frame of tokens shown", 1)
     changed(look, "picture", before)
-    assert not (pixels(look, "picture") == (80, 255, 120)).all(-1).any()  # the place is in another frame
+    assert not (pixels(look, "picture") == (80, 255, 120)).all(-1).any()  # the query token is in another frame
     click_into(look, 0.5, 0.5)
     assert len(ring(look)) == 2
     expect(look.locator("#look-summary")).to_contain_text(re.compile(r"frame 1 of \d+"))
 
 
-def test_a_drawing_is_cancelled_and_another_starts(look):
+def test_cancel_stops_and_another_drawing_can_start(look):
     set_drawing(look, side=512, steps=60)
     look.locator("#look-run").click()
     expect(status(look)).to_contain_text(re.compile(r"step [1-9]"), timeout=PATIENCE)
@@ -158,7 +158,7 @@ def test_a_drawing_is_cancelled_and_another_starts(look):
     draw(look)
 
 
-def test_two_pages_look_into_their_own_drawings(pages):
+def test_pages_inspect_their_own_drawings(pages):
     prompts = ("three yellow triangles in a row on an orange background", "a blue circle on a white background")
     both = [open_tab(pages.open()) for _ in prompts]
     alone = []
@@ -168,7 +168,7 @@ def test_two_pages_look_into_their_own_drawings(pages):
     for page in both:
         page.locator("#look-run").click()
     for page in both:
-        wait_until_looked(page)
+        wait_until_inspected(page)
         alone.append(pixels(page, "dense"))
     assert not np.array_equal(*alone)
     for page in both:
@@ -178,7 +178,7 @@ def test_two_pages_look_into_their_own_drawings(pages):
         assert np.array_equal(pixels(page, "dense"), before)
 
 
-def test_what_cannot_be_is_said_in_the_page(look):
+def test_invalid_input_gives_messages(look):
     look.get_by_label("Prompt").locator("visible=true").fill(" ")
     look.locator("#look-run").click()
     expect(status(look).get_by_role("alert")).to_contain_text("The prompt is empty", timeout=PATIENCE)
@@ -188,10 +188,10 @@ def test_what_cannot_be_is_said_in_the_page(look):
     set_number(look, "Window, in tokens", 40)
     expect(status(look).get_by_role("alert")).to_contain_text("larger than the grid of 8×8", timeout=PATIENCE)
     set_number(look, "Window, in tokens", 5)
-    wait_until_looked(look)
+    wait_until_inspected(look)
 
 
-def test_narrow_screen_has_all_below_each_other(pages):
+def test_narrow_screen_stacks_all_parts(pages):
     page = open_tab(pages.open(width=375, height=812))
     draw(page)
     boxes = [page.locator(f"#look-{name}").bounding_box() for name in ("picture", "dense", "other")]

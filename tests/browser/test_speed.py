@@ -1,4 +1,4 @@
-"""The Speed tab, as a person uses it."""
+"""Speed tab in the browser."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def curve(page):
     return page.locator("#speed-plot img")
 
 
-def test_the_curve_grows_and_is_downloaded_as_picture_and_data(speed, tmp_path):
+def test_curve_grows_and_is_downloaded_as_png_and_json(speed, tmp_path):
     measure(speed, 6)
     expect(curve(speed)).to_be_visible(timeout=PATIENCE)
     expect(status(speed)).to_contain_text("Measured", timeout=PATIENCE)
@@ -43,7 +43,7 @@ def test_the_curve_grows_and_is_downloaded_as_picture_and_data(speed, tmp_path):
     expect(status(speed)).to_contain_text("Done.", timeout=PATIENCE)
     for name in ("SLA", "CLEAR", "LLSA", "GNA"):
         expect(speed.locator("#speed-sentences")).to_contain_text(
-            re.compile(f"{name}: (no break-even within what was measured|faster than dense)")
+            re.compile(f"{name}: (no break-even within the measured sizes|faster than dense)")
         )
     for kind in ("png", "json"):
         with speed.expect_download() as download:
@@ -56,7 +56,7 @@ def test_the_curve_grows_and_is_downloaded_as_picture_and_data(speed, tmp_path):
     assert Image.open(tmp_path / "speed.png").size > (1000, 500)
 
 
-def test_it_is_stopped_and_keeps_what_was_measured(speed):
+def test_stop_keeps_the_measured_results(speed):
     measure(speed, 600)
     expect(status(speed)).to_contain_text("Measured", timeout=PATIENCE)
     speed.locator("#speed-cancel").click()
@@ -66,7 +66,7 @@ def test_it_is_stopped_and_keeps_what_was_measured(speed):
     expect(speed.locator("#speed-run")).to_be_enabled()
 
 
-def test_nothing_else_runs_while_it_measures(pages):
+def test_other_requests_wait_for_the_measurement(pages):
     speed, other = open_tab(pages.open()), pages.open()
     measure(speed, 600)
     expect(status(speed)).to_contain_text("Measured", timeout=PATIENCE)
@@ -77,14 +77,14 @@ def test_nothing_else_runs_while_it_measures(pages):
     expect(compare_status(other)).to_contain_text("Done.", timeout=PATIENCE)
 
 
-def test_what_cannot_be_measured_is_said(speed):
+def test_empty_selection_gives_a_message(speed):
     for name in ("SLA", "CLEAR", "LLSA", "GNA"):
         speed.get_by_label(name, exact=True).locator("visible=true").uncheck()
     measure(speed, 5)
     expect(status(speed).get_by_role("alert")).to_contain_text("at least one mechanism", timeout=PATIENCE)
 
 
-def test_narrow_screen_is_not_wider_than_it_is(pages):
+def test_narrow_screen_has_no_horizontal_overflow(pages):
     page = open_tab(pages.open(width=375, height=812))
     measure(page, 5)
     expect(status(page)).to_contain_text("Done.", timeout=PATIENCE)

@@ -185,7 +185,7 @@ def convert(
             raise ValueError(f"--timestep-sampling takes {', '.join(SAMPLINGS)}, got {sampling!r}")
         weights = tuple(map(parse_weight, loss_weight or ()))
         if not 0 <= caption_dropout < 1:
-            raise ValueError(f"--caption-dropout takes a share of at least 0 and below 1, got {caption_dropout}")
+            raise ValueError(f"--caption-dropout takes a share from 0 to below 1, got {caption_dropout}")
         if schedule not in SCHEDULES:
             raise ValueError(f"--lr-schedule takes {' or '.join(SCHEDULES)}, got {schedule!r}")
         if lr is not None and not 0 < lr < float("inf"):
@@ -212,7 +212,7 @@ def convert(
         return 1
     except OSError as error:
         reason = explain_os_error(error, out)
-        print(f"dit-accel: {reason}; run the same command again to resume from the last checkpoint", file=sys.stderr)
+        print(f"dit-accel: {reason}; the same command resumes from the last checkpoint", file=sys.stderr)
         return 1
 
 

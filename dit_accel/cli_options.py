@@ -64,18 +64,20 @@ Samples = Annotated[
     int, typer.Option(metavar="N", min=1, help="Number of samples that the teacher generates for --data-free.")
 ]
 MixedPrecision = Annotated[
-    str | None, typer.Option(metavar="NAME", help="no, fp16 or bf16; default: bf16 on a GPU, else no.")
+    str | None, typer.Option(metavar="NAME", help="Mixed precision: no, fp16 or bf16; default: bf16 on a GPU, else no.")
 ]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; default: CUDA if available, else MPS, else CPU."),
+    typer.Option(metavar="NAME", help="Device: cpu, cuda, cuda:1 or mps; default: CUDA, else MPS, else CPU."),
 ]
 AccelerateDevice = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu; default: the device that accelerate selects.")
+    str | None, typer.Option(metavar="NAME", help="Device: cpu; default: the device that accelerate selects.")
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="float32, float16 or bfloat16; default: bfloat16 on CUDA, else float32."),
+    typer.Option(
+        metavar="NAME", help="Precision: float32, float16 or bfloat16; default: bfloat16 on CUDA, else float32."
+    ),
 ]
 
 # compare
@@ -172,7 +174,7 @@ Repository = Annotated[
     ),
 ]
 Tracker = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Tracker of accelerate for the losses: tensorboard, wandb, …")
+    str | None, typer.Option(metavar="NAME", help="Tracker of accelerate for the losses, such as tensorboard or wandb.")
 ]
 TrainingData = Annotated[Path | None, typer.Option(metavar="FOLDER_OR_SHARDS", help=_DATA_HELP)]
 

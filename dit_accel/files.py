@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as JSON ({error}): restore it, or choose another folder") from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path}: expected a JSON object, got {type(content).__name__}: restore it, or choose another folder"
+            f"{path} holds a JSON {type(content).__name__}, expected an object: restore it, or choose another folder"
         )
     return content
 

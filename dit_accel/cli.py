@@ -372,7 +372,7 @@ def _source(
     texts = OTHER_PROMPTS if pipeline is not None else embedded.prompts
     if prompts is not None:
         if not prompts.is_file():
-            raise ValueError(f"--prompts: file not found: {prompts}")
+            raise ValueError(f"--prompts: there is no file {prompts}")
         texts = tuple(filter(None, map(str.strip, prompts.read_text(encoding="utf-8").splitlines())))
         if not texts:
             raise ValueError(f"--prompts: {prompts} contains no prompt; write one per line")

@@ -1,4 +1,4 @@
-"""The text form of processors on the command line: ``gna:window=16x16,stride=8;window=40x40@blocks.1``."""
+"""Command-line format of processors: ``gna:window=16x16,stride=8;window=40x40@blocks.1``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from .processor import PROCESSORS, AcceleratedAttnProcessor
 
 __all__ = ["AttentionSpec", "ByLayer", "grid_defaults", "parse_attention", "parse_student", "short_options"]
 
-ByLayer = tuple[tuple[str | None, AcceleratedAttnProcessor], ...]  # None: on all layers
+ByLayer = tuple[tuple[str | None, AcceleratedAttnProcessor], ...]  # (layers, processor); None: all layers
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """A mechanism by name and the options that the user gave for it. exceptions: which options are others on which
-    layers, named as :func:`dit_accel.set_attn_processor` takes them."""
+    """Name of a mechanism and the options given for it.
+
+    ``exceptions``: pairs of layers, in the format of :func:`dit_accel.set_attn_processor`, and the options that differ
+    there.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -30,15 +33,15 @@ class AttentionSpec:
 
     @property
     def needs_grid(self) -> bool:
-        """True if an option without a default was left out: it is then chosen from the pipeline's token grid."""
+        """True if an option without a default is missing; its value then depends on the pipeline's token grid."""
         return any(
             field.default is MISSING and field.name not in self.options for field in fields(PROCESSORS[self.name])
         )
 
     def processor(self, grid: Sequence[int] | None = None) -> AcceleratedAttnProcessor:
-        """The processor, with what was left out chosen from the grid.
+        """Build the processor; missing options get their defaults for the grid.
 
-        Raises: ValueError, TypeError: an option out of range, or one that is needed and no grid to choose it from.
+        Raises: ValueError, TypeError: an option is out of range, or a required option and the grid are both missing.
         """
         options = dict(self.options)
         if not options and grid is not None:
@@ -47,73 +50,76 @@ class AttentionSpec:
             if grid is None:
                 name = next(iter(grid_defaults(self.name, (1, 1))))
                 raise ValueError(
-                    f"{self.name} needs {name} for this pipeline, whose token grid is not known beforehand: "
-                    f"give it as {self.name}:{name}=…"
+                    f"{self.name} needs {name} for this pipeline, whose token grid is unknown: "
+                    f"write {self.name}:{name}=…"
                 )
             options = {**grid_defaults(self.name, grid), **options}
         return PROCESSORS[self.name](**options)
 
-    def by_layer(self, usual: AcceleratedAttnProcessor) -> ByLayer:
-        """What is set on which layers, the later over the earlier. usual: :meth:`processor`, on all of them.
+    def by_layer(self, default: AcceleratedAttnProcessor) -> ByLayer:
+        """Processors per layer, in the order to set them: ``default`` on all layers, then the exceptions.
 
-        Raises: ValueError, TypeError: an option out of range.
+        Args: default: result of :meth:`processor`.
+        Raises: ValueError, TypeError: an option is out of range.
         """
-        return (None, usual), *((layers, replace(usual, **options)) for layers, options in self.exceptions)
+        return (None, default), *((layers, replace(default, **options)) for layers, options in self.exceptions)
 
 
 def parse_attention(text: str) -> AttentionSpec:
-    """Read ``NAME`` or ``NAME:key=value,key=value`` (tuples as ``16x16``, None as ``none``); behind it, each after a
-    semicolon, ``key=value,key=value@LAYERS``: options that differ on layers in whose name the expression is found.
+    """Parse ``NAME`` or ``NAME:key=value,key=value`` (tuples as ``16x16``, None as ``none``).
 
-    Raises: ValueError: an unknown name or option (with the nearest right one), or a value that does not fit.
+    Parts ``;key=value,key=value@LAYERS`` may follow: options that differ on the layers whose name matches the regular
+    expression.
+
+    Raises: ValueError: an unknown name or option (the message suggests the nearest), or an invalid value.
     """
-    usual, *others = text.strip().split(";")
-    name, _, rest = usual.strip().partition(":")
+    default, *others = text.strip().split(";")
+    name, _, rest = default.strip().partition(":")
     name = name.strip().lower()
     if name not in PROCESSORS:
-        raise ValueError(f"unknown attention {name!r}{_nearest(name, PROCESSORS)}")
-    options = _read_options(name, rest)
-    spec = AttentionSpec(name, options, tuple(_exception(name, other) for other in others))
+        raise ValueError(f"unknown attention {name!r}{_suggest(name, PROCESSORS)}")
+    options = _parse_options(name, rest)
+    spec = AttentionSpec(name, options, tuple(_parse_exception(name, other) for other in others))
     tuples = (value for part in (options, *(x for _, x in spec.exceptions)) for value in part.values())
     axes = max((len(value) for value in tuples if isinstance(value, tuple)), default=2)
     try:
-        spec.by_layer(spec.processor((4096,) * min(axes, 3)))  # a stand-in for the real grid
+        spec.by_layer(spec.processor((4096,) * min(axes, 3)))  # the pipeline's grid is unknown here
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from None
     return spec
 
 
-def _exception(name: str, text: str) -> tuple[str, dict[str, Any]]:
+def _parse_exception(name: str, text: str) -> tuple[str, dict[str, Any]]:
     options, at, layers = (piece.strip() for piece in text.partition("@"))
     if not at or not layers or not options:
-        raise ValueError(f"{name}: {text.strip()!r} does not say which options on which layers; write key=VALUE@LAYERS")
+        raise ValueError(f"{name}: expected options and layers, got {text.strip()!r}; write key=VALUE@LAYERS")
     try:
         re.compile(layers)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name}: {layers!r} is no regular expression of layers' names: {error}") from None
-    return layers, _read_options(name, options)
+        raise ValueError(f"{name}: {layers!r} is not a regular expression for layer names: {error}") from None
+    return layers, _parse_options(name, options)
 
 
-def _read_options(name: str, text: str) -> dict[str, Any]:
+def _parse_options(name: str, text: str) -> dict[str, Any]:
     hints = typing.get_type_hints(PROCESSORS[name])
     known = {field.name: hints[field.name] for field in fields(PROCESSORS[name])}
     options: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in known:
-            raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}")
+            raise ValueError(f"{name} has no option {key!r}{_suggest(key, known)}")
         if not equals or not value:
             raise ValueError(f"{name}: option {key} has no value; write {key}=VALUE")
         if key in options:
             raise ValueError(f"{name}: option {key} is given twice")
-        options[key] = _read(name, key, value, known[key])
+        options[key] = _parse_value(name, key, value, known[key])
     return options
 
 
 def parse_student(text: str) -> AttentionSpec | str:
-    """As :func:`parse_attention`; or the folder, file or hub id of attention that was trained, as it is.
+    """Parse with :func:`parse_attention`; return the folder, file or hub id of trained attention unchanged.
 
-    Raises: ValueError: neither.
+    Raises: ValueError: the text is neither.
     """
     text = text.strip()
     name = text.partition(":")[0].strip().lower()
@@ -123,16 +129,14 @@ def parse_student(text: str) -> AttentionSpec | str:
 
 
 def grid_defaults(name: str, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
-    """What a bare name takes on a grid: about a tenth of the logits. LLSA's own defaults are near that on 64×64.
+    """Default options for a grid: those that compute about ``share`` of the logits.
 
-    SLA: a tenth of the blocks, as compact tiles rather than runs of the raster, which catches more untrained.
-
-    CLEAR: the radius, one per axis where the sides differ, of an ellipse or ellipsoid that covers a tenth of the grid.
-    GNA: a window of a tenth of the grid, in the grid's proportions, and a stride of a fifth of the window; on 256×256
-    these are the paper's for Flux (80 and 16).
-
-    Args:
-        share: another than a tenth; LLSA, whose number of keys hardly grows with the grid, stays as it is.
+    SLA: a share of the blocks, as tiles instead of raster order, which gives better results without training.
+    CLEAR: the radius of an ellipse or ellipsoid that covers this share of the grid; one per axis if the sides differ.
+    GNA: a window that covers this share of the grid, in the grid's proportions, and a stride of a fifth of the window;
+    on 256×256 close to the paper's values for Flux (80 and 16).
+    LLSA: the processor's defaults, which compute about a tenth on 64×64. They do not depend on ``share``, because the
+    number of keys per query hardly grows with the grid.
     """
     side = share ** (1 / len(grid))
     if name == "clear":
@@ -146,32 +150,32 @@ def grid_defaults(name: str, grid: Sequence[int], share: float = 0.1) -> dict[st
 
 
 def short_options(processor: AcceleratedAttnProcessor) -> str:
-    """The two options that matter most, and every other that is not at its default, as the command line takes them."""
+    """The two main options and all options that differ from their defaults, in command-line format."""
     own = processor.options()
     leading = list(own)[:2]
     changed = [field.name for field in fields(processor) if getattr(processor, field.name) != field.default]
     names = leading + [name for name in changed if name not in leading]
-    return ",".join(f"{name}={_write(getattr(processor, name))}" for name in names)
+    return ",".join(f"{name}={_format(getattr(processor, name))}" for name in names)
 
 
-def _write(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, tuple):
-        return "x".join(_write(item) for item in value)
+        return "x".join(_format(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def _suggest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = get_close_matches(word.lower(), known, n=1, cutoff=0.5)
     close = close or [name for name in known if word and name.startswith(word.lower())][:1]
-    return (f"; did you mean {close[0]!r}?" if close else ";") + f" There are: {', '.join(known)}"
+    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Available: {', '.join(known)}"
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _read(name: str, key: str, text: str, hint: Any) -> Any:
+def _parse_value(name: str, key: str, text: str, hint: Any) -> Any:
     members = _members(hint)
     if type(None) in members and text.lower() == "none":
         return None
@@ -179,16 +183,16 @@ def _read(name: str, key: str, text: str, hint: Any) -> Any:
         if typing.get_origin(member) is Sequence:
             pieces = text.lower().split("x")
             item = typing.get_args(member)[0]
-            values = [_scalar(piece, item) for piece in pieces]
+            values = [_parse_scalar(piece, item) for piece in pieces]
             if len(values) > 1 and None not in values:
                 return tuple(values)
-        elif member is not type(None) and (value := _scalar(text, member)) is not None:
+        elif member is not type(None) and (value := _parse_scalar(text, member)) is not None:
             return value
-    raise ValueError(f"{name}: {key} takes {_wanted(members)}, got {text!r}")
+    raise ValueError(f"{name}: {key} takes {_expected(members)}, got {text!r}")
 
 
-def _scalar(text: str, kind: type) -> Any:
-    """The text as this kind of value; None where it is not one."""
+def _parse_scalar(text: str, kind: type) -> Any:
+    """The value as ``kind``; None if the text does not have this type."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     try:
@@ -197,7 +201,7 @@ def _scalar(text: str, kind: type) -> Any:
         return None
 
 
-def _wanted(members: Sequence[Any]) -> str:
+def _expected(members: Sequence[Any]) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
     named = [words[member] for member in members if member in words]
     for member in members:

@@ -1,4 +1,4 @@
-"""Which implementation computes a mechanism: torch everywhere, Triton kernels on a GPU, or torch's FlexAttention."""
+"""Selection of a mechanism's backend: plain torch, Triton kernels, or torch's FlexAttention."""
 
 from __future__ import annotations
 
@@ -10,88 +10,94 @@ from difflib import get_close_matches
 
 import torch
 
-__all__ = ["BACKENDS", "BUILT", "VARIABLE", "check_backend", "resolve"]
+__all__ = ["BACKENDS", "ENV_VARIABLE", "SUPPORTED_BACKENDS", "check_backend", "resolve"]
 
-VARIABLE = "DIT_ACCEL_BACKEND"
+ENV_VARIABLE = "DIT_ACCEL_BACKEND"
 BACKENDS = ("torch", "triton", "flex")
-BUILT = {
+SUPPORTED_BACKENDS = {
     "sla": BACKENDS,
     "clear": BACKENDS,
     "gna": BACKENDS,
     "llsa": ("torch", "triton"),
     "linfusion": ("torch",),
-}  # the backends a mechanism has
+}  # by mechanism
 
 
 def check_backend(backend: str | None, source: str = "backend") -> None:
-    """Raises: ValueError: an unknown name, with the nearest right one and all; TypeError: not a name."""
+    """Check the name of a backend; None is valid.
+
+    Raises: ValueError: an unknown name; the message suggests the nearest and lists all. TypeError: not a string.
+    """
     if backend is None or backend in BACKENDS:
         return
     if not isinstance(backend, str):
         raise TypeError(f"{source} must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     close = get_close_matches(backend.lower(), BACKENDS, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    raise ValueError(f"unknown {source} {backend!r}{hint} There are: {', '.join(BACKENDS)}")
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise ValueError(f"unknown {source} {backend!r}{hint} Available: {', '.join(BACKENDS)}")
 
 
 def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
-    """The backend that a call takes: the argument, else the environment's ``DIT_ACCEL_BACKEND``, else Triton on a GPU
-    where the mechanism has it, else torch. What was asked for and cannot be had raises; it is never replaced.
+    """Resolve the backend of a call: the argument, else ``DIT_ACCEL_BACKEND``, else Triton if the tensors are on a GPU
+    and the mechanism supports it, else torch. A requested backend that is not available raises; there is no fallback.
 
     Args:
         backend: "torch", "triton", "flex" or None.
-        device: where the tensors lie.
+        device: device of the tensors.
         mechanism: "sla", "clear", "llsa", "gna" or "linfusion".
     Returns: "torch", "triton" or "flex".
     Raises:
-        ValueError: an unknown name, or a backend that this mechanism or this device does not have.
-        RuntimeError: Triton is chosen and the package or a C compiler is missing.
+        ValueError: an unknown name, or a backend that the mechanism or the device does not support.
+        RuntimeError: Triton is selected, but the package or a C compiler is missing.
     """
-    asked, source = backend, "backend"
-    if asked is None:
-        asked, source = os.environ.get(VARIABLE) or None, VARIABLE  # set but empty is not set
-    check_backend(asked, source)
-    built = BUILT[mechanism]
-    if asked is None:
-        asked = "triton" if device.type == "cuda" and "triton" in built else "torch"
-    elif asked not in built:
+    requested, source = backend, "backend"
+    if requested is None:
+        requested, source = os.environ.get(ENV_VARIABLE) or None, ENV_VARIABLE  # an empty value counts as unset
+    check_backend(requested, source)
+    supported = SUPPORTED_BACKENDS[mechanism]
+    if requested is None:
+        requested = "triton" if device.type == "cuda" and "triton" in supported else "torch"
+    elif requested not in supported:
         raise ValueError(
-            f"{source}={asked}: {mechanism} has no such backend yet; it has: {', '.join(built)}. "
-            f'Give backend="{built[0]}" for it'
+            f"{source}={requested}: {mechanism} does not support this backend; available: {', '.join(supported)}. "
+            f'Pass backend="{supported[0]}"'
         )
-    if asked == "triton":
+    if requested == "triton":
         _require_triton(device, source)
-    return asked
+    return requested
 
 
 def _require_triton(device: torch.device, source: str) -> None:
-    """Raises: ValueError: a device that Triton's kernels do not run on; RuntimeError: what they need is not there."""
+    """Check that Triton kernels can run.
+
+    Raises: ValueError: the device cannot run them. RuntimeError: triton or a C compiler is missing.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in (
         "1",
         "true",
         "yes",
         "on",
         "y",
-    )  # as Triton reads it
+    )  # the values that Triton accepts
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         raise ValueError(
-            f"{source}=triton needs a GPU, got tensors on {device}: use torch there "
-            "(on the CPU Triton's kernels run only for tests, in its interpreter: TRITON_INTERPRET=1)"
+            f"{source}=triton needs a GPU, got tensors on {device}: use the torch backend "
+            "(on the CPU, Triton kernels run only in its interpreter, for tests: TRITON_INTERPRET=1)"
         )
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(
-            f"the Triton kernels need the package triton, which is not installed: pip install triton, or choose "
-            f'backend="torch" ({VARIABLE}=torch)'
+            f"the Triton kernels need the package triton, which is not installed: pip install triton, or pass "
+            f'backend="torch" ({ENV_VARIABLE}=torch)'
         )
     if not interpreted and not _c_compiler():
         raise RuntimeError(
-            f"Triton needs a C compiler and found none (CC, gcc, clang): install gcc or set CC, or choose "
-            f'backend="torch" ({VARIABLE}=torch)'
+            f"Triton needs a C compiler and found none (CC, gcc, clang): install gcc or set CC, or pass "
+            f'backend="torch" ({ENV_VARIABLE}=torch)'
         )
 
 
 def _c_compiler() -> bool:
-    """Whether the compiler that Triton will call for its launchers is there; Triton for Windows brings its own."""
+    """Whether the C compiler that Triton calls for its launchers is installed; Triton for Windows includes one."""
     if sys.platform == "win32":
         return True
     named = os.environ.get("CC")

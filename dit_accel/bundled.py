@@ -1,4 +1,4 @@
-"""The two small pipelines that come with the package, and how a pipeline folder says what it is best called with."""
+"""The two small pipelines in the package, and default call arguments from a pipeline's ``defaults.json``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ _DEMO = Path(__file__).parent / "demo"
 
 @dataclass(frozen=True)
 class Embedded:
-    """A pipeline inside the package: what ``from_pretrained`` takes, and captions of scenes it was never trained on.
-    conversions: a folder for ``load_attention`` for each mechanism that it was converted to."""
+    """An embedded pipeline of the package.
+
+    Args:
+        folder: pipeline folder for ``from_pretrained``.
+        prompts: captions of held-out scenes, which are not in the training data.
+        conversions: folder with one subfolder for ``load_attention`` per mechanism the pipeline was converted to.
+    """
 
     folder: Path
     prompts: tuple[str, ...]
     conversions: Path
 
     def students(self, mechanisms: Iterable[str]) -> list[str]:
-        """Of each mechanism the conversion where there is one, else its name."""
+        """For each mechanism, the folder of its conversion if there is one, else its name."""
         folders = {name: self.conversions / name for name in mechanisms}
         return [str(folder) if folder.is_dir() else name for name, folder in folders.items()]
 
@@ -46,7 +51,7 @@ VIDEO = Embedded(
     conversions=_DEMO / "conversions/video",
 )
 
-# for any other pipeline, when no prompt is given
+# default prompts of all other pipelines
 OTHER_PROMPTS = (
     "a lighthouse on a rocky coast at dusk, waves breaking, photograph",
     "a red bicycle leaning against a yellow wall covered in ivy",
@@ -54,9 +59,9 @@ OTHER_PROMPTS = (
 
 
 def read_defaults(source: str) -> dict[str, Any]:
-    """Arguments to call a pipeline with, from ``defaults.json`` in its folder; none if there is no such file.
+    """Call arguments from ``defaults.json`` in a pipeline folder; empty if there is no such file.
 
-    Raises: ValueError: the file is not a JSON object.
+    Raises: ValueError: the file does not hold a JSON object.
     """
     file = Path(source) / "defaults.json"
     if not file.is_file():
@@ -64,7 +69,7 @@ def read_defaults(source: str) -> dict[str, Any]:
     try:
         defaults = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(defaults, dict):
-        raise ValueError(f"{file} must hold a JSON object of arguments, got {type(defaults).__name__}")
+        raise ValueError(f"{file} must hold a JSON object of call arguments, got {type(defaults).__name__}")
     return defaults

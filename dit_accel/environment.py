@@ -1,4 +1,4 @@
-"""The device and precision to run on, and what a report says of them."""
+"""Select device and precision, and describe machine and versions for reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("dit-accel", "triton", "diffusers", "transformers", "accelerate", "
 def pick_device(name: str | None) -> torch.device:
     """The named device; by default CUDA, else MPS, else the CPU.
 
-    Raises: ValueError: no such device, or this machine or torch build has none.
+    Raises: ValueError: the device is unknown, or missing on this machine or in this torch build.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -31,19 +31,19 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError(f"unknown device {name!r}; give cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s)"
+            f"device {name} is not available: torch {torch.__version__} finds {torch.cuda.device_count()} GPU(s)"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device {name} is not there")
+        raise ValueError(f"device {name} is not available")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device {name} cannot draw; give cpu, cuda, cuda:1 or mps")
+        raise ValueError(f"device {name} is not supported; give cpu, cuda, cuda:1 or mps")
     return device
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The named precision; by default bfloat16 on CUDA, else float32.
 
-    Raises: ValueError: not a precision that pipelines run in.
+    Raises: ValueError: the name is not float32, float16 or bfloat16.
     """
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -54,19 +54,19 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def about_versions() -> dict[str, str | None]:
-    """Versions of what a result depends on; None for what is not installed."""
+    """Versions of the packages that results depend on; None for packages that are not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    found["dit-accel"] = found["dit-accel"] or __version__  # run from the source tree
+    found["dit-accel"] = found["dit-accel"] or __version__  # not installed if run from the source tree
     return found
 
 
 def about_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Device, precision, processor and threads."""
+    """Device, its name, precision, number of threads and platform."""
     return {
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),

@@ -6,4 +6,4 @@ __all__ = ["BadInput"]
 
 
 class BadInput(ValueError):
-    """Something that the user has to change; its message says what, in one line."""
+    """Invalid input; the message says in one line what the user has to change."""

@@ -1,4 +1,4 @@
-"""Files that are written atomically, and folders that one process at a time writes into."""
+"""Atomic file writes, and folder locks for one writing process at a time."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _LOCK = ".lock"
 
 
 class CannotWrite(OSError):
-    """A file that could not be written. The message names it and the reason, and for a full disk the space that is
-    left; ``errno`` is the system's."""
+    """A failed write. The message names the file and the reason, and the free space if the disk is full; ``errno`` is
+    the system's."""
 
     def __init__(self, path: Path, reason: OSError) -> None:
         super().__init__(reason.errno, f"cannot write {path}: {_describe(reason, path.parent)}")
@@ -42,10 +42,11 @@ class CannotWrite(OSError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path of the same name that takes the place of ``path`` if the block ends without an error. It is
-    in a folder of its own, since safetensors makes temporary files beside it.
+    """Write a file atomically: yield a temporary path, which replaces ``path`` if the block ends without an error.
 
-    Raises: CannotWrite: whatever error a library raises for it.
+    The temporary path has the same file name, in a separate folder: safetensors creates temporary files next to it.
+
+    Raises: CannotWrite: the write failed; replaces the various errors of the libraries.
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.dit-accel-", dir=path.parent))
@@ -57,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             umask = os.umask(0)
             os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # safetensors gives 0600
+            temporary.chmod(0o666 & ~umask)  # safetensors sets 0600
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -71,8 +72,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Remove what killed processes were writing. What a living process writes is locked and stays; on a file system
-    without locks all stays."""
+    """Remove temporary files of killed processes. Files of running processes are locked and stay; on a file system
+    without locks all files stay."""
     for folder in folders:
         for path in folder.glob(".*") if folder.is_dir() else ():
             if _TEMPORARY.fullmatch(path.name) and path.is_dir():
@@ -83,10 +84,10 @@ def remove_leftovers(*folders: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Hold the folder for this process; the lock of a killed process is no hindrance.
+    """Lock the folder for this process. The system releases the lock if the process is killed.
 
-    Args: warn: called with a line of text if the file system has no locks; the folder is then not protected.
-    Raises: ValueError: another process holds it.
+    Args: warn: called with one line of text if the file system has no locks; the folder is then not protected.
+    Raises: ValueError: another process has locked it.
     """
     path = folder / _LOCK
     try:
@@ -101,7 +102,7 @@ def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON that every reader takes: UTF-8, no NaN or infinity."""
+    """Write standard JSON atomically: UTF-8, without NaN and infinity."""
     with replacing(path) as temporary:
         temporary.write_text(
             json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
@@ -109,9 +110,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a command wrote.
+    """Read a JSON object that a command wrote.
 
-    Raises: ValueError: it is damaged.
+    Raises: ValueError: the file is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -125,9 +126,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_writable(folder: Path) -> None:
-    """Make the folder if need be, and try to write in it.
+    """Create the folder if it is missing, and check that files can be written into it.
 
-    Raises: ValueError: it cannot be made or written in, and why.
+    Raises: ValueError: the folder cannot be created or written into; the message gives the reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,8 @@ def require_writable(folder: Path) -> None:
 
 
 def explain_os_error(error: OSError, folder: Path) -> str:
-    """The error in one line; one of a full disk names the file, else the folder, and the space that is left."""
+    """The error in one line. For a full disk, it names the file (or ``folder``, if the error names none) and the free
+    space."""
     if isinstance(error, CannotWrite) or error.errno not in _FULL:
         return str(error)
     return str(CannotWrite(Path(error.filename) if error.filename else folder, error))
@@ -147,9 +149,9 @@ def explain_os_error(error: OSError, folder: Path) -> str:
 def _describe(reason: OSError, folder: Path) -> str:
     if reason.errno not in _FULL:
         return reason.strerror or str(reason)
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    space = shutil.disk_usage(there)
-    return f"{_FULL[reason.errno]} ({_size(space.free)} free of {_size(space.total)} at {there}): free some space"
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    space = shutil.disk_usage(existing)
+    return f"{_FULL[reason.errno]} ({_size(space.free)} free of {_size(space.total)} at {existing}): free some space"
 
 
 def _size(n: int) -> str:
@@ -158,19 +160,21 @@ def _size(n: int) -> str:
 
 
 def _os_error(error: BaseException, temporary: Path) -> OSError | None:
-    """The system's error behind a library's, which may only mention it, or not even that; None: it is no failure to
-    write."""
+    """The system error that caused a library's error; None if the error is not a failed write.
+
+    Some libraries only mention the system error in their message, and some give no reason at all.
+    """
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
     found = [link for link in chain if isinstance(link, OSError) and link.errno is not None]
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors'
-    if told:
-        found.append(OSError(int(told[1]), os.strerror(int(told[1]))))
+    mentioned = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' format
+    if mentioned:
+        found.append(OSError(int(mentioned[1]), os.strerror(int(mentioned[1]))))
     full = next((reason for reason in found if reason.errno in _FULL), None)
-    if full is None and isinstance(error, (OSError, RuntimeError)):  # torch's and ffmpeg's give no reason: try again
+    if full is None and isinstance(error, (OSError, RuntimeError)):  # torch and ffmpeg give no reason: retry a write
         try:
             with temporary.open("ab") as file:
                 file.write(bytes(1 << 20))
@@ -181,19 +185,22 @@ def _os_error(error: BaseException, temporary: Path) -> OSError | None:
 
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Lock a file, made if need be. Gives: whether that was possible."""
-    if fcntl is None:  # Windows does not remove a file that is open
+    """Lock a file, created if it is missing, and yield whether the lock was acquired."""
+    if fcntl is None:  # Windows does not remove open files
         yield False
         return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)  # NFS locks only what is open for writing
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)  # NFS locks only files that are open for writing
     try:
-        yield _lock(handle) is True
+        yield _try_lock(handle) is True
     finally:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool | None:
-    """Whether the lock was taken, which is kept until the handle is closed; None: there are no locks here."""
+def _try_lock(handle: int) -> bool | None:
+    """Try to lock; return whether the lock was acquired, or None if the system has no locks.
+
+    The lock is held until the handle is closed.
+    """
     if fcntl is None:
         return None
     try:
@@ -204,17 +211,17 @@ def _lock(handle: int) -> bool | None:
 
 
 def _open_lock(path: Path, warn: Callable[[str], None]) -> int:
-    """Handle of the file, locked, with this process' number and host in it."""
+    """Open and lock the file, and write the process number and host into it. Returns: the handle."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            taken = _lock(handle)
-            if taken is False:
+            acquired = _try_lock(handle)
+            if acquired is False:
                 holder = os.read(handle, 1000).decode(errors="replace") or "another process"
                 raise ValueError(f"{holder} is writing into {path.parent}: wait until it ends, or choose another --out")
-            if taken is None:
-                warn(f"{path.parent} is on a file system without locks: let no other process write into it meanwhile")
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):  # else it was given back meanwhile
+            if acquired is None:
+                warn(f"{path.parent} is on a file system without locks: run only one process in it at a time")
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):  # else its holder just removed it
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return handle

@@ -1,4 +1,4 @@
-"""Loading a diffusers pipeline from a folder or the hub, for the commands."""
+"""Load a diffusers pipeline from a folder or the hub, for the commands."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["load_pipeline"]
 
 
 def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The pipeline on its device, without progress bars.
+    """Load a pipeline onto a device, without progress bars.
 
-    Raises: BadInput: there is none, or it cannot be loaded, and why.
+    Raises: BadInput: the pipeline does not exist or cannot be loaded; the message gives the reason.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -23,7 +23,7 @@ def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Any:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its hints about torchvision are of no use here
+    transformers_logging.set_verbosity_error()  # hides hints about torchvision, which the commands do not need
     if not Path(source).is_dir() and (source.startswith((".", "~")) or Path(source).is_absolute()):
         raise BadInput(f"there is no folder {source}")
     try:

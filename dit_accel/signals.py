@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in the commands: stop, postpone or ignore."""
+"""Handling of SIGINT and SIGTERM in the commands: stop, defer or ignore."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked to stop; ``status`` is the exit status that shells expect for it."""
+    """Raised on SIGINT or SIGTERM; ``status`` is the exit status by shell convention, 128 plus the signal number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -27,7 +27,7 @@ def _stop(number: int, _frame: Any) -> None:
 
 @contextmanager
 def _handling(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may, and gets signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.signal(number, handler) for number in _SIGNALS}
@@ -39,27 +39,28 @@ def _handling(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator
 
 
 def interruptible() -> Any:
-    """Inside, SIGINT and SIGTERM raise :class:`Stopped`, also where a shell started us with SIGINT ignored."""
+    """Context in which SIGINT and SIGTERM raise :class:`Stopped`, even if the shell started the process with SIGINT
+    ignored."""
     return _handling(_stop)
 
 
 @contextmanager
 def record_interrupts() -> Iterator[list[int]]:
-    """A SIGINT or SIGTERM that comes inside is only added to the list: for what asks others before it stops."""
-    came: list[int] = []
-    with _handling(lambda number, _frame: came.append(number)):
-        yield came
+    """Append each SIGINT or SIGTERM to the list instead of raising, so that the caller chooses when to stop."""
+    received: list[int] = []
+    with _handling(lambda number, _frame: received.append(number)):
+        yield received
 
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """A SIGINT or SIGTERM that comes inside raises :class:`Stopped` at the end: for what must not be done by half."""
-    with record_interrupts() as came:
+    """Defer SIGINT and SIGTERM: :class:`Stopped` is raised at the end of the block, which is never cut short."""
+    with record_interrupts() as received:
         yield
-    if came:
-        raise Stopped(came[0])
+    if received:
+        raise Stopped(received[0])
 
 
 def ignore_interrupts() -> Any:
-    """Inside, SIGINT and SIGTERM are ignored: for the last files to be written whole."""
+    """Context that ignores SIGINT and SIGTERM, for writing the last files of a run."""
     return _handling(signal.SIG_IGN)

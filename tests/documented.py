@@ -1,4 +1,4 @@
-"""Reads the documentation: fences of Markdown pages, and whether a documented shell command exists."""
+"""Helpers of the documentation tests: read code fences of Markdown pages, check that shell commands exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEEDS = re.compile(r"<!-- needs: (.+?) -->")
 
 @dataclass(frozen=True)
 class Fence:
-    """A fenced block. needs: of the comment ``<!-- needs: … -->`` in front of it; such a block is not run."""
+    """A fenced code block. ``needs``: text of a comment ``<!-- needs: … -->`` before it; such a block is not run."""
 
     page: Path
     line: int
@@ -64,18 +64,21 @@ def inline_code(page: Path) -> Iterator[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a shell block, as words."""
+    """Commands of a shell block, split into words."""
     lines = text.replace("\\\n", " ").splitlines()
     words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [found for found in words if found]
 
 
 class _Parsed(Exception):
-    """Arguments were parsed, and nothing more is to happen."""
+    """Raised after arguments were parsed, to stop the script."""
 
 
 def _parse_only(run: Any, arguments: list[str]) -> argparse.ArgumentParser:
-    """The parser of a script that is stopped once its arguments are parsed. Raises: ValueError: it refuses them."""
+    """Run a script only until its arguments are parsed. Returns: its parser.
+
+    Raises: ValueError: the script rejects the arguments.
+    """
     parsers = []
     parse = argparse.ArgumentParser.parse_args
 
@@ -84,7 +87,7 @@ def _parse_only(run: Any, arguments: list[str]) -> argparse.ArgumentParser:
         try:
             parse(self, args, namespace)
         except SystemExit as error:
-            raise ValueError(f"{self.prog} refuses {arguments}") from error
+            raise ValueError(f"{self.prog} rejects {arguments}") from error
         raise _Parsed
 
     with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", arguments):
@@ -96,7 +99,10 @@ def _parse_only(run: Any, arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def check_command(words: list[str]) -> None:
-    """Raises: ValueError: a program, target, extra, module, option or mechanism that does not exist."""
+    """Check that a documented command exists.
+
+    Raises: ValueError: an unknown program, target, extra, module, option or mechanism.
+    """
     program, *rest = words
     checks = {"dit-accel": _dit_accel, "make": _make, "pip": _pip, "python": _python, "accelerate": _accelerate}
     check = checks.get(program)
@@ -148,16 +154,16 @@ def _python(rest: list[str]) -> None:
 
 
 def script_parser(rest: list[str]) -> argparse.ArgumentParser | None:
-    """The parser that has taken the words behind ``python``; None for a script without one."""
+    """Parser of a script, given the arguments of ``python``; None if the script has no parser."""
     if rest[0] == "-m":
         try:
             module = importlib.import_module(f"{rest[1]}.__main__" if rest[1] == "dit_accel.bench" else rest[1])
         except ImportError as error:
-            raise ValueError(f"there is no module {rest[1]}") from error
+            raise ValueError(f"no module {rest[1]}") from error
         return _parse_only(module.main, [rest[1], *rest[2:]])
     script = ROOT / rest[0]
     if not script.is_file():
-        raise ValueError(f"there is no file {rest[0]}")
+        raise ValueError(f"no file {rest[0]}")
     if script.parent.name != "examples":
         return None
     return _parse_only(lambda: runpy.run_path(str(script), run_name="__main__"), [str(script), *rest[1:]])
@@ -170,7 +176,7 @@ def _accelerate(rest: list[str]) -> None:
     try:
         given = launch_command_parser().parse_args(rest[1:])
     except SystemExit as error:
-        raise ValueError(f"accelerate refuses {rest}") from error
+        raise ValueError(f"accelerate rejects {rest}") from error
     if not given.module or given.training_script != "dit_accel.convert":
         raise ValueError(f"expected -m dit_accel.convert, got {given.training_script}")
     _dit_accel(["convert", *given.training_script_args])
@@ -178,7 +184,7 @@ def _accelerate(rest: list[str]) -> None:
 
 @functools.cache
 def known_options() -> set[str]:
-    """Every option of the commands that the documentation is about."""
+    """All options of the documented commands."""
     from accelerate.commands.launch import launch_command_parser
 
     group: Any = typer.main.get_command(app)

@@ -1,4 +1,4 @@
-"""Which backend a call takes: argument, environment, device; what cannot be had is an error, never something else."""
+"""Selection of the backend by argument, environment and device; unavailable backends raise, without fallback."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def plain_environment(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine that has triton and a compiler, whatever this one has."""
+    """A machine with triton and a C compiler, regardless of this one."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     return monkeypatch
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_torch_off_the_gpu_and_triton_on_it(name, machine):
+def test_default_is_triton_on_a_gpu_and_torch_elsewhere(name, machine):
     assert resolve(None, CPU, name) == "torch"
     assert resolve(None, torch.device("mps"), name) == "torch"
     assert resolve(None, GPU, name) == "triton"
 
 
-def test_the_argument_goes_before_the_environment(machine):
+def test_argument_overrides_environment(machine):
     machine.setenv("DIT_ACCEL_BACKEND", "torch")
     assert resolve(None, GPU, "gna") == "torch"
     assert resolve("triton", GPU, "gna") == "triton"
@@ -54,7 +54,7 @@ def test_the_argument_goes_before_the_environment(machine):
     assert resolve(None, GPU, "gna") == "triton"
 
 
-def test_unknown_names_say_the_nearest_and_all(monkeypatch):
+def test_unknown_names_give_a_suggestion_and_all_names(monkeypatch):
     with pytest.raises(ValueError, match=r"unknown backend 'tritn'; did you mean 'triton'\? .* torch, triton"):
         resolve("tritn", CPU, "sla")
     monkeypatch.setenv("DIT_ACCEL_BACKEND", "cuda")
@@ -64,26 +64,26 @@ def test_unknown_names_say_the_nearest_and_all(monkeypatch):
         resolve(3, CPU, "sla")  # type: ignore[arg-type]
 
 
-def test_llsa_has_no_flex(machine):
-    with pytest.raises(ValueError, match=r"backend=flex: llsa has no such backend yet; it has: torch, triton"):
+def test_llsa_does_not_support_flex(machine):
+    with pytest.raises(ValueError, match=r"backend=flex: llsa does not support this backend; available: torch, triton"):
         resolve("flex", GPU, "llsa")
     machine.setenv("DIT_ACCEL_BACKEND", "flex")
-    with pytest.raises(ValueError, match=r"DIT_ACCEL_BACKEND=flex: llsa has no such backend"):
+    with pytest.raises(ValueError, match=r"DIT_ACCEL_BACKEND=flex: llsa does not support this backend"):
         resolve(None, CPU, "llsa")
 
 
-def test_linfusion_is_matrix_products_on_every_device(machine):
+def test_linfusion_uses_torch_on_every_device(machine):
     assert resolve(None, CPU, "linfusion") == resolve(None, GPU, "linfusion") == "torch"
-    with pytest.raises(ValueError, match=r"backend=triton: linfusion has no such backend yet; it has: torch"):
+    with pytest.raises(ValueError, match=r"backend=triton: linfusion does not support this backend; available: torch"):
         resolve("triton", GPU, "linfusion")
 
 
 @pytest.mark.parametrize("name", ["sla", "clear", "gna"])
-def test_flex_is_on_any_device(name):
+def test_flex_is_available_on_any_device(name):
     assert resolve("flex", CPU, name) == resolve("flex", GPU, name) == "flex"
 
 
-def test_triton_on_the_cpu_only_in_its_interpreter(machine):
+def test_triton_on_the_cpu_needs_its_interpreter(machine):
     with pytest.raises(ValueError, match=r"needs a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
         resolve("triton", CPU, "sla")
     machine.setenv("TRITON_INTERPRET", "1")
@@ -93,21 +93,21 @@ def test_triton_on_the_cpu_only_in_its_interpreter(machine):
         resolve("triton", torch.device("mps"), "sla")
 
 
-@pytest.mark.parametrize("asked", [None, "triton"])
-def test_what_triton_needs_and_is_missing_is_said(asked, machine):
+@pytest.mark.parametrize("requested", [None, "triton"])
+def test_missing_requirements_of_triton_are_reported(requested, machine):
     machine.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"needs a C compiler and found none.*DIT_ACCEL_BACKEND=torch"):
-        resolve(asked, GPU, "clear")
+        resolve(requested, GPU, "clear")
     machine.setenv("CC", "cc-of-mine -m64")
     machine.setattr(shutil, "which", lambda name: name if name == "cc-of-mine" else None)
-    assert resolve(asked, GPU, "clear") == "triton"
+    assert resolve(requested, GPU, "clear") == "triton"
     machine.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"package triton, which is not installed"):
-        resolve(asked, GPU, "clear")
+        resolve(requested, GPU, "clear")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_and_processors_check_the_name(name):
+def test_functions_and_processors_check_the_backend(name):
     layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16) for _ in range(3)]
     want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
     assert torch.equal(FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend="torch"), want)
@@ -121,8 +121,8 @@ def test_functions_and_processors_check_the_name(name):
 
 
 @pytest.mark.parametrize("module", [sla, clear, gna])
-def test_the_environment_is_read_at_every_call_and_what_has_no_derivative_takes_that_of_torch(module, monkeypatch):
-    """Each backend is told apart by its own factor on the output: gradients of flex must not have it."""
+def test_environment_is_read_per_call_and_flex_backward_is_torch(module, monkeypatch):
+    """Each backend has its own factor on the output, which gradients of flex must not have."""
     name = module.__name__.rpartition(".")[2]
     plain = module._COMPUTE["torch"]
     lse = torch.zeros(1, 1, 16)
@@ -141,12 +141,12 @@ def test_the_environment_is_read_at_every_call_and_what_has_no_derivative_takes_
         torch.testing.assert_close(got, factor * want)
         if backend == "triton":
             continue
-        for mine, right in zip(torch.autograd.grad(got.sum(), qkv), wanted, strict=True):
-            assert torch.equal(mine, right)
+        for grad, expected in zip(torch.autograd.grad(got.sum(), qkv), wanted, strict=True):
+            assert torch.equal(grad, expected)
 
 
 def raising(monkeypatch, name, backend, error):
-    """Calls of this mechanism and backend end with the error."""
+    """A call of the mechanism, patched so that this backend raises the error."""
 
     def compute(*args, **options):
         raise error
@@ -164,18 +164,18 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
     "name, backend", [(name, "torch") for name in MODULES] + [("sla", "triton"), ("gna", "triton")]
 )
 @pytest.mark.parametrize("compiled", [False, True])
-def test_out_of_memory_says_what_was_computed_and_stays_what_it_is(name, backend, compiled, monkeypatch):
+def test_out_of_memory_error_names_mechanism_and_shape(name, backend, compiled, monkeypatch):
     call = raising(monkeypatch, name, backend, FULL)
     call = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
     with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
         call()
-    told = str(caught.value)
-    assert told.startswith(f"{name} (backend {backend})") and "(1, 3, 18, 16) in float32" in told
-    assert told.endswith("Tried to allocate 4.00 GiB.") and caught.value.__cause__ is FULL
-    assert ('backend="triton"' in told) == (backend == "torch")
+    message = str(caught.value)
+    assert message.startswith(f"{name} (backend {backend})") and "(1, 3, 18, 16) in float32" in message
+    assert message.endswith("Tried to allocate 4.00 GiB.") and caught.value.__cause__ is FULL
+    assert ('backend="triton"' in message) == (backend == "torch")
 
 
-def test_out_of_memory_in_the_backward_pass_says_so(monkeypatch):
+def test_out_of_memory_error_names_the_backward_pass(monkeypatch):
     q = torch.randn(1, 3, 16, 16, requires_grad=True)
     out = gna_attention(q, q, q, TokenLayout((4, 4)), window=3)
 
@@ -198,19 +198,19 @@ def test_out_of_memory_in_the_backward_pass_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sla", "gna"])
-def test_a_kernel_that_does_not_fit_says_what_it_needs_and_what_to_change(name, monkeypatch):
+def test_out_of_shared_memory_error_gives_advice(name, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
     call = raising(monkeypatch, name, "triton", OutOfResources(262144, 101376, "shared memory"))
     with pytest.raises(RuntimeError) as caught:
         call()
-    told = str(caught.value)
-    assert told.startswith(f"{name}: a Triton kernel for head dim 16 in float32 needs 262144 bytes of shared memory")
-    assert "has 101376: convert to float16 or bfloat16, or choose" in told and "DIT_ACCEL_BACKEND=torch" in told
-    assert 'backend="flex"' in told and isinstance(caught.value.__cause__, OutOfResources)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: a Triton kernel for head dim 16 in float32 needs 262144 bytes of shared memory")
+    assert "has 101376: convert to float16 or bfloat16, or choose" in message and "DIT_ACCEL_BACKEND=torch" in message
+    assert 'backend="flex"' in message and isinstance(caught.value.__cause__, OutOfResources)
 
 
-def test_other_errors_pass_as_they_are(monkeypatch):
+def test_other_errors_are_not_changed(monkeypatch):
     error = RuntimeError("of another kind")
     with pytest.raises(RuntimeError) as caught:
         raising(monkeypatch, "gna", "torch", error)()
@@ -218,7 +218,7 @@ def test_other_errors_pass_as_they_are(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpus_from_before_ampere_are_refused(dtype, monkeypatch):
+def test_gpus_before_ampere_are_rejected(dtype, monkeypatch):
     class OnGpu:
         device, dtype = GPU, torch.float16
 
@@ -236,7 +236,7 @@ def test_gpus_from_before_ampere_are_refused(dtype, monkeypatch):
     _check_gpu("sla", "triton", OnGpu)
 
 
-def test_the_processor_hands_its_backend_on_and_describe_shows_it():
+def test_processor_passes_its_backend_and_describe_shows_it():
     model, inputs = TINY["wan"](), TINY["wan"].inputs((3, 5, 6))
     dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=3))
     header, _, row = dit_accel.describe(model).splitlines()
@@ -251,11 +251,11 @@ def test_the_processor_hands_its_backend_on_and_describe_shows_it():
     assert row[header.index("backend") : header.index("tokens")].strip() == "" and "dense: 90 tokens" in row
 
 
-def test_describe_shows_triton_where_the_model_is_on_a_gpu(machine):
+def test_describe_shows_triton_if_the_model_is_on_a_gpu(machine):
     model = TINY["wan"]()
     dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=3))
 
-    class Hook:  # as accelerate leaves it on an offloaded model
+    class Hook:  # stands for accelerate's hook on an offloaded model
         execution_device = GPU
 
     model._hf_hook = Hook()
@@ -263,7 +263,7 @@ def test_describe_shows_triton_where_the_model_is_on_a_gpu(machine):
     assert row[header.index("backend") :].split()[0] == "triton"
 
 
-def test_the_backend_is_not_saved(tmp_path):
+def test_backend_is_not_saved(tmp_path):
     model = TINY["wan"]()
     dit_accel.set_attn_processor(model, dit_accel.SLAAttnProcessor(critical=0.2, backend="torch"), layers="blocks.0")
     dit_accel.set_attn_processor(model, dit_accel.SLAAttnProcessor(critical=0.2), layers="blocks.1")
@@ -277,7 +277,7 @@ def test_the_backend_is_not_saved(tmp_path):
     assert other.blocks[0].attn1.dit_accel.mechanism == dit_accel.SLAAttnProcessor(critical=0.2)
 
 
-def test_the_command_line_takes_a_backend():
+def test_command_line_accepts_a_backend():
     from dit_accel.attn_spec import parse_attention
 
     assert parse_attention("sla:backend=torch").processor().backend == "torch"

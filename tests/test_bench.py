@@ -1,4 +1,4 @@
-"""dit-accel bench: the whole path at tiny sizes on the CPU, its statistics and interruptions."""
+"""``dit-accel bench`` at tiny sizes on the CPU: results, statistics, errors and interruptions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from dit_accel import cli
-from dit_accel.backend import BUILT
+from dit_accel.backend import SUPPORTED_BACKENDS
 from dit_accel.bench import attention, models, step, train, versus
 from dit_accel.bench.cases import BACKWARD, CASES, SCALING, select, small, smoke
 from dit_accel.bench.command import bench
-from dit_accel.bench.flex import check_rows, mask_of
+from dit_accel.bench.flex import check_rows, reference_mask_mod
 from dit_accel.bench.request import dense_attention
 from dit_accel.bench.results import read_results
 from dit_accel.bench.tables import table
@@ -38,7 +38,7 @@ def torch_backend(monkeypatch):
     monkeypatch.delenv("DIT_ACCEL_BACKEND", raising=False)
 
 
-def test_statistics():
+def test_summary_has_median_and_quartiles():
     times = summarise([4.0, 1.0, 3.0, 2.0, 10.0], calls=7)
     assert (times.ms, times.q1, times.q3, times.least, times.samples, times.calls) == (3.0, 2.0, 4.0, 1.0, 5, 7)
     one = summarise([2.5])
@@ -47,7 +47,7 @@ def test_statistics():
         summarise([])
 
 
-def test_samples_have_as_many_calls_as_their_length_asks(monkeypatch):
+def test_number_of_calls_per_sample_follows_their_duration(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
@@ -64,7 +64,7 @@ def test_samples_have_as_many_calls_as_their_length_asks(monkeypatch):
 
     assert calls_of(0.004) == (20, 5)
     assert calls_of(0.0001) == (20, 20)
-    assert calls_of(2.0) == (5, 1)  # ten seconds' worth
+    assert calls_of(2.0) == (5, 1)  # ten seconds
     assert calls_of(60.0) == (3, 1)
 
 
@@ -77,27 +77,27 @@ def test_kernel_names_are_readable():
     assert short_name("Memcpy DtoD (Device -> Device)") == "DtoD"
 
 
-def test_cases_are_those_of_the_issue():
+def test_cases_have_the_shapes_of_real_models():
     tokens = {name: case.layout.seq_len for name, case in CASES.items()}
     assert tokens["sla-wan1.3b-480p-all"] == 32760 and tokens["sla-wan14b-720p-marginal"] == 75600
     assert tokens["sla-hunyuan-720p-all"] == tokens["gna-hunyuan"] == 115200
     assert tokens["clear-flux-4096-r16"] == 66048 and tokens["gna-flux-256"] == 65536
-    ideals = {r: 1 / CASES[f"clear-flux-4096-r{r}"].fraction for r in (8, 16, 32)}  # NUMBERS.md: 54.7, 37.4, 17.1
+    ideals = {r: 1 / CASES[f"clear-flux-4096-r{r}"].fraction for r in (8, 16, 32)}
     assert [round(ideals[r], 1) for r in (8, 16, 32)] == [54.7, 37.4, 17.1]
     assert CASES["gna-hunyuan"].fraction == pytest.approx(18 * 24 * 24 / 115200)
     assert CASES["sla-wan1.3b-480p-all"].fraction == pytest.approx(0.05, rel=0.03)
 
 
-def test_cases_without_kernels_are_measured_only_when_named(monkeypatch):
-    monkeypatch.setitem(BUILT, "llsa", ("torch",))
+def test_cases_without_kernels_are_measured_only_if_named(monkeypatch):
+    monkeypatch.setitem(SUPPORTED_BACKENDS, "llsa", ("torch",))
     assert {case.mechanism for case in select([])} == {"sla", "clear", "gna"}
-    assert len(select([], SCALING)) == len(SCALING)  # nothing else is there
-    monkeypatch.setitem(BUILT, "llsa", ("torch", "triton"))
+    assert len(select([], SCALING)) == len(SCALING)  # no case is a default one: all
+    monkeypatch.setitem(SUPPORTED_BACKENDS, "llsa", ("torch", "triton"))
     assert {case.mechanism for case in select([])} == {"sla", "clear", "gna", "llsa"}
     assert [case.goal for case in select(["llsa-256", "llsa-256-wide"])] == [30.0, 30.0]
 
 
-def test_backward_cases_are_those_of_the_issue():
+def test_backward_cases_have_their_goals_and_small_versions():
     goals = {name: case.goal for name, case in BACKWARD.items()}
     assert goals == {
         "sla-wan1.3b-480p-10-all": 5.0, "sla-wan1.3b-480p-10-marginal": 5.0, "clear-flux-4096-r16": 10.0,
@@ -108,14 +108,14 @@ def test_backward_cases_are_those_of_the_issue():
     assert all(small(case).layout.seq_len < 2**15 and 0 < small(case).fraction < 1 for case in BACKWARD.values())
 
 
-def test_sizes_go_from_4k_to_1m_tokens():
+def test_scaling_sizes_go_from_4k_to_1m_tokens():
     sizes = [case.layout.seq_len for case in SCALING.values()]
     assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (2**12, 2**20) and len(sizes) == 9
     assert all((case.heads, case.head_dim, case.options["topk"]) == (8, 64, 8) for case in SCALING.values())
     assert len({smoke(case).layout.seq_len for case in SCALING.values()}) == 9
 
 
-def test_cases_are_chosen_by_name_or_beginning():
+def test_cases_are_selected_by_name_or_prefix():
     assert [case.name for case in select(["sla-wan1.3b-480p"])] == ["sla-wan1.3b-480p-all", "sla-wan1.3b-480p-marginal"]
     assert [case.name for case in select(["llsa-256"])] == ["llsa-256"]
     with pytest.raises(ValueError, match="did you mean 'gna-hunyuan'"):
@@ -125,24 +125,24 @@ def test_cases_are_chosen_by_name_or_beginning():
 
 
 @pytest.mark.parametrize("name", ["clear-flux-4096-r8", "gna-hunyuan", "gna-flux-256"])
-def test_the_mask_of_the_check_is_the_mechanism_s(name):
-    """Every row, and as many logits as the fraction says; a wrong output is refused."""
+def test_reference_mask_matches_the_mechanism(name):
+    """All rows agree, the mask has the case's logit fraction, and a wrong output is rejected."""
     case = smoke(CASES[name])
     tensors = case.inputs(CPU, torch.float32, "heads-first", 0)
     out = case.call(tensors, {}, "torch")
     length = case.layout.seq_len
     assert check_rows(case, tensors, out, rows=length)["rows"] == length
     rows = torch.arange(length)
-    seen = int(mask_of(case)(0, 0, rows[:, None], rows[None]).sum())
-    assert seen / length**2 == pytest.approx(case.fraction) and seen < length**2
+    unmasked = int(reference_mask_mod(case)(0, 0, rows[:, None], rows[None]).sum())
+    assert unmasked / length**2 == pytest.approx(case.fraction) and unmasked < length**2
     wrong = torch.nn.functional.scaled_dot_product_attention(*tensors)
-    with pytest.raises(ArithmeticError, match="rows are off by"):
+    with pytest.raises(ArithmeticError, match=r"largest error .*, tolerance .*; not timed"):
         check_rows(case, tensors, wrong)
     with pytest.raises(ArithmeticError, match="NaN"):
         check_rows(case, tensors, torch.full_like(out, torch.nan))
 
 
-def test_inputs_lie_as_asked():
+def test_inputs_have_the_requested_memory_layout():
     case = smoke(CASES["sla-wan1.3b-480p-all"])
     tokens_first = case.inputs(CPU, torch.float32, "tokens-first", 0)
     assert all(x.transpose(1, 2).is_contiguous() and x.shape == (1, 2, 192, 16) for x in tokens_first)
@@ -176,7 +176,7 @@ def test_attention_at_tiny_sizes(tmp_path, capsys):
 
 
 def test_backward_at_tiny_sizes(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # its own file by default
+    monkeypatch.chdir(tmp_path)  # writes its default file
     chosen = ["--case", "sla-wan1.3b-480p-10-all", "--case", "llsa-256"]
     assert bench(["attention", *TRIAL, *chosen, "--backward"], "b") == 0
     content = read_results(tmp_path / "benchmarks" / "backward.json")
@@ -194,8 +194,11 @@ def test_backward_at_tiny_sizes(tmp_path, capsys, monkeypatch):
     assert "sla-wan1.3b-480p-10-all (torch), backward: dense" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("factor, message", [(1.1, "the gradient of query is off by 0.1"), (torch.nan, "off by nan")])
-def test_no_speed_of_wrong_gradients(factor, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "factor, message",
+    [(1.1, "the gradient of query has a relative error of 0.1"), (torch.nan, "relative error of nan")],
+)
+def test_wrong_gradients_are_not_timed(factor, message, tmp_path, monkeypatch):
     case, call = smoke(BACKWARD["clear-flux-4096-r16"]), versus._call
 
     def wrong(case, leaves, backend):
@@ -208,12 +211,12 @@ def test_no_speed_of_wrong_gradients(factor, message, tmp_path, monkeypatch):
         versus.check_gradients(case, "another", request)
     monkeypatch.setattr(versus, "check_gradients", lambda *_: {})
     if factor != factor:
-        with pytest.raises(ArithmeticError, match="the gradient of query holds NaN"):
+        with pytest.raises(ArithmeticError, match="the gradient of query contains NaN"):
             versus.PASSES["backward"](case, "another", request, Silent(), False)
 
 
-def test_gradients_in_low_precision_are_near_enough(tmp_path):
-    """bfloat16 against float32 in plain torch, at the sizes of the check: far inside what it allows."""
+def test_bfloat16_gradients_are_far_within_the_tolerance(tmp_path):
+    """bfloat16 against float32 in plain torch, at the sizes of the check."""
     request = replace(make_trial(tmp_path, ()), dtype=torch.bfloat16)
     for name in ("sla-wan1.3b-480p-10-marginal", "llsa-256"):
         checked = versus.check_gradients(BACKWARD[name], "torch", request)
@@ -234,7 +237,7 @@ def test_scaling_at_tiny_sizes(tmp_path):
     assert [(fit["pass"], fit["from"], fit["to"], fit["sizes"]) for fit in content["growth"]] == [
         ("forward", 16, 64, 3), ("backward", 16, 64, 3),
     ]  # fmt: skip
-    assert table(content).count("its time grows as") == 2
+    assert table(content).count("time grows as") == 2
 
 
 def test_steps_at_tiny_sizes(tmp_path):
@@ -257,7 +260,7 @@ def test_steps_at_tiny_sizes(tmp_path):
 
 
 def test_training_steps_at_tiny_sizes(tmp_path):
-    """Without and with checkpointing: rows of both stand beside each other."""
+    """Rows without and with gradient checkpointing are kept in one file."""
     out = tmp_path / "train.json"
     chosen = ["--model", "wan1.3b-480p", "--out", str(out)]
     assert bench(["train", *TRIAL, *chosen], "b") == 0
@@ -286,7 +289,7 @@ def test_lengths_of_training_steps():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_step_reaches_every_weight(checkpointing, tmp_path, monkeypatch):
+def test_training_step_updates_every_weight(checkpointing, tmp_path, monkeypatch):
     made, kind = [], torch.optim.AdamW
 
     def optimizer(*arguments, **options):
@@ -307,8 +310,8 @@ def test_a_training_step_reaches_every_weight(checkpointing, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", [step.KIND, train.KIND], ids=["step", "train"])
-def test_a_step_leaves_the_model_as_it_was(kind, tmp_path):
-    """dense after ours is dense: the same output, nothing installed, nothing compiled, nothing learned."""
+def test_model_is_restored_after_a_step(kind, tmp_path):
+    """Output, state dict, compilation and gradients are those of the original model."""
     small = models.smoke(models.MODELS["wan1.3b-480p"])
     model = small.build(CPU, torch.float32, 0)
     inputs = small.inputs(CPU, torch.float32, 0)
@@ -325,7 +328,7 @@ def test_a_step_leaves_the_model_as_it_was(kind, tmp_path):
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
-def test_the_learned_projection_takes_part_in_a_step(tmp_path):
+def test_learned_projection_is_random_in_a_step(tmp_path):
     small = models.smoke(models.MODELS["wan1.3b-480p"])
     model = small.build(CPU, torch.float32, 0)
     model.set_attn_processor(small.ours["sla"][0])
@@ -350,7 +353,7 @@ def make_trial(folder, names):
 
 
 def test_models_have_the_real_shapes():
-    """Parameters as published: 1.3 and 14 billion, and Flux.1-dev's 11.9."""
+    """Parameter counts are the published ones: 1.3 and 14 billion, and 11.9 billion for Flux.1-dev."""
     counts = {}
     for name in ("wan1.3b-480p", "wan14b-720p", "flux-4096"):
         model = models.MODELS[name].build(torch.device("meta"), torch.bfloat16, 0)
@@ -362,7 +365,7 @@ def test_models_have_the_real_shapes():
     assert [16 * 16 * models.MODELS[f"flux-{n}"].grid[0] ** 2 for n in (1024, 8192)] == [1024**2, 8192**2]
 
 
-def test_a_failing_case_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+def test_other_cases_run_if_one_fails(tmp_path, monkeypatch, capsys):
     measure = attention._measure
 
     def failing(case, *rest):
@@ -380,11 +383,11 @@ def test_a_failing_case_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert "gna-hunyuan (torch): failed: OutOfMemoryError" in capsys.readouterr().out
 
 
-def test_a_backend_that_is_not_here_is_told_by_the_row(tmp_path, monkeypatch):
+def test_row_of_an_unavailable_backend_has_the_error(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = tmp_path / "a.json"
-    wanted = ["--case", "gna-flux-256", "--backend", "triton", "--backend", "torch"]
-    assert bench(["attention", *TRIAL, *wanted, "--out", str(out)], "b") == 1
+    chosen = ["--case", "gna-flux-256", "--backend", "triton", "--backend", "torch"]
+    assert bench(["attention", *TRIAL, *chosen, "--out", str(out)], "b") == 1
     first, second = read_results(out)["rows"]
     assert "triton needs a GPU" in first["error"] and first["backend"] == "triton"
     assert second["status"] == "complete" and second["backend"] == "torch"
@@ -400,13 +403,13 @@ INTERRUPTED = {
 
 
 @pytest.mark.parametrize("what", INTERRUPTED)
-def test_an_interrupted_run_keeps_what_it_finished(what, tmp_path, monkeypatch, capsys):
+def test_interrupted_run_keeps_finished_rows(what, tmp_path, monkeypatch, capsys):
     module, words = INTERRUPTED[what]
-    measure, seen = module._measure, []
+    measure, calls = module._measure, []
 
     def stopping(*arguments):
-        seen.append(arguments)
-        if len(seen) == 2:
+        calls.append(arguments)
+        if len(calls) == 2:
             assert json.loads(out.read_text())["status"] == "running" and len(read_results(out)["rows"]) == 1
             raise Stopped(signal.SIGTERM)
         return measure(*arguments)
@@ -416,12 +419,12 @@ def test_an_interrupted_run_keeps_what_it_finished(what, tmp_path, monkeypatch, 
     assert bench([*words, *TRIAL, "--out", str(out)], "b") == 143
     content = read_results(out)
     assert content["kind"] == what and content["status"] == "interrupted" and len(content["rows"]) == 1
-    assert "not finished: interrupted" in table(content)
-    assert f"stopped by SIGTERM; what was finished is in {out}" in capsys.readouterr().err
+    assert "The run did not finish: interrupted" in table(content)
+    assert f"stopped by SIGTERM; finished rows are in {out}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_rows_of_an_earlier_run_are_kept_when_asked(tmp_path):
+def test_keep_copies_rows_of_an_earlier_run(tmp_path):
     first, second, other = (tmp_path / f"{name}.json" for name in ("first", "second", "other"))
     case = ["--case", "gna-flux-256"]
     assert bench(["attention", *TRIAL, *case, "--case", "gna-hunyuan", "--out", str(first)], "b") == 0
@@ -443,40 +446,40 @@ def test_rows_of_an_earlier_run_are_kept_when_asked(tmp_path):
     [
         (["attention", "--device", "cpu"], "bench needs a CUDA GPU; found cpu"),
         (["step", "--device", "cpu"], "bench needs a CUDA GPU; found cpu"),
-        (["attention", "--device", "cuda:77"], "device cuda:77 is not there"),
+        (["attention", "--device", "cuda:77"], "device cuda:77 is not available"),
         (["attention", *TRIAL, "--case", "sla-wan"], "unknown case 'sla-wan'; did you mean 'sla-wan1"),
         (["attention", *TRIAL, "--backend", "tritn"], "unknown --backend 'tritn'; did you mean 'triton'"),
-        (["step", *TRIAL, "--model", "flux"], "There are: wan1.3b-480p"),
-        (["step", *TRIAL, "--variant", "gna"], "has no variant 'gna'; there are: dense-eager, dense, sla"),
-        (["attention", *TRIAL, "--repeats", "0"], "takes a whole number from 1, got '0'"),
+        (["step", *TRIAL, "--model", "flux"], "Available: wan1.3b-480p"),
+        (["step", *TRIAL, "--variant", "gna"], "has no variant 'gna'; available: dense-eager, dense, sla"),
+        (["attention", *TRIAL, "--repeats", "0"], "expected a whole number of at least 1, got '0'"),
         (["attention", *TRIAL, "--out", "/proc/none/a.json"], "cannot write into /proc/none"),
         (["attention", *TRIAL, "--backward", "--flex"], "leave out --flex or --backward"),
-        (["attention", *TRIAL, "--backward", "--case", "gna-flux-256"], "There are: sla-wan1.3b-480p-10-all"),
+        (["attention", *TRIAL, "--backward", "--case", "gna-flux-256"], "Available: sla-wan1.3b-480p-10-all"),
         (["scaling", *TRIAL, "--case", "llsa-256"], "unknown case 'llsa-256'; did you mean 'llsa-256x256'"),
         (["train", "--device", "cpu"], "bench needs a CUDA GPU; found cpu"),
-        (["train", *TRIAL, "--model", "flux-1024"], "There are: wan1.3b-480p-quarter, wan1.3b-480p-half"),
-        (["train", *TRIAL, "--variant", "gna"], "has no variant 'gna'; there are: dense-eager, dense, sla, sla-eager"),
+        (["train", *TRIAL, "--model", "flux-1024"], "Available: wan1.3b-480p-quarter, wan1.3b-480p-half"),
+        (["train", *TRIAL, "--variant", "gna"], "has no variant 'gna'; available: dense-eager, dense, sla, sla-eager"),
         (["nothing"], "invalid choice: 'nothing'"),
         ([], "required: attention"),
         (["report", "--folder", "/nowhere"], "no results in /nowhere"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+def test_bad_input_is_reported_in_one_line(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", *arguments])
-    told = capsys.readouterr().err
-    assert stop.value.code == 2 and message in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_help_comes_from_both_commands(capsys):
+def test_bench_help_lists_its_options(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "attention", "--help"])
     assert stop.value.code == 0 and "--case NAME" in capsys.readouterr().out
 
 
-def test_it_runs_without_typer_rich_and_matplotlib(tmp_path):
-    """As on a machine that has only torch and diffusers."""
+def test_bench_runs_without_typer_rich_and_matplotlib(tmp_path):
+    """Runs on a machine with only torch and diffusers."""
     hidden = "import sys; sys.modules.update(dict.fromkeys(('typer', 'rich', 'matplotlib', 'torchmetrics')));"
     source = f"{hidden} import runpy; runpy.run_module('dit_accel.bench', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", source, "attention", *TRIAL, "--case", "gna-flux-256", "--out", "a.json"]
@@ -486,7 +489,7 @@ def test_it_runs_without_typer_rich_and_matplotlib(tmp_path):
     assert "[1/1] gna-flux-256" in done.stdout and read_results(tmp_path / "a.json")["status"] == "complete"
 
 
-def test_dense_is_torch_s_own_off_the_gpu():
+def test_dense_attention_on_the_cpu_is_torch_sdpa():
     with dense_attention(CPU) as name:
         assert name == "torch SDPA (cpu)"
     assert peak_memory(lambda: torch.ones(3), CPU) is None

@@ -1,4 +1,4 @@
-"""Benchmark results as growth exponents, tables, plots and pages of the documentation."""
+"""Growth exponents, tables, plots and documentation pages from benchmark results."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def scaling_row(tokens, which="forward", ms=1.0, dense=1.0):
     return {**row, "pass": which, "dense": None if dense is None else {"ms": dense}}
 
 
-def test_dense_is_left_out_where_it_would_take_more_than_a_second():
-    quick = scaling._dense_is_quick
+def test_dense_is_skipped_if_expected_to_take_over_a_second():
+    quick = scaling._dense_fits_budget
     next_one = scaling_row(2000)
     assert quick([], next_one) and quick([scaling_row(4000, dense=9e9)], next_one)
     assert quick([scaling_row(1000, dense=250.0)], next_one) and not quick([scaling_row(1000, dense=251.0)], next_one)
@@ -44,7 +44,7 @@ def test_dense_is_left_out_where_it_would_take_more_than_a_second():
     assert quick([scaling_row(1000, "backward", dense=9e9)], next_one)
 
 
-def test_exponents():
+def test_growth_exponents_are_fitted():
     fit = fit_growth([(x, 3 * x**1.25) for x in (2, 8, 4)])
     assert fit == {"exponent": pytest.approx(1.25), "from": 2, "to": 8, "sizes": 3}
     assert fit_growth([(1, 1), (2, 2), (2, 3)]) is None and fit_growth([]) is None
@@ -130,15 +130,15 @@ def test_tables_of_training_and_scaling():
     assert backward[2].endswith("| 1.00 GiB | 0.50 GiB |") and "failed: ValueError: no" in backward[3]
     sizes = table(SCALING_RESULTS)
     assert "| LLSA (24, 16,384, 128) | backward | – | 16.4 s |" in sizes
-    assert "Forward pass, triton, 4,096 to 16,384 tokens: its time grows as tokens^1.00, to reach ≤ 1.15 ✓." in sizes
+    assert "Forward pass, triton, 4,096 to 16,384 tokens: time grows as tokens^1.00, goal ≤ 1.15 ✓." in sizes
     steps = table(TRAIN)
     assert "| 4 blocks (32,760) | dense, compiled | 100 ms | – | 10.0% | 1.00 GiB |\n" in steps
-    assert "sla, eager, 1 to 4 tokens: its peak memory grows as tokens^1.00." in steps
+    assert "sla, eager, 1 to 4 tokens: peak memory grows as tokens^1.00." in steps
     for lines in (backward[:4], sizes.split("\n\n")[0].splitlines(), steps.split("\n\n")[0].splitlines()):
         assert len({line.count("|") for line in lines}) == 1
 
 
-def test_table_of_what_conversions_have_lost():
+def test_table_of_conversion_quality():
     line = table(QUALITY).splitlines()[2]
     assert line == (
         "| image, 3.0 M | gna | flow, even levels | 9.7% | 400 | +50.0 % | +1.2 % | 95.0 % | 10.0 % of 1,000 "
@@ -146,7 +146,7 @@ def test_table_of_what_conversions_have_lost():
     )
 
 
-def test_tables():
+def test_tables_of_attention_and_steps():
     shown = table(ATTENTION).splitlines()
     assert shown[2] == (
         "| GNA, Hunyuan (24, 115,200, 128) | 275 ms | 25 ms | – | 11.00× | 24.5 ms | 9.0% | 99% | ≥ 9.7× ✓ |"
@@ -171,13 +171,13 @@ def test_report_fills_the_pages_and_draws(tmp_path, capsys):
     speed.write_text("Before\n<!-- bench:attention -->\nold\n<!-- /bench:attention -->\nafter\n")
     quality.write_text("<!-- bench:quality --><!-- /bench:quality -->")
     arguments = ["report", "--folder", str(tmp_path), "--page", str(speed), "--page", str(quality)]
-    for _ in range(2):  # twice is as once
+    for _ in range(2):  # filling is idempotent
         assert bench(arguments, "b") == 0
         filled = f"Before\n<!-- bench:attention -->\n{table(ATTENTION)}\n<!-- /bench:attention -->\nafter\n"
         assert speed.read_text() == filled
         assert quality.read_text() == f"<!-- bench:quality -->\n{table(QUALITY)}\n<!-- /bench:quality -->"
-    told = capsys.readouterr().out
-    assert "no page has <!-- bench:step -->" in told and table(STEP) in told
+    printed = capsys.readouterr().out
+    assert "no page has <!-- bench:step -->" in printed and table(STEP) in printed
     for kind in KEYS:
         with Image.open(tmp_path / f"{kind}.png") as picture:
             assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
@@ -192,7 +192,7 @@ def test_report_fills_the_pages_and_draws(tmp_path, capsys):
         bench(arguments, "b")
 
 
-def test_report_says_what_it_lacks_without_matplotlib(tmp_path, monkeypatch):
+def test_report_without_matplotlib_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "step.json").write_text(json.dumps(STEP))
     (tmp_path / "page.md").write_text("")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -201,10 +201,10 @@ def test_report_says_what_it_lacks_without_matplotlib(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_the_documentation_has_the_tables_of_the_results(kind):
+def test_documentation_has_the_tables_of_the_results(kind):
     results = ROOT / "benchmarks" / f"{kind}.json"
     if not results.is_file():
-        pytest.skip(f"{results.name} is not there: nothing was measured yet")
+        pytest.skip(f"{results.name} does not exist: not measured yet")
     content = table(read_results(results))
     pages = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
     filled = [fill(text, f"bench:{kind}", content) for text in pages]
@@ -212,7 +212,7 @@ def test_the_documentation_has_the_tables_of_the_results(kind):
     assert all(new in (None, text) for new, text in zip(filled, pages, strict=True)), "run: dit-accel bench report"
 
 
-def test_results_are_written_whole(tmp_path, monkeypatch):
+def test_results_are_written_atomically(tmp_path, monkeypatch):
     results = Results("attention", tmp_path / "a.json", {"machine": {}})
     results.add({"case": "one"})
     with pytest.raises(ValueError, match="JSON"):

@@ -1,4 +1,4 @@
-"""What the command line takes and refuses, before a pipeline is loaded and before anything is drawn."""
+"""Command-line arguments: accepted formats, and errors before a pipeline is loaded or a picture is drawn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
         ("llsa:levels=2", LLSAAttnProcessor(levels=2)),
     ],
 )  # fmt: skip
-def test_attention_is_read_as_the_processor_that_it_names(text, processor):
+def test_attention_text_is_parsed_to_a_processor(text, processor):
     assert parse_attention(text).processor() == processor
 
 
@@ -45,7 +45,7 @@ def test_attention_is_read_as_the_processor_that_it_names(text, processor):
     ("text", "message"),
     [
         ("slaa", r"unknown attention 'slaa'; did you mean 'sla'\?"),
-        ("xyz", "unknown attention 'xyz'; There are: sla, clear, llsa, gna"),
+        ("xyz", r"unknown attention 'xyz'\. Available: sla, clear, llsa, gna"),
         ("gna:windw=3", r"gna has no option 'windw'; did you mean 'window'\?"),
         ("clear:Radius=3", r"clear has no option 'Radius'; did you mean 'radius'\?"),
         ("sla:topk=3", "sla has no option 'topk'"),
@@ -61,49 +61,49 @@ def test_attention_is_read_as_the_processor_that_it_names(text, processor):
         ("gna:window=4,stride=8", "stride 8 is larger than window 4"),
         ("llsa:topk=0", "topk"),
         ("llsa:block_size=1", "block_size"),
-        ("gna:window=4;window=8", "does not say which options on which layers; write key=VALUE@LAYERS"),
-        ("gna:window=4;@blocks", "does not say which options on which layers"),
+        ("gna:window=4;window=8", "expected options and layers, got 'window=8'; write key=VALUE@LAYERS"),
+        ("gna:window=4;@blocks", "expected options and layers, got '@blocks'"),
         ("gna:window=4;windw=8@blocks", "gna has no option 'windw'"),
         ("gna:window=4;stride=8@blocks", "stride 8 is larger than window 4"),
-        ("gna:window=4;window=8@(blocks", "is no regular expression"),
-        ("gna:window=4;window=8@blocks{99999999999}", "is no regular expression.*too large"),
-        ("gna:window=4;window=8@" + "(" * 5000 + ")" * 5000, "is no regular expression"),
+        ("gna:window=4;window=8@(blocks", "is not a regular expression"),
+        ("gna:window=4;window=8@blocks{99999999999}", "is not a regular expression.*too large"),
+        ("gna:window=4;window=8@" + "(" * 5000 + ")" * 5000, "is not a regular expression"),
     ],
 )
-def test_attention_that_cannot_be_is_refused_with_what_would_be_right(text, message):
+def test_invalid_attention_text_is_rejected_with_a_hint(text, message):
     with pytest.raises(ValueError, match=message):
         parse_attention(text)
 
 
-def test_names_too_long_for_a_file_are_refused():
+def test_names_too_long_for_a_file_are_rejected():
     with pytest.raises(ValueError, match="unknown attention 'aaa"):
         parse_student("a" * 5000)
     with pytest.raises(FileNotFoundError, match="no attention file at aaa"):
         find_weights("a" * 5000)
 
 
-def test_options_that_differ_by_layer_are_read():
+def test_options_per_layer_are_parsed():
     spec = parse_attention(r"gna:window=4x4,stride=2; window=8x8@blocks\.1\. ;stride=1@single")
-    usual = GNAAttnProcessor(window=(4, 4), stride=2)
-    wide, even = GNAAttnProcessor(window=(8, 8), stride=2), GNAAttnProcessor(window=(4, 4), stride=1)
-    assert spec.by_layer(spec.processor()) == ((None, usual), (r"blocks\.1\.", wide), ("single", even))
+    default = GNAAttnProcessor(window=(4, 4), stride=2)
+    wide, dense_stride = GNAAttnProcessor(window=(8, 8), stride=2), GNAAttnProcessor(window=(4, 4), stride=1)
+    assert spec.by_layer(spec.processor()) == ((None, default), (r"blocks\.1\.", wide), ("single", dense_stride))
 
 
 @pytest.mark.parametrize("name", ["clear", "gna"])
 @pytest.mark.parametrize("grid", [(64, 64), (32, 96), (9, 20, 20), (21, 30, 52)])
-def test_bare_windows_compute_about_a_tenth_of_the_logits(name, grid):
+def test_default_windows_compute_about_a_tenth_of_the_logits(name, grid):
     processor = parse_attention(name).processor(grid)
     layout = TokenLayout(grid)
     options = processor.mechanism.fit(layout, **processor.layer_options(layout))
     assert 0.05 < processor.mechanism.count_logits(layout, **options) / layout.seq_len**2 < 0.13
 
 
-def test_bare_window_on_an_unknown_grid_asks_for_the_option():
+def test_missing_option_on_an_unknown_grid_is_an_error():
     with pytest.raises(ValueError, match="clear needs radius for this pipeline"):
         parse_attention("clear").processor()
 
 
-def test_defaults_on_the_papers_grid_are_the_papers():
+def test_gna_defaults_match_the_paper_on_its_grid():
     window = grid_defaults("gna", (256, 256))
     assert window == {"window": (81, 81), "stride": (16, 16)}  # 80 and 16 in the paper
 
@@ -111,7 +111,7 @@ def test_defaults_on_the_papers_grid_are_the_papers():
 @pytest.mark.parametrize(
     "text", ["gna:window=16x8,stride=4x4", "sla:critical=0.1,negligible=0.2", "llsa:block_size=4,topk=2"]
 )
-def test_short_options_can_be_given_back(text):
+def test_short_options_round_trip(text):
     assert short_options(parse_attention(text).processor()) == text.partition(":")[2]
 
 
@@ -120,8 +120,8 @@ def test_all_mechanisms_have_a_short_form():
         assert short_options(parse_attention(name).processor((64, 64)))
 
 
-def refused(capsys, *arguments):
-    """The one line on stderr with which the command refuses these arguments."""
+def rejection(capsys, *arguments):
+    """Run the command with invalid arguments. Returns: its one line on stderr."""
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
     lines = capsys.readouterr().err.splitlines()
@@ -142,32 +142,32 @@ def refused(capsys, *arguments):
         (["--promt", "a"], "--promt"),
         (["--prompt", " "], "--prompt is empty"),
         (["--device", "abacus"], "unknown device 'abacus'"),
-        (["--device", "cuda:99"], "cuda:99 is not there"),
-        (["--device", "meta"], "meta cannot draw"),
+        (["--device", "cuda:99"], "cuda:99 is not available"),
+        (["--device", "meta"], "meta is not supported"),
         (["--dtype", "int8"], "unknown dtype 'int8'; give float32, float16, bfloat16"),
         (["--video", "--pipeline", "some/where"], "not both"),
         (["--pipeline", "./nowhere"], "there is no folder ./nowhere"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(capsys, tmp_path, arguments, message):
+def test_bad_arguments_are_rejected_in_one_line(capsys, tmp_path, arguments, message):
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    assert message in refused(capsys, "compare", *arguments, *out)
+    assert message in rejection(capsys, "compare", *arguments, *out)
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_unknown_command_is_refused(capsys):
-    assert "'compair'" in refused(capsys, "compair")
+def test_unknown_command_is_rejected(capsys):
+    assert "'compair'" in rejection(capsys, "compair")
 
 
-def test_out_folder_that_cannot_be_made_or_written_is_refused(capsys, tmp_path):
+def test_unwritable_output_folder_is_rejected(capsys, tmp_path):
     file = tmp_path / "file"
     file.touch()
     for out in (file, file / "below"):
-        assert f"cannot write into {out}" in refused(capsys, "compare", "--out", str(out))
+        assert f"cannot write into {out}" in rejection(capsys, "compare", "--out", str(out))
 
 
-def test_folder_without_a_pipeline_is_refused(capsys, tmp_path):
-    line = refused(capsys, "compare", "--pipeline", str(tmp_path), "--out", str(tmp_path / "out"))
+def test_folder_without_a_pipeline_is_rejected(capsys, tmp_path):
+    line = rejection(capsys, "compare", "--pipeline", str(tmp_path), "--out", str(tmp_path / "out"))
     assert f"cannot load a diffusers pipeline from {tmp_path}" in line
 
 
@@ -182,16 +182,14 @@ def test_folder_without_a_pipeline_is_refused(capsys, tmp_path):
         ("flux", ["--attn", "gna:window=3x3x3"], "axes"),
     ],
 )
-def test_what_the_pipeline_cannot_draw_is_refused_before_it_draws(
-    capsys, tmp_path, folders, pipeline, arguments, message
-):
+def test_unsupported_sizes_are_rejected_before_drawing(capsys, tmp_path, folders, pipeline, arguments, message):
     out = tmp_path / "out"
-    line = refused(capsys, "compare", "--pipeline", folders[pipeline], "--out", str(out), *arguments)
+    line = rejection(capsys, "compare", "--pipeline", folders[pipeline], "--out", str(out), *arguments)
     assert message in line
     assert not list(out.iterdir())
 
 
-def test_version_and_help_end_well(capsys):
+def test_version_and_help_exit_with_status_0(capsys):
     for arguments in (["--version"], ["--help"], ["compare", "--help"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

@@ -1,4 +1,4 @@
-"""The comparison on tiny random pipelines: what it leaves on disk, what its figures mean, and how it stops."""
+"""``dit-accel compare`` on tiny random pipelines: files, figures, errors and interruptions."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def compare(out: Path, *arguments: str) -> tuple[int, dict]:
 
 @pytest.fixture(scope="module")
 def drawn(flux, tmp_path_factory):
-    """Two prompts, all four mechanisms and one of them twice."""
+    """A comparison of two prompts and four mechanisms, one of them twice."""
     out = tmp_path_factory.mktemp("drawn")
-    asked = [
+    specs = [
         arg for text in ("sla", "clear", "llsa:block_size=4,topk=2", "gna:window=3", "gna") for arg in ("--attn", text)
     ]
     status, report = compare(
-        out, "--pipeline", str(flux), *FLUX, "--prompt", "a red circle", "--prompt", "a green square", *asked
+        out, "--pipeline", str(flux), *FLUX, "--prompt", "a red circle", "--prompt", "a green square", *specs
     )
     return out, status, report
 
 
-def test_a_finished_comparison_is_complete_dense_first(drawn):
+def test_finished_comparison_is_complete_with_dense_first(drawn):
     _, status, report = drawn
     assert status == 0 and report["status"] == "complete" and report["missing"] == []
     assert [entry["label"] for entry in report["attention"]] == ["dense", "sla", "clear", "llsa", "gna", "gna-2"]
@@ -71,13 +71,13 @@ def test_a_finished_comparison_is_complete_dense_first(drawn):
     assert report["machine"]["dtype"] == "float32" and report["versions"]["torch"] == torch.__version__
 
 
-def test_the_grid_that_defaults_are_chosen_for_is_the_one_that_runs(drawn):
+def test_defaults_are_for_the_grid_that_runs(drawn):
     for entry in drawn[2]["attention"][1:]:
         assert "+8×10+" in entry["installed"]
     assert drawn[2]["attention"][5]["options"]["window"] == [3, 3]
 
 
-def test_figures_are_those_of_the_pictures_on_disk(drawn):
+def test_figures_match_the_pictures_on_disk(drawn):
     out, _, report = drawn
     dense = report["attention"][0]
     for entry in report["attention"][1:]:
@@ -91,7 +91,7 @@ def test_figures_are_those_of_the_pictures_on_disk(drawn):
         assert 0 < entry["logit_fraction"] < 1
 
 
-def test_dense_pictures_are_what_the_pipeline_draws_by_itself(drawn, flux):
+def test_dense_pictures_are_those_of_the_plain_pipeline(drawn, flux):
     pipe = FluxPipeline.from_pretrained(flux)
     image = pipe(
         "a green square", height=32, width=40, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def test_dense_pictures_are_what_the_pipeline_draws_by_itself(drawn, flux):
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(drawn[0] / "pictures" / "2-dense.png")))
 
 
-def test_the_sheet_holds_every_picture(drawn):
+def test_contact_sheet_has_every_picture(drawn):
     out, _, report = drawn
     sheet = np.asarray(Image.open(out / report["files"]["picture"]).convert("RGB"))
     assert sheet.shape[1] > 6 * 320
@@ -109,11 +109,11 @@ def test_the_sheet_holds_every_picture(drawn):
 
 
 def find_row(sheet: np.ndarray) -> int:
-    """The first row in which the first cell is neither paper nor text: most of its width is not white."""
+    """First pixel row of the first cell: the row where most of its width is not white."""
     return next(y for y in range(len(sheet)) if (sheet[y, 32:352] != 255).any(-1).mean() > 0.95)
 
 
-def test_clips_become_a_moving_sheet_and_a_contact_sheet(tmp_path):
+def test_clips_give_a_video_sheet_and_a_contact_sheet(tmp_path):
     wan = save_wan(tmp_path / "wan")
     out = tmp_path / "out"
     status, report = compare(
@@ -128,24 +128,27 @@ def test_clips_become_a_moving_sheet_and_a_contact_sheet(tmp_path):
     assert sum(1 for _ in imageio.v2.get_reader(out / "pictures" / "1-clear.mp4")) == 9
 
 
-def test_defaults_in_the_folder_are_taken_unless_others_are_given(tmp_path):
+def test_options_override_defaults_json(tmp_path):
     folder = save_flux(tmp_path / "flux")
     defaults = {"height": 32, "width": 40, "num_inference_steps": 2, "max_sequence_length": 8, "guidance_scale": 2.0}
     (folder / "defaults.json").write_text(json.dumps(defaults))
-    asked = ["--pipeline", str(folder), "--prompt", "a", "--attn", "gna:window=3"]
-    _, report = compare(tmp_path / "out", *asked)
+    arguments = ["--pipeline", str(folder), "--prompt", "a", "--attn", "gna:window=3"]
+    _, report = compare(tmp_path / "out", *arguments)
     settings = report["settings"]
     assert settings["steps"] == 2 and settings["grid"] == [8, 10]
     assert settings["call"] == {"height": 32, "width": 40, "max_sequence_length": 8, "guidance_scale": 2.0}
     assert "8+8×10+0" in report["attention"][1]["installed"]
-    _, report = compare(tmp_path / "out", *asked, "--height", "16", "--width", "16", "--steps", "1")
+    _, report = compare(tmp_path / "out", *arguments, "--height", "16", "--width", "16", "--steps", "1")
     assert report["settings"]["steps"] == 1 and report["settings"]["grid"] == [4, 4]
     assert report["settings"]["call"]["max_sequence_length"] == 8
 
 
-def test_defaults_that_the_pipeline_does_not_take_are_refused(tmp_path, capsys):
+def test_invalid_defaults_json_is_rejected(tmp_path, capsys):
     folder = save_flux(tmp_path / "flux")
-    for text, message in (('{"hight": 32}', "has hight, which FluxPipeline does not take"), ("[1", "is not JSON")):
+    for text, message in (
+        ('{"hight": 32}', "has hight, which FluxPipeline does not take"),
+        ("[1", "is not valid JSON"),
+    ):
         (folder / "defaults.json").write_text(text)
         with pytest.raises(SystemExit) as stop:
             main(["compare", "--pipeline", str(folder), "--out", str(tmp_path / "out")])
@@ -153,7 +156,7 @@ def test_defaults_that_the_pipeline_does_not_take_are_refused(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_dense_steps_count_as_dense(flux, tmp_path):
+def test_logit_fraction_includes_dense_steps(flux, tmp_path):
     fractions = [
         compare(
             tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", "--attn", f"gna:window=3,dense_steps={dense}"
@@ -163,13 +166,13 @@ def test_dense_steps_count_as_dense(flux, tmp_path):
     assert fractions[1] == pytest.approx((1 + fractions[0]) / 2)
 
 
-def test_a_mechanism_that_fails_leaves_the_others(flux, tmp_path, monkeypatch):
+def test_other_mechanisms_run_if_one_fails(flux, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(llsa, "_attend", fail)
-    asked = ["--attn", "sla", "--attn", "llsa", "--attn", "gna:window=3"]
-    status, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", *asked)
+    specs = ["--attn", "sla", "--attn", "llsa", "--attn", "gna:window=3"]
+    status, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", *specs)
     assert status == 1 and report["status"] == "failed"
     assert [entry["status"] for entry in report["attention"]] == ["complete", "complete", "failed", "complete"]
     assert report["attention"][2]["error"] == "RuntimeError: out of luck"
@@ -178,7 +181,7 @@ def test_a_mechanism_that_fails_leaves_the_others(flux, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_half_way_leaves_what_was_finished_and_a_valid_report(flux, tmp_path, number):
+def test_interrupted_run_keeps_pictures_and_a_valid_report(flux, tmp_path, number):
     command = [
         sys.executable, "-m", "dit_accel.cli", "compare", "--pipeline", str(flux), "--out", str(tmp_path / "out"),
         "--height", "32", "--width", "32", "--steps", "40", *(arg for _ in range(40) for arg in ("--prompt", "a")),
@@ -214,8 +217,8 @@ def wait_for_pictures(report: Path, process: subprocess.Popen, count: int) -> No
     raise AssertionError(f"no {count} pictures in time")
 
 
-def test_attention_that_was_trained_is_compared_as_it_was_saved(flux, tmp_path):
-    """Its pictures are those of the pipeline with the file loaded; what comes after it is the pipeline itself again."""
+def test_trained_attention_is_compared_as_saved(flux, tmp_path):
+    """Its pictures are those of the pipeline with the file loaded; the next student runs on the original pipeline."""
     pipe = FluxPipeline.from_pretrained(flux)
     set_attn_processor(pipe, GNAAttnProcessor(window=3))
     weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
@@ -223,8 +226,8 @@ def test_attention_that_was_trained_is_compared_as_it_was_saved(flux, tmp_path):
     with torch.no_grad():
         weight.mul_(-3)
     save_attention(pipe, tmp_path / "mine")
-    asked = ["--attn", str(tmp_path / "mine"), "--attn", "gna:window=3;window=5@single_"]
-    status, report = compare(tmp_path / "out", "--pipeline", str(flux), *FLUX, "--prompt", "a red circle", *asked)
+    specs = ["--attn", str(tmp_path / "mine"), "--attn", "gna:window=3;window=5@single_"]
+    status, report = compare(tmp_path / "out", "--pipeline", str(flux), *FLUX, "--prompt", "a red circle", *specs)
     assert status == 0
     _, trained, plain = report["attention"]
     assert (trained["label"], plain["label"]) == ("mine", "gna") and trained["source"] == str(tmp_path / "mine")
@@ -239,9 +242,9 @@ def test_attention_that_was_trained_is_compared_as_it_was_saved(flux, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, told", [("no/such", "no attention file"), ("here", "layers that FluxTransformer2DModel lacks")]
+    "name, message", [("no/such", "no attention file"), ("here", "layers that FluxTransformer2DModel lacks")]
 )
-def test_attention_that_was_trained_for_another_model_is_refused(flux, tmp_path, capsys, name, told):
+def test_attention_trained_for_another_model_is_rejected(flux, tmp_path, capsys, name, message):
     (tmp_path / "no").mkdir()
     video = WanPipeline.from_pretrained(save_wan(tmp_path / "wan"))
     set_attn_processor(video, GNAAttnProcessor(window=3))
@@ -249,16 +252,16 @@ def test_attention_that_was_trained_for_another_model_is_refused(flux, tmp_path,
     command = ["compare", "--out", str(tmp_path / "out"), "--pipeline", str(flux), *FLUX]
     with pytest.raises(SystemExit) as stop:
         main([*command, "--attn", str(tmp_path / name)])
-    assert stop.value.code == 2 and told in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_conversions_are_what_the_embedded_pipelines_are_compared_with(tmp_path):
+def test_embedded_pipelines_default_to_their_conversions(tmp_path):
     embedded = Embedded(tmp_path, (), tmp_path / "conversions")
     (tmp_path / "conversions/gna").mkdir(parents=True)
     assert embedded.students(["sla", "gna"]) == ["sla", str(tmp_path / "conversions/gna")]
 
 
-def test_an_earlier_install_is_there_again_afterwards(flux):
+def test_attention_context_restores_an_earlier_install(flux):
     from dit_accel.install import attention
 
     pipe = FluxPipeline.from_pretrained(flux)
@@ -270,7 +273,7 @@ def test_an_earlier_install_is_there_again_afterwards(flux):
 
 
 @pytest.mark.parametrize("embedded", [IMAGE, VIDEO])
-def test_default_prompts_are_captions_that_training_never_saw(embedded):
+def test_default_prompts_are_held_out_captions(embedded):
     from dit_accel.demo.scenes import caption, is_held_out, parse_caption
 
     for prompt in embedded.prompts:
@@ -279,7 +282,7 @@ def test_default_prompts_are_captions_that_training_never_saw(embedded):
         assert is_held_out(scene)
 
 
-def test_likeness_of_equal_and_different_frames():
+def test_metrics_of_equal_and_different_frames():
     frames = np.random.default_rng(0).integers(0, 255, (2, 32, 24, 3), dtype=np.uint8)
     same = compare_frames(frames, frames)
     assert same == {"psnr": None, "ssim": 1.0, "lpips": None}
@@ -292,7 +295,7 @@ def test_likeness_of_equal_and_different_frames():
         compare_frames(frames, frames[:1])
 
 
-def test_step_timer_adds_up_the_calls_of_a_step_and_leaves_no_hook():
+def test_step_timer_sums_calls_per_step_and_removes_hooks():
     class Sleeper(nn.Module):
         def forward(self, seconds: float) -> float:
             time.sleep(seconds)
@@ -311,7 +314,7 @@ def test_step_timer_adds_up_the_calls_of_a_step_and_leaves_no_hook():
         StepTimer([model], torch.device("cpu")).seconds_per_step(1)
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), replacing(path) as temporary:
@@ -323,15 +326,15 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_unbounded_radius_is_in_the_report(flux, tmp_path):
+def test_unbounded_radius_is_written_to_the_report(flux, tmp_path):
     status, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", "--attn", "clear:radius=3xinf")
     assert status == 0 and report["attention"][1]["options"]["radius"] == [3.0, "inf"]
 
 
-def test_a_machine_that_got_busy_is_said_aloud(flux, tmp_path, monkeypatch, capsys):
+def test_drift_of_dense_gives_a_warning(flux, tmp_path, monkeypatch, capsys):
     from dit_accel.compare import run as module
 
-    for slower, said in ((1.1, False), (2.0, True), (0.5, True)):
+    for slower, warned in ((1.1, False), (2.0, True), (0.5, True)):
         monkeypatch.setattr(
             module,
             "_time_dense_again",
@@ -339,4 +342,4 @@ def test_a_machine_that_got_busy_is_said_aloud(flux, tmp_path, monkeypatch, caps
         )
         _, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", "--attn", "sla")
         assert report["dense_again"]["over_first"] == pytest.approx(slower)
-        assert ("do not compare well" in capsys.readouterr().out) is said
+        assert ("are not comparable" in capsys.readouterr().out) is warned

@@ -1,4 +1,4 @@
-"""The token grid that sizes are translated to is the one that the denoiser meets, for every family."""
+"""The token grid computed from a picture size is the grid of the denoiser's layers, for every family."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dit_accel.install import denoisers, installed_layers
 
 
 def vae() -> AutoencoderKL:
-    """Shrinks by 2."""
+    """A tiny VAE with a scale factor of 2."""
     return AutoencoderKL(
         block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -56,7 +56,7 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_token_grid_is_the_finest_that_the_denoiser_meets(name):
+def test_token_grid_is_the_finest_in_the_denoiser(name):
     build, extra, size, _ = PIPELINES[name]
     pipe = build()
     pipe.set_progress_bar_config(disable=True)
@@ -78,7 +78,7 @@ def test_default_size_is_the_pipelines_own(name):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_sizes_in_between_are_refused_with_the_nearest(name):
+def test_invalid_sizes_are_rejected_with_the_nearest(name):
     build, _, size, _ = PIPELINES[name]
     with pytest.raises(ValueError, match=f"nearest: {size.height}×{size.width} or"):
         check_size(build(), Size(size.height + 1, size.width))

@@ -282,7 +282,7 @@ def test_batches_hold_one_kind_and_every_epoch_all():
 @pytest.mark.parametrize(
     "more, said",
     [
-        (("--recipe", "nothing"), "there are: sla, clear"),
+        (("--recipe", "nothing"), "available: sla, clear"),
         (("--train", "some"), "new, attention, lora, full"),
         (("--train", "lora", "--lora-layers", "all"), "--lora-layers takes attention or blocks"),
         (("--train", "full", "--lora-layers", "blocks"), "--lora-layers blocks is for --train lora"),

@@ -1,4 +1,4 @@
-"""The documentation is true: snippets run, commands and options exist, tables and figures are those of the code."""
+"""The documentation matches the code: snippets run, commands and options exist, tables and figures are up to date."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ids(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """What the hub ids, sizes and prompts of the snippets are replaced by."""
+    """Tiny pipelines and prompts that replace those of the snippets."""
     folder = tmp_path_factory.mktemp("tiny")
     prompts = folder / "prompts.txt"
     prompts.write_text("a red circle\n")
@@ -62,7 +62,7 @@ def made_small(text: str, tiny: dict[str, Path]) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
-    """Blocks of a page run in their order, in one namespace. What needs a hub or a GPU is parsed."""
+    """Blocks of a page run in order, in one namespace. Blocks that need the hub or a GPU are only parsed."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "snippet"}
     for fence in fences(page):
@@ -87,7 +87,7 @@ def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
 
 
 def names_of_the_library(tree: ast.AST) -> set[str]:
-    """Attributes of ``dit_accel`` that are read, and names that are imported from it."""
+    """Attributes of ``dit_accel`` in the code, and names imported from it."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dit_accel":
@@ -98,7 +98,7 @@ def names_of_the_library(tree: ast.AST) -> set[str]:
 
 
 def check_accelerate(text: str, folder: Path) -> None:
-    """accelerate refuses keys that it does not know."""
+    """Load a configuration of accelerate, which rejects unknown keys."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     file = folder / "accelerate.yaml"
@@ -126,7 +126,7 @@ def check_accelerate(text: str, folder: Path) -> None:
         "rm -rf x",
     ],
 )
-def test_a_command_that_does_not_exist_is_found(command, capsys):
+def test_unknown_commands_are_detected(command, capsys):
     with pytest.raises(ValueError):
         check_command(command.split())
 
@@ -138,26 +138,26 @@ def test_options_in_the_text_exist(page):
     assert named <= known, named - known
 
 
-def test_an_option_that_does_not_exist_is_found():
+def test_unknown_options_are_detected():
     assert "--attn" in known_options() and "--stepps" not in known_options()
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=ids)
 def test_links_of_front_pages_exist(page):
-    """Those of docs/ are checked by mkdocs build --strict."""
+    """Links in docs/ are checked by mkdocs build --strict."""
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def tool(name: str):
-    """A script in docs/tools as a module."""
+    """Import a script in docs/tools as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/tools/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_generated_tables_are_those_of_the_code():
+def test_generated_tables_are_up_to_date():
     generate = tool("generate")
     pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
     assert sum(text.count("<!-- generated:") for text in pages.values()) >= len(PROCESSORS) + 7
@@ -165,7 +165,7 @@ def test_generated_tables_are_those_of_the_code():
     assert stale == [], "run: python docs/tools/generate.py"
 
 
-def test_every_mechanism_has_a_page_with_its_mask():
+def test_every_mechanism_has_a_page_with_its_mask_picture():
     for name, kind in PROCESSORS.items():
         text = (ROOT / f"docs/mechanisms/{name}.md").read_text(encoding="utf-8")
         assert f"../images/mask-{name}.png" in text and kind.__name__ in text and "## Use it when" in text
@@ -174,7 +174,7 @@ def test_every_mechanism_has_a_page_with_its_mask():
         assert picture.stat().st_size < 60 * 1024, picture
 
 
-def test_drawn_masks_are_those_of_the_references(tmp_path, monkeypatch):
+def test_mask_pictures_are_up_to_date(tmp_path, monkeypatch):
     masks = tool("draw_masks")
     monkeypatch.setattr(masks, "IMAGES", tmp_path)
     masks.draw_gna()
@@ -192,7 +192,7 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
 
 
-def test_figures_of_the_readme_are_those_of_the_benchmarks():
+def test_readme_figures_match_the_benchmarks():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     attention, step, quality = (
         json.loads((ROOT / f"benchmarks/{kind}.json").read_text())["rows"] for kind in ("attention", "step", "quality")
@@ -227,8 +227,8 @@ def test_embedded_pipelines_are_as_small_as_documented():
         assert sum(file.stat().st_size for file in pipeline.folder.rglob("*") if file.is_file()) < 8 * 2**20
 
 
-def test_files_of_the_repository_are_whole():
-    """Workflow, templates and citation are YAML; the workflow runs .ci/run; the citation has the version."""
+def test_repository_metadata_is_valid():
+    """Workflow, templates and citation are valid YAML; the workflow runs .ci/run; the citation has the version."""
     files = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff"]
     read = {file.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
     steps = read["ci.yml"]["jobs"]["ci"]["steps"]

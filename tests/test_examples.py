@@ -1,4 +1,4 @@
-"""The scripts in examples/ run on the embedded pipelines, small, and stay short."""
+"""The scripts in examples/ run at small sizes on the embedded pipelines, and are short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = ("--size", "64", "--steps", "3")
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Output of an example with these arguments, run in an empty folder."""
+    """Function that runs an example with arguments in an empty folder and returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def run_example(name: str, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that are written atomically: errors that name the reason, leftovers of killed processes, and locked folders."""
+"""Atomic file writes: error messages, leftovers of killed processes, and folder locks."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def raise_as_safetensors(_):
 
 
 @pytest.mark.parametrize("write", [WRITERS["torch"], WRITERS["PIL"], WRITERS["text"], raise_as_safetensors])
-def test_full_disk_is_named_whatever_library_writes(tmp_path, write):
-    """/dev/full takes nothing, as a full disk."""
+def test_full_disk_is_reported_for_every_library(tmp_path, write):
+    """Writes to /dev/full fail as on a full disk."""
     path = tmp_path / "a.pt"
     path.write_text("before")
     with pytest.raises(CannotWrite) as caught, replacing(path) as temporary:
@@ -45,7 +45,7 @@ def test_full_disk_is_named_whatever_library_writes(tmp_path, write):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_other_reasons_not_to_write_are_named(tmp_path, writer):
+def test_other_write_errors_are_reported(tmp_path, writer):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
@@ -56,8 +56,8 @@ def test_other_reasons_not_to_write_are_named(tmp_path, writer):
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_of_a_clip_is_named(tmp_path, monkeypatch):
-    """ffmpeg is another process, whose pipe breaks."""
+def test_full_disk_is_reported_for_clips(tmp_path, monkeypatch):
+    """ffmpeg runs in another process; only a broken pipe is visible."""
     make = files.tempfile.mkdtemp
 
     def full(**options):
@@ -70,7 +70,7 @@ def test_full_disk_of_a_clip_is_named(tmp_path, monkeypatch):
         save_clip(tmp_path / "a.mp4", iter([NOISE] * 200), 8)
 
 
-def test_errors_that_are_not_of_writing_stay_what_they_are(tmp_path):
+def test_other_errors_are_not_changed(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     with pytest.raises(RuntimeError, match="of its own"), replacing(tmp_path / "a.json"):
@@ -81,7 +81,7 @@ def test_errors_that_are_not_of_writing_stay_what_they_are(tmp_path):
 KILLED = """
 import runpy, sys
 from pathlib import Path
-files, folder = runpy.run_path(sys.argv[1]), Path(sys.argv[2])  # the package takes seconds to import
+files, folder = runpy.run_path(sys.argv[1]), Path(sys.argv[2])  # importing the package takes seconds
 with files["locked"](folder, print), files["replacing"](folder / "a.pt") as temporary:
     temporary.write_text("half of it")
     print("there", flush=True)
@@ -90,17 +90,17 @@ with files["locked"](folder, print), files["replacing"](folder / "a.pt") as temp
 
 
 def test_killed_process_leaves_neither_lock_nor_leftovers(tmp_path):
-    """As long as it lives, its temporary file stays and its folder is refused to others."""
+    """While the process runs, its temporary file stays and other processes cannot lock the folder."""
     for name in (".a.pt", ".notes.dit-accel-x", "dit-accel-12345678.pt"):
         (tmp_path / name).write_text("not ours")
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, files.__file__, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout.readline() == b"there\n"
-    there = {x.name for x in tmp_path.iterdir()}
-    assert len(there) == 5
+    before = {x.name for x in tmp_path.iterdir()}
+    assert len(before) == 5
     remove_leftovers(tmp_path)
-    assert {x.name for x in tmp_path.iterdir()} == there
+    assert {x.name for x in tmp_path.iterdir()} == before
     with pytest.raises(ValueError, match=rf"process {process.pid} on .* is writing into .*choose another --out"):  # noqa: SIM117
         with locked(tmp_path, print):
             pass
@@ -112,13 +112,13 @@ def test_killed_process_leaves_neither_lock_nor_leftovers(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_file_system_without_locks_is_told(tmp_path, monkeypatch):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    said = []
-    with locked(tmp_path, said.append):
-        assert len(said) == 1 and f"{tmp_path} is on a file system without locks" in said[0]
+    warnings = []
+    with locked(tmp_path, warnings.append):
+        assert len(warnings) == 1 and f"{tmp_path} is on a file system without locks" in warnings[0]
     write_json(tmp_path / "a.json", {})
     assert json.loads((tmp_path / "a.json").read_text()) == {}

@@ -1,4 +1,4 @@
-"""The wheel and the source distribution hold the whole library, and nothing else at top level."""
+"""Wheel and source distribution contain the whole library, and nothing else at top level."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OF_THE_PACKAGE = ("dit_accel", "kernels", "pipelines", "demo")
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
-    """Output of an interpreter that sees ``path`` and what is installed, and no other checkout."""
+    """Output of an interpreter with ``path`` and the installed packages, but no other checkout, on its path."""
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", **({"PYTHONPATH": str(path)} if path else {})}
     done = subprocess.run(
         [sys.executable, "-P", *arguments] if sys.version_info >= (3, 11) else [sys.executable, *arguments],
@@ -27,7 +27,7 @@ def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
 
 
 def files_of_the_package() -> set[str]:
-    """What a user must get, as paths in the wheel."""
+    """Files that the package must have, as paths in the wheel."""
     found = set()
     for top in OF_THE_PACKAGE:
         for file in (ROOT / top).rglob("*"):
@@ -40,7 +40,7 @@ def files_of_the_package() -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Source distribution, and the wheel that is made from it, of a clean copy of the repository."""
+    """Wheel and source distribution, built from a clean copy of the repository."""
     folder = tmp_path_factory.mktemp("build")
     clean = folder / "clone"
     clean.mkdir()
@@ -61,20 +61,20 @@ def unpacked(built, tmp_path_factory):
     return folder
 
 
-def test_wheel_holds_every_file_of_the_package_and_no_other_top_level(built):
+def test_wheel_has_all_files_and_no_other_top_level(built):
     names = set(zipfile.ZipFile(built[0]).namelist())
     inside = {name for name in names if ".dist-info/" not in name}
     assert inside == files_of_the_package()
     assert {name.split("/")[0] for name in inside} == {"dit_accel"}
 
 
-def test_source_distribution_holds_it_too(built):
+def test_source_distribution_has_all_files(built):
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert files_of_the_package() <= names
 
 
-def test_wheel_says_what_it_is(built):
+def test_wheel_metadata_is_complete(built):
     with zipfile.ZipFile(built[0]) as wheel:
         info = next(name for name in wheel.namelist() if name.endswith("METADATA"))
         metadata = wheel.read(info).decode()
@@ -85,7 +85,7 @@ def test_wheel_says_what_it_is(built):
     assert "dit-accel = dit_accel.cli:main" in scripts
 
 
-def test_installed_wheel_works_from_any_folder_and_hides_no_other_kernels(unpacked, tmp_path):
+def test_installed_wheel_works_and_shadows_no_packages(unpacked, tmp_path):
     code = """
 import importlib.util, pathlib, sys
 import dit_accel.cli, dit_accel.bundled, dit_accel.pipelines.flux

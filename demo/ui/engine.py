@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit_accel.bundled import IMAGE, OTHER_PROMPTS, VIDEO
-from dit_accel.compare.calling import average_logit_fraction, own_call, to_frames
+from dit_accel.compare.calling import average_logit_fraction, default_call, to_frames
 from dit_accel.compare.sizes import Size
 from dit_accel.compare.step_timer import StepTimer
 from dit_accel.errors import BadInput
@@ -210,7 +210,7 @@ def _load(source: str, dtype: torch.dtype, device: torch.device, prompts: tuple[
     pipe = load_pipeline(source, dtype, device)
     try:
         denoisers(pipe)
-        own = own_call(pipe, source)
+        own = default_call(pipe, source)
     except ValueError as error:
         raise BadInput(str(error)) from error
     kind = "video" if "num_frames" in inspect.signature(pipe.__call__).parameters else "image"

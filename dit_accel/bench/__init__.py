@@ -1,1 +1,1 @@
-"""``dit-accel bench``: attention calls, denoiser and training steps, timed against dense attention in the same run."""
+"""``dit-accel bench``: time attention calls, denoiser and training steps against dense attention in the same run."""

@@ -1,4 +1,4 @@
-"""``dit-accel bench attention``: single attention calls, each in one process and one run with dense attention."""
+"""``dit-accel bench attention``: time single attention calls, with dense attention in the same process and run."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from .cases import BACKWARD, CASES, Case, select, smoke
 from .progress import Progress
 from .request import Request
 from .results import Row
-from .runner import Kind, recording
+from .runner import Kind, open_runner
 from .versus import PASSES
 
-__all__ = ["BACKWARD_FIGURES", "measure_cases", "run", "tell", "title"]
+__all__ = ["BACKWARD_FIGURES", "measure_cases", "result_line", "run", "title"]
 
 _FIGURES = (
-    "dense.ms: mean of the medians before and after ours; dense.drift: after over before. times_dense: dense.ms over "
-    "ours.ms. fraction: logits in the exact masks over S²; ideal_ms: dense.ms × fraction; efficiency: ideal_ms over "
-    "ours.ms. ours: the public function, selection, linear branch and projection included; first_call_s: its first "
-    "call, with compilation, tuning and plans. by_kernel: ms a call under the profiler, by kernel. peak_bytes: "
-    "beyond the inputs, result included. "
+    "dense.ms: mean of the medians measured before and after ours; dense.drift: after / before. times_dense: dense.ms "
+    "/ ours.ms. fraction: unmasked logits / S², by the exact mask; ideal_ms: dense.ms × fraction; efficiency: ideal_ms "
+    "/ ours.ms. ours: the public function, including selection, linear branch and projection; first_call_s: time of "
+    "the first call, including compilation, autotuning and plans. by_kernel: ms per call and kernel under the "
+    "profiler. peak_bytes: peak memory minus the inputs, including the result. "
 )
 _FORWARD_FIGURES = _FIGURES + (
-    "graph_ms: the same call in a CUDA graph, which takes the host's part away. checked: largest error of so many "
-    "query rows against float32 under the mask."
+    "graph_ms: the same call as a CUDA graph, without launch overhead. checked: largest absolute error of `rows` query "
+    "rows against masked attention in float32."
 )
 BACKWARD_FIGURES = _FIGURES + (
-    "pass backward: ms of torch.autograd.grad of the output alone, what it recomputes included, learned tensors among "
-    "the leaves; both_ms: with the forward pass before it; forward_ms: that pass alone, recording; peak_bytes and "
-    "first_call_s: of both passes. checked_gradients: on so few tokens, against the torch backend in float32 on the "
-    "same numbers, norm of the difference over norm, by tensor; the timed gradients are finite."
+    "pass backward: ms of torch.autograd.grad alone, including recomputation, with respect to inputs and learned "
+    "tensors; both_ms: forward and backward pass; forward_ms: the forward pass alone, with autograd; peak_bytes and "
+    "first_call_s: of both passes. checked_gradients: relative error (norm of the difference / norm) per tensor "
+    "against the torch backend in float32, on a smaller case with `tokens` tokens; the timed gradients are checked to "
+    "be finite."
 )
 
 
 def run(request: Request) -> int:
-    """Measure the cases, one after the other; every finished one is on disk at once.
+    """Measure the cases in order; each row is saved as soon as it is finished.
 
     Returns: exit status: 0, or 1 if a case failed.
     Raises:
         BadInput: unknown case or backend; nothing was measured.
-        KeyboardInterrupt: stopped; what was finished is on disk.
+        KeyboardInterrupt: stopped; finished rows are saved.
     """
     if request.backward:
-        return measure_cases(Kind("backward", BACKWARD_FIGURES, title, tell), BACKWARD, ("backward",), request)
-    return measure_cases(Kind("attention", _FORWARD_FIGURES, title, tell), CASES, ("forward",), request)
+        return measure_cases(Kind("backward", BACKWARD_FIGURES, title, result_line), BACKWARD, ("backward",), request)
+    return measure_cases(Kind("attention", _FORWARD_FIGURES, title, result_line), CASES, ("forward",), request)
 
 
 def measure_cases(
@@ -56,10 +57,10 @@ def measure_cases(
     request: Request,
     with_dense: Callable[[list[Row], Row], bool] = lambda rows, row: True,
 ) -> int:
-    """Measure the chosen cases' passes, on each backend.
+    """Measure the passes of the selected cases on each backend.
 
     Args:
-        with_dense: whether dense attention is measured beside a row, after these rows.
+        with_dense: called with the finished rows and the next row; True: measure dense attention for that row, too.
     Returns, Raises: as :func:`run`.
     """
     try:
@@ -74,7 +75,7 @@ def measure_cases(
         ]
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
-    with recording(kind, request, [row for _, row in jobs], order=request.order) as runner:
+    with open_runner(kind, request, [row for _, row in jobs], order=request.order) as runner:
         for case, row in jobs:
             dense = with_dense(runner.results.rows, row)
             runner.measure(row, partial(_measure, case, row["backend"], request, runner.progress, row["pass"], dense))
@@ -82,7 +83,7 @@ def measure_cases(
 
 
 def _name_backend(case: Case, backend: str | None, request: Request) -> str:
-    """The backend that the row will be called by; what this machine cannot run is told by the row."""
+    """Backend name for a row. A requested backend that this machine cannot run is kept; its row then fails."""
     try:
         return resolve(backend, request.device, case.mechanism)
     except (ValueError, RuntimeError):
@@ -114,16 +115,18 @@ def _measure(case: Case, backend: str, request: Request, progress: Progress, whi
 
 
 def title(row: Row) -> str:
+    """Name of a row for progress messages."""
     return f"{row['case']} ({row['backend']})" + (", backward" if row["pass"] == "backward" else "")
 
 
-def tell(row: Row) -> str:
+def result_line(row: Row) -> str:
+    """Results of a row in one line."""
     kernels = ", ".join(f"{name} {ms:.3g}" for name, ms in list(row["ours"]["by_kernel"].items())[:4])
     ours = f"ours {row['ours']['ms']:.4g} ms"
     dense: dict[str, Any] | None = row["dense"]
     if dense is None:
         return f"{ours}; {kernels}"
-    goal = "" if row["goal"] is None else f", to reach {row['goal']:g}×"
+    goal = "" if row["goal"] is None else f", goal {row['goal']:g}×"
     return (
         f"dense {dense['ms']:.4g} ms (drift {dense['drift']:.3f}), {ours}, {row['times_dense']:.2f}× dense{goal}, "
         f"efficiency {row['efficiency']:.0%}; {kernels}"

@@ -1,4 +1,4 @@
-"""The attention calls that are measured, by name: shapes and options of real models, and what is to be reached."""
+"""Attention calls to measure, by name: shapes and options of real models, and speed-up goals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..backend import BUILT
+from ..backend import SUPPORTED_BACKENDS
 from ..layout import TokenLayout
 from ..processor import PROCESSORS
 
@@ -20,7 +20,7 @@ __all__ = ["BACKWARD", "CASES", "SCALING", "Case", "select", "small", "smoke"]
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. ``goal``: times dense that it is to be faster."""
+    """One attention call. ``goal``: speed-up over dense attention to reach; None: no goal."""
 
     name: str
     work: str
@@ -34,24 +34,25 @@ class Case:
 
     @property
     def default(self) -> bool:
-        """Whether it is measured when none is named: in plain torch the real sizes take too long."""
-        return "triton" in BUILT[self.mechanism]
+        """Whether the case is measured by default; without Triton kernels, its real size takes too long."""
+        return "triton" in SUPPORTED_BACKENDS[self.mechanism]
 
     @property
     def fraction(self) -> float:
-        """Softmax logits that are computed, as a share of dense attention's."""
+        """Computed softmax logits as a share of dense attention's."""
         count = PROCESSORS[self.mechanism].mechanism.count_logits(self.layout, **self.options)
         return count / self.layout.seq_len**2
 
     @property
     def dense_flop(self) -> float:
-        """Of dense attention's forward."""
+        """Floating point operations of dense attention's forward pass."""
         return 4.0 * self.heads * self.head_dim * self.layout.seq_len**2
 
     def inputs(self, device: torch.device, dtype: torch.dtype, order: str, seed: int) -> list[Tensor]:
-        """Random query, key and value, (1, H, S, D); ``order`` "tokens-first": views of (1, S, H, D), as models have.
+        """Random query, key and value, (1, H, S, D).
 
-        No mechanism's time depends on the data; a normal distribution is what normalised queries and keys are near.
+        ``order`` "tokens-first" returns views of (1, S, H, D), the memory layout in models. The values are normal, as
+        normalised queries and keys nearly are; no mechanism's time depends on them.
         """
         generator = torch.Generator(device).manual_seed(seed)
         shape = (1, self.heads, self.layout.seq_len, self.head_dim)
@@ -61,7 +62,7 @@ class Case:
         return [x.transpose(1, 2) for x in made] if order == "tokens-first" else made
 
     def parameters(self, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-        """Random learned tensors: zeros, as they begin, might be skipped."""
+        """Random learned tensors; they are initialised with zeros, which an implementation could skip."""
         generator = torch.Generator(device).manual_seed(seed + 1)
         return {
             name: torch.randn(shape, dtype=dtype, device=device, generator=generator) / shape[-1] ** 0.5
@@ -69,7 +70,7 @@ class Case:
         }
 
     def call(self, tensors: Sequence[Tensor], parameters: Mapping[str, Tensor], backend: str | None) -> Tensor:
-        """Our attention, everything included."""
+        """Call the mechanism's public function."""
         function = getattr(functional, f"{self.mechanism}_attention")
         return function(*tensors, self.layout, **self.options, **parameters, backend=backend)
 
@@ -83,7 +84,8 @@ _FLUX_4096 = TokenLayout((256, 256), before=512)
 def _sla(
     name: str, work: str, heads: int, layout: TokenLayout, goals: tuple[float, float], critical: float = 0.05
 ) -> list[Case]:
-    """In blocks of 128×64; over all keys as the authors' later release has it, smooth keys included."""
+    """SLA cases with blocks of 128×64: linear branch over all keys with smooth keys, as in the authors' later release,
+    and over the marginal blocks."""
     learned = {"weight": (128, 128), "bias": (128,)}
     common: dict[str, Any] = {"critical": critical, "negligible": 0.10, "block_q": 128, "block_kv": 64}
     forms: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -135,7 +137,7 @@ BACKWARD = _named([
     replace(CASES["llsa-256"], goal=20.0),
     replace(CASES["llsa-256-wide"], goal=None),
 ])  # fmt: skip
-SCALING = _named([  # as many levels as each size asks for
+SCALING = _named([  # number of levels: default for each size
     Case(
         f"llsa-{side}x{side}", f"LLSA, {side}×{side}", "llsa", 8, 64, TokenLayout((side, side)),
         {"block_size": 16, "topk": 8}, None,
@@ -145,10 +147,11 @@ SCALING = _named([  # as many levels as each size asks for
 
 
 def select(names: Sequence[str], cases: Mapping[str, Case] = CASES) -> list[Case]:
-    """Cases by name, or by how their names begin (``sla-wan1.3b-480p``); none named: the default ones, or all where
-    none is a default one.
+    """Select cases by name or by a prefix of names (``sla-wan1.3b-480p``).
 
-    Raises: ValueError: a name that nothing has, with the nearest and all.
+    Without names: the default cases, or all cases if none is a default one.
+
+    Raises: ValueError: an unknown name; the message suggests the nearest and lists all.
     """
     if not names:
         return [case for case in cases.values() if case.default] or list(cases.values())
@@ -159,8 +162,8 @@ def select(names: Sequence[str], cases: Mapping[str, Case] = CASES) -> list[Case
             found = {name: cases[name]}
         if not found:
             close = get_close_matches(name, cases, n=1, cutoff=0.3)
-            hint = f"; did you mean {close[0]!r}?" if close else ";"
-            raise ValueError(f"unknown case {name!r}{hint} There are: {', '.join(cases)}")
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"unknown case {name!r}{hint} Available: {', '.join(cases)}")
         chosen |= found
     return list(chosen.values())
 
@@ -174,10 +177,10 @@ _SMOKE: dict[str, dict[str, Any]] = {
 
 
 def smoke(case: Case) -> Case:
-    """The same case so small that it runs anywhere: its figures mean nothing."""
+    """Tiny version of a case that runs on any machine, to test the code path; its timings mean nothing."""
     grid = {1: (64,), 2: (12, 16), 3: (4, 6, 8)}[len(case.layout.grid)]
     if case.name in SCALING:
-        grid = tuple(n // 16 for n in case.layout.grid)  # sizes that differ
+        grid = tuple(n // 16 for n in case.layout.grid)  # sizes must differ
     layout = TokenLayout(grid, before=min(case.layout.before, 5))
     options = dict(case.options) | _SMOKE[case.mechanism]
     if case.mechanism == "clear":
@@ -192,7 +195,7 @@ _SMALL = {"sla": (6, 16, 16), "clear": (64, 64), "gna": (20, 32, 32), "llsa": (6
 
 
 def small(case: Case) -> Case:
-    """The same options on so few tokens that plain torch computes it in float32: to compare results, not to time."""
-    most = _SMALL[case.mechanism]
-    grid = tuple(min(n, limit) for n, limit in zip(case.layout.grid, most, strict=True))
+    """Smaller version of a case with the same options, which plain torch can compute in float32, to compare results."""
+    limits = _SMALL[case.mechanism]
+    grid = tuple(min(n, limit) for n, limit in zip(case.layout.grid, limits, strict=True))
     return replace(case, heads=2, layout=TokenLayout(grid, before=min(case.layout.before, 64)))

@@ -1,4 +1,4 @@
-"""The denoisers whose whole steps are measured: real configurations with random weights, and what is set on them."""
+"""Denoisers for the step benchmarks: real configurations with random weights, and the processors to set on them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _CLEAR_8, _CLEAR_16 = CLEARAttnProcessor(radius=8), CLEARAttnProcessor(radius=16
 
 @dataclass(frozen=True)
 class StepModel:
-    """A denoiser, the token grid of its step, and by variant what is set on it and how much faster it is to be.
+    """A denoiser, its token grid, and a processor and speed-up goal per variant.
 
-    Every variant is compiled, unless its name ends in "-eager".
+    Variants are compiled unless their name ends in "-eager".
     """
 
     name: str
@@ -56,14 +56,15 @@ class StepModel:
         return ("dense-eager", "dense", *self.ours, *(f"{name}-eager" for name in self.ours))
 
     def processor(self, variant: str) -> AcceleratedAttnProcessor | None:
-        """What is set on the model; None for the dense variants."""
+        """Processor of a variant; None for the dense variants."""
         return self.ours.get(variant.removesuffix("-eager"), (None, None))[0]
 
     def goal(self, variant: str) -> float | None:
+        """Speed-up goal over dense attention; None: no goal."""
         return self.ours.get(variant, (None, None))[1]
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
-        """The model with random weights, made where and as it will be, so that no float32 copy is needed."""
+        """Build the model with random weights, directly on the device and in the dtype, without a float32 copy."""
         from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 
         kind = {"wan": WanTransformer3DModel, "flux": FluxTransformer2DModel}[self.family]
@@ -75,10 +76,10 @@ class StepModel:
                 model = kind(**self.config)
         finally:
             torch.set_default_dtype(before)
-        return model.eval().requires_grad_(False)  # no .to(dtype): rotary tables keep their precision
+        return model.eval().requires_grad_(False)  # no .to(dtype): rotary embeddings keep their precision
 
     def inputs(self, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-        """Arguments of the model's forward for one picture or clip."""
+        """Random arguments of the model's forward pass, batch 1."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
@@ -112,7 +113,7 @@ def _wan(name: str, work: str, config: Mapping[str, Any], grid: tuple[int, ...],
 
 def _flux(side: int, **goals: float) -> StepModel:
     ours = {"clear-r8": (_CLEAR_8, goals.get("r8")), "clear-r16": (_CLEAR_16, goals.get("r16"))}
-    variants = ("dense", *ours) if side < 8192 else ("dense-eager", "clear-r16")  # a dense step there takes 90 s
+    variants = ("dense", *ours) if side < 8192 else ("dense-eager", "clear-r16")  # a dense step at 8192 takes 90 s
     return StepModel(f"flux-{side}", f"Flux.1-dev {side}²", "flux", _FLUX, (side // 16, side // 16), ours, variants)
 
 
@@ -132,7 +133,7 @@ MODELS = _named([
 
 
 def _training(name: str, frames: int, variants: tuple[str, ...]) -> StepModel:
-    """Four of Wan's blocks, for training needs no more to tell a block's time; SLA with 10 % critical blocks."""
+    """Four blocks of Wan, enough to measure the training time per block; SLA with 10 % critical blocks."""
     config = {**_WAN_1_3B, "num_layers": 4}
     work = f"4 blocks of Wan2.1-1.3B 480p, {4 * frames - 3} frames"
     ours = {"sla": (replace(_SLA, critical=0.10), None)}
@@ -148,20 +149,20 @@ TRAINING = _named([
 
 
 def select(names: tuple[str, ...], models: Mapping[str, StepModel] = MODELS) -> list[StepModel]:
-    """Models by name; none named: all.
+    """Select models by name; without names, all.
 
-    Raises: ValueError: a name that nothing has, with the nearest and all.
+    Raises: ValueError: an unknown name; the message suggests the nearest and lists all.
     """
     for name in names:
         if name not in models:
             close = get_close_matches(name, models, n=1, cutoff=0.3)
-            hint = f"; did you mean {close[0]!r}?" if close else ";"
-            raise ValueError(f"unknown model {name!r}{hint} There are: {', '.join(models)}")
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"unknown model {name!r}{hint} Available: {', '.join(models)}")
     return [models[name] for name in names] or list(models.values())
 
 
 def smoke(model: StepModel) -> StepModel:
-    """The same so small that it runs anywhere: its figures mean nothing."""
+    """Tiny version of a model that runs on any machine, to test the code path; its timings mean nothing."""
     small: dict[str, Any] = {"in_channels": 4, **({"out_channels": 4} if model.family == "wan" else {})}
     grid = {2: (6, 8), 3: (3, 4, 5)}[len(model.grid)]
     config = {**model.config, **_SMOKE[model.family], **small}

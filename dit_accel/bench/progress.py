@@ -1,4 +1,4 @@
-"""How far a benchmark is: a bar where rich is installed, plain lines where it is not."""
+"""Progress of a benchmark: a bar if rich is installed, else plain lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """``with Progress(total) as progress: progress.doing("what"); progress.done("what came out")``."""
+    """Progress display: ``with Progress(total) as progress: progress.doing("task"); progress.done("result")``."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -27,20 +27,21 @@ class Progress:
             self._task = self._bar.add_task("", total=total)
 
     def doing(self, what: str) -> None:
-        """What is being measured now."""
+        """Show the current task."""
         if self._bar is None:
             print(f"[{self.finished + 1}/{self.total}] {what} …", flush=True)
         else:
             self._bar.update(self._task, description=what)
 
     def done(self, line: str) -> None:
-        """One of the total is finished; the line stays."""
+        """Count one task as finished and print a line."""
         self.finished += 1
         self.say(line)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.finished, description="")
 
     def say(self, line: str) -> None:
+        """Print a line above the bar."""
         if self._bar is None:
             print(line, flush=True)
         else:

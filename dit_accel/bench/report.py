@@ -1,4 +1,4 @@
-"""Tables for the documentation and plots from benchmark results."""
+"""Documentation tables and plots of benchmark results."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["fill", "report"]
 
 
 def report(folder: Path, pages: Sequence[Path]) -> int:
-    """Draw the plots beside the results and fill the tables of the pages; a table without a place is printed.
+    """Save plots in the folder of the results and fill the tables of the pages. Tables without a marker are printed.
 
     Returns: 0.
-    Raises: BadInput: no results, files that are not results, no matplotlib, a missing page, a table with two places.
+    Raises: BadInput: no results, invalid results, a missing page, a table with several markers, or no matplotlib.
     """
     found = [kind for kind in KEYS if (folder / f"{kind}.json").is_file()]
     if not found:
@@ -36,7 +36,7 @@ def report(folder: Path, pages: Sequence[Path]) -> int:
         if len(filled) > 1:
             raise BadInput(f"<!-- {marker} --> is in {' and '.join(map(str, filled))}: keep one of them")
         if not filled:
-            print(f"no page has <!-- {marker} --> … <!-- /{marker} -->; its table would be:")
+            print(f"no page has <!-- {marker} --> … <!-- /{marker} -->; the table is:")
             print(table(content))
         texts |= filled
     for kind, content in results.items():
@@ -50,14 +50,15 @@ def report(folder: Path, pages: Sequence[Path]) -> int:
 
 
 def fill(text: str, marker: str, content: str) -> str | None:
-    """The text with ``content`` between the comments ``<!-- marker -->`` and ``<!-- /marker -->``; None without them.
+    """Replace the text between ``<!-- marker -->`` and ``<!-- /marker -->`` by ``content``.
 
-    Raises: BadInput: more than one pair of comments.
+    Returns: the new text; None if it does not have these comments.
+    Raises: BadInput: the comments occur more than once.
     """
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not (found := pattern.findall(text)):
         return None
     if len(found) > 1:
-        raise BadInput(f"{begin} stands there {len(found)} times: one of each")
+        raise BadInput(f"{begin} occurs {len(found)} times: keep one of them")
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)

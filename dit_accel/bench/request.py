@@ -1,4 +1,4 @@
-"""What ``dit-accel bench`` was asked for, and the checks that the benchmarks share."""
+"""Options of a ``dit-accel bench`` run, their checks, and the dense attention to compare with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Request", "dense_attention", "make_request"]
 
 @dataclass(frozen=True)
 class Request:
-    """Checked. ``names``: cases or models; empty: the default ones."""
+    """Checked options of a run. ``names``: cases or models; empty: the default ones."""
 
     names: tuple[str, ...]
     out: Path
@@ -38,23 +38,27 @@ class Request:
 
 
 def make_request(device: str | None, dtype: str | None, smoke: bool, out: Path, **rest: object) -> Request:
-    """Raises: BadInput: no GPU and no ``--smoke``, an unknown device or precision, a folder that cannot be written."""
+    """Check the options.
+
+    Raises: BadInput: no GPU and no ``--smoke``, an unknown device or precision, or an output folder that is not
+    writable.
+    """
     try:
-        where = pick_device(device)
-        precision = pick_dtype(dtype, where)
+        target = pick_device(device)
+        precision = pick_dtype(dtype, target)
         require_writable(out.parent)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    if where.type != "cuda" and not smoke:
+    if target.type != "cuda" and not smoke:
         raise BadInput(
-            f"bench needs a CUDA GPU; found {where.type} (--device cpu --smoke runs tiny sizes, whose figures mean "
-            "nothing, to see that everything works)"
+            f"bench needs a CUDA GPU; found {target.type} (to test the installation, run tiny sizes with "
+            "--device cpu --smoke; their timings mean nothing)"
         )
-    return Request(out=out, device=where, dtype=precision, smoke=smoke, **rest)  # type: ignore[arg-type]
+    return Request(out=out, device=target, dtype=precision, smoke=smoke, **rest)  # type: ignore[arg-type]
 
 
 def dense_name(device: torch.device) -> str:
-    """What the dense attention is that we compare with."""
+    """Name of the dense attention to compare with."""
     if device.type == "cuda":
         return "cuDNN" if torch.version.hip is None else "torch SDPA (ROCm)"
     return f"torch SDPA ({device.type})"
@@ -62,9 +66,9 @@ def dense_name(device: torch.device) -> str:
 
 @contextmanager
 def dense_attention(device: torch.device, strict: bool = True) -> Iterator[str]:
-    """Inside, softmax attention is cuDNN's on an NVIDIA GPU, torch's choice elsewhere; its name.
+    """Context in which SDPA uses cuDNN on an NVIDIA GPU and torch's default elsewhere. Yields: the name.
 
-    ``strict``: nothing but cuDNN; else the others are there for calls that cuDNN does not take.
+    ``strict``: only cuDNN; if False, other backends compute the calls that cuDNN does not support.
     """
     name = dense_name(device)
     if name != "cuDNN":

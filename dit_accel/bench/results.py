@@ -1,4 +1,4 @@
-"""What a benchmark has found so far, and on what: plain data, written as JSON after every finished row."""
+"""Benchmark results with machine and versions, saved as JSON after each finished row."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ KEYS = {
     "scaling": ("case", "backend", "pass"),
     "step": ("model", "variant"),
     "train": ("model", "variant", "checkpointing"),
-}  # what names a row, by kind of results
+}  # columns that identify a row, by kind of results
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """Current UTC time, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def about(device: torch.device, dtype: torch.dtype, command: list[str]) -> dict[str, Any]:
-    """What figures depend on: machine, versions, when and by which command."""
+    """Date, command, machine and versions of a run."""
     machine = about_machine(device, dtype)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -53,18 +53,22 @@ def about(device: torch.device, dtype: torch.dtype, command: list[str]) -> dict[
 
 
 def _driver() -> str | None:
-    """The GPU driver's version, if its tool is here to say."""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """Version of the GPU driver; None if nvidia-smi is not available."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        versions = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return None
-    return told[0] if told else None
+    return versions[0] if versions else None
 
 
 @dataclass
 class Results:
-    """A benchmark's rows. status: running, complete, failed (in part), interrupted; summary: what follows from them."""
+    """Rows of a benchmark.
+
+    ``status``: running, complete, failed (at least one row) or interrupted. ``summary``: computes additional top-level
+    entries from all rows.
+    """
 
     kind: str
     path: Path
@@ -72,12 +76,12 @@ class Results:
     summary: Callable[[list[Row]], Row] = lambda rows: {}
     rows: list[Row] = field(default_factory=list)
     status: str = "running"
-    kept: int = 0  # rows of earlier results, in front
+    kept: int = 0  # number of rows from earlier results, at the start of rows
 
     def keep_earlier(self, path: Path, replaced: Iterable[Row]) -> None:
-        """Take over rows of other results, but those that are measured anew (by what names them, as in ``KEYS``).
+        """Copy the rows of earlier results, except rows that are measured again (identified by ``KEYS``).
 
-        Raises: ValueError: no results of this kind, or of another GPU, precision or other versions.
+        Raises: ValueError: results of another kind, GPU or precision, or of other versions.
         """
         earlier = read_results(path)
         ours, theirs = ({"kind": self.kind, **self.about}, earlier)
@@ -86,7 +90,8 @@ class Results:
         for what in ("kind", "device_name", "dtype", "driver", "versions", "smoke"):
             if theirs.get(what) != ours.get(what):
                 raise ValueError(
-                    f"--keep: {path} has another {what} ({theirs.get(what)}, here {ours.get(what)}): leave --keep out"
+                    f"--keep: {path} has another {what} ({theirs.get(what)}, this run {ours.get(what)}): "
+                    "run without --keep"
                 )
         names = itemgetter(*KEYS[self.kind])
         anew = {names(row) for row in replaced}
@@ -94,18 +99,18 @@ class Results:
         self.kept = len(self.rows)
 
     def add(self, row: Row) -> None:
-        """A finished row, on disk at once."""
+        """Append a finished row and save."""
         self.rows.append(row)
         self.save()
 
     @property
     def failed(self) -> bool:
-        """Whether a row that was added failed."""
+        """Whether a row of this run failed."""
         return any(row.get("status") == "failed" for row in self.rows[self.kept :])
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside, rows are measured and added; how that ended is on disk afterwards."""
+    def track_status(self) -> Iterator[None]:
+        """Context for measuring rows; sets and saves the status at the end."""
         try:
             yield
             self.status = "failed" if self.failed else "complete"
@@ -120,15 +125,15 @@ class Results:
                 self.save()
 
     def save(self) -> None:
-        """Write all, whole, in the place of what was there."""
+        """Write the file atomically."""
         content = {"kind": self.kind, "status": self.status, **self.about, **self.summary(self.rows)}
         write_json(self.path, {**content, "rows": self.rows})
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A file that :class:`Results` wrote.
+    """Read a file that :class:`Results` wrote.
 
-    Raises: ValueError: it is not one.
+    Raises: ValueError: the file cannot be read, or has another format.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: each row is measured, or says why not, and is on disk before the next begins."""
+"""Runner of all benchmarks: measures rows in order, and saves figures or error of each before the next one starts."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ from .request import Request
 from .results import Results, Row, about, now
 from .timing import TIMING
 
-__all__ = ["Kind", "Runner", "forget", "recording"]
+__all__ = ["Kind", "Runner", "free_memory", "open_runner"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A benchmark: its name in the results, what its figures mean, how a row is called, and what a row has to tell.
+    """Definition of a benchmark.
 
-    ``summary``: what follows from all rows together, kept beside them.
+    Args:
+        name: name in the results.
+        figures: explanation of the figures.
+        title: name of a row for progress messages.
+        result_line: results of a row in one line.
+        summary: additional entries of the results, computed from all rows.
     """
 
     name: str
     figures: str
     title: Callable[[Row], str]
-    tell: Callable[[Row], str]
+    result_line: Callable[[Row], str]
     summary: Callable[[list[Row]], Row] = lambda rows: {}
 
 
 @dataclass
 class Runner:
-    """A benchmark under way."""
+    """A running benchmark."""
 
     kind: Kind
     request: Request
@@ -43,31 +48,31 @@ class Runner:
     progress: Progress
 
     def measure(self, row: Row, figures: Callable[[], Row]) -> Row:
-        """Add a row with its figures, or with why there are none. Returns: the row."""
+        """Compute the figures of a row and add it; if that fails, add it with the error. Returns: the row."""
         row["date"] = now()
         try:
             row |= {**figures(), "status": "complete"}
         except Exception as error:
             row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         finally:
-            forget(self.request.device)
+            free_memory(self.request.device)
         self.results.add(row)
         failed = row["status"] == "failed"
-        told = f"failed: {row['error'].splitlines()[0]}" if failed else self.kind.tell(row)
-        self.progress.done(f"{self.kind.title(row)}: {told}")
+        line = f"failed: {row['error'].splitlines()[0]}" if failed else self.kind.result_line(row)
+        self.progress.done(f"{self.kind.title(row)}: {line}")
         return row
 
 
 @contextmanager
-def recording(kind: Kind, request: Request, rows: Collection[Row], **facts: Any) -> Iterator[Runner]:
-    """Inside, the rows are measured, one after the other.
+def open_runner(kind: Kind, request: Request, rows: Collection[Row], **facts: Any) -> Iterator[Runner]:
+    """Context with a runner for these rows.
 
     Args:
-        rows: what is known of them, at least what names them; earlier results' rows of these names are not kept.
-        facts: kept beside the rows.
+        rows: the rows to measure, at least their keys (``KEYS``); earlier results with the same keys are dropped.
+        facts: additional entries of the results.
     Raises:
-        BadInput: earlier results that cannot be kept; nothing was measured.
-        KeyboardInterrupt: stopped; what was finished is on disk.
+        BadInput: earlier results that do not match this run; nothing was measured.
+        KeyboardInterrupt: stopped; finished rows are saved.
     """
     known = about(request.device, request.dtype, list(request.command))
     known |= {"smoke": request.smoke, **facts, "timing": TIMING, "figures": kind.figures}
@@ -77,12 +82,12 @@ def recording(kind: Kind, request: Request, rows: Collection[Row], **facts: Any)
             results.keep_earlier(request.keep, rows)
         except ValueError as error:
             raise BadInput(str(error)) from None
-    with results.recording(), Progress(len(rows)) as progress:
+    with results.track_status(), Progress(len(rows)) as progress:
         yield Runner(kind, request, results, progress)
 
 
-def forget(device: torch.device) -> None:
-    """Give back the memory of what is not in use."""
+def free_memory(device: torch.device) -> None:
+    """Free unused memory, including torch's CUDA cache."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
-"""``dit-accel bench scaling``: LLSA's time against the number of tokens, and the exponent that it grows with."""
+"""``dit-accel bench scaling``: LLSA's time over the number of tokens, and the exponent of its growth."""
 
 from __future__ import annotations
 
-from .attention import BACKWARD_FIGURES, measure_cases, tell, title
+from .attention import BACKWARD_FIGURES, measure_cases, result_line, title
 from .cases import SCALING
 from .request import Request
 from .results import Row
@@ -11,29 +11,29 @@ from .timing import fit_growth
 
 __all__ = ["EXPONENT", "run", "summarise_growth"]
 
-EXPONENT = 1.15  # the most that is to come out
-_DENSE_MS = 1_000.0  # dense attention is measured as long as it should take no more
-_RANGES = (0, 131_072)  # exponents over all sizes, and from so many tokens on: there the host takes less than the GPU
+EXPONENT = 1.15  # goal: the exponent is at most this
+_DENSE_MS = 1_000.0  # dense attention is skipped if it is expected to take longer
+_RANGES = (0, 131_072)  # fit all sizes, and those with at least this many tokens, where launch overhead is hidden
 _FIGURES = BACKWARD_FIGURES + (
-    " dense: None where it would take more than a second, by its time at the size before. growth: e of ours.ms ~ "
-    "tokens^e, by least squares on the logarithms over so many sizes."
+    " dense: None if it is expected to take more than a second, extrapolated from the previous size. growth: e of "
+    "ours.ms ~ tokens^e, least squares on the logarithms over `sizes` sizes."
 )
 
 
 def run(request: Request) -> int:
-    """Measure both passes of every size, the smallest first; every finished one is on disk at once.
+    """Measure both passes of each size, smallest first; each row is saved as soon as it is finished.
 
-    Returns: exit status: 0, or 1 if one failed.
+    Returns: exit status: 0, or 1 if a row failed.
     Raises:
         BadInput: unknown case or backend; nothing was measured.
-        KeyboardInterrupt: stopped; what was finished is on disk.
+        KeyboardInterrupt: stopped; finished rows are saved.
     """
-    kind = Kind("scaling", _FIGURES, title, tell, summarise_growth)
-    return measure_cases(kind, SCALING, ("forward", "backward"), request, _dense_is_quick)
+    kind = Kind("scaling", _FIGURES, title, result_line, summarise_growth)
+    return measure_cases(kind, SCALING, ("forward", "backward"), request, _dense_fits_budget)
 
 
-def _dense_is_quick(rows: list[Row], row: Row) -> bool:
-    """Whether dense attention should take no more than a second, by the largest smaller size that was measured."""
+def _dense_fits_budget(rows: list[Row], row: Row) -> bool:
+    """Whether dense attention is expected to take at most a second, extrapolated from the next smaller size."""
     smaller = [x for x in rows if x["pass"] == row["pass"] and x["tokens"] < row["tokens"] and "ours" in x]
     if not smaller:
         return True
@@ -44,7 +44,7 @@ def _dense_is_quick(rows: list[Row], row: Row) -> bool:
 
 
 def summarise_growth(rows: list[Row]) -> Row:
-    """Exponents of time by pass and backend, where three sizes were measured."""
+    """Exponents of time per pass and backend, if at least three sizes were measured."""
     growth = []
     for which, backend in dict.fromkeys((row["pass"], row["backend"]) for row in rows):
         mine = [row for row in rows if (row["pass"], row["backend"]) == (which, backend) and "ours" in row]

@@ -1,4 +1,4 @@
-"""``dit-accel bench step``: whole denoiser steps with random weights, dense compiled against ours compiled."""
+"""``dit-accel bench step``: time whole denoiser steps with random weights, compiled dense against compiled ours."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from .models import MODELS, StepModel, select, smoke
 from .progress import Progress
 from .request import Request, dense_attention
 from .results import Row
-from .runner import Kind, Runner, forget, recording
+from .runner import Kind, Runner, free_memory, open_runner
 from .timing import peak_memory, split_by_kernel, summarise, time_calls, time_once
 
-__all__ = ["KIND", "StepKind", "measure_steps", "run", "tell", "title"]
+__all__ = ["KIND", "StepKind", "measure_steps", "result_line", "run", "title"]
 
-_SLOW_MS = 10_000.0  # steps that take longer are timed once, and dense not once more at the end
+_SLOW_MS = 10_000.0  # steps that take longer are timed once, and dense is not repeated at the end
 _FIGURES = (
-    "One forward of the denoiser, batch 1, in torch.no_grad. dense: compile_repeated_blocks(fullgraph=True) on the "
-    "untouched model; dense-eager: without; ours: the mechanism set, its learned projection random, and compiled the "
-    "same way. Softmax attention is cuDNN's on an NVIDIA GPU. first_step_s: the first step, with "
-    "compilation, tuning and plans. peak_bytes: beyond weights and inputs. times_dense: the baseline's ms over this "
-    "row's; the baseline is dense, or dense-eager where dense was not measured. drift: dense once more after all the "
-    "others, over the first time. by_kernel: ms of one more step under the profiler."
+    "One forward pass of the denoiser, batch 1, in torch.no_grad. dense: the original model with "
+    "compile_repeated_blocks(fullgraph=True); dense-eager: not compiled; ours: with the mechanism, a random learned "
+    "projection, and compiled the same way. Softmax attention is cuDNN's on an NVIDIA GPU. first_step_s: the first "
+    "step, including compilation, autotuning and plans. peak_bytes: peak memory minus weights and inputs. times_dense: "
+    "the baseline's ms / this row's ms; the baseline is dense, or dense-eager if dense was not measured. drift: time "
+    "of dense repeated at the end / its first time. by_kernel: ms per kernel of one step under the profiler."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepKind(Kind):
-    """A benchmark of whole steps, and what a step is: ``with prepare(model, inputs, request) as step: step()``.
+    """A benchmark of whole steps.
 
-    ``facts``: what a row says of the request, as far as it names the row.
+    Args:
+        prepare: context that yields the step to time: ``with prepare(model, inputs, request) as step: step()``.
+        facts: entries of a row that come from the request and are part of its key.
     """
 
     prepare: Callable[[nn.Module, dict[str, Any], Request], AbstractContextManager[Callable[[], Tensor]]]
@@ -53,33 +55,35 @@ def _denoising(model: nn.Module, inputs: dict[str, Any], request: Request) -> It
 
 
 def title(row: Row) -> str:
+    """Name of a row for progress messages."""
     return f"{row['model']}, {row['variant']}"
 
 
-def tell(row: Row) -> str:
+def result_line(row: Row) -> str:
+    """Results of a row in one line."""
     times = f", {row['times_dense']:.2f}× {row['baseline']}" if "times_dense" in row else ""
-    goal = "" if row["goal"] is None else f", to reach {row['goal']:g}×"
+    goal = "" if row["goal"] is None else f", goal {row['goal']:g}×"
     peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**30:.2f} GiB"
     compiled = f", compilation {row['compile_s']:.3g} s" if row["compile"] else ""
     return f"{row['ms']:.4g} ms{times}{goal}{peak}{compiled}"
 
 
-KIND = StepKind("step", _FIGURES, title, tell, prepare=_denoising)
+KIND = StepKind("step", _FIGURES, title, result_line, prepare=_denoising)
 
 
 def run(request: Request) -> int:
-    """Measure the models, one after the other; every finished variant is on disk at once.
+    """Measure the models in order; each variant is saved as soon as it is finished.
 
     Returns: exit status: 0, or 1 if a variant failed.
     Raises:
         BadInput: unknown model or variant; nothing was measured.
-        KeyboardInterrupt: stopped; what was finished is on disk.
+        KeyboardInterrupt: stopped; finished variants are saved.
     """
     return measure_steps(KIND, MODELS, request)
 
 
 def measure_steps(kind: StepKind, models: Mapping[str, StepModel], request: Request) -> int:
-    """Measure the variants of the chosen models. Returns, Raises: as :func:`run`."""
+    """Measure the variants of the selected models. Returns, Raises: as :func:`run`."""
     try:
         jobs = [(model, _variants(model, request)) for model in select(request.names, models)]
     except ValueError as error:
@@ -89,23 +93,23 @@ def measure_steps(kind: StepKind, models: Mapping[str, StepModel], request: Requ
         for model, variants in jobs
         for variant in variants
     ]
-    with recording(kind, request, rows) as runner:
+    with open_runner(kind, request, rows) as runner:
         for model, variants in jobs:
             _measure_model(smoke(model) if request.smoke else model, variants, kind, runner)
     return int(runner.results.failed)
 
 
 def _variants(model: StepModel, request: Request) -> tuple[str, ...]:
-    """The variants to measure, dense first. Raises: ValueError: the model has no such variant."""
+    """Variants to measure, dense first. Raises: ValueError: the model has no such variant."""
     for name in request.variants:
         if name not in model.variants:
-            raise ValueError(f"{model.name} has no variant {name!r}; there are: {', '.join(model.variants)}")
-    wanted = request.variants or model.default_variants
-    return tuple(name for name in model.variants if name in wanted)
+            raise ValueError(f"{model.name} has no variant {name!r}; available: {', '.join(model.variants)}")
+    selected = request.variants or model.default_variants
+    return tuple(name for name in model.variants if name in selected)
 
 
 def _measure_model(step: StepModel, variants: tuple[str, ...], kind: StepKind, runner: Runner) -> None:
-    """Add the rows of one model."""
+    """Measure the variants of one model and add their rows."""
     request, progress = runner.request, runner.progress
     progress.doing(f"{step.name}: building")
     build = cache(partial(step.build, request.device, request.dtype, request.seed))
@@ -113,7 +117,7 @@ def _measure_model(step: StepModel, variants: tuple[str, ...], kind: StepKind, r
 
     def figures(variant: str) -> Row:
         found = _measure(step, build(), variant, kind, request, progress)
-        return {**found, **_worth(variant, found["ms"], step.goal(variant), rows)}
+        return {**found, **_speedup(variant, found["ms"], step.goal(variant), rows)}
 
     for variant in variants:
         row = {
@@ -123,13 +127,13 @@ def _measure_model(step: StepModel, variants: tuple[str, ...], kind: StepKind, r
         rows[variant] = runner.measure(row, partial(figures, variant))
     _measure_drift(step, build, rows, kind, runner)
     build.cache_clear()
-    forget(request.device)
+    free_memory(request.device)
 
 
 def _measure(
     step: StepModel, model: nn.Module, variant: str, kind: StepKind, request: Request, progress: Progress
 ) -> Row:
-    """Figures of one variant; the model is as it was afterwards."""
+    """Figures of one variant; the model is restored afterwards."""
     inputs = step.inputs(request.device, request.dtype, request.seed)
     processor = step.processor(variant)
     figures: Row = {
@@ -158,7 +162,7 @@ def _time_steps(title: str, call: Callable[[], Tensor], request: Request, progre
     progress.doing(f"{title}: first step")
     out, first = time_once(call, device)
     if not bool(torch.isfinite(out).all()):
-        raise ArithmeticError(f"{title}: the output holds NaN or infinity")
+        raise ArithmeticError(f"{title}: the output contains NaN or infinity")
     del out
     progress.doing(f"{title}: timing")
     peak, once_s = time_once(lambda: peak_memory(call, device), device)
@@ -166,7 +170,7 @@ def _time_steps(title: str, call: Callable[[], Tensor], request: Request, progre
     if once > _SLOW_MS:
         times = summarise([once])
     else:
-        times = time_calls(call, device, samples=request.repeats, warm_up_ms=0.0, most_calls=1)
+        times = time_calls(call, device, samples=request.repeats, warm_up_ms=0.0, max_calls=1)
     return {
         **times.as_row(),
         "first_step_s": first,
@@ -176,8 +180,8 @@ def _time_steps(title: str, call: Callable[[], Tensor], request: Request, progre
     }
 
 
-def _worth(variant: str, ms: float, goal: float | None, rows: Mapping[str, Row]) -> Row:
-    """× dense, from what was measured before in this run; eager against eager where both were."""
+def _speedup(variant: str, ms: float, goal: float | None, rows: Mapping[str, Row]) -> Row:
+    """Speed-up over a dense variant of this run; eager variants are compared with dense-eager if it was measured."""
     baselines = ["dense", "dense-eager"]
     if variant in baselines:
         return {}
@@ -193,18 +197,18 @@ def _worth(variant: str, ms: float, goal: float | None, rows: Mapping[str, Row])
 def _measure_drift(
     step: StepModel, build: Callable[[], nn.Module], rows: Mapping[str, Row], kind: StepKind, runner: Runner
 ) -> None:
-    """Dense once more, where others came after it and it is quick enough."""
+    """Measure dense again at the end, if there are other variants and a step is at most ``_SLOW_MS``."""
     dense = rows.get("dense", {})
     if dense.get("status") != "complete" or len(rows) < 2 or dense["ms"] > _SLOW_MS:
         return
     again = _measure(step, build(), "dense", kind, runner.request, runner.progress)
     dense["again_ms"], dense["drift"] = again["ms"], again["ms"] / dense["ms"]
     runner.results.save()
-    runner.progress.say(f"{step.name}, dense once more: {again['ms']:.4g} ms, drift {dense['drift']:.3f}")
+    runner.progress.say(f"{step.name}, dense repeated: {again['ms']:.4g} ms, drift {dense['drift']:.3f}")
 
 
 def _compiler(request: Request) -> str:
-    return "inductor" if request.device.type == "cuda" else "aot_eager"  # off the GPU it is a trial only
+    return "inductor" if request.device.type == "cuda" else "aot_eager"  # CPU runs only test the code path
 
 
 def _compile(model: nn.Module, backend: str) -> None:
@@ -213,14 +217,14 @@ def _compile(model: nn.Module, backend: str) -> None:
 
 
 def _uncompile(model: nn.Module) -> None:
-    """As it was before it was compiled."""
+    """Undo :func:`_compile`."""
     for module in model.modules():
         module._compiled_call_impl = None
     torch._dynamo.reset()
 
 
 def _randomise(model: nn.Module, seed: int) -> None:
-    """Learned parameters as after training: as they begin, at zero, they might be skipped."""
+    """Set learned parameters to random values; an implementation could skip the initial zeros."""
     for i, layer in enumerate(installed_layers(model).values()):
         for parameter in layer.parameters():
             generator = torch.Generator(parameter.device).manual_seed(seed + i)

@@ -1,4 +1,4 @@
-"""Results as tables in Markdown."""
+"""Markdown tables of benchmark results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Columns = Sequence[_Column]
 
 
 def table(content: dict[str, Any]) -> str:
-    """The rows of a results file in Markdown, and under them what follows from them and on what they were measured."""
+    """Markdown table of a results file, followed by growth exponents, machine and versions."""
     rows = content["rows"]
     lines = _markdown(*_COLUMNS[content["kind"]](rows), rows)
     growth, memory = content.get("growth", ()), content.get("memory", ())
@@ -22,19 +22,19 @@ def table(content: dict[str, Any]) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """With three digits; in seconds from one second on."""
+    """Format a duration with three digits, in seconds from one second on."""
     return f"{value / 1e3:.3g} s" if value >= 1e3 else f"{value:.3g} ms"
 
 
 def variant(row: Row) -> str:
-    """What is measured in a step: dense says whether it is compiled, ours is unless it says eager."""
+    """Label of a step variant. Dense is labelled compiled or eager; ours is labelled only if it is eager."""
     name = row["variant"].removesuffix("-eager")
-    how = ", eager" if name != row["variant"] else ", compiled" if name == "dense" else ""
-    return f"{name}{how}{', checkpointing' if row.get('checkpointing') else ''}"
+    mode = ", eager" if name != row["variant"] else ", compiled" if name == "dense" else ""
+    return f"{name}{mode}{', checkpointing' if row.get('checkpointing') else ''}"
 
 
 def _markdown(names: _Columns, figures: _Columns, rows: Sequence[Row]) -> list[str]:
-    """``names``: columns that say which row it is; a row that failed has its error in place of the figures."""
+    """Lines of the table. ``names``: columns that identify a row; a failed row has its error instead of figures."""
     heads = [head for head, _ in (*names, *figures)]
     cells = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for row in rows:
@@ -75,13 +75,13 @@ def _case(rows: Sequence[Row], head: str) -> _Columns:
 
 _DENSE: _Column = ("dense", lambda row: milliseconds(row["dense"]["ms"]) if row["dense"] else "–")
 _OURS: _Column = ("ours", lambda row: milliseconds(row["ours"]["ms"]))
-_KERNELS: _Column = ("its kernels", lambda row: _number(_kernels(row), ".3g", " ms"))
+_KERNELS: _Column = ("kernel time", lambda row: _number(_kernels(row), ".3g", " ms"))
 _TIMES: _Column = ("× dense", lambda row: _number(row.get("times_dense"), ".2f", "×"))
-_GOAL: _Column = ("to reach", _goal)
+_GOAL: _Column = ("goal", _goal)
 
 
 def _attention(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
-    graph = [("in CUDA graphs", _in_graphs)]
+    graph = [("× dense, CUDA graphs", _in_graphs)]
     flex = [("FlexAttention", lambda row: milliseconds(row["flex"]["ms"]) if row.get("flex") else "–")]
     return _case(rows, "attention"), [
         _DENSE,
@@ -97,13 +97,13 @@ def _attention(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
 
 
 def _kernels(row: Row) -> float | None:
-    """What kernels take in a call under the profiler; by what ours.ms is more, the GPU waited or grew slower."""
+    """Sum of the kernel times in a call under the profiler; less than ours.ms if the GPU is idle between kernels."""
     by_kernel = row["ours"].get("by_kernel")
     return sum(by_kernel.values()) if by_kernel else None
 
 
 def _in_graphs(row: Row) -> str:
-    """× dense where neither waits for the host."""
+    """Speed-up over dense with both in CUDA graphs, without launch overhead."""
     ours, dense = row["ours"].get("graph_ms"), row["dense"].get("graph_ms")
     return "–" if ours is None or dense is None else f"{dense / ours:.2f}×"
 
@@ -144,14 +144,14 @@ def _step(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
 
 
 def _train(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
-    """As of a step, with its tokens; there is nothing to reach."""
+    """Columns of a step, plus the number of tokens and without a goal."""
     names, figures = _step(rows)
     work = ("training step (tokens)", lambda row: f"{row['work']} ({row['tokens']:,})")
     return [work, *names[1:]], figures[:-1]
 
 
 def _quality(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
-    """Of students against their teachers, before they were trained and after."""
+    """Students compared with their teachers, before and after training."""
 
     def loss(side: str) -> Callable[[Row], str]:
         return lambda row: f"{100 * (row[side]['flow_loss']['student_over_teacher'] - 1):+.1f} %"
@@ -167,7 +167,7 @@ def _quality(rows: Sequence[Row]) -> tuple[_Columns, _Columns]:
         ("steps", lambda row: f"{row['steps']:,}"),
         ("loss, not trained", loss("before")),
         ("trained", loss("after")),
-        ("captions right: teacher", lambda row: f"{100 * row['after']['prompt_check']['teacher']:.1f} %"),
+        ("captions correct: teacher", lambda row: f"{100 * row['after']['prompt_check']['teacher']:.1f} %"),
         ("not trained", captions("before")),
         ("trained", captions("after")),
         ("file", lambda row: f"{row['bytes'] / 2**20:.2f} MiB"),
@@ -186,23 +186,22 @@ _COLUMNS = {
 
 def _growth(fit: Row) -> str:
     return (
-        f"{fit['pass'].capitalize()} pass, {fit['backend']}, {fit['from']:,} to {fit['to']:,} tokens: its time grows "
-        f"as tokens^{fit['exponent']:.2f}, to reach ≤ {fit['goal']:g}{_mark(fit['reached'])}."
+        f"{fit['pass'].capitalize()} pass, {fit['backend']}, {fit['from']:,} to {fit['to']:,} tokens: time grows "
+        f"as tokens^{fit['exponent']:.2f}, goal ≤ {fit['goal']:g}{_mark(fit['reached'])}."
     )
 
 
 def _memory(fit: Row) -> str:
     return (
-        f"{variant(fit)}, {fit['from']:,} to {fit['to']:,} tokens: its peak memory grows as "
-        f"tokens^{fit['exponent']:.2f}."
+        f"{variant(fit)}, {fit['from']:,} to {fit['to']:,} tokens: peak memory grows as tokens^{fit['exponent']:.2f}."
     )
 
 
 def _caption(content: dict[str, Any]) -> str:
     machine, versions = content["machine"], content["versions"]
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
-    unfinished = "" if content["status"] == "complete" else f" The run was not finished: {content['status']}."
-    smoke = " **A trial with tiny sizes: the figures mean nothing.**" if content.get("smoke") else ""
+    unfinished = "" if content["status"] == "complete" else f" The run did not finish: {content['status']}."
+    smoke = " **Smoke test with tiny sizes: the timings mean nothing.**" if content.get("smoke") else ""
     return (
         f"{machine['device_name']}{driver}, {machine['dtype']}, torch {versions['torch']}, triton "
         f"{versions['triton']}, diffusers {versions['diffusers']}; {content['date'][:10]}; "

@@ -1,4 +1,4 @@
-"""Times of GPU work in milliseconds: medians over samples of several calls, and the same call split by kernel."""
+"""Timing of GPU work in milliseconds: medians over samples of several calls, and times per kernel."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ __all__ = [
 ]
 
 TIMING = (
-    "ms: median over samples of the mean time of the calls in a sample, after a warm-up; q1 and q3: quartiles. On CUDA "
-    "between two events, and the L2 cache is overwritten before each sample; elsewhere by the clock."
+    "ms: median over samples of the mean time per call in a sample, after a warm-up; q1 and q3: quartiles. On CUDA, "
+    "measured between two events, with the L2 cache overwritten before each sample; elsewhere, with the clock."
 )
-_SAMPLE_MS = 20.0  # a sample has as many calls as take about so long
-_MOST_CALLS = 20
-_BUDGET_MS = 10_000.0  # samples are left out, down to 3, where they would take longer than this
+_SAMPLE_MS = 20.0  # target duration of a sample; sets its number of calls
+_MAX_CALLS = 20
+_BUDGET_MS = 10_000.0  # the number of samples is reduced, down to 3, to stay within this time
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds a call."""
+    """Milliseconds per call."""
 
     ms: float
     q1: float
     q3: float
     least: float
     samples: int
-    calls: int  # in a sample
+    calls: int  # per sample
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def summarise(samples: Sequence[float], calls: int = 1) -> Times:
-    """Median and quartiles of milliseconds a call.
+    """Median and quartiles of milliseconds per call.
 
     Raises: ValueError: no samples.
     """
@@ -63,13 +63,13 @@ def summarise(samples: Sequence[float], calls: int = 1) -> Times:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_once(call: Callable[[], _T], device: torch.device) -> tuple[_T, float]:
-    """What a call gives, and its seconds by the clock: compilation, tuning and plans of a first call included."""
+    """Result of a call and its seconds by the clock, including compilation, autotuning and plans of a first call."""
     synchronize(device)
     began = time.perf_counter()
     result = call()
@@ -83,21 +83,21 @@ def time_calls(
     *,
     samples: int,
     warm_up_ms: float = 200.0,
-    most_calls: int = _MOST_CALLS,
+    max_calls: int = _MAX_CALLS,
 ) -> Times:
-    """Time a call that was made at least once before (so that nothing is compiled here).
+    """Time a call that has run at least once before, so that nothing is compiled here.
 
     Args:
-        samples: asked for; fewer, but at least 3 (or what was asked), where they would take more than ten seconds.
-        warm_up_ms: call for so long first, so that clocks are up.
-        most_calls: most calls in a sample.
+        samples: number of samples; reduced, but to at least 3, if they would take more than ten seconds.
+        warm_up_ms: duration of the warm-up, in which GPU clocks rise.
+        max_calls: maximum number of calls per sample.
     """
     flush = _l2_flusher(device)
     once, spent = 0.0, 0.0
     while spent < warm_up_ms or not once:
         once = _sample(call, device, 1)
         spent += once
-    calls = max(1, min(most_calls, round(_SAMPLE_MS / max(once, 1e-6))))
+    calls = max(1, min(max_calls, round(_SAMPLE_MS / max(once, 1e-6))))
     affordable = int(_BUDGET_MS / max(once * calls, 1e-6))
     taken = []
     for _ in range(min(samples, max(3, affordable))):
@@ -107,12 +107,12 @@ def time_calls(
 
 
 def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
-    """A call that was made before as a CUDA graph. To replay it takes the host next to no time, however many kernels it
-    launches: what is left is the GPU's."""
+    """Capture a call, which has run before, as a CUDA graph. Replaying it has almost no launch overhead, however many
+    kernels it has, so that only GPU time remains."""
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device):
         with torch.cuda.stream(stream):
-            call()  # what is set up once for a stream
+            call()  # initialises per-stream state before the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             call()
@@ -120,7 +120,7 @@ def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], None]
 
 
 def fit_growth(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
-    """The exponent e of y ~ xᵉ by least squares on the logarithms, and the range of x; None under three different x."""
+    """Exponent e of y ~ xᵉ, by least squares on the logarithms, and the range of x; None for fewer than 3 sizes x."""
     if len({x for x, _ in points}) < 3:
         return None
     xs, ys = zip(*points, strict=True)
@@ -129,7 +129,7 @@ def fit_growth(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
 
 
 def _sample(call: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Mean milliseconds of so many calls in a row."""
+    """Mean milliseconds per call over ``calls`` consecutive calls."""
     if device.type != "cuda":
         began = time.perf_counter()
         for _ in range(calls):
@@ -146,7 +146,7 @@ def _sample(call: Callable[[], Any], device: torch.device, calls: int) -> float:
 
 
 def _l2_flusher(device: torch.device) -> Callable[[], Any]:
-    """What overwrites the L2 cache with other data."""
+    """Function that overwrites the L2 cache with other data."""
     if device.type != "cuda":
         return lambda: None
     size = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
@@ -155,7 +155,7 @@ def _l2_flusher(device: torch.device) -> Callable[[], Any]:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes that a call had allocated at once beyond what was there before, its result included; None off CUDA."""
+    """Peak bytes allocated by a call, including its result; None if the device is not CUDA."""
     if device.type != "cuda":
         call()
         return None
@@ -169,9 +169,9 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def split_by_kernel(call: Callable[[], Any], device: torch.device, most: int = 16, calls: int = 3) -> dict[str, float]:
-    """Milliseconds a call by kernel (on the CPU, by operator), the largest first; the rest under "other".
+    """Milliseconds per call and kernel (on the CPU, per operator), the largest ``most`` first; the rest as "other".
 
-    Kernels of one name are added up. What is missing to the time of the call is gaps between kernels.
+    Kernels with the same name are added up. The difference to the time of the call is gaps between kernels.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -196,7 +196,7 @@ def split_by_kernel(call: Callable[[], Any], device: torch.device, most: int = 1
 
 
 def _short_name(name: str) -> str:
-    """A kernel's name without its return type, namespaces, template arguments and parameters."""
+    """Kernel name without return type, namespaces, template arguments and parameters."""
     name = re.sub(r"\(anonymous namespace\)::", "", name)
     while (shorter := re.sub(r"<[^<>]*>", "", name)) != name:
         name = shorter

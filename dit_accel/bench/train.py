@@ -1,4 +1,4 @@
-"""``dit-accel bench train``: training steps of a few blocks, dense against ours, and their memory by tokens."""
+"""``dit-accel bench train``: training steps of a few blocks, dense and ours, and their peak memory over tokens."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from .models import TRAINING
 from .request import Request
 from .results import Row
-from .step import StepKind, measure_steps, tell, title
+from .step import StepKind, measure_steps, result_line, title
 from .timing import fit_growth
 
 __all__ = ["KIND", "run", "summarise_memory"]
 
 _FIGURES = (
-    "One training step, batch 1: forward, mean squared error, backward, AdamW over all weights, in the precision of "
-    "the weights; its learning rate is 0, which costs the same and leaves the weights as they were. "
-    "checkpointing: whether blocks are computed anew in the backward pass. dense: compile_repeated_blocks("
-    "fullgraph=True) on the untouched model; sla: the mechanism set, its learned projection random and trained, too, "
-    "and compiled the same way; -eager: without. Softmax attention is cuDNN's on an NVIDIA GPU. first_step_s: the "
-    "first step, with compilation, tuning and plans. peak_bytes: beyond weights, inputs and the optimizer's state; "
-    "gradients included. times_dense: ms of the baseline (compiled for compiled, eager for eager, where measured) over "
-    "this row's. drift: dense once more after all the others, over the first time. memory: e of peak_bytes ~ tokens^e, "
-    "by least squares on the logarithms over so many lengths. by_kernel: ms of one more step under the profiler."
+    "One training step, batch 1: forward pass, mean squared error, backward pass, AdamW on all weights in their own "
+    "precision; the learning rate is 0, which takes the same time and keeps the weights. checkpointing: whether "
+    "gradient checkpointing is used. dense: the original model with compile_repeated_blocks(fullgraph=True); sla: with "
+    "the mechanism, a random learned projection, which is trained, too, and compiled the same way; -eager: not "
+    "compiled. Softmax attention is cuDNN's on an NVIDIA GPU. first_step_s: the first step, including compilation, "
+    "autotuning and plans. peak_bytes: peak memory minus weights, inputs and optimizer state, including gradients. "
+    "times_dense: the baseline's ms / this row's ms; the baseline is the dense variant with the same compilation, if "
+    "it was measured. drift: time of dense repeated at the end / its first time. memory: e of peak_bytes ~ tokens^e, "
+    "least squares on the logarithms over `sizes` lengths. by_kernel: ms per kernel of one step under the profiler."
 )
 
 
@@ -37,7 +37,7 @@ def _title(row: Row) -> str:
 
 @contextmanager
 def _training(model: nn.Module, inputs: dict[str, Any], request: Request) -> Iterator[Callable[[], Tensor]]:
-    """A step that gives its loss; the model is as it was afterwards."""
+    """Context with a training step that returns its loss; the model is restored afterwards."""
     model.train().requires_grad_(True)
     if request.checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -61,7 +61,7 @@ def _training(model: nn.Module, inputs: dict[str, Any], request: Request) -> Ite
 
 
 def summarise_memory(rows: list[Row]) -> Row:
-    """Exponents of peak memory by variant, where three lengths were measured."""
+    """Exponents of peak memory per variant, if at least three lengths were measured."""
     memory = []
     for variant, checkpointing in dict.fromkeys((row["variant"], row["checkpointing"]) for row in rows):
         mine = [row for row in rows if (row["variant"], row["checkpointing"]) == (variant, checkpointing)]
@@ -72,17 +72,17 @@ def summarise_memory(rows: list[Row]) -> Row:
 
 
 KIND = StepKind(
-    "train", _FIGURES, _title, tell, summarise_memory, prepare=_training,
+    "train", _FIGURES, _title, result_line, summarise_memory, prepare=_training,
     facts=lambda request: {"checkpointing": request.checkpointing},
 )  # fmt: skip
 
 
 def run(request: Request) -> int:
-    """Measure the lengths, one after the other; every finished variant is on disk at once.
+    """Measure the lengths in order; each variant is saved as soon as it is finished.
 
     Returns: exit status: 0, or 1 if a variant failed.
     Raises:
         BadInput: unknown model or variant; nothing was measured.
-        KeyboardInterrupt: stopped; what was finished is on disk.
+        KeyboardInterrupt: stopped; finished variants are saved.
     """
     return measure_steps(KIND, TRAINING, request)

@@ -1,4 +1,4 @@
-"""One pass of an attention call, forward or backward: ours and dense attention in turn, and what came out checked."""
+"""Measurement of one pass of an attention call, forward or backward: time ours and dense attention, check results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import Case, small
-from .flex import check_rows, mask_of, time_flex
+from .flex import check_rows, reference_mask_mod, time_flex
 from .progress import Progress
 from .request import Request, dense_attention
 from .results import Row
@@ -20,7 +20,7 @@ __all__ = ["PASSES", "check_gradients"]
 
 
 class _Calls(NamedTuple):
-    """``timed``: the pass by itself; ``whole``: what it needs before it, too, of which peak memory is measured."""
+    """``timed``: the pass alone. ``whole``: the pass with the forward pass it needs, for peak memory."""
 
     timed: Callable[[], Any]
     whole: Callable[[], Any]
@@ -54,7 +54,7 @@ def _measure_forward(case: Case, backend: str, request: Request, progress: Progr
 
 
 def _measure_backward(case: Case, backend: str, request: Request, progress: Progress, with_dense: bool) -> Row:
-    """Figures of the backward pass alone, what it recomputes included; learned tensors get gradients, too."""
+    """Figures of the backward pass alone, including recomputation and the gradients of learned tensors."""
     leaves, grad = _leaves(case, request, request.dtype)
     query, key, value = inputs = list(leaves.values())[:3]
 
@@ -71,9 +71,9 @@ def _measure_backward(case: Case, backend: str, request: Request, progress: Prog
     grads, first = time_once(first_call, request.device)
     for name, found in zip(leaves, grads, strict=True):
         if not bool(torch.isfinite(found).all()):
-            raise ArithmeticError(f"{case.name}: the gradient of {name} holds NaN or infinity")
+            raise ArithmeticError(f"{case.name}: the gradient of {name} contains NaN or infinity")
     del grads
-    progress.doing(f"{case.name} ({backend}): gradients, checked on few tokens")
+    progress.doing(f"{case.name} ({backend}): checking gradients on few tokens")
     checked = check_gradients(case, backend, request)
     calls = (
         _backward_of(ours, list(leaves.values()), grad),
@@ -88,9 +88,9 @@ PASSES = {"forward": _measure_forward, "backward": _measure_backward}
 
 
 def _leaves(case: Case, request: Request, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    """What has a gradient by name, query, key and value first, and the gradient of the output.
+    """Leaf tensors by name, query, key and value first, and the gradient of the output.
 
-    Made in the request's precision whatever ``dtype`` they are converted to, so that all hold the same numbers.
+    Values are drawn in the request's precision and then converted to ``dtype``, so that they are equal in all dtypes.
     """
     made = case.inputs(request.device, request.dtype, request.order, request.seed)
     tensors = dict(zip(("query", "key", "value"), made, strict=True))
@@ -113,12 +113,12 @@ def _backward_of(forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: 
 
 
 def check_gradients(case: Case, backend: str, request: Request) -> Row:
-    """Compare gradients with the torch backend's in float32, on few tokens of the same numbers; no speed of wrong ones.
+    """Compare gradients with the torch backend in float32 on few tokens, so that wrong gradients are not timed.
 
-    Errors are relative: the norm of the difference over the norm of the gradient. More is allowed where blocks are
-    chosen by the data, for at a near tie another one may be taken.
+    Errors are relative: the norm of the difference / the norm of the gradient. The tolerance is larger if blocks are
+    selected from the data, because rounding can change the selection at near ties.
 
-    Raises: ArithmeticError: wrong, or not finite.
+    Raises: ArithmeticError: a gradient is wrong or not finite.
     """
     few = small(case)
 
@@ -127,14 +127,14 @@ def check_gradients(case: Case, backend: str, request: Request) -> Row:
         found = torch.autograd.grad(_call(few, leaves, backend), list(leaves.values()), grad)
         return dict(zip(leaves, found, strict=True))
 
-    got, want = gradients(request.dtype, backend), gradients(torch.float32, "torch")
-    errors = {name: float((got[name].float() - w).norm() / w.norm()) for name, w in want.items()}
-    allowed = 0.05 if mask_of(case) is None else 0.02
+    actual, expected = gradients(request.dtype, backend), gradients(torch.float32, "torch")
+    errors = {name: float((actual[name].float() - grad).norm() / grad.norm()) for name, grad in expected.items()}
+    allowed = 0.05 if reference_mask_mod(case) is None else 0.02
     for name, error in errors.items():
         if not error <= allowed:
             raise ArithmeticError(
-                f"{case.name}: the gradient of {name} is off by {error:.3g} of its norm on {few.layout.seq_len} tokens "
-                f"(allowed {allowed}): not timed"
+                f"{case.name}: the gradient of {name} has a relative error of {error:.3g} on {few.layout.seq_len} "
+                f"tokens, tolerance {allowed}; not timed"
             )
     return {"tokens": few.layout.seq_len, "heads": few.heads, "errors": errors, "allowed": allowed}
 
@@ -152,7 +152,7 @@ def _compare(
     request: Request,
     progress: Progress,
 ) -> Row:
-    """Dense, ours, dense once more: figures of both, and what ours is worth against dense."""
+    """Time dense, ours, and dense again. Returns: figures of both and the speed-up."""
     device, timing = request.device, _timing(request)
     name, before = "", None
     if dense is not None:
@@ -167,7 +167,7 @@ def _compare(
         "dense": None,
         "ours": {
             **times.as_row(),
-            **_otherwise(ours, device, timing),
+            **_extra_timing(ours, device, timing),
             "peak_bytes": peak_memory(ours.whole, device),
             "by_kernel": split_by_kernel(ours.timed, device),
         },
@@ -175,15 +175,15 @@ def _compare(
     if before is None:
         return figures
     with dense_attention(device):
-        progress.doing(f"{case.name}: dense once more")
+        progress.doing(f"{case.name}: dense again")
         after = time_calls(other.timed, device, **timing)
-        more = _otherwise(other, device, timing)
+        more = _extra_timing(other, device, timing)
     figures["dense"] = {**_dense_figures(name, before, after, dense_flop), **more, "peak_bytes": peak}
-    return figures | _worth(figures["dense"]["ms"], times.ms, case)
+    return figures | _speedup(figures["dense"]["ms"], times.ms, case)
 
 
-def _otherwise(calls: _Calls, device: torch.device, timing: dict[str, Any]) -> Row:
-    """Milliseconds of a backward pass with the forward pass before it, or, on a GPU, of a forward pass in a graph."""
+def _extra_timing(calls: _Calls, device: torch.device, timing: dict[str, Any]) -> Row:
+    """Milliseconds of forward plus backward pass, or, for a forward pass on a GPU, of the call in a CUDA graph."""
     if calls.whole is not calls.timed:
         return {"both_ms": time_calls(calls.whole, device, **timing).ms}
     if device.type != "cuda":
@@ -203,8 +203,8 @@ def _dense_figures(name: str, before: Times, after: Times, flop: float) -> Row:
     }
 
 
-def _worth(dense_ms: float, our_ms: float, case: Case) -> Row:
-    """× dense, and against dense's rate on the logits that are needed."""
+def _speedup(dense_ms: float, our_ms: float, case: Case) -> Row:
+    """Speed-up over dense, and efficiency against the ideal: dense's speed per logit."""
     ideal = dense_ms * case.fraction
     times = dense_ms / our_ms
     reached = None if case.goal is None else times >= case.goal

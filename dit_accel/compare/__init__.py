@@ -1,1 +1,1 @@
-"""``dit-accel compare``: the same prompts with dense attention and with each mechanism, and what each cost."""
+"""``dit-accel compare``: the same prompts with dense attention and each mechanism, with times and image quality."""

@@ -1,5 +1,4 @@
-"""How far a picture or clip is from another: PSNR, SSIM, and LPIPS where its weights are on this machine; and how near
-to its prompt: CLIP score, likewise."""
+"""Image metrics: PSNR and SSIM, and LPIPS and CLIP score if their weights are on this machine."""
 
 from __future__ import annotations
 
@@ -24,16 +23,15 @@ _CLIP = "openai/clip-vit-base-patch16"
 def compare_frames(frames: Frames, baseline: Frames) -> dict[str, float | None]:
     """PSNR in dB, SSIM and LPIPS (AlexNet) of 8-bit frames, averaged over the frames.
 
-    None for what cannot be told: PSNR of equal frames (it is infinite), SSIM of frames smaller than its window, LPIPS
-    without weights.
+    None if undefined: PSNR of equal frames (infinite), SSIM of frames smaller than its window, LPIPS without weights.
 
     Args:
         frames, baseline: (T, H, W, 3) uint8.
     Returns: ``{"psnr", "ssim", "lpips"}``.
-    Raises: ValueError: frames of different shapes.
+    Raises: ValueError: the shapes differ.
     """
     if frames.shape != baseline.shape:
-        raise ValueError(f"frames of shape {frames.shape} cannot be compared with the baseline's {baseline.shape}")
+        raise ValueError(f"frames of shape {frames.shape} cannot be compared with a baseline of shape {baseline.shape}")
     pairs = [(_to_tensor(a), _to_tensor(b)) for a, b in zip(frames, baseline, strict=True)]
     return {
         "psnr": _mean([_psnr(a, b) for a, b in pairs]),
@@ -43,18 +41,18 @@ def compare_frames(frames: Frames, baseline: Frames) -> dict[str, float | None]:
 
 
 def lpips_weights() -> Path | None:
-    """AlexNet's weights as torchvision keeps them, if torchvision and they are there. Nothing is ever downloaded."""
+    """File of AlexNet's weights in torchvision's cache; None if either is missing. Never downloads anything."""
     try:
         from torchvision.models import AlexNet_Weights
-    except (ImportError, RuntimeError):  # RuntimeError: a torchvision of another torch build
+    except (ImportError, RuntimeError):  # RuntimeError: torchvision was built for another torch
         return None
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.DEFAULT.url).name
     return file if file.is_file() else None
 
 
 def clip_score(frames: Frames, prompt: str) -> float | None:
-    """100 times the cosine between prompt and picture in CLIP (ViT-B/16), averaged over the frames; None without its
-    weights. [CLIPScore, arXiv 2104.08718, w = 100]
+    """CLIP score: 100 × cosine of prompt and picture in CLIP ViT-B/16, averaged over the frames; None without weights.
+    [CLIPScore, arXiv 2104.08718, w = 100]
 
     Args:
         frames: (T, H, W, 3) uint8.
@@ -62,12 +60,12 @@ def clip_score(frames: Frames, prompt: str) -> float | None:
     folder = clip_weights()
     if folder is None:
         return None
-    model, processor = _clip_model(folder)  # torchmetrics' own does not run with transformers 5
+    model, processor = _clip_model(folder)  # torchmetrics' implementation fails with transformers 5
     pictures = [Image.fromarray(frame) for frame in frames]
-    given = processor(text=[prompt], images=pictures, return_tensors="pt", padding=True, truncation=True)
+    inputs = processor(text=[prompt], images=pictures, return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
-        found = model(**given)
-    return 100 * max(0.0, float((found.image_embeds @ found.text_embeds[0]).mean()))
+        output = model(**inputs)
+    return 100 * max(0.0, float((output.image_embeds @ output.text_embeds[0]).mean()))
 
 
 @functools.lru_cache(maxsize=1)
@@ -78,7 +76,7 @@ def _clip_model(folder: Path) -> tuple[Any, Any]:
 
 
 def clip_weights() -> Path | None:
-    """The folder where the Hugging Face hub's cache has CLIP ViT-B/16, if it has. Nothing is ever downloaded."""
+    """Folder of CLIP ViT-B/16 in the Hugging Face cache; None if it is missing. Never downloads anything."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -94,7 +92,7 @@ def _to_tensor(frame: NDArray[np.uint8]) -> Tensor:
 
 
 def _mean(values: list[float]) -> float | None:
-    """Mean of the values that are finite; None if there are none."""
+    """Mean of the finite values; None if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 

@@ -1,4 +1,4 @@
-"""What a comparison has found so far: kept as plain data, written as JSON, shown as a table."""
+"""Results of a comparison: plain data, saved as JSON and printed as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..files import write_json
 
 __all__ = ["FIGURES", "Picture", "Report", "Variant", "figure"]
 
-# figure -> (heading, format); what is None was not measured
+# figure -> (heading, format); None: not measured
 FIGURES = {
     "seconds_per_step": ("s / step", "{:.3g}"),
     "times_dense": ("× dense", "{:.2f}×"),
@@ -26,13 +26,13 @@ FIGURES = {
 
 
 def figure(name: str, value: float | None) -> str:
-    """A figure as people read it; a dash for what was not measured."""
+    """Format a figure; a dash if it was not measured."""
     return "–" if value is None else FIGURES[name][1].format(value)
 
 
 @dataclass
 class Picture:
-    """One prompt drawn by one variant, and how it compares with dense's picture of the same prompt and seed."""
+    """A picture of one prompt by one variant, with its metrics against the dense picture with the same seed."""
 
     prompt: int
     file: str
@@ -45,8 +45,11 @@ class Picture:
 
 @dataclass
 class Variant:
-    """Dense, or a mechanism with its options. source: of attention that was trained. status: waiting, running,
-    complete, failed, interrupted."""
+    """Dense attention, or a mechanism with its options.
+
+    ``source``: folder, file or hub id of trained attention. ``status``: waiting, running, complete, failed or
+    interrupted.
+    """
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +62,7 @@ class Variant:
     pictures: list[Picture] = field(default_factory=list)
 
     def mean(self, name: str) -> float | None:
-        """A figure averaged over the pictures that have it."""
+        """Mean of a figure over the pictures that have it."""
         if name == "logit_fraction":
             return self.logit_fraction
         values = [value for picture in self.pictures if (value := getattr(picture, name)) is not None]
@@ -71,7 +74,7 @@ class Variant:
 
 @dataclass
 class Report:
-    """A comparison, dense first. status: running, complete, failed, interrupted."""
+    """Results of a comparison, dense first. ``status``: running, complete, failed or interrupted."""
 
     path: Path
     about: Mapping[str, Any]
@@ -79,15 +82,15 @@ class Report:
     variants: list[Variant]
     status: str = "running"
     files: dict[str, str] = field(default_factory=dict)
-    dense_again: float | None = None  # dense's seconds per step once more, after everything else
+    dense_again: float | None = None  # seconds per step of dense, measured again at the end
 
     def drift(self) -> float | None:
-        """How much slower (> 1) or faster dense was at the end than at the beginning: what else the machine did."""
-        begun = self.variants[0].mean("seconds_per_step")
-        return self.dense_again / begun if begun and self.dense_again else None
+        """Time of dense at the end over its time at the beginning; differs from 1 if the machine had other load."""
+        first = self.variants[0].mean("seconds_per_step")
+        return self.dense_again / first if first and self.dense_again else None
 
     def missing(self) -> list[dict[str, Any]]:
-        """What was asked for and is not there."""
+        """Requested pictures that do not exist."""
         return [
             {"attention": variant.label, "prompt": prompt, "status": variant.status}
             for variant in self.variants
@@ -96,7 +99,7 @@ class Report:
         ]
 
     def content(self) -> dict[str, Any]:
-        """The report as JSON takes it."""
+        """The report as JSON-compatible data."""
         return {
             "status": self.status,
             "missing": self.missing(),
@@ -110,11 +113,11 @@ class Report:
         }
 
     def save(self) -> None:
-        """Write it, whole, in the place of what was there."""
+        """Write the report atomically."""
         write_json(self.path, self.content())
 
     def table(self) -> Table:
-        """One row a variant, means over the prompts."""
+        """Table with one row per variant and means over the prompts."""
         shown = [name for name in FIGURES if name != "lpips" or any(v.mean("lpips") is not None for v in self.variants)]
         table = Table(title=f"{self.about['pipeline']['class']}, mean of {len(self.prompts)} prompt(s)")
         table.add_column("attention")

@@ -1,4 +1,4 @@
-"""What ``dit-accel compare`` was asked for."""
+"""Options of a ``dit-accel compare`` run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ __all__ = ["Request"]
 
 @dataclass(frozen=True)
 class Request:
-    """Checked as far as it can be without the pipeline. None: take the pipeline's own. attention: by name and options,
-    or what ``load_attention`` takes."""
+    """Options, checked as far as possible without the pipeline. None: the pipeline's default.
+
+    ``attention``: names with options, or arguments of ``load_attention``.
+    """
 
     pipeline: str | None
     video: bool

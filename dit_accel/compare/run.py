@@ -1,4 +1,4 @@
-"""Draw the same prompts with dense attention and with each mechanism, time the denoiser, and put all side by side."""
+"""Generate the same prompts with dense attention and each mechanism, time the denoiser, and show all side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..errors import BadInput
 from ..install import denoisers
 from ..pipeline_loading import load_pipeline
 from ..signals import ignore_interrupts
-from .calling import average_logit_fraction, own_call, to_frames
+from .calling import average_logit_fraction, default_call, to_frames
 from .metrics import compare_frames, lpips_weights
 from .report import Picture, Report, Variant, figure
 from .request import Request
@@ -34,45 +34,44 @@ from .students import Student, make_students
 __all__ = ["run"]
 
 _FPS = 16
-_STEADY = 1.25  # dense may get slower or faster by this factor in the course of a run before it is said aloud
+_MAX_DRIFT = 1.25  # warn if the time of dense changes by more than this factor during a run
 _TIMING = (
-    "seconds_per_step: median over the denoising steps of the seconds in the denoiser's forward (all calls of a step, "
-    "as with guidance), device synchronised before and after, behind one untimed warm-up step a variant; text encoder, "
-    "scheduler and VAE are not in it. times_dense: dense's seconds_per_step over this one's, same prompt and run. "
-    "dense_again: dense once more at the end, so that it shows if something else kept the machine busy meanwhile. "
-    "logit_fraction: logits in the exact masks over those of dense attention, all self-attention layers, all steps. "
-    "psnr, ssim, lpips: on the 8-bit frames against dense's of the same prompt and seed, mean over frames; psnr is "
-    "null where the frames are equal."
+    "seconds_per_step: median over the denoising steps of the time in the denoiser's forward pass (all calls of a "
+    "step, such as two with guidance), synchronised before and after, after one untimed warm-up step per variant; "
+    "excludes text encoder, scheduler and VAE. times_dense: dense's seconds_per_step / this variant's, same prompt and "
+    "run. dense_again: dense measured again at the end, to detect other load on the machine. logit_fraction: unmasked "
+    "logits / dense attention's logits, over all self-attention layers and steps. psnr, ssim, lpips: of the 8-bit "
+    "frames against dense's with the same prompt and seed, mean over frames; psnr is null if the frames are equal."
 )
 
 
 @dataclass
 class Comparison:
-    """A loaded pipeline, what is asked of it, and what has been drawn so far."""
+    """A loaded pipeline, the options of the run, and the pictures drawn so far."""
 
     request: Request
     pipe: Any
     size: Size
     steps: int
-    call: dict[str, Any]  # what the pipeline is called with, but for prompt, steps and seed
-    students: list[Student | None]  # as report.variants; None is dense
+    call: dict[str, Any]  # arguments of the pipeline call, except prompt, steps and seed
+    students: list[Student | None]  # parallel to report.variants; None: dense
     report: Report
     drawn: dict[tuple[int, int], NDArray[np.uint8]]  # (prompt, column) -> (T, H, W, 3)
 
 
 def run(request: Request, console: Console) -> int:
-    """The whole comparison; its files are in ``request.out`` afterwards, also when it is stopped or a mechanism fails.
+    """Run the comparison and write its files to ``request.out``, even if it is stopped or a mechanism fails.
 
     Returns: exit status: 0, or 1 if a mechanism failed.
     Raises:
-        BadInput: something that the pipeline cannot do; nothing was drawn.
-        KeyboardInterrupt: stopped (SIGINT, SIGTERM); what was finished is on disk.
+        BadInput: the pipeline does not support the options; nothing was drawn.
+        KeyboardInterrupt: stopped (SIGINT, SIGTERM); finished pictures are saved.
     """
     console.print(f"Loading {_source(request)} …", highlight=False, soft_wrap=True)
     comparison = _prepare(request)
     report = comparison.report
     for name in ("compare.png", "compare.mp4"):
-        (request.out / name).unlink(missing_ok=True)  # of an earlier run: would not belong to the new report
+        (request.out / name).unlink(missing_ok=True)  # files of an earlier run do not match the new report
     report.save()
     try:
         with _progress(console) as progress:
@@ -95,37 +94,37 @@ def _source(request: Request) -> str:
 
 
 def _prepare(request: Request) -> Comparison:
-    """Load the pipeline and check everything that can be checked without drawing."""
+    """Load the pipeline and check all options before the first picture is drawn."""
     pipe = load_pipeline(_source(request), request.dtype, request.device)
     name = type(pipe).__name__
     try:
-        own = own_call(pipe, _source(request))
+        own = default_call(pipe, _source(request))
         size = _size(request, pipe, own.size)
         students = make_students(request.attention, pipe, token_grid(pipe, size))
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
     steps = request.steps or own.steps
     if steps is None:
-        raise BadInput(f"{name} does not say how many steps it takes; give --steps")
+        raise BadInput(f"{name} has no default number of steps; give --steps")
     call = own.arguments
     call |= {"height": size.height, "width": size.width}
     if size.frames is not None:
         call["num_frames"] = size.frames
     embedded = {str(embedded.folder): embedded.prompts for embedded in (IMAGE, VIDEO)}
     prompts = list(request.prompts or embedded.get(_source(request), OTHER_PROMPTS))
-    variants = [Variant("dense", logit_fraction=1.0, short="softmax over everything"), *map(_variant, students)]
+    variants = [Variant("dense", logit_fraction=1.0, short="softmax over all keys"), *map(_variant, students)]
     report = Report(request.out / "report.json", _about(request, pipe, size, steps, call), prompts, variants)
     return Comparison(request, pipe, size, steps, call, [None, *students], report, {})
 
 
 def _size(request: Request, pipe: Any, own: Size) -> Size:
-    """The size asked for, else the folder's or the pipeline's own; checked."""
+    """Requested size, else the pipeline's default; checked."""
     name = type(pipe).__name__
     if request.frames is not None and "num_frames" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"--frames is for clips, and {name} draws pictures")
     size = Size(request.height or own.height, request.width or own.width, request.frames or own.frames)
     if not size.height or not size.width:
-        raise ValueError(f"{name} does not say what size it draws; give --height and --width")
+        raise ValueError(f"{name} has no default size; give --height and --width")
     check_size(pipe, size)
     return size
 
@@ -136,7 +135,7 @@ def _variant(student: Student) -> Variant:
 
 
 def _for_json(value: Any) -> Any:
-    """JSON has no infinity: an unbounded radius is written as the command line takes it."""
+    """Value for JSON, which has no infinity: an unbounded radius is written as on the command line."""
     if isinstance(value, tuple):
         return [_for_json(item) for item in value]
     return "inf" if value == math.inf else value
@@ -153,7 +152,7 @@ def _about(request: Request, pipe: Any, size: Size, steps: int, call: dict[str, 
         "pipeline": {"source": _source(request), "class": type(pipe).__name__, "denoisers": models},
         "settings": {"steps": steps, "seed": request.seed, "call": call, "grid": list(grid) if grid else None},
         "timing": _TIMING,
-        "lpips": "measured" if lpips_weights() else "not measured: torchvision or AlexNet's weights are not here",
+        "lpips": "measured" if lpips_weights() else "not measured: torchvision or AlexNet's weights are missing",
     }
 
 
@@ -165,7 +164,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _draw_all(comparison: Comparison, progress: Progress) -> None:
-    """Dense first, then each mechanism; a mechanism that fails does not stop the others."""
+    """Draw dense, then each mechanism; if a mechanism fails, the others still run."""
     report = comparison.report
     overall = progress.add_task("pictures", total=len(report.variants) * len(report.prompts))
     for column, (variant, student) in enumerate(zip(report.variants, comparison.students, strict=True)):
@@ -175,9 +174,9 @@ def _draw_all(comparison: Comparison, progress: Progress) -> None:
                 _draw_variant(comparison, column, progress, overall)
         except Exception as error:
             variant.status, variant.error = "failed", f"{type(error).__name__}: {error}"
-            if student is None:  # without the baseline there is nothing to compare
+            if student is None:  # no comparison without the baseline
                 if isinstance(error, (ValueError, TypeError)):
-                    raise BadInput(f"{type(comparison.pipe).__name__} cannot draw this: {error}") from error
+                    raise BadInput(f"{type(comparison.pipe).__name__} rejects these arguments: {error}") from error
                 raise
             progress.console.print(f"[red]{variant.label} failed[/red]: {variant.error}", highlight=False)
         else:
@@ -186,10 +185,10 @@ def _draw_all(comparison: Comparison, progress: Progress) -> None:
         report.save()
     report.dense_again = _time_dense_again(comparison)
     drift = report.drift()
-    if drift is not None and not 1 / _STEADY < drift < _STEADY:
+    if drift is not None and not 1 / _MAX_DRIFT < drift < _MAX_DRIFT:
         progress.console.print(
-            f"[yellow]dense was {drift:.2f}× as slow at the end as at the beginning: something else kept this machine "
-            "busy, and the times above do not compare well[/yellow]", soft_wrap=True,
+            f"[yellow]the time of dense at the end is {drift:.2f}× its time at the beginning: the machine had other "
+            "load, so the times above are not comparable; run again on an idle machine[/yellow]", soft_wrap=True,
         )  # fmt: skip
 
 
@@ -205,7 +204,7 @@ def _draw_variant(comparison: Comparison, column: int, progress: Progress, overa
     variant, student = report.variants[column], comparison.students[column]
     step = progress.add_task(f"  {variant.label}, steps", total=comparison.steps)
     try:
-        _call(comparison, 0, steps=1, output_type="latent")  # warm-up: plans, buffers, kernels; not timed
+        _call(comparison, 0, steps=1, output_type="latent")  # untimed warm-up of plans, buffers and kernels
         for prompt in range(len(report.prompts)):
             progress.reset(step)
             with StepTimer(denoisers(pipe).values(), comparison.request.device) as timer:
@@ -227,7 +226,7 @@ def _draw_variant(comparison: Comparison, column: int, progress: Progress, overa
 
 
 def _call(comparison: Comparison, prompt: int, *, steps: int, output_type: str, step: Any = None) -> Any:
-    """One call of the pipeline, always from the same seed."""
+    """Call the pipeline, always with the same seed."""
     pipe, request = comparison.pipe, comparison.request
     extra: dict[str, Any] = {}
     if step is not None and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
@@ -246,7 +245,7 @@ def _call(comparison: Comparison, prompt: int, *, steps: int, output_type: str, 
 
 
 def _measure(comparison: Comparison, column: int, prompt: int, frames: NDArray[np.uint8], seconds: float) -> Picture:
-    """Keep a finished picture on disk, with its figures."""
+    """Save a finished picture. Returns: its entry in the report, with figures."""
     report = comparison.report
     variant = report.variants[column]
     folder = comparison.request.out / "pictures"
@@ -267,7 +266,7 @@ def _measure(comparison: Comparison, column: int, prompt: int, frames: NDArray[n
 
 
 def _finish(comparison: Comparison, console: Console) -> None:
-    """Whatever was finished, as sheet, clip, report and table."""
+    """Save sheet, clip and report of the finished pictures, and print the table."""
     report, out = comparison.report, comparison.request.out
     for variant in report.variants:
         if variant.status == "running":

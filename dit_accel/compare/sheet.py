@@ -1,4 +1,4 @@
-"""Prompts × attention side by side: a picture, or a clip, with the figures under each."""
+"""Contact sheet of prompts × attention: a picture or clip with the figures under each cell."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Sheet:
-    """The sheet of a report, with empty places to paste pictures into.
+    """Contact sheet of a report, with empty cells to paste pictures into.
 
     Args:
-        report: what has been found so far.
+        report: results with the figures to print.
         aspect: height over width of a cell.
         subtitle: a line under the title.
     """
@@ -40,11 +40,11 @@ class Sheet:
         self.notes = [[_notes(variant, prompt) for variant in report.variants] for prompt in range(len(report.prompts))]
         self.places: dict[tuple[int, int], tuple[int, int]] = {}  # (prompt, column) -> top left corner
         height = self._lay_out(None, subtitle)
-        self.image = Image.new("RGB", (width + width % 2, height + height % 2), _PAPER)  # even, as H.264 wants
+        self.image = Image.new("RGB", (width + width % 2, height + height % 2), _PAPER)  # H.264 needs even sides
         self._lay_out(ImageDraw.Draw(self.image), subtitle)
 
     def _lay_out(self, draw: ImageDraw.ImageDraw | None, subtitle: str) -> int:
-        """Draw everything but the pictures; without a canvas, only find the height."""
+        """Draw all texts and empty cells; without a canvas, only compute the height. Returns: the height."""
         left = [_MARGIN + i * (_CELL_WIDTH + _GAP) for i in range(len(self.report.variants))]
         y = _write(draw, _MARGIN, _MARGIN, [str(self.report.about["pipeline"]["class"])], _BIG, _INK)
         y = _write(draw, _MARGIN, y, [subtitle], _SMALL, _GREY) + _GAP
@@ -64,7 +64,7 @@ class Sheet:
         return y + _MARGIN
 
     def paste(self, prompt: int, column: int, cell: Image.Image) -> None:
-        """Put a picture in its place, scaled to the cell."""
+        """Paste a picture into its cell, scaled to fit."""
         sampling = Image.Resampling.LANCZOS if cell.width >= self.cell[0] else Image.Resampling.BICUBIC
         self.image.paste(cell.convert("RGB").resize(self.cell, sampling), self.places[prompt, column])
 
@@ -74,7 +74,7 @@ def _title(variant: Variant) -> str:
 
 
 def _notes(variant: Variant, prompt: int) -> list[str]:
-    """The figures under a cell, or why there is no picture in it."""
+    """Figures under a cell, or the reason for a missing picture."""
     picture = variant.picture(prompt)
     if picture is None:
         return [variant.status if variant.status in ("failed", "interrupted") else "not drawn"]
@@ -88,7 +88,7 @@ def _notes(variant: Variant, prompt: int) -> list[str]:
 
 
 def _wrap(text: str, font: Font, width: int, at: str) -> list[str]:
-    """Break a text into lines no wider than this, behind the given character where one fits."""
+    """Break a text after occurrences of ``at`` into lines of at most ``width`` pixels, if possible."""
     lines = [""]
     pieces = text.split(at)
     for i, piece in enumerate(pieces):
@@ -100,16 +100,16 @@ def _wrap(text: str, font: Font, width: int, at: str) -> list[str]:
 
 
 def _write(draw: ImageDraw.ImageDraw | None, x: int, y: int, lines: list[str], font: Font, colour: str) -> int:
-    """Write lines below each other; the y below them."""
+    """Write lines below each other. Returns: the y coordinate below them."""
     for line in lines:
         if draw is not None:
-            draw.text((x, y), line.replace("×", "x"), font=font, fill=colour)  # Pillow's own font has no ×
+            draw.text((x, y), line.replace("×", "x"), font=font, fill=colour)  # Pillow's default font has no ×
         y += _LINE[id(font)]
     return y
 
 
 def contact_cell(frames: NDArray[np.uint8]) -> Image.Image:
-    """A picture, or four frames of a clip from first to last: two above, two below."""
+    """Cell of the sheet: the picture, or a 2×2 grid of evenly spaced frames of a clip."""
     if len(frames) == 1:
         return Image.fromarray(frames[0])
     _, height, width, _ = frames.shape
@@ -121,13 +121,13 @@ def contact_cell(frames: NDArray[np.uint8]) -> Image.Image:
 
 
 def save_image(path: Path, image: Image.Image) -> None:
-    """A PNG that is there whole or not at all."""
+    """Save a picture as PNG, atomically."""
     with replacing(path) as temporary:
         image.save(temporary)
 
 
 def save_clip(path: Path, frames: Iterator[NDArray[np.uint8]], fps: int) -> None:
-    """An MP4 (H.264, 4:2:0) of (H, W, 3) frames that is there whole or not at all; odd sides are repeated once."""
+    """Save (H, W, 3) frames as MP4 (H.264, 4:2:0), atomically; odd sides are padded by repeating the last pixel."""
     import imageio.v2
 
     with (
@@ -144,7 +144,7 @@ def save_clip(path: Path, frames: Iterator[NDArray[np.uint8]], fps: int) -> None
 def sheet_frames(
     sheet: Sheet, length: int, frame_of: Callable[[int, int, int], NDArray[np.uint8] | None]
 ) -> Iterator[NDArray[np.uint8]]:
-    """The sheet as a clip: ``frame_of(prompt, column, time)`` gives each cell's frame, None where there is none."""
+    """Frames of the sheet as a clip; ``frame_of(prompt, column, time)`` returns a cell's frame, or None."""
     for time in range(length):
         for prompt, column in sheet.places:
             frame = frame_of(prompt, column, time)

@@ -1,4 +1,4 @@
-"""Which picture sizes a pipeline takes, and the token grid that they are cut into."""
+"""Picture sizes that a pipeline supports, and their token grids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Size", "check_size", "default_size", "token_box", "token_grid"]
 
 @dataclass(frozen=True)
 class Size:
-    """Height and width in pixels, and frames where the pipeline draws clips."""
+    """Height and width in pixels, and the number of frames for video pipelines."""
 
     height: int
     width: int
@@ -26,17 +26,17 @@ class Size:
 
 
 def token_box(pipe: Any) -> TokenBox | None:
-    """The token box of a pipeline of a known family; None for others, whose own checks have to do."""
+    """Token box of a pipeline of a known family; None for other pipelines, which check sizes themselves."""
     model = next(iter(denoisers(pipe).values()))
     family = family_of(model)
     return None if family is None else family.token_box(pipe, model)
 
 
 def default_size(pipe: Any) -> Size | None:
-    """The size that the pipeline draws when none is given; None where it does not say."""
+    """Default size of a pipeline; None if it has none."""
     parameters = inspect.signature(pipe.__call__).parameters
-    told = [getattr(parameters.get(name), "default", None) for name in ("height", "width", "num_frames")]
-    height, width, frames = (value if isinstance(value, int) else None for value in told)
+    defaults = [getattr(parameters.get(name), "default", None) for name in ("height", "width", "num_frames")]
+    height, width, frames = (value if isinstance(value, int) else None for value in defaults)
     if height is None or width is None:
         sample = getattr(pipe, "default_sample_size", None)
         if sample is None:
@@ -49,9 +49,9 @@ def default_size(pipe: Any) -> Size | None:
 
 
 def check_size(pipe: Any, size: Size) -> None:
-    """Refuse a size that the pipeline would round, or could not draw.
+    """Check that the pipeline draws exactly this size, without rounding.
 
-    Raises: ValueError: which size, what it must be a multiple of, and the nearest ones that are.
+    Raises: ValueError: the size is not a multiple of the token size; the message lists the nearest valid sizes.
     """
     box = token_box(pipe)
     if box is None:
@@ -82,7 +82,7 @@ def _nearest(length: int, multiple: int) -> tuple[int, int]:
 
 
 def token_grid(pipe: Any, size: Size) -> tuple[int, ...] | None:
-    """The grid that a picture of this size becomes (a U-Net's finest with attention); None for unknown families."""
+    """Token grid of a picture of this size (for a U-Net, the finest with attention); None for unknown families."""
     box = token_box(pipe)
     if box is None:
         return None

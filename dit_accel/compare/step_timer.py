@@ -1,4 +1,4 @@
-"""How long a pipeline's denoising steps take."""
+"""Timing of a pipeline's denoising steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["StepTimer", "synchronize"]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -23,7 +23,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class StepTimer:
-    """Times every forward of the denoisers while it is entered, from the first pre-hook to the last hook.
+    """Context that times each forward pass of the denoisers, from the first pre-hook to the last hook.
 
     ``with StepTimer(models, device) as timer: pipe(...)``, then :meth:`seconds_per_step`.
     """
@@ -55,14 +55,14 @@ class StepTimer:
         self._handles.clear()
 
     def seconds_per_step(self, steps: int) -> float:
-        """Median over the steps of the denoiser's seconds (all its forwards in the step, as with guidance).
+        """Median over the steps of the denoiser's seconds (all forward passes of a step, such as two with guidance).
 
-        The mean where the forwards do not divide evenly among the steps.
+        If the number of forward passes is not a multiple of ``steps``, the mean.
 
-        Raises: RuntimeError: no denoiser ran.
+        Raises: RuntimeError: no denoiser was called.
         """
         if not self.forwards:
-            raise RuntimeError("the pipeline never called its denoiser, so there is nothing to time")
+            raise RuntimeError("the pipeline never called its denoiser, so there are no times")
         each, left = divmod(len(self.forwards), steps)
         if left or not each:
             return sum(self.forwards) / steps

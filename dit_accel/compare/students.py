@@ -1,4 +1,4 @@
-"""What is compared with dense attention: a mechanism as it is, or one that a pipeline was converted to."""
+"""Attention to compare with dense: an untrained mechanism, or one that a pipeline was converted to."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ __all__ = ["Student", "make_students"]
 
 @dataclass(frozen=True)
 class Student:
-    """``source``: what ``load_attention`` takes, where the attention was trained; the processors are then its own.
-    ``exceptions``: layers with another than ``processor``."""
+    """Attention to compare with dense.
+
+    Args:
+        label: name in the report.
+        processor: processor of most layers.
+        source: argument of ``load_attention`` for trained attention, which then defines the processors.
+        exceptions: layers with another processor.
+    """
 
     label: str
     processor: AcceleratedAttnProcessor
@@ -30,13 +36,13 @@ class Student:
 
     @property
     def short(self) -> str:
-        """In few words."""
+        """Options in command-line format, for titles."""
         options = short_options(self.processor) + (" and others by layer" if self.exceptions else "")
         return options if self.source is None else f"{self.processor.name}, trained; {options}"
 
     @contextmanager
     def installed(self, pipe: Any) -> Iterator[None]:
-        """Inside, the pipeline has this attention."""
+        """Context in which the pipeline uses this attention."""
         if self.source is None:
             with attention(pipe, self.processor):
                 set_by_layer(pipe, self.exceptions)
@@ -49,34 +55,36 @@ class Student:
             reset_attn_processor(pipe)
 
 
-def make_students(asked: Sequence[AttentionSpec | str], pipe: Any, grid: tuple[int, ...] | None) -> list[Student]:
-    """Tried on the pipeline.
+def make_students(requested: Sequence[AttentionSpec | str], pipe: Any, grid: tuple[int, ...] | None) -> list[Student]:
+    """Build the students and check each one on the pipeline.
 
-    Raises: ValueError, TypeError: one that does not fit the grid, or a model that takes none; FileNotFoundError.
+    Raises:
+        ValueError, TypeError: options that do not fit the grid, or an unsupported model.
+        FileNotFoundError: no trained attention at the given source.
     """
     students: list[Student] = []
-    seen: dict[str, int] = {}
-    for one in asked:
-        if isinstance(one, str):
-            name = Path(one).stem if Path(one).is_file() else Path(one).name
-            loaded = load_attention(pipe, one)  # refuses what does not fit
+    counts: dict[str, int] = {}
+    for spec in requested:
+        if isinstance(spec, str):
+            name = Path(spec).stem if Path(spec).is_file() else Path(spec).name
+            loaded = load_attention(pipe, spec)  # raises if it does not fit the model
             reset_attn_processor(pipe)
-            choices, source = _choices(loaded.parts[0].processors), one
+            choices, source = _choices(loaded.parts[0].processors), spec
         else:
-            name, source = one.name, None
-            choices = one.by_layer(one.processor(grid))
-            with attention(pipe, choices[0][1]):  # refuses models and layers that are not known
+            name, source = spec.name, None
+            choices = spec.by_layer(spec.processor(grid))
+            with attention(pipe, choices[0][1]):  # raises for unknown models and layers
                 set_by_layer(pipe, choices)
-        for _, processor in choices if grid is not None else ():  # refuses a window with another number of axes
+        for _, processor in choices if grid is not None else ():  # raises for a window with another number of axes
             layout = TokenLayout(grid or ())
             processor.mechanism.fit(layout, **processor.layer_options(layout))
-        seen[name] = seen.get(name, 0) + 1
-        label = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        counts[name] = counts.get(name, 0) + 1
+        label = name if counts[name] == 1 else f"{name}-{counts[name]}"
         students.append(Student(label, choices[0][1], source, choices[1:]))
     return students
 
 
 def _choices(processors: Mapping[str, AcceleratedAttnProcessor]) -> ByLayer:
-    """The most usual of these first, then each layer that has another."""
-    usual = Counter(processors.values()).most_common(1)[0][0]
-    return (None, usual), *((layer, processor) for layer, processor in processors.items() if processor != usual)
+    """The most common processor for all layers, then each layer with another one."""
+    default = Counter(processors.values()).most_common(1)[0][0]
+    return (None, default), *((layer, processor) for layer, processor in processors.items() if processor != default)

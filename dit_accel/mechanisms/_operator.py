@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dit_accel.backend import VARIABLE, resolve
+from dit_accel.backend import ENV_VARIABLE, resolve
 from dit_accel.layout import TokenLayout
 
 __all__ = ["autograd_inside_op", "check_no_tangents", "define_operator"]
@@ -180,7 +180,7 @@ def _check_gpu(mechanism: str, backend: str, query: Tensor) -> None:
         raise ValueError(
             f"{mechanism}: the Triton kernels need compute capability 8.0 (Ampere) or later, and "
             f'{torch.cuda.get_device_name(query.device)} has {major}.{minor}: choose backend="torch" '
-            f"({VARIABLE}=torch){dtype}"
+            f"({ENV_VARIABLE}=torch){dtype}"
         )
 
 
@@ -214,7 +214,7 @@ def _explained(what: str, backend: str, backends: Iterable[str], query: Tensor) 
         raise RuntimeError(
             f"{what}: a Triton kernel for head dim {query.shape[-1]} in {dtype} needs {error.required} {unit}"
             f"{error.name}, and {_name(query.device)} has {error.limit}: {narrower}choose {choices} "
-            f"({VARIABLE}={others[0]})"
+            f"({ENV_VARIABLE}={others[0]})"
         ) from error
 
 

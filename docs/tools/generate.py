@@ -21,7 +21,7 @@ from typing import Any
 import typer.main
 
 from dit_accel import functional
-from dit_accel.backend import BACKENDS, BUILT
+from dit_accel.backend import BACKENDS, SUPPORTED_BACKENDS
 from dit_accel.bench.report import fill
 from dit_accel.cli import app
 from dit_accel.convert.recipes import RECIPES, Stage
@@ -117,7 +117,7 @@ def _trained(stage: Stage) -> str:
 
 
 def backends() -> str:
-    rows = [(f"`{name}`", *("yes" if b in built else "–" for b in BACKENDS)) for name, built in BUILT.items()]
+    rows = [(f"`{name}`", *("yes" if b in has else "–" for b in BACKENDS)) for name, has in SUPPORTED_BACKENDS.items()]
     return markdown(("mechanism", *(f"`{backend}`" for backend in BACKENDS)), rows)
 
 

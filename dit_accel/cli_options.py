@@ -1,0 +1,202 @@
+"""Options of the ``dit-accel`` commands: types, value names and help texts, for :mod:`.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "AccelerateDevice", "Accumulate", "AllowFrame", "AllowHost", "Attentions", "CaptionDropout", "ConvertLayers",
+    "CudaGraph", "Device", "Dtype", "FrameRate", "Frames", "GradientCheckpointing", "Height", "Host", "LearningRate",
+    "LoraLayers", "LossWeights", "MixedPrecision", "Port", "Prompts", "Rank", "Recipe", "ReportSamples", "Repository",
+    "SampleEvery", "Samples", "SaveDtype", "SaveEvery", "Schedule", "Share", "Sizes", "Teacher", "TimestepSampling",
+    "Tracker", "Train", "TrainingData", "Video", "Warmup", "Width",
+]  # fmt: skip
+
+_ATTN_HELP = (
+    "Attention to compare with dense: NAME, NAME:key=value,key=value, or the folder, file or hub id of trained "
+    "attention. Repeatable; default sla, clear, llsa and gna. The keys are the options of the processors; write one "
+    "length per axis as 16x16 or 2x8x8, for example gna:window=16x16,stride=8. To set other options on some layers, "
+    "append ;key=value@REGEX: gna:window=12x12;window=40x40@blocks.1 sets the larger window on the layers whose name "
+    "contains blocks.1. A name without options computes about a tenth of the logits: "
+    "sla has critical 0.1 and tile_order; llsa has block_size 16 and topk 8; the radius of clear and the window of gna "
+    "cover a tenth of the token grid (64×64: radius 11.4; window 20x20, stride 4x4)."
+)
+_RECIPE_HELP = (
+    "sla (the model's own objective; trains all weights); clear (adds distillation from the teacher's predictions and "
+    "attention outputs; trains the attention layers); attention-transfer (LoLCATs: fits the new parameters to the "
+    "teacher's attention outputs, layer by layer, then trains LoRA); linvideo (selects the layers to convert and uses "
+    "distribution matching; trains all weights); lit (adds distillation from the teacher's predictions; trains all "
+    "weights). Default: clear for clear attention, else sla."
+)
+_LR_HELP = (
+    "Learning rate. If a recipe has several stages, the rate of the last one; the rates of the other stages are scaled "
+    "by the same factor. Default: the recipe's."
+)
+_DATA_HELP = (
+    "Pictures with captions (clips with captions for video pipelines): a folder with one .txt per file or a "
+    "metadata.jsonl; or a webdataset: a .tar file, a folder of .tar files, or a pattern such as "
+    "shards-{000..003}.tar."
+)
+_SIZE_HELP = (
+    "Training size, such as 512x768 for pictures or 480x832x81 for clips. Repeatable: each picture or clip uses the "
+    "size with the nearest aspect ratio. Replaces --height, --width and --frames."
+)
+_FPS_HELP = (
+    "Frames per second sampled from the middle of each clip. Default: the pipeline's frame rate; if it has none, "
+    "frames are spread evenly over the whole clip."
+)
+
+# several commands
+Teacher = Annotated[
+    str | None, typer.Option(metavar="FOLDER_OR_HUB_ID", help="The teacher; default: the embedded image pipeline.")
+]
+Video = Annotated[bool, typer.Option("--video", help="Use the embedded video pipeline.")]
+Height = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, help="Height; default: the pipeline's.")]
+Width = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, help="Width; default: the pipeline's.")]
+Frames = Annotated[int | None, typer.Option(metavar="N", min=1, help="Frames per clip; default: the pipeline's.")]
+Sizes = Annotated[list[str] | None, typer.Option(metavar="HxW[xFRAMES]", help=_SIZE_HELP)]
+FrameRate = Annotated[float | None, typer.Option(metavar="RATE", help=_FPS_HELP)]
+Prompts = Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts for --data-free, one per line.")]
+Samples = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Number of samples that the teacher generates for --data-free.")
+]
+MixedPrecision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Mixed precision: no, fp16 or bf16; default: bf16 on a GPU, else no.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Device: cpu, cuda, cuda:1 or mps; default: CUDA, else MPS, else CPU."),
+]
+AccelerateDevice = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Device: cpu; default: the device that accelerate selects.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Precision: float32, float16 or bfloat16; default: bfloat16 on CUDA, else float32."
+    ),
+]
+
+# compare
+Attentions = Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_ATTN_HELP)]
+
+# convert
+Recipe = Annotated[str | None, typer.Option(metavar="NAME", help=_RECIPE_HELP)]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHAT",
+        help="Trained parameters: new (those the mechanism adds), attention, lora or full; default: the recipe's.",
+    ),
+]
+Rank = Annotated[int, typer.Option(metavar="N", min=1, help="LoRA rank.")]
+LoraLayers = Annotated[
+    str,
+    typer.Option(
+        metavar="WHICH",
+        help="Linear layers that get a LoRA: attention (those of the converted layers), or blocks (all linear "
+        "layers of their transformer blocks).",
+    ),
+]
+ConvertLayers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Number of layers that linvideo converts; default: 8 of 15, the paper's share of 16 of 30.",
+    ),
+]
+Accumulate = Annotated[int, typer.Option(metavar="N", min=1, help="Gradient accumulation: batches per optimizer step.")]
+LearningRate = Annotated[float | None, typer.Option(metavar="RATE", help=_LR_HELP)]
+Warmup = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Learning rate warm-up steps in each stage of the recipe.")
+]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        "--lr-schedule",
+        metavar="NAME",
+        help="Learning rate after the warm-up: constant, or cosine (decays to 0).",
+    ),
+]
+TimestepSampling = Annotated[
+    str,
+    typer.Option(
+        "--timestep-sampling",
+        metavar="NAME",
+        help="Distribution of the noise levels in flow matching: shift (logit-normal with the scheduler's shift), "
+        "uniform (more low-noise samples), or mixed (half of each).",
+    ),
+]
+CaptionDropout = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of training samples with an empty caption; use 0.1 for pipelines with guidance.",
+    ),
+]
+LossWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=WEIGHT",
+        help="Loss weight that replaces the recipe's: flow, prediction, variance or attention; repeatable.",
+    ),
+]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Recompute activations in the backward pass to save memory."),
+]
+CudaGraph = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graph",
+        help="Replay the forward and backward pass as a CUDA graph; faster for small models, which are limited by "
+        "kernel launches.",
+    ),
+]
+SaveEvery = Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")]
+SaveDtype = Annotated[
+    str, typer.Option(metavar="NAME", help="Precision of the saved file: float32, bfloat16 or float16.")
+]
+SampleEvery = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Steps between sample pictures of student and teacher; 0: none.")
+]
+ReportSamples = Annotated[
+    int, typer.Option(metavar="N", min=0, help="New teacher samples for the evaluation at the end; 0: none.")
+]
+Repository = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub", metavar="OWNER/NAME", help="Hub repository to upload weights, model card and report to."
+    ),
+]
+Tracker = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Tracker of accelerate for the losses, such as tensorboard or wandb.")
+]
+TrainingData = Annotated[Path | None, typer.Option(metavar="FOLDER_OR_SHARDS", help=_DATA_HELP)]
+
+# demo
+Host = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS", help="Address to listen on: 127.0.0.1 for this machine only, 0.0.0.0 for the network."
+    ),
+]
+Port = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, max=65535, help="Port; default: the first free port from 7860 on."),
+]
+Share = Annotated[
+    bool, typer.Option("--share", help="Create a public link through Gradio's servers, valid for one week.")
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Additional host name of the page, such as a proxy's; repeatable."),
+]
+AllowFrame = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ORIGIN", help="Site that may embed the page in a frame; repeatable."),
+]

@@ -17,10 +17,10 @@ ReadLayout = Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Self-attention layers with one token layout, and the module whose forward arguments determine it.
+    """Self-attention layers with one token layout, which is read from the forward arguments of ``owner``.
 
     Args:
-        owner: dotted name of that module inside the denoiser, ``""`` for the denoiser itself.
+        owner: dotted name of a module inside the denoiser, ``""`` for the denoiser itself.
         read: ``(owner module, its forward arguments by name) -> TokenLayout``; called before each forward.
         layers: dotted names of the attention modules inside the denoiser.
     """

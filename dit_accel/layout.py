@@ -26,7 +26,7 @@ class TokenLayout:
         grid: axis lengths, slowest first: ``(N,)``, ``(H, W)`` or ``(T, H, W)``.
         before: number of global tokens before the grid.
         after: number of global tokens after it.
-        references: grids of reference images (Flux Kontext) whose tokens are the first of ``after``, in order.
+        references: grids of reference images (Flux Kontext); their tokens are the first of ``after``, in order.
 
     Raises:
         TypeError: a length that is not an integer.

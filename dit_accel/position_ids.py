@@ -14,7 +14,7 @@ _CACHE: dict[int, tuple[weakref.ref[Tensor], int, list[tuple[int, int]]]] = {}
 
 
 def raster_grids(ids: Tensor) -> list[tuple[int, int]]:
-    """Return the grids (H, W) of consecutive images whose tokens are in row-major order.
+    """Return the grids (H, W) of consecutive images with tokens in row-major order.
 
     Reading the ids synchronises with the GPU, so the result is cached until the tensor is changed or freed. Tensors
     created under ``torch.inference_mode()`` have no version counter: their ids are read in each call.

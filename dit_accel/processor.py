@@ -51,7 +51,7 @@ class AcceleratedAttnProcessor:
         dense_steps: number of denoising steps at the start of each generation that stay dense; ignored in training.
         min_tokens: layers with fewer grid tokens stay dense.
         reference: attention over reference images (Flux Kontext): ``"whole"``, dense between them and all tokens;
-            ``"window"``, with the same window as the image, whose size they must have.
+            ``"window"``, with the window of the image (they must have its size).
         backend: ``"torch"``, ``"triton"`` or ``"flex"``; None = the environment variable ``DIT_ACCEL_BACKEND``, else
             Triton on a GPU. Depends on the machine: :func:`dit_accel.save_attention` does not save it.
 
@@ -129,8 +129,8 @@ class AcceleratedAttnProcessor:
             return layout
         if any(grid != layout.grid for grid in layout.references):
             raise ValueError(
-                'reference="window" expects reference images with the size of the image, whose grid is '
-                f'{layout.grid}; got {layout.references}: resize them or use reference="whole"'
+                f'reference="window" expects reference images with the size of the image, a grid of {layout.grid}, '
+                f'got {layout.references}: resize them or use reference="whole"'
             )
         images = 1 + len(layout.references)
         stacked = (images, *layout.grid)

@@ -82,7 +82,7 @@ def _layouts(saved: SavedComponent, path: Path) -> dict[str, TokenLayout | ReadL
 def _merge_lora(model: nn.Module, weights: dict[str, Weight], path: Path) -> dict[str, Weight]:
     """Replace the two factors of each LoRA by the merged weight, based on the file's weight or else the pretrained one.
 
-    Raises: ValueError: one factor without the other, factors whose shapes do not match, a fused projection, or a
+    Raises: ValueError: one factor without the other, factors with shapes that do not match, a fused projection, or a
         projection that an adapter wraps.
     """
     factors = (f".{DOWN}", f".{UP}")

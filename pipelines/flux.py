@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
 from ..layout import TokenLayout
-from ..position_ids import raster_grids, first_raster_grid
+from ..position_ids import first_raster_grid, raster_grids
 
 MODELS = (FluxTransformer2DModel,)
 
 
 def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
-    """Read the grid from ``img_ids`` (N, 3): image index, row, column; Kontext's references have other image indices."""
+    """Read the grid from ``img_ids`` (N, 3): image index, row, column; references (Kontext) have other image indices."""
     ids: Tensor = arguments["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids  # (B, N, 3) is deprecated in diffusers, but still supported
     text = arguments["encoder_hidden_states"].shape[1]

@@ -110,7 +110,7 @@ def fastvideo_name(key):
 
 
 def linfusion_shapes(widths, mid=None):
-    """Return key -> shape of a LinFusion file whose modules have these widths."""
+    """Return key -> shape of a LinFusion file with modules of these widths."""
     shapes = {}
     for i, width in enumerate(widths):
         inner = mid or width

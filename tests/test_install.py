@@ -437,7 +437,7 @@ def test_unfit_file_is_refused_unchanged(tmp_path):
         (lambda t, m: t.pop(key), r"missing transformer_blocks.0.attn.dit_accel.weight; unexpected none"),
         (lambda t, m: t.update({"transformer.strange": torch.ones(1)}), "missing none; unexpected strange"),
         (lambda t, m: t.update({key: torch.zeros(32, 32)}), "another model or head size"),
-        (lambda t, m: m.update(dit_accel=m["dit_accel"].replace('"sla"', '"magic"')), "'magic'; expected one of sla"),
+        (lambda t, m: m.update(dit_accel=m["dit_accel"].replace('"sla"', '"magic"')), "mechanism 'magic'; expected"),
         (lambda t, m: m.update(dit_accel=m["dit_accel"].replace('"format": 1', '"format": 9')), "update dit_accel"),
         (lambda t, m: m.pop("dit_accel"), "was not written by dit_accel"),
         (lambda t, m: m.update(dit_accel=m["dit_accel"].replace("blocks.1.attn", "blocks.7.attn")), "lacks"),

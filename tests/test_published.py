@@ -164,7 +164,7 @@ def test_second_file_replaces_first_and_saves(tmp_path):
 
 
 def wide_wan():
-    """Return a model whose weights span several 128×128 blocks, with incomplete ones at the edge."""
+    """Return a model with weights of several 128×128 blocks, some of them incomplete."""
     torch.manual_seed(0)
     return WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=72, in_channels=4, out_channels=4, text_dim=24,

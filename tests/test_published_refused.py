@@ -49,9 +49,9 @@ POOL = "single_transformer_blocks.1.attn.processor.spatial_weight"
 @pytest.mark.parametrize(
     ("name", "factor", "change", "options", "words"),
     [
-        ("mine", 1, None, {}, r"name does not contain its radius.*load_attention\(pipe, file, radius=16\)"),
+        ("mine", 1, None, {}, r"name does not contain the radius.*load_attention\(pipe, file, radius=16\)"),
         ("mine", 4, None, {}, r"radius=16, down_factor=4\)"),
-        ("mine", 1, None, {"down_factor": 1}, "name does not contain its radius"),
+        ("mine", 1, None, {"down_factor": 1}, "name does not contain the radius"),
         (
             "mine",
             4,
@@ -223,8 +223,8 @@ def test_unknown_and_damaged_files_are_refused(tmp_path):
     )
     refused(model, inputs, "no release that is known here: none", write(tmp_path / "empty.safetensors", {}))
     good = write(tmp_path / "clear_local_3.pth", clear_tensors())
-    whole = good.read_bytes()
-    good.write_bytes(whole[: len(whole) // 2])
+    content = good.read_bytes()
+    good.write_bytes(content[: len(content) // 2])
     refused(model, inputs, "is not a complete file of torch.save|is damaged", good)
     good.write_bytes(b"")
     refused(model, inputs, "is not a complete file of torch.save|is damaged", good)

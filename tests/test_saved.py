@@ -249,7 +249,7 @@ def test_invalid_options_are_refused_by_name(options, words, tmp_path):
         (in_group(options={}, layout=7), "the token layout must be an object, got 7"),
         (in_group(options={}, layout={"grid": [7, -1], "before": 0, "after": 0, "references": []}), "at least 1 long"),
         (in_group(options={}, layout={"grid": [7], "before": 0, "after": 9, "references": [[0]]}), "at least 1 long"),
-        (in_group(options={}, layout={"grid": [7], "before": 0.5, "after": 9, "references": []}), "must be an integer"),
+        (in_group(options={}, layout={"grid": [7], "before": 0.5, "after": 9, "references": []}), "before must be an"),
         (in_group(options={}, note=1), "has the unknown key 'note'; expected layers, layout, mechanism"),
         (lambda t, c: c.update(components=[]), r"components must be an object, got \[\]"),
         (lambda t, c: c.update(components={}), "components must not be empty"),

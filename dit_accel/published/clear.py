@@ -41,7 +41,7 @@ def plan(model: nn.Module, file: WeightsFile, options: Mapping[str, Any]) -> Pla
     factor = _pooling_factor(file)
     if "radius" not in chosen:
         raise ValueError(
-            f"{file.path} is a CLEAR file whose name does not contain its radius, as clear_local_16_down_4 does: "
+            f"{file.path} is a CLEAR file, and its name does not contain the radius, as clear_local_16_down_4 does: "
             f"pass it, load_attention(pipe, file, radius=16{f', down_factor={factor}' * (factor > 1)})"
         )
     if chosen.setdefault("down_factor", factor) != factor:

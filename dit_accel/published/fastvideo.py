@@ -55,6 +55,6 @@ def diffusers_name(key: str) -> str | None:
     projection = _PROJECTION.fullmatch(key)
     if projection:
         return learned_key(projection[1], projection[2])
-    for theirs, ours in _NAMES:
-        key = re.sub(f"^{theirs}", ours, key)
+    for pattern, name in _NAMES:
+        key = re.sub(f"^{pattern}", name, key)
     return key

@@ -47,8 +47,8 @@ _MODULES = {
 }
 _BLOCK_MODULES = {
     **{
-        f"{theirs}.{a}": f"{ours}.{b}"
-        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        f"{wan}.{a}": f"{diffusers}.{b}"
+        for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
         for a, b in {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}.items()
     },
     **{f"{a}.norm_{x}": f"{b}.norm_{x}" for a, b in (("self_attn", "attn1"), ("cross_attn", "attn2")) for x in "qk"},

@@ -15,7 +15,7 @@ MODELS = (FluxTransformer2DModel,)
 
 
 def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
-    """Read the grid from ``img_ids`` (N, 3): image index, row, column; references (Kontext) have other image indices."""
+    """Read the grid from ``img_ids`` (N, 3): image index, row, column; references have other image indices."""
     ids: Tensor = arguments["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids  # (B, N, 3) is deprecated in diffusers, but still supported
     text = arguments["encoder_hidden_states"].shape[1]

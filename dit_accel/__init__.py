@@ -1,4 +1,4 @@
-"""Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA and GNA with one line."""
+"""Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA, GNA and LinFusion in one line."""
 
 from . import functional
 from .describe import describe, logit_fraction

@@ -1,4 +1,4 @@
-"""What a model family tells the library: which layers attend over a grid, and how to read it off a forward call."""
+"""Description of a model family: the attention layers, and the function that reads their layout from a forward call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ReadLayout = Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Self-attention layers that share a token layout, and the module whose forward arguments tell it.
+    """Self-attention layers with one token layout, which is read from the forward arguments of ``owner``.
 
     Args:
-        owner: dotted name of that module inside the denoiser, ``""`` for the denoiser itself.
-        read: ``(owner module, its forward arguments by name) -> TokenLayout``; called before every forward.
+        owner: dotted name of a module inside the denoiser, ``""`` for the denoiser itself.
+        read: ``(owner module, its forward arguments by name) -> TokenLayout``; called before each forward.
         layers: dotted names of the attention modules inside the denoiser.
     """
 
@@ -32,7 +32,7 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class GivenLayout:
-    """A layout given by hand, for :attr:`AttentionGroup.read`: a ``TokenLayout``, or a function of its arguments."""
+    """Layout passed by the user, for :attr:`AttentionGroup.read`: a ``TokenLayout``, or a function that returns one."""
 
     layout: TokenLayout | ReadLayout
 
@@ -49,13 +49,13 @@ class GivenLayout:
 
 @dataclass(frozen=True)
 class TokenBox:
-    """Pixels (and frames) that one token stands for, and what the sizes must be multiples of.
+    """Size of one token in pixels and frames, and the multiples that image and video sizes must have.
 
     Args:
-        side: height and width in pixels of the patch behind one token.
-        multiple: what height and width must be multiples of.
-        frames: a clip's frames are this many times a whole number, plus one; None for pictures.
-        patch_frames: latent frames in one token.
+        side: height and width of a token in pixels.
+        multiple: height and width of an image must be multiples of these.
+        frames: the number of frames of a video must be a multiple of this, plus one; None for images.
+        patch_frames: latent frames per token.
     """
 
     side: tuple[int, int]
@@ -65,11 +65,11 @@ class TokenBox:
 
 
 def is_self_attention(module: nn.Module) -> bool:
-    """True for a diffusers attention module (one that has a processor) that does not take its keys from elsewhere."""
+    """Return whether the module is a diffusers attention module (it has a processor) and not cross-attention."""
     return getattr(module, "processor", None) is not None and not getattr(module, "is_cross_attention", False)
 
 
 def self_attention_layers(model: nn.Module, inside: str = "") -> list[str]:
-    """Names, in the model, of the self-attention modules below the module named ``inside``."""
+    """Return the dotted names of the model's self-attention modules below the module named ``inside``."""
     prefix = f"{inside}." if inside else ""
     return [name for name, module in model.named_modules() if name.startswith(prefix) and is_self_attention(module)]

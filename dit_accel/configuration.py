@@ -1,4 +1,4 @@
-"""The configuration in the metadata of ``dit_accel.safetensors``: processors, their layers, layouts given by hand."""
+"""Configuration in the metadata of ``dit_accel.safetensors``: processors, their layers, user-defined layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .processor import PROCESSORS, AcceleratedAttnProcessor
 __all__ = ["FUNCTION", "SavedComponent", "SavedGroup", "read_configuration", "write_configuration"]
 
 FORMAT = 1
-FUNCTION = "function"  # in place of a layout that was given by hand as a function, which no file can hold
+FUNCTION = "function"  # stands for a user-defined layout that is a function, which cannot be saved
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class SavedGroup:
     """Attention modules with one processor and one layout.
 
     Args:
-        processor: without a backend, which belongs to the machine.
+        processor: the processor without its backend, which depends on the machine.
         layers: names of the attention modules.
-        layout: the ``TokenLayout`` that was given by hand, ``FUNCTION`` if a function was given, None if none was.
+        layout: the user-defined ``TokenLayout``; ``FUNCTION`` if it is a function; None for the model family's own.
     """
 
     processor: AcceleratedAttnProcessor
@@ -34,7 +34,7 @@ class SavedGroup:
 
 @dataclass(frozen=True)
 class SavedComponent:
-    """A denoiser in the file: the name of its class, and its groups."""
+    """Denoiser in the file: the name of its class, and its groups."""
 
     class_name: str
     groups: tuple[SavedGroup, ...]
@@ -58,61 +58,61 @@ def _group_to_json(group: SavedGroup) -> dict[str, Any]:
 
 
 def read_configuration(text: str, path: Path) -> dict[str, SavedComponent]:
-    """Return the components by name; path: of the file, for messages.
+    """Return the components by name; ``path`` is used in messages.
 
-    Raises: ValueError: no JSON of this form, a newer format, an unknown mechanism or option, an option of a wrong type
-        or out of range.
+    Raises: ValueError: not a JSON text of this form, another format, an unknown mechanism or option, an option of the
+        wrong type or out of range.
     """
     try:
         content = json.loads(text)
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"format {content['format']!r}; this version reads {FORMAT}: update dit_accel")
+            raise ValueError(f"expected format {FORMAT}, got {content['format']!r}: update dit_accel")
         top = _fields("the configuration", content, {"format", "components"})
         components = _of_type("components", top["components"], dict)
         if not components:
-            raise ValueError("components are empty")
+            raise ValueError("components must not be empty")
         return {name: _component(name, entry) for name, entry in components.items()}
     except RecursionError as error:
-        raise ValueError(f"{path} has a configuration in its metadata that cannot be read: too deep") from error
+        raise ValueError(f"{path} has an invalid configuration in its metadata: nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{path} has a configuration in its metadata that cannot be read: {error}") from error
+        raise ValueError(f"{path} has an invalid configuration in its metadata: {error}") from error
 
 
 def _component(name: str, entry: Any) -> SavedComponent:
-    found = _fields(f"component {name}", entry, {"class", "attention"})
-    groups = tuple(_group(f"component {name}", group) for group in _list_of("attention", found["attention"], dict))
+    content = _fields(f"component {name}", entry, {"class", "attention"})
+    groups = tuple(_group(f"component {name}", group) for group in _list_of("attention", content["attention"], dict))
     layers = [layer for group in groups for layer in group.layers]
     if not layers:
-        raise ValueError(f"component {name} names no layers")
+        raise ValueError(f"component {name} has no layers")
     twice = next((layer for layer in layers if layers.count(layer) > 1), None)
     if twice is not None:
-        raise ValueError(f"component {name} names the layer {twice} twice")
-    return SavedComponent(_of_type("class", found["class"], str), groups)
+        raise ValueError(f"component {name} has the layer {twice} twice")
+    return SavedComponent(_of_type("class", content["class"], str), groups)
 
 
-def _group(where: str, entry: Any) -> SavedGroup:
-    found = _fields(f"an attention group of {where}", entry, {"mechanism", "options", "layers"}, {"layout"})
-    name = found["mechanism"]
+def _group(component: str, entry: Any) -> SavedGroup:
+    content = _fields(f"an attention group of {component}", entry, {"mechanism", "options", "layers"}, {"layout"})
+    name = content["mechanism"]
     if not isinstance(name, str) or name not in PROCESSORS:
-        raise ValueError(f"mechanism {name!r} is not known here; known: {', '.join(PROCESSORS)}")
+        raise ValueError(f"unknown mechanism {name!r}; expected one of {', '.join(PROCESSORS)}")
     kind = PROCESSORS[name]
     known = {field.name for field in fields(kind)} - {"backend"}
-    options = _fields(f"the options of {name}", found["options"], (), known)
+    options = _fields(f"the options of {name}", content["options"], (), known)
     try:
         processor = kind(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the options of {name} are not valid: {error}") from error
-    layers = tuple(_list_of("layers", found["layers"], str))
-    return SavedGroup(processor, layers, _layout(found["layout"]) if "layout" in found else None)
+    layers = tuple(_list_of("layers", content["layers"], str))
+    return SavedGroup(processor, layers, _layout(content["layout"]) if "layout" in content else None)
 
 
 def _layout(entry: Any) -> TokenLayout | str:
     if entry == FUNCTION:
         return FUNCTION
-    found = _fields("the token layout", entry, {"grid", "before", "after", "references"})
-    before, after = (_of_type(name, found[name], int) for name in ("before", "after"))
-    references = [_grid(each) for each in _of_type("references", found["references"], list)]
-    return TokenLayout(_grid(found["grid"]), before, after, tuple(references))
+    content = _fields("the token layout", entry, {"grid", "before", "after", "references"})
+    before, after = (_of_type(name, content[name], int) for name in ("before", "after"))
+    references = [_grid(each) for each in _of_type("references", content["references"], list)]
+    return TokenLayout(_grid(content["grid"]), before, after, tuple(references))
 
 
 def _grid(value: Any) -> tuple[int, ...]:
@@ -120,9 +120,9 @@ def _grid(value: Any) -> tuple[int, ...]:
 
 
 def _fields(name: str, value: Any, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
-    """Return the value if it is an object with these keys.
+    """Return the value if it is a JSON object with these keys.
 
-    Raises: ValueError: anything else, a missing or an unknown key.
+    Raises: ValueError: not an object, a missing or an unknown key.
     """
     _of_type(name, value, dict)
     missing = [key for key in required if key not in value]
@@ -131,7 +131,7 @@ def _fields(name: str, value: Any, required: Collection[str], optional: Collecti
     known = {*required, *optional}
     unknown = [key for key in value if key not in known]
     if unknown:
-        raise ValueError(f"{name} has {unknown[0]!r}, which is not known here; known: {', '.join(sorted(known))}")
+        raise ValueError(f"{name} has the unknown key {unknown[0]!r}; expected {', '.join(sorted(known))}")
     return value
 
 
@@ -139,7 +139,7 @@ def _list_of(name: str, value: Any, kind: type) -> list[Any]:
     return [_of_type(f"an entry of {name}", each, kind) for each in _of_type(name, value, list)]
 
 
-_JSON_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 
 def _of_type(name: str, value: Any, kind: type) -> Any:

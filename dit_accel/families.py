@@ -1,7 +1,7 @@
-"""The model families in ``pipelines/``: one short file each, found by looking into the folder.
+"""Discovery of the model families: every module in ``pipelines/`` is one family.
 
-A family file has ``MODELS``, the denoiser classes; ``attention_groups(model) -> list[AttentionGroup]``, the layers and
-the function that reads their layout; and ``token_box(pipe, model) -> TokenBox``, the picture sizes that fit.
+A family module defines ``MODELS``, the denoiser classes; ``attention_groups(model) -> list[AttentionGroup]``, the
+layers and the function that reads their layout; and ``token_box(pipe, model) -> TokenBox``, the supported image sizes.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ def _families() -> tuple[ModuleType, ...]:
 
 
 def supported_models() -> list[str]:
-    """Class names of the denoisers whose token layout is known."""
+    """Return the class names of the denoisers with a built-in token layout."""
     return sorted(model.__name__ for family in _families() for model in family.MODELS)
 
 
 def family_of(model: nn.Module) -> ModuleType | None:
-    """The file in ``pipelines/`` for this denoiser, by class; None where there is none."""
+    """Return the module in ``pipelines/`` for the class of this denoiser; None if there is none."""
     return next((family for family in _families() if isinstance(model, family.MODELS)), None)
 
 
 def attention_groups_of(model: nn.Module) -> list[AttentionGroup]:
-    """The groups of a known denoiser that have attention layers.
+    """Return the attention groups of a supported denoiser, without empty ones.
 
-    Raises: ValueError: an unknown model, with what is supported and how to pass a layout by hand.
+    Raises: ValueError: an unsupported model; the message lists the supported ones and shows how to pass a layout.
     """
     family = family_of(model)
     if family is None:
         raise ValueError(
-            f"dit_accel does not know where the tokens of {type(model).__name__} are. Known: "
-            f"{', '.join(supported_models())}. For any other model with softmax self-attention, pass the layout by "
-            "hand: dit_accel.set_attn_processor(model, processor, layout=dit_accel.TokenLayout(grid=(H, W), before="
-            "text_tokens)), or a function (model, arguments) -> TokenLayout, where arguments are those of the model's "
+            f"dit_accel has no token layout for {type(model).__name__}; it has one for "
+            f"{', '.join(supported_models())}. For any other model with softmax self-attention, pass a layout: "
+            "dit_accel.set_attn_processor(model, processor, layout=dit_accel.TokenLayout(grid=(H, W), before="
+            "text_tokens)), or a function (model, arguments) -> TokenLayout; arguments are those of the model's "
             "forward() by name"
         )
     return [group for group in family.attention_groups(model) if group.layers]

@@ -1,4 +1,4 @@
-"""The mechanisms as functions shaped like ``torch.nn.functional.scaled_dot_product_attention``."""
+"""The mechanisms as functions with the signature of ``torch.nn.functional.scaled_dot_product_attention``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a sequence lie on the grid that a picture or clip was cut into."""
+"""Token layout: which tokens of a sequence form the grid of an image or video, and which are global."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ __all__ = ["TokenLayout"]
 
 
 def _is_int(value: object) -> bool:
-    """True for an int or torch's symbolic int; bool is not a count."""
+    """Return whether the value is an int or a symbolic int of torch; False for bool."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """A sequence ``[before | grid tokens, row-major | after]``.
+    """Layout of a sequence ``[before | grid tokens, row-major | after]``.
 
-    Tokens off the grid (text, padding to a multiple, reference images) are *global*: they see every token, and every
-    token sees them.
+    Tokens that are not on the grid (text, padding to a multiple, reference images) are *global*: they attend to every
+    token, and every token attends to them.
 
     Args:
         grid: axis lengths, slowest first: ``(N,)``, ``(H, W)`` or ``(T, H, W)``.
-        before: number of global tokens in front of the grid.
-        after: number of global tokens behind it.
-        references: grids of reference images (Flux Kontext) whose tokens are the first of ``after``, in order.
+        before: number of global tokens before the grid.
+        after: number of global tokens after it.
+        references: grids of reference images (Flux Kontext); their tokens are the first of ``after``, in order.
 
     Raises:
         TypeError: a length that is not an integer.
-        ValueError: a grid without axes or with more than three, an axis shorter than 1, a negative count, references
-            that hold more tokens than ``after``.
+        ValueError: a grid with no axis or more than three, an axis shorter than 1, a negative count, or references
+            with more tokens than ``after``.
     """
 
     grid: tuple[int, ...]
@@ -46,7 +46,7 @@ class TokenLayout:
             return
         if not all(_is_int(n) for n in (*self.grid, self.before, self.after)):
             raise TypeError(
-                f"TokenLayout takes whole numbers, got grid={self.grid}, before={self.before!r}, after={self.after!r}"
+                f"TokenLayout expects integers, got grid={self.grid}, before={self.before!r}, after={self.after!r}"
             )
         if not 1 <= len(self.grid) <= 3:
             raise ValueError(f"TokenLayout grid must have 1, 2 or 3 axes, got {len(self.grid)}: {self.grid}")
@@ -55,7 +55,7 @@ class TokenLayout:
         if self.before < 0 or self.after < 0:
             raise ValueError(f"TokenLayout before and after must not be negative, got {self.before} and {self.after}")
         if sum(math.prod(grid) for grid in self.references) > self.after:
-            raise ValueError(f"TokenLayout references {self.references} hold more tokens than after={self.after}")
+            raise ValueError(f"TokenLayout references {self.references} have more tokens than after={self.after}")
 
     @property
     def grid_len(self) -> int:
@@ -64,16 +64,16 @@ class TokenLayout:
 
     @property
     def seq_len(self) -> int:
-        """Number of all tokens, the S of ``(B, H, S, D)``."""
+        """Number of tokens in the sequence, the S of ``(B, H, S, D)``."""
         return self.before + self.grid_len + self.after
 
     @property
     def grid_slice(self) -> slice:
-        """The grid tokens' place in the sequence."""
+        """Slice of the sequence that holds the grid tokens."""
         return slice(self.before, self.before + self.grid_len)
 
     def coordinates(self, token: int) -> tuple[int, ...] | None:
-        """Grid coordinates of a token, slowest axis first; None for a global token.
+        """Return the grid coordinates of a token, slowest axis first; None for a global token.
 
         Raises: IndexError: a token outside ``[0, seq_len)``.
         """
@@ -82,14 +82,14 @@ class TokenLayout:
         rest = token - self.before
         if not 0 <= rest < self.grid_len:
             return None
-        place = []
+        coordinates = []
         for length in reversed(self.grid):
             rest, x = divmod(rest, length)
-            place.append(x)
-        return tuple(reversed(place))
+            coordinates.append(x)
+        return tuple(reversed(coordinates))
 
     def token(self, coordinates: tuple[int, ...]) -> int:
-        """The token at these grid coordinates (inverse of :meth:`coordinates`).
+        """Return the index of the token at these grid coordinates (inverse of :meth:`coordinates`).
 
         Raises: ValueError: wrong number of coordinates; IndexError: a coordinate outside its axis.
         """

@@ -1,4 +1,4 @@
-"""Checks of a plan against the model that it is for, before anything is installed or written."""
+"""Checks of a load plan against its model, before anything is installed or written."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ __all__ = ["check_fit", "check_host", "check_installed", "check_layout", "check_
 
 
 def check_host(model: nn.Module, path: Path) -> None:
-    """Raises: ValueError: projections that are not read where the file's would be written."""
+    """Check that the projections can be overwritten.
+
+    Raises: ValueError: projections that are fused, or that an adapter wraps.
+    """
     fused = next((name for name, module in model.named_modules() if _is_fused(module)), None)
     if fused is not None:
         raise ValueError(
-            f"{path} has query, key and value projections, which {fused} has fused into one: call "
+            f"{path} has separate query, key and value projections, but those of {fused} are fused: call "
             "unfuse_qkv_projections() first"
         )
     adapter = next((name for name, _ in model.named_parameters() if ".base_layer." in name), None)
     if adapter is not None:
         raise ValueError(
-            f"{path} has weights that an adapter is around ({adapter}): unload or fuse the LoRA first "
+            f"{path} has weights of layers that an adapter wraps ({adapter}): unload or fuse the LoRA first "
             "(pipe.unload_lora_weights()), and load it again afterwards"
         )
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """A U-Net keeps the mark when it is unfused; what its plain processor reads are the single projections."""
+    """Return whether the module uses fused projections.
+
+    An unfused U-Net keeps ``fused_projections``, so the processor decides: AttnProcessor2_0 reads separate ones.
+    """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     plain = isinstance(getattr(module, "processor", None), AttnProcessor2_0)
@@ -40,6 +46,10 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def check_installed(model: nn.Module, plan: Plan, path: Path) -> None:
+    """Check that no layer of the plan has another mechanism.
+
+    Raises: ValueError: another mechanism is installed.
+    """
     installed = installed_layers(model)
     for name, processor in plan.processors.items():
         if name in installed and installed[name].mechanism.name != processor.name:
@@ -50,27 +60,30 @@ def check_installed(model: nn.Module, plan: Plan, path: Path) -> None:
 
 
 def check_layout(model: nn.Module, plan: Plan, path: Path) -> None:
-    """Raises: ValueError: layers whose token layout neither the plan nor the model's family gives."""
+    """Check that every layer has a token layout.
+
+    Raises: ValueError: layers without a layout in the plan, in a model of no supported family.
+    """
     without = [name for name in plan.processors if name not in plan.layouts]
     if without and family_of(model) is None:
         raise ValueError(
-            f"{path} holds no token layout for {shorten(without, 2)}, and dit_accel does not know where the tokens of "
-            f"{type(model).__name__} are: pass it, load_attention(..., layout=TokenLayout(grid=(H, W), "
+            f"{path} has no token layout for {shorten(without, 2)}, and dit_accel has none for "
+            f"{type(model).__name__}: pass one, load_attention(..., layout=TokenLayout(grid=(H, W), "
             "before=text_tokens)), or a function (model, arguments) -> TokenLayout"
         )
 
 
 def check_fit(model: nn.Module, plan: Plan, path: Path) -> None:
-    """Every learned and every required parameter is there with its shape, and nothing else but what the host has.
+    """Check that all learned and required parameters are in the plan, that the model has all others, and all shapes.
 
-    Raises: ValueError: layers that the model lacks, missing and unexpected weights, other shapes, whole numbers.
+    Raises: ValueError: layers that the model lacks, missing or unexpected weights, other shapes, integer dtypes.
     """
     modules = dict(model.named_modules())
     absent = [name for name in plan.processors if name not in modules]
     if absent:
         raise ValueError(f"{path} has layers that {type(model).__name__} lacks: {shorten(absent)}")
     expected: dict[str, torch.Size] = {}
-    with torch.device("meta"):  # for the shapes alone
+    with torch.device("meta"):  # only the shapes are needed
         for name, processor in plan.processors.items():
             layer = new_layer(processor, modules[name], name)
             expected.update({f"{name}.dit_accel.{key}": value.shape for key, value in layer.named_parameters()})
@@ -85,19 +98,22 @@ def check_fit(model: nn.Module, plan: Plan, path: Path) -> None:
         shape = tuple(expected[key] if key in expected else host[key])
         if weight.shape != shape:
             raise ValueError(
-                f"{path}: {key} is {weight.shape}, the model needs {shape} (a model of another size, or another head "
-                "size?)"
+                f"{path}: {key} is {weight.shape}, but the model needs {shape}: is the file for another model or head "
+                "size?"
             )
         if not weight.dtype.is_floating_point:
-            raise ValueError(f"{path}: {key} is {weight.dtype}; expected floating-point numbers")
+            raise ValueError(f"{path}: {key} is {weight.dtype}; expected a floating-point dtype")
 
 
 def check_writable(model: nn.Module, plan: Plan, path: Path) -> None:
-    """Raises: ValueError: parameters that are not there to be written, or not as the numbers that they stand for."""
+    """Check that the model's own parameters can be written.
+
+    Raises: ValueError: offloaded or quantized parameters.
+    """
     for key in plan.weights:
         parameter = None if ".dit_accel." in key else model.get_parameter(key)
         if parameter is not None and (parameter.is_meta or not parameter.is_floating_point()):
-            reason = "is offloaded, its weights are elsewhere" if parameter.is_meta else "is quantized"
+            reason = "is offloaded" if parameter.is_meta else "is quantized"
             raise ValueError(
                 f"{path} has {key}, which {reason}: load the attention first, and offload or quantize afterwards"
             )

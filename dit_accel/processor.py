@@ -1,7 +1,7 @@
-"""The attention processors that users construct: a mechanism, its options, and when to leave a layer dense.
+"""Attention processors: the mechanism, its options, and the conditions under which a layer stays dense.
 
-A processor is a frozen description; it holds no weights and no model. Installing it (see :mod:`dit_accel.install`) puts
-one :class:`dit_accel.intercept.MechanismLayer` with the learned parameters into every attention module.
+A processor is a frozen dataclass without weights or model. Installing it (see :mod:`dit_accel.install`) adds one
+:class:`dit_accel.intercept.MechanismLayer` with the learned parameters to every attention module.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ __all__ = [
 ]
 
 
-def _frozen(value: Any) -> Any:
-    """Lists become tuples, so that a processor stays hashable."""
+def _to_hashable(value: Any) -> Any:
+    """Convert a list to a tuple, so that the processor is hashable; return any other value unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
-def _each_axis(value: Any, axes: int) -> tuple[Any, ...]:
-    """One value an axis; a single one, or a tuple of one, stands for all."""
+def _per_axis(value: Any, axes: int) -> tuple[Any, ...]:
+    """Return one value per axis; a single value, or a tuple of one, is repeated for all axes."""
     values = value if isinstance(value, tuple) else (value,)
     return values * axes if len(values) == 1 else values
 
 
 @dataclass(frozen=True, kw_only=True)
 class AcceleratedAttnProcessor:
-    """What all mechanisms share.
+    """Base class of the processors, with the options that all mechanisms share.
 
     Args:
         scale: factor on the logits; default the model's own, else ``D**-0.5``.
-        dense_steps: so many denoising steps at the start of every generation stay dense (training ignores it).
+        dense_steps: number of denoising steps at the start of each generation that stay dense; ignored in training.
         min_tokens: layers with fewer grid tokens stay dense.
-        reference: how reference images (Flux Kontext) are seen: ``"whole"``, every token by every token, or
-            ``"window"``, through the same window as the image (they must have its size).
-        backend: ``"torch"``, ``"triton"`` or ``"flex"``; None = the environment's ``DIT_ACCEL_BACKEND``, else Triton on
-            a GPU. It belongs to the machine: :func:`dit_accel.save_attention` does not save it.
+        reference: attention over reference images (Flux Kontext): ``"whole"``, dense between them and all tokens;
+            ``"window"``, with the window of the image (they must have its size).
+        backend: ``"torch"``, ``"triton"`` or ``"flex"``; None = the environment variable ``DIT_ACCEL_BACKEND``, else
+            Triton on a GPU. Depends on the machine: :func:`dit_accel.save_attention` does not save it.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -68,21 +68,21 @@ class AcceleratedAttnProcessor:
     name: ClassVar[str]
     mechanism: ClassVar[ModuleType]
     paper: ClassVar[str]
-    any_host: ClassVar[bool] = True  # for all self-attention, trained in or not
+    any_host: ClassVar[bool] = True  # supports every self-attention layer, and works without training
     SET_ON_MODEL: ClassVar[str] = (
-        "a processor of dit_accel is installed on the model, which knows where the tokens are, and not on one "
-        "attention module: call model.set_attn_processor(processor) or pipe.set_attn_processor(processor), with "
+        "expected a dit_accel processor to be installed on a model, got one set on a single attention module, which "
+        "has no token layout: call model.set_attn_processor(processor) or pipe.set_attn_processor(processor), with "
         'layers=["transformer_blocks.0.attn"] for single layers'
     )
     _options: ClassVar[dict[str, Any]]  # set on the instance
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
+            object.__setattr__(self, field.name, _to_hashable(getattr(self, field.name)))
         for name in ("dense_steps", "min_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
+                raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if self.reference not in ("whole", "window"):
@@ -95,51 +95,56 @@ class AcceleratedAttnProcessor:
         check_backend(self.backend)
         common = {field.name for field in fields(AcceleratedAttnProcessor)}
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
-        object.__setattr__(self, "_options", options)  # made once: dynamo cannot follow dataclasses.fields
+        object.__setattr__(self, "_options", options)  # computed once: dynamo cannot trace dataclasses.fields
         self.mechanism.check_options(**options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises: TypeError: always. diffusers calls the processor of an attention module that was set there."""
+        """Raises: TypeError: always. diffusers calls it if the processor was set on a single attention module."""
         raise TypeError(self.SET_ON_MODEL)
 
     def options(self) -> dict[str, Any]:
-        """The keyword options of the mechanism's function."""
+        """Return the keyword options of the mechanism's function."""
         return dict(self._options)
 
     def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
-        """Learned parameters of one layer, as they are before any training: keyword tensors of the function."""
+        """Return the initial learned parameters of one layer, by the function's keyword."""
         return {}
 
     def input_projections(self, attn: nn.Module) -> dict[str, nn.Module]:
-        """Learned modules of one layer whose output is added to their input before a projection of the host, by the
-        name of that projection in the attention module."""
+        """Return learned residual modules for the inputs of the attention module's projections.
+
+        A module's output is added to its input before the projection; keys are names of projections (``to_q``).
+        """
         return {}
 
     def check_host(self, attn: nn.Module, name: str) -> None:
-        """Raises: ValueError: an attention module that this mechanism cannot be installed on."""
+        """Check that the mechanism supports this attention module.
+
+        Raises: ValueError: it does not.
+        """
 
     def grid_layout(self, layout: TokenLayout) -> TokenLayout:
-        """The layout that the mechanism works on; with ``reference="window"`` the references join the grid."""
+        """Return the layout for the mechanism; ``reference="window"`` adds the reference images to the grid."""
         if self.reference == "whole" or not layout.references:
             return layout
         if any(grid != layout.grid for grid in layout.references):
             raise ValueError(
-                f'reference="window" needs reference images of the picture\'s own size: the picture is {layout.grid}, '
-                f'the references are {layout.references}; resize them or use reference="whole"'
+                f'reference="window" expects reference images with the size of the image, a grid of {layout.grid}, '
+                f'got {layout.references}: resize them or use reference="whole"'
             )
         images = 1 + len(layout.references)
         stacked = (images, *layout.grid)
         return TokenLayout(stacked, layout.before, layout.seq_len - layout.before - math.prod(stacked))
 
     def layer_options(self, layout: TokenLayout) -> dict[str, Any]:
-        """Options for a layer with this layout, before they are capped to its grid (``mechanism.fit``)."""
+        """Return the options for a layer with this layout, before ``mechanism.fit`` caps them to the grid."""
         options = self.options()
         if self.reference == "window" and layout.references:
-            options.update(self._along_references(len(layout.grid), 1 + len(layout.references)))
+            options.update(self._image_axis_options(len(layout.grid), 1 + len(layout.references)))
         return options
 
-    def _along_references(self, axes: int, images: int) -> dict[str, Any]:
-        """Changed options for a grid with a leading axis of images, which is always seen whole."""
+    def _image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
+        """Return the options that differ for a grid with a leading axis of images, along which attention is dense."""
         return {}
 
     def attend(
@@ -153,7 +158,7 @@ class AcceleratedAttnProcessor:
         host_scale: float | None = None,
         parameters: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The mechanism on one layer's (B, H, S, D); options larger than the grid are capped to it."""
+        """Compute the mechanism for (B, H, S, D) of one layer; options larger than the grid are capped to it."""
         return self.mechanism._attend(
             query,
             key,
@@ -202,8 +207,8 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
     """Circular local windows (CLEAR, arXiv 2412.16112): see :func:`dit_accel.functional.clear_attention`.
 
     Args:
-        train_tokens: tokens that the model was trained at (Flux: 64² + 512). Sets the paper's high-resolution scale,
-            ``sqrt(log(S, train_tokens) / D)``, with 10·S for S when there are pooled tokens.
+        train_tokens: sequence length that the model was trained with (Flux: 64² + 512). Sets the paper's
+            high-resolution scale, ``sqrt(log(S, train_tokens) / D)``, with 10·S instead of S if ``down_factor > 1``.
     """
 
     radius: float | Sequence[float]
@@ -217,14 +222,14 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_tokens is not None and self.scale is not None:
-            raise ValueError("give scale or train_tokens, not both: train_tokens sets the scale")
+            raise ValueError("expected scale or train_tokens, got both: train_tokens sets the scale, leave one out")
 
     def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
         f = self.down_factor
         return {"pool_weight": torch.full((f, f), 1.0 / f**2)} if f > 1 else {}
 
-    def _along_references(self, axes: int, images: int) -> dict[str, Any]:
-        return {"radius": (math.inf, *_each_axis(self.radius, axes))}
+    def _image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
+        return {"radius": (math.inf, *_per_axis(self.radius, axes))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,20 +259,20 @@ class GNAAttnProcessor(AcceleratedAttnProcessor):
     mechanism: ClassVar[ModuleType] = gna
     paper: ClassVar[str] = "arXiv 2504.16922"
 
-    def _along_references(self, axes: int, images: int) -> dict[str, Any]:
+    def _image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
         leading = {"window": images, "stride": 1, "dilation": 1, "is_causal": False}
-        return {name: (first, *_each_axis(getattr(self, name), axes)) for name, first in leading.items()}
+        return {name: (first, *_per_axis(getattr(self, name), axes)) for name, first in leading.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinFusionAttnProcessor(AcceleratedAttnProcessor):
     """Linear attention for U-Nets (LinFusion, arXiv 2409.02097): see :func:`dit_accel.functional.linfusion_attention`.
 
-    Query and key are projected from ``x + to_q_(x)`` and ``x + to_k_(x)``, with two learned modules a layer. It needs
-    to be trained in: :func:`dit_accel.load_attention` reads the authors' weights.
+    Query and key are projected from ``x + to_q_(x)`` and ``x + to_k_(x)``, with two learned modules per layer. Needs
+    trained weights: :func:`dit_accel.load_attention` loads the authors'.
 
     Args:
-        projection_mid_dim: inner width of ``to_q_`` and ``to_k_``; None = the layer's own width.
+        projection_mid_dim: inner width of ``to_q_`` and ``to_k_``; None = the layer's width.
     """
 
     projection_mid_dim: int | None = None
@@ -280,7 +285,7 @@ class LinFusionAttnProcessor(AcceleratedAttnProcessor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale is not None:
-            raise ValueError("linear attention has no logits to scale: leave scale out")
+            raise ValueError(f"linear attention has no logits to scale, got scale={self.scale}: leave scale out")
 
     def input_projections(self, attn: nn.Module) -> dict[str, nn.Module]:
         width: Any = attn.query_dim
@@ -291,9 +296,9 @@ class LinFusionAttnProcessor(AcceleratedAttnProcessor):
 
         if not isinstance(attn.processor, AttnProcessor2_0) or attn.norm_q is not None or attn.norm_k is not None:
             raise ValueError(
-                "LinFusion is for the self-attention of U-Nets, softmax right after the projections, as diffusers' "
-                f"AttnProcessor2_0 has it; {name} has {type(attn.processor).__name__}. Take another mechanism for this "
-                "model, or bring a U-Net's own processors back first (unfuse_qkv_projections(), "
+                "LinFusion supports only the self-attention of U-Nets: expected diffusers' AttnProcessor2_0 without "
+                f"query or key norms, got {type(attn.processor).__name__} on {name}. Use another mechanism for this "
+                "model; for a U-Net, restore its default processors first (unfuse_qkv_projections(), "
                 "set_default_attn_processor())"
             )
 

@@ -1,4 +1,4 @@
-"""Files of weights: where one is, here or on the hub, and what it holds; tensors are read when they are used."""
+"""Weights files: find them locally or on the hub, list their tensors; the data is read when a tensor is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SUFFIXES = (".safetensors", *_PICKLED)
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor in a file: its shape and dtype, and how to read it."""
+    """Tensor in a file: shape, dtype, and the function that reads its data."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,13 +45,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file holds. Where it is in shards, all of them.
+    """Contents of a weights file, or of all its shards.
 
     Args:
-        path: of the file, or of the index of its shards.
-        weights: by key.
-        metadata: of a safetensors file.
-        config: the ``config.json`` beside it; None where there is none.
+        path: path of the file, or of the index of its shards.
+        weights: tensors by key.
+        metadata: metadata of a safetensors file.
+        config: contents of the ``config.json`` in the same folder; None if there is none.
     """
 
     path: Path
@@ -61,17 +61,16 @@ class WeightsFile:
 
 
 def find_weights(source: str | os.PathLike[str]) -> Path:
-    """The file of weights meant by a path or by a name on the Hugging Face hub.
+    """Return the path of the weights file for a local path or a name on the Hugging Face hub.
 
     Args:
-        source: a file; a folder with ``dit_accel.safetensors`` or with one other file of weights, which may be in
-            shards with their index; on the hub a repository that has ``dit_accel.safetensors``, or
-            ``owner/repository/file``.
+        source: a file; a folder with ``dit_accel.safetensors`` or exactly one other weights file, which may be sharded
+            with an index; on the hub, a repository with ``dit_accel.safetensors``, or ``owner/repository/file``.
 
-    Raises: FileNotFoundError: nothing there; ValueError: a folder with several files.
+    Raises: FileNotFoundError: no such file; ValueError: a folder with several files.
     """
     path = Path(source)
-    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that the system cannot have
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that the system does not allow
         return _in_folder(path)
     if os.path.isfile(path):
         return path
@@ -79,13 +78,13 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     name, _, file = rest.partition("/")
     local = os.path.exists(path) or path.is_absolute() or str(source).startswith(".") or not slash
     if local or (not file and name.endswith(_SUFFIXES)) or (file and not file.endswith(_SUFFIXES)):
-        raise _nothing_at(path)
+        raise _no_file_at(path)
     return _from_hub(f"{owner}/{name}", file or FILE_NAME, source)
 
 
-def _nothing_at(path: Path) -> FileNotFoundError:
+def _no_file_at(path: Path) -> FileNotFoundError:
     return FileNotFoundError(
-        f"no attention file at {path}; expected a file of weights, a folder with {FILE_NAME}, or a hub id"
+        f"no attention file at {path}; expected a weights file, a folder with {FILE_NAME}, or a hub id"
     )
 
 
@@ -94,10 +93,10 @@ def _in_folder(folder: Path) -> Path:
         return folder / FILE_NAME
     found = sorted(folder.glob(f"*{_INDEX}")) or sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES)
     if not found:
-        raise _nothing_at(folder / FILE_NAME)
+        raise _no_file_at(folder / FILE_NAME)
     if len(found) > 1:
         raise ValueError(
-            f"{folder} has several files of weights, {shorten([p.name for p in found])}: give the path of the one meant"
+            f"{folder} has several weights files, {shorten([p.name for p in found])}: give the path of one of them"
         )
     return found[0]
 
@@ -109,19 +108,19 @@ def _from_hub(repository: str, file: str, source: str | os.PathLike[str]) -> Pat
     try:
         path = Path(hf_hub_download(repository, file))
         if file != FILE_NAME:
-            with contextlib.suppress(EntryNotFoundError):  # LinFusion's tells which layers the weights are for
+            with contextlib.suppress(EntryNotFoundError):  # LinFusion's maps weights to layers
                 hf_hub_download(repository, Path(file).with_name("config.json").as_posix())
         return path
     except Exception as error:
         raise FileNotFoundError(
-            f"{source} is no file or folder here, and {file} could not be had from the hub: {error}"
+            f"{source} is not a local file or folder, and {file} could not be downloaded from the hub: {error}"
         ) from error
 
 
 def read_weights(path: Path) -> WeightsFile:
-    """What the file holds; a pickle may hold nothing but tensors.
+    """List the tensors of a file; a pickle may hold only tensors.
 
-    Raises: ValueError: not a whole file of weights, or shards that are not there.
+    Raises: ValueError: an incomplete or damaged weights file, or missing shards.
     """
     config = _read_json(path.with_name("config.json"))
     if path.name.endswith(_INDEX):
@@ -132,9 +131,9 @@ def read_weights(path: Path) -> WeightsFile:
 
 
 def _read_shards(index: Path) -> dict[str, Weight]:
-    """The weights of all shards, which must be beside their index and hold what it lists.
+    """List the tensors of all shards; they must be in the folder of the index and match its entries.
 
-    Raises: ValueError: no index, a shard that is elsewhere or not there, keys that are in no shard or in two.
+    Raises: ValueError: not an index, a shard that is missing or in another folder, keys in no shard or in two.
     """
     names = (_read_json(index) or {}).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -143,24 +142,24 @@ def _read_shards(index: Path) -> dict[str, Weight]:
     for key, name in names.items():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise ValueError(
-                f"{index} says that {shorten([key])} is in {shorten([repr(name)])}; expected the name of a safetensors "
+                f"{index} maps {shorten([key])} to {shorten([repr(name)])}; expected the name of a safetensors "
                 "file in the folder of the index"
             )
         listed.setdefault(name, set()).add(key)
     weights: dict[str, Weight] = {}
     for name, keys in sorted(listed.items()):
         held, _ = _read_safetensors(index.with_name(name))
-        lacking, twice = sorted(keys - held.keys()), sorted(held.keys() & weights.keys())
-        if lacking or twice:
+        missing, twice = sorted(keys - held.keys()), sorted(held.keys() & weights.keys())
+        if missing or twice:
             raise ValueError(
-                f"{index} and its shard {name} differ: the shard lacks {shorten(lacking)}, and another shard has "
-                f"{shorten(twice)} as well"
+                f"{index} and its shard {name} do not match: missing in the shard {shorten(missing)}; also in another "
+                f"shard {shorten(twice)}"
             )
         weights |= held
     return weights
 
 
-_SHARD = re.compile(r"[^/\\:\0]+\.safetensors")  # no separator of any system: nothing outside of the folder
+_SHARD = re.compile(r"[^/\\:\0]+\.safetensors")  # no path separator of any system, so that names stay in the folder
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -183,9 +182,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Weight], dict[str, str]]:
         }
         return weights, file.metadata() or {}
     except KeyError as error:
-        raise ValueError(f"{path} holds tensors of dtype {error}, which dit_accel cannot load") from error
+        raise ValueError(f"{path} has tensors of dtype {error}, which dit_accel cannot load") from error
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 _DTYPES = {
@@ -209,31 +208,31 @@ def _read_pickled(path: Path) -> dict[str, Weight]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors: dit_accel loads no code from a file"
+            f"{path} is damaged or has objects other than tensors, which dit_accel does not load: they can run code"
         ) from error
-    except Exception as error:  # a damaged pickle raises anything: KeyError, IndexError, AttributeError, BadZipFile …
+    except Exception as error:  # a damaged pickle raises any of KeyError, IndexError, AttributeError, …
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not a whole file of torch.save: {reason}") from error
+        raise ValueError(f"{path} is not a complete file of torch.save: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        kind = "a dict of more than tensors" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} holds {kind}; expected a state dict, that is a dict of tensors by their names")
+        kind = "a dict with values other than tensors" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} has {kind}; expected a state dict, that is a dict from names to tensors")
     for key, tensor in content.items():
-        if not isinstance(key, str) or not _is_plain(tensor):
+        if not isinstance(key, str) or not _is_copyable(tensor):
             raise ValueError(
-                f"{path} holds {key!r}, a {tensor.dtype} tensor on {tensor.device} with the layout {tensor.layout}; "
-                "expected names that are text, and dense tensors with data"
+                f"{path} has {key!r}, a {tensor.dtype} tensor on {tensor.device} with the layout {tensor.layout}; "
+                "expected names that are strings, and dense tensors with data"
             )
     return {key: Weight.of(tensor) for key, tensor in content.items()}
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor can be copied into a parameter: dense, with data, of a dtype that safetensors has as well."""
+def _is_copyable(tensor: Tensor) -> bool:
+    """Return whether the tensor can be copied into a parameter: dense, with data, in a dtype of safetensors."""
     dense = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
     return dense and tensor.dtype in _DTYPES.values()
 
 
-def shorten(names: Iterable[str], most: int = 8) -> str:
-    """The first few, and how many more there are."""
+def shorten(names: Iterable[str], limit: int = 8) -> str:
+    """Join at most ``limit`` names, and append the number of the others; "none" if there are no names."""
     names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest if names else "none"
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest if names else "none"

@@ -1,4 +1,4 @@
-"""Flux.1 (dev, schnell, Fill, Kontext …): one attention over [text, image, reference images] in every block."""
+"""Flux.1 (dev, schnell, Fill, Kontext …): joint attention over [text, image, reference images] in each block."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
 from ..layout import TokenLayout
-from ..position_ids import raster_grids, raster_width
+from ..position_ids import first_raster_grid, raster_grids
 
 MODELS = (FluxTransformer2DModel,)
 
 
 def read(model: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
-    """Grid from ``img_ids`` (N, 3): image index, row, column; Kontext's references have another image index."""
+    """Read the grid from ``img_ids`` (N, 3): image index, row, column; references have other image indices."""
     ids: Tensor = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids  # (B, N, 3) is deprecated in diffusers, and still taken
+    ids = ids[0] if ids.ndim == 3 else ids  # (B, N, 3) is deprecated in diffusers, but still supported
     text = arguments["encoder_hidden_states"].shape[1]
-    if torch.compiler.is_compiling():  # the ids are data: the grid becomes symbols, read by an operator in the graph
-        rows, columns = raster_width(ids)
+    if torch.compiler.is_compiling():  # the ids are data: an operator in the graph returns the grid as symbolic ints
+        rows, columns = first_raster_grid(ids)
         return TokenLayout((rows, columns), before=text, after=ids.shape[0] - rows * columns)
     image, *references = raster_grids(ids)
     after = sum(rows * columns for rows, columns in references)
@@ -32,5 +32,5 @@ def attention_groups(model: nn.Module) -> list[AttentionGroup]:
 
 
 def token_box(pipe: Any, model: FluxTransformer2DModel) -> TokenBox:
-    side = pipe.vae_scale_factor * 2  # 2×2 latent places are packed into a token
+    side = pipe.vae_scale_factor * 2  # 2×2 latents are packed into one token
     return TokenBox((side, side), (side, side))

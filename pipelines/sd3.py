@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: joint attention over [image, text], in dual blocks a second one over the image alone."""
+"""Stable Diffusion 3 and 3.5: joint attention over [image, text]; dual blocks have a second one over the image."""
 
 from collections.abc import Mapping
 from typing import Any

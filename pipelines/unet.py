@@ -14,7 +14,7 @@ MODELS = (UNet2DConditionModel,)
 
 
 def read(transformer: nn.Module, arguments: Mapping[str, Any]) -> TokenLayout:
-    return TokenLayout(tuple(arguments["hidden_states"].shape[-2:]))  # (B, C, H, W), one token a place
+    return TokenLayout(tuple(arguments["hidden_states"].shape[-2:]))  # (B, C, H, W), one token per position
 
 
 def attention_groups(model: nn.Module) -> list[AttentionGroup]:
@@ -23,7 +23,7 @@ def attention_groups(model: nn.Module) -> list[AttentionGroup]:
 
 
 def token_box(pipe: Any, model: UNet2DConditionModel) -> TokenBox:
-    """Of the finest self-attention."""
+    """Return the token size of the self-attention with the highest resolution."""
     blocks = model.config.down_block_types
     first = next((i for i, kind in enumerate(blocks) if "Attn" in kind), len(blocks) - 1)
     side = pipe.vae_scale_factor * 2**first

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text-, image-to-video, VACE): self-attention over the clip; text and image by cross-attention."""
+"""Wan 2.1 and 2.2 (text-, image-to-video, VACE): self-attention over the video, cross-attention to text and image."""
 
 import math
 from collections.abc import Mapping
@@ -25,5 +25,5 @@ def attention_groups(model: nn.Module) -> list[AttentionGroup]:
 def token_box(pipe: Any, model: WanTransformer3DModel) -> TokenBox:
     patch_frames, *patch = model.config.patch_size
     rows, columns = (pipe.vae_scale_factor_spatial * n for n in patch)
-    multiple = (math.lcm(16, rows), math.lcm(16, columns))  # Wan's pipelines insist on 16 whatever their VAE
+    multiple = (math.lcm(16, rows), math.lcm(16, columns))  # Wan's pipelines require multiples of 16 for every VAE
     return TokenBox((rows, columns), multiple, pipe.vae_scale_factor_temporal, patch_frames)

@@ -1,15 +1,15 @@
-"""No hub is asked, threads are shared fairly, and what needs a GPU is left out, aloud, where there is none."""
+"""Test set-up: no access to the hub, one thread per worker, and GPU tests only on a GPU (see the report header)."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["DIT_ACCEL_AUTOTUNE"] = "0"  # a test that tunes says so
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, also in the processes that tests start
+os.environ["DIT_ACCEL_AUTOTUNE"] = "0"  # tests of autotuning set it themselves
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, also in subprocesses
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
+if not torch.cuda.is_available():  # Triton reads the variable when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,4 +1,4 @@
-"""Random damage to the files that load_attention reads; the same for the same seed."""
+"""Random damage to the files that load_attention reads, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def deep(levels=20_000):
     return "[" * levels + "]" * levels
 
 
-def _places(content, place=()):
-    """The paths of all values in nested lists and dicts."""
-    yield place
+def _paths(content, path=()):
+    """Yield the paths of all values in nested lists and dicts."""
+    yield path
     if isinstance(content, dict | list):
         for key in content if isinstance(content, dict) else range(len(content)):
-            yield from _places(content[key], (*place, key))
+            yield from _paths(content[key], (*path, key))
 
 
 def damage_json(content, rng):
-    """Replace, remove, rename, repeat or nest one value or a few."""
+    """Return a copy with one to three values replaced, removed, renamed, repeated or nested."""
     content = copy.deepcopy(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        places = [place for place in _places(content) if place]
-        if not places:
+        paths = [path for path in _paths(content) if path]
+        if not paths:
             return content
-        *outer, key = rng.choice(places)
+        *outer, key = rng.choice(paths)
         inside = content
         for step in outer:
             inside = inside[step]
@@ -52,14 +52,14 @@ def damage_json(content, rng):
             inside[key] = rng.choice([[inside[key]], {"a": inside[key]}])
         else:
             other = content
-            for step in rng.choice(places):
+            for step in rng.choice(paths):
                 other = other[step]
             inside[key] = copy.deepcopy(other)
     return content
 
 
 def damage_text(text, rng):
-    """A file's JSON text: changed in its values, cut off, changed in a letter, or something else altogether."""
+    """Return a JSON text with damaged values, cut off, with one other character, or replaced."""
     how = rng.randrange(8)
     if how == 0:
         return text[: rng.randrange(len(text))]
@@ -72,7 +72,7 @@ def damage_text(text, rng):
 
 
 def damage_bytes(data, rng):
-    """Bytes changed, cut off, removed or put in, mostly near the beginning or the end, where headers are."""
+    """Return bytes that were changed, cut off, removed or inserted, mostly near the ends, where the headers are."""
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8])):
         end = rng.choice([8, 64, 1000, len(data)])
@@ -93,14 +93,14 @@ def damage_bytes(data, rng):
 
 
 def damage_header(data, rng):
-    """The JSON header of a safetensors file, with its right length in front."""
+    """Damage the JSON header of a safetensors file and write its correct length."""
     (length,) = struct.unpack("<Q", data[:8])
     header = damage_text(data[8 : 8 + length].decode(), rng).encode("utf-8", "replace")
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
 def damage_tensors(tensors, rng, more_values=False):
-    """Keys renamed or left out, other shapes and dtypes; in pickles, values that are no tensors."""
+    """Return tensors with keys renamed or missing, other shapes or dtypes; for pickles, also values of other types."""
     tensors = dict(tensors)
     for _ in range(rng.choice([1, 1, 2])):
         if not tensors:
@@ -134,7 +134,7 @@ def _damage_key(key, rng):
 
 def _strange_value(value, rng):
     if not torch.is_tensor(value) or value.is_nested or value.is_meta or value.layout != torch.strided:
-        return value  # strange already
+        return value  # already unusual
     around = {"a": value}
     around["itself"] = around
     ring = [value]
@@ -147,13 +147,13 @@ def _strange_value(value, rng):
 
 
 def read(path):
-    """Tensors and metadata of a safetensors file."""
+    """Return the tensors and the metadata of a safetensors file."""
     with safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def write_tensors(path, tensors, metadata=None):
-    """As the suffix says; a pickle in the old or the new format."""
+    """Write a safetensors file or a pickle, depending on the suffix."""
     if path.suffix == ".safetensors":
         save_file({key: x.contiguous() for key, x in tensors.items()}, path, metadata)
     else:

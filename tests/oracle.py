@@ -1,6 +1,6 @@
-"""The mechanisms once more, in float64 NumPy, token by token, from the words of the papers.
+"""Token-by-token implementation of the mechanisms in float64 NumPy, written from the papers.
 
-Nothing here is shared with the library: grids are cut, blocks pooled and windows drawn anew.
+Shares no code with the library: tiles, pooling and windows are implemented separately.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import cache
 import numpy as np
 
 
-def places(grid):
-    """Coordinates of the grid tokens in raster order."""
+def coordinates(grid):
+    """Return the coordinates of the grid tokens in raster order."""
     return list(itertools.product(*(range(n) for n in grid)))
 
 
@@ -22,25 +22,28 @@ def _array(x):
     return None if x is None else x.detach().double().numpy()
 
 
-def _softmax_over(q, rows, values, extra):
-    """One query over some keys; ``extra`` is added to the logits."""
-    if len(rows) == 0:
+def _softmax_over(q, keys, values, bias):
+    """Attend one query to some keys; ``bias`` is added to the logits."""
+    if len(keys) == 0:
         return np.zeros(values.shape[-1])
-    logits = rows @ q + extra
+    logits = keys @ q + bias
     weights = np.exp(logits - logits.max())
     return weights @ values / weights.sum()
 
 
-def attend(query, key, value, mask, scale, lists):
-    """``lists(b, h, token)`` → (indices of keys, further keys, further values, their bias); padding is hidden here."""
+def attend(query, key, value, key_mask, scale, select):
+    """Attend each query to the keys that ``select`` returns, without masked ones.
+
+    ``select(b, h, token)`` → (indices of keys, pooled keys, pooled values, bias of the pooled keys).
+    """
     q, k, v = map(_array, (query, key, value))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = np.zeros_like(q)
     for b, h, t in itertools.product(*map(range, q.shape[:3])):
-        tokens, more_k, more_v, bias = lists(b, h, t)
-        tokens = [i for i in tokens if mask is None or mask[b, i]]
-        keys = np.concatenate([k[b, h, tokens], more_k]) if len(more_k) else k[b, h, tokens]
-        values = np.concatenate([v[b, h, tokens], more_v]) if len(more_v) else v[b, h, tokens]
+        tokens, pooled_key, pooled_value, bias = select(b, h, t)
+        tokens = [i for i in tokens if key_mask is None or key_mask[b, i]]
+        keys = np.concatenate([k[b, h, tokens], pooled_key]) if len(pooled_key) else k[b, h, tokens]
+        values = np.concatenate([v[b, h, tokens], pooled_value]) if len(pooled_value) else v[b, h, tokens]
         out[b, h, t] = _softmax_over(q[b, h, t] * scale, keys, values, np.concatenate([np.zeros(len(tokens)), bias]))
     return out
 
@@ -50,7 +53,7 @@ def _expand(x, n):
 
 
 def gna(query, key, value, layout, *, window, stride=1, dilation=1, is_causal=False, key_mask=None, scale=None):
-    where = places(layout.grid)
+    grid_tokens = coordinates(layout.grid)
     columns = [_expand(x, len(layout.grid)) for x in (window, stride, dilation, is_causal)]
 
     def along(x, length, w, s, d, causal):
@@ -64,24 +67,26 @@ def gna(query, key, value, layout, *, window, stride=1, dilation=1, is_causal=Fa
         centre = min(max(leader, left), size - 1 - right)
         return {own[j] for j in range(centre - left, centre + right + 1)}
 
-    def lists(b, h, t):
-        if not layout.before <= t < layout.before + len(where):
+    def select(b, h, t):
+        if not layout.before <= t < layout.before + len(grid_tokens):
             return range(layout.seq_len), [], [], []
-        sets = [along(*args) for args in zip(where[t - layout.before], layout.grid, *columns, strict=True)]
+        sets = [along(*args) for args in zip(grid_tokens[t - layout.before], layout.grid, *columns, strict=True)]
         near = [
-            i + layout.before for i, place in enumerate(where) if all(x in s for x, s in zip(place, sets, strict=True))
+            i + layout.before
+            for i, token in enumerate(grid_tokens)
+            if all(x in s for x, s in zip(token, sets, strict=True))
         ]
-        return _text(layout) + near, [], [], []
+        return _global_tokens(layout) + near, [], [], []
 
-    return attend(query, key, value, key_mask, scale, lists)
+    return attend(query, key, value, key_mask, scale, select)
 
 
-def _text(layout):
+def _global_tokens(layout):
     return [*range(layout.before), *range(layout.before + math.prod(layout.grid), layout.seq_len)]
 
 
 def clear(query, key, value, layout, *, radius, down_factor=1, pool_weight=None, key_mask=None, scale=None):
-    where, first = places(layout.grid), layout.before
+    grid_tokens, first = coordinates(layout.grid), layout.before
     radii = _expand(radius, len(layout.grid))
     k, v, weight, f = _array(key), _array(value), _array(pool_weight), down_factor
     weight = np.full((f, f), 1 / f**2) if weight is None else weight
@@ -95,34 +100,34 @@ def clear(query, key, value, layout, *, radius, down_factor=1, pool_weight=None,
         return within(*(abs(x - y) for x, y in zip(a, b, strict=True)))
 
     def pooled(b):
-        """Per patch: tokens and their weights."""
-        patches = {}
-        for i, place in enumerate(where):
-            patches.setdefault((*place[:-2], place[-2] // f, place[-1] // f), []).append(i)
-        for members in patches.values():
+        """Yield, for each pooling tile, its tokens and their weights."""
+        tiles = {}
+        for i, token in enumerate(grid_tokens):
+            tiles.setdefault((*token[:-2], token[-2] // f, token[-1] // f), []).append(i)
+        for members in tiles.values():
             members = [i for i in members if key_mask is None or key_mask[b, first + i]]
-            w = np.array([weight[where[i][-2] % f, where[i][-1] % f] for i in members])
+            w = np.array([weight[grid_tokens[i][-2] % f, grid_tokens[i][-1] % f] for i in members])
             if len(members):
                 yield [first + i for i in members], w if len(w) == f * f else w * weight.sum() / w.sum()
 
-    def lists(b, h, t):
-        if not first <= t < first + len(where):
+    def select(b, h, t):
+        if not first <= t < first + len(grid_tokens):
             return range(layout.seq_len), [], [], []
-        near = [first + i for i, place in enumerate(where) if inside(place, where[t - first])]
+        near = [first + i for i, token in enumerate(grid_tokens) if inside(token, grid_tokens[t - first])]
         if f == 1:
-            return _text(layout) + near, [], [], []
-        patches = list(pooled(b))
-        more = [np.array([w @ x[b, h, tokens] for tokens, w in patches]) for x in (k, v)]
-        return _text(layout) + near, *more, np.zeros(len(patches))
+            return _global_tokens(layout) + near, [], [], []
+        tiles = list(pooled(b))
+        pooled_key_value = [np.array([w @ x[b, h, tokens] for tokens, w in tiles]) for x in (k, v)]
+        return _global_tokens(layout) + near, *pooled_key_value, np.zeros(len(tiles))
 
-    return attend(query, key, value, key_mask, scale, lists)
+    return attend(query, key, value, key_mask, scale, select)
 
 
-def cut(grid, box):
-    """Raster indices of the tokens in each box, boxes in raster order."""
+def cut(grid, tile):
+    """Return the raster indices of the tokens in each tile of these sides, tiles in raster order."""
     found = {}
-    for i, place in enumerate(places(grid)):
-        found.setdefault(tuple(x // side for x, side in zip(place, box, strict=True)), []).append(i)
+    for i, token in enumerate(coordinates(grid)):
+        found.setdefault(tuple(x // side for x, side in zip(token, tile, strict=True)), []).append(i)
     return [found[name] for name in sorted(found)]
 
 
@@ -145,7 +150,7 @@ def sla(
     key_mask=None,
     scale=None,
 ):
-    """``boxes``: the tiles of queries and of keys, for blocks that are not runs of raster order."""
+    """Compute SLA; ``boxes``: sides of the query tiles and the key tiles if blocks are tiles of the grid."""
     q, k, v, weight, bias = map(_array, (query, key, value, weight, bias))
     n, first = math.prod(layout.grid), layout.before
     q_blocks, k_blocks = (
@@ -161,18 +166,20 @@ def sla(
             return e / e.sum()
         return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) if feature_map == "elu" else np.maximum(x, 0)
 
-    def real(b, block):
+    def valid(b, block):
         return [first + i for i in block if key_mask is None or key_mask[b, first + i]]
 
     critical_of, marginal_of = {}, {}
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        blocks = [tokens for tokens in (real(b, block) for block in k_blocks) if tokens]
+        blocks = [tokens for tokens in (valid(b, block) for block in k_blocks) if tokens]
         everything = [t for tokens in blocks for t in tokens]
         mean = k[b, h, everything].mean(0) if smooth_key and everything else 0
         m = len(blocks)
         for block in q_blocks:
-            own = real(b, block)
-            score = [q[b, h, own].mean(0) @ (k[b, h, tokens].mean(0) - mean) if own else 0.0 for tokens in blocks]
+            tokens_q = valid(b, block)
+            score = [
+                q[b, h, tokens_q].mean(0) @ (k[b, h, tokens].mean(0) - mean) if tokens_q else 0.0 for tokens in blocks
+            ]
             order = list(np.argsort(-np.array(score), kind="stable"))
             high, low = order[: max(1, int(critical * m))], order[m - int(negligible * m) :]
             middle = [i for i in range(m) if i not in high and i not in low]
@@ -182,70 +189,70 @@ def sla(
                     everything if linear_over == "all" else [t for j in middle for t in blocks[j]]
                 )
 
-    def lists(b, h, t):
+    def select(b, h, t):
         if (b, h, t) not in critical_of:
             return range(layout.seq_len), [], [], []
-        return _text(layout) + critical_of[b, h, t], [], [], []
+        return _global_tokens(layout) + critical_of[b, h, t], [], [], []
 
-    out = attend(query, key, value, key_mask, scale, lists)
+    out = attend(query, key, value, key_mask, scale, select)
     for (b, h, t), tokens in marginal_of.items():
         if key_mask is not None and not key_mask[b].any():
             continue
         linear = np.zeros(q.shape[-1])
         if weight is not None and tokens:
-            shares = np.array([phi(q[b, h, t]) @ phi(k[b, h, i]) for i in tokens])
-            linear = weight @ (shares @ v[b, h, tokens] / (shares.sum() + 1e-5))
+            weights = np.array([phi(q[b, h, t]) @ phi(k[b, h, i]) for i in tokens])
+            linear = weight @ (weights @ v[b, h, tokens] / (weights.sum() + 1e-5))
         out[b, h, t] += linear + (0 if bias is None else bias)
     return out
 
 
 def llsa(query, key, value, layout, *, boxes, topk=8, enrich=True, key_mask=None, scale=None, **_):
-    """``boxes``: sides in tokens of what a pooled token of level 1, 2, … covers."""
+    """Compute LLSA; ``boxes``: sides of the tile of a pooled token of level 1, 2, …, in tokens."""
     q, k, v = map(_array, (query, key, value))
     first = layout.before
     levels = [[[i] for i in range(math.prod(layout.grid))]] + [cut(layout.grid, box) for box in boxes]
     top = len(boxes)
     names = [{i: n for n, tokens in enumerate(level) for i in tokens} for level in levels]
 
-    def real(b, tokens):
+    def valid(b, tokens):
         return [first + i for i in tokens if key_mask is None or key_mask[b, first + i]]
 
     def mean(x, b, h, tokens):
-        tokens = real(b, tokens)
+        tokens = valid(b, tokens)
         return x[b, h, tokens].mean(0) if tokens else np.zeros(x.shape[-1])
 
-    chosen = {}
+    selection = {}
 
-    def choose(b, h, block):
-        """What a level-1 block keeps of level 1, and the pooled tokens that it meets, as (level, number)."""
-        if (b, h, block) not in chosen:
-            token, met = levels[1][block][0], []
+    def select_blocks(b, h, block):
+        """Return the tokens that a level-1 block attends to, and its pooled tokens as (level, number)."""
+        if (b, h, block) not in selection:
+            token, pooled = levels[1][block][0], []
             candidates = range(len(levels[top]))
             for level in range(top, 0, -1):
-                candidates = [n for n in candidates if real(b, levels[level][n])]
-                met += [(level, n) for n in candidates]
+                candidates = [n for n in candidates if valid(b, levels[level][n])]
+                pooled += [(level, n) for n in candidates]
                 pooled_q = mean(q, b, h, levels[level][names[level][token]])
                 score = [-(pooled_q @ mean(k, b, h, levels[level][n])) for n in candidates]
                 kept = [candidates[i] for i in np.argsort(score, kind="stable")[:topk]]
                 below = level - 1
                 candidates = [n for n, tokens in enumerate(levels[below]) if names[level][tokens[0]] in kept]
-            chosen[b, h, block] = candidates, met
-        return chosen[b, h, block]
+            selection[b, h, block] = candidates, pooled
+        return selection[b, h, block]
 
-    def lists(b, h, t):
+    def select(b, h, t):
         if not first <= t < first + math.prod(layout.grid):
             return range(layout.seq_len), [], [], []
-        fine, met = choose(b, h, names[1][t - first])
-        tokens = _text(layout) + [first + i for i in fine]
+        fine, pooled = select_blocks(b, h, names[1][t - first])
+        tokens = _global_tokens(layout) + [first + i for i in fine]
         if not enrich:
             return tokens, [], [], []
-        groups = [levels[level][n] for level, n in met]
-        more = [np.array([mean(x, b, h, tokens) for tokens in groups]) for x in (k, v)]
-        return tokens, *more, np.log([len(real(b, tokens)) for tokens in groups])
+        groups = [levels[level][n] for level, n in pooled]
+        pooled_key_value = [np.array([mean(x, b, h, tokens) for tokens in groups]) for x in (k, v)]
+        return tokens, *pooled_key_value, np.log([len(valid(b, tokens)) for tokens in groups])
 
-    return attend(query, key, value, key_mask, scale, lists)
+    return attend(query, key, value, key_mask, scale, select)
 
 
-def dense(query, key, value, mask=None, scale=None):
+def dense(query, key, value, key_mask=None, scale=None):
     length = query.shape[2]
-    return attend(query, key, value, mask, scale, lambda b, h, t: (range(length), [], [], []))
+    return attend(query, key, value, key_mask, scale, lambda b, h, t: (range(length), [], [], []))

@@ -1,5 +1,4 @@
-"""Files with the keys and shapes of the published ones, for any size: written out from the releases' own structure; and
-small models to load them."""
+"""Files with the keys and shapes of the published releases, for models of any size; and small models for them."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ WAN_14B = {"dim": 5120, "heads": 40, "ffn": 13824, "layers": 40}
 
 
 def clear_shapes(double=19, single=38, width=3072, factor=1):
-    """Key -> shape of a CLEAR file; by default Flux.1-dev's."""
+    """Return key -> shape of a CLEAR file; by default for Flux.1-dev."""
     shapes = {}
     for kind, count, names in (
         ("transformer_blocks", double, ("to_q", "to_k", "to_v", "to_out.0")),
@@ -35,7 +34,7 @@ def clear_shapes(double=19, single=38, width=3072, factor=1):
 def wan_shapes(
     dim, heads, ffn, layers, *, channels=16, out=16, text=4096, freq=256, image=None, quantized=False, sla=True
 ):
-    """Key -> (shape, dtype) of a TurboDiffusion file. ``image``: width of the image embedding of Wan 2.1 I2V."""
+    """Return key -> (shape, dtype) of a TurboDiffusion file; ``image``: width of the image embedding (Wan 2.1 I2V)."""
     shapes = {}
 
     def add(name, *shape, dtype=torch.bfloat16):
@@ -82,7 +81,7 @@ def wan_shapes(
     return shapes
 
 
-FASTVIDEO = {  # TurboDiffusion's -> FastVideo's, inside a block and outside
+FASTVIDEO = {  # TurboDiffusion's name -> FastVideo's name, in a block and outside
     "self_attn.attn_op.local_attn.proj_l": "attn1.attn_impl.proj_l",
     "self_attn.norm_q": "norm_q", "self_attn.norm_k": "norm_k",
     "self_attn.q": "to_q", "self_attn.k": "to_k", "self_attn.v": "to_v", "self_attn.o": "to_out",
@@ -101,7 +100,7 @@ FASTVIDEO = {  # TurboDiffusion's -> FastVideo's, inside a block and outside
 
 
 def fastvideo_name(key):
-    """FastVideo's name of TurboDiffusion's key."""
+    """Return FastVideo's name of a TurboDiffusion key."""
     start, rest = "", key
     if key.startswith("blocks."):
         _, number, rest = key.split(".", 2)
@@ -111,7 +110,7 @@ def fastvideo_name(key):
 
 
 def linfusion_shapes(widths, mid=None):
-    """Key -> shape of a LinFusion file whose modules have these widths."""
+    """Return key -> shape of a LinFusion file with modules of these widths."""
     shapes = {}
     for i, width in enumerate(widths):
         inner = mid or width
@@ -126,7 +125,7 @@ def linfusion_shapes(widths, mid=None):
 
 
 def modules_list(names, widths, heads, mid=None):
-    """LinFusion's config.json."""
+    """Return the contents of LinFusion's config.json."""
     entries = zip(names, widths, heads, strict=True)
     return {"modules_list": [
         {"module_name": name, "dim_n": width, "heads": n, "projection_mid_dim": mid} for name, width, n in entries
@@ -134,7 +133,7 @@ def modules_list(names, widths, heads, mid=None):
 
 
 def draw(shapes, seed=0):
-    """Random tensors of these shapes; norms around 1."""
+    """Return random tensors of these shapes; norm weights have mean 1."""
     torch.manual_seed(seed)
     tensors = {}
     for key, given in shapes.items():
@@ -150,7 +149,7 @@ def draw(shapes, seed=0):
 
 
 def listing(shapes):
-    """The same as a listing, without any data: reading one fails."""
+    """Return weights of these shapes without data; reading one fails."""
 
     def unread():
         raise AssertionError("a listing has no data")
@@ -162,7 +161,7 @@ def listing(shapes):
 
 
 def write(path, tensors, config=None):
-    """The file, as safetensors or as torch.save by its suffix."""
+    """Write a safetensors or a torch.save file, depending on the suffix; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(tensors, path)
@@ -204,7 +203,7 @@ def find_here():
 
 
 def in_shards(folder, tensors):
-    """The tensors in three safetensors files with their index, as diffusers writes large models."""
+    """Write the tensors as three safetensors shards with an index, as diffusers does; return the folder."""
     folder.mkdir()
     names = [f"diffusion_pytorch_model-{i + 1:05}-of-00003.safetensors" for i in range(3)]
     weight_map = {key: names[i % 3] for i, key in enumerate(tensors)}
@@ -217,7 +216,7 @@ def in_shards(folder, tensors):
 
 
 def self_attention(model):
-    """As the authors list it: names, widths and heads of the modules."""
+    """Return names, widths and heads of the self-attention modules, listed as the authors of LinFusion do."""
     found = [(n, m) for n, m in model.named_modules() if hasattr(m, "to_q") and not m.is_cross_attention]
     names = [name for name, _ in found]
     return names, [m.to_q.weight.shape[0] for _, m in found], [m.heads for _, m in found]

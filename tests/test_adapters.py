@@ -1,4 +1,4 @@
-"""LoRA, IP-Adapters, offloading and whole pipelines around installed attention."""
+"""Installed attention with LoRA, IP-Adapters, offloading, autocast and complete pipelines."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def add_lora(model):
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_lora_before_or_after(family):
+def test_order_of_lora_and_install_does_not_matter(family):
     torch.manual_seed(10)
     inputs = TINY[family].inputs(TINY[family].size)
     plain, before, after = (TINY[family]() for _ in range(3))
@@ -89,7 +89,7 @@ def run_with_adapter(model, inputs):
 
 
 @pytest.mark.parametrize("family", ["flux", "sd15"])
-def test_ip_adapter_before_or_after(family):
+def test_order_of_ip_adapter_and_install_does_not_matter(family):
     load, inputs = adapter_case(family)
     before, after = TINY[family](), TINY[family]()
     load(before)
@@ -103,7 +103,7 @@ def test_ip_adapter_before_or_after(family):
     load(after)
     torch.testing.assert_close(run_with_adapter(after, inputs), expected, atol=1e-6, rtol=1e-6)
     without = {key: value for key, value in inputs.items() if not key.endswith("kwargs")}
-    if family == "flux":  # the image prompt really enters
+    if family == "flux":  # the image prompt changes the output
         assert not torch.equal(run(TINY[family](), without), dense)
     before.set_attn_processor(WIDE["gna"])
     torch.testing.assert_close(run_with_adapter(before, inputs), dense, atol=1e-5, rtol=1e-5)
@@ -116,7 +116,7 @@ def test_ip_adapter_before_or_after(family):
 
 @pytest.mark.parametrize("order", ["install first", "offload first"])
 @pytest.mark.parametrize("kind", ["model", "sequential", "group block_level", "group leaf_level"])
-def test_offloading(kind, order):
+def test_offloading_keeps_the_output(kind, order):
     model = TINY["flux"]()
     torch.manual_seed(14)
     inputs = TINY["flux"].inputs((7, 10))
@@ -160,7 +160,7 @@ def wan_pipeline():
     return pipe
 
 
-def test_pipeline_with_guidance_two_denoisers_and_prompts_in_a_batch():
+def test_pipeline_with_guidance_and_two_denoisers():
     pipe = wan_pipeline()
     torch.manual_seed(17)
     call = {
@@ -180,7 +180,7 @@ def test_pipeline_with_guidance_two_denoisers_and_prompts_in_a_batch():
     assert torch.equal(draw(), dense)
 
 
-def test_autocast_keeps_working():
+def test_autocast_stays_close_to_float32():
     model = TINY["flux"]()
     torch.manual_seed(18)
     inputs = TINY["flux"].inputs((7, 10))
@@ -191,7 +191,7 @@ def test_autocast_keeps_working():
         assert (out.float() - exact).abs().max() < 0.1
 
 
-def test_half_precision_models():
+def test_bfloat16_model_returns_bfloat16():
     model = TINY["wan"]().to(torch.bfloat16)
     inputs = TINY["wan"].inputs((3, 5, 6))
     inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
@@ -201,8 +201,8 @@ def test_half_precision_models():
         assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
-def test_masks_of_the_model_hide_keys_and_others_are_refused():
-    """A U-Net's attention_mask reaches self-attention as an additive bias over its keys."""
+def test_only_key_masks_of_the_model_are_accepted():
+    """A U-Net passes its attention_mask to self-attention as an additive bias over the keys."""
     model = TINY["sd15"]()
     torch.manual_seed(19)
     keep = torch.ones(2, 140)

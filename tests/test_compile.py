@@ -1,4 +1,4 @@
-"""torch.compile over installed models: whole or by repeated block, one graph, no recompilation from step to step."""
+"""torch.compile of installed models: whole or by repeated block, one graph, no recompilation between steps."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
 
-# a mechanism on each family, in turn: the graph around the operator is the same
+# one mechanism per family suffices: the graph around the operator is the same for all
 CASES = [
     ("flux", "sla"), ("flux", "gna"), ("sd3", "llsa"), ("sd15", "gna"), ("sdxl", "llsa"), ("wan", "clear"),
     ("wan_vace", "sla"),
@@ -24,7 +24,7 @@ def fresh_dynamo():
 
 
 def steps(model, family, count=3):
-    """The outputs of a few denoiser calls on new data of the same size."""
+    """Return the outputs of a few denoiser calls on different data of the same size."""
     torch.manual_seed(7)
     outputs = []
     for i in range(count):
@@ -44,7 +44,7 @@ def test_whole_model_is_one_graph(family, name):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     torch.testing.assert_close(steps(compiled, family), expected, atol=1e-5, rtol=1e-5)
-    # Flux's grid is data, read by an operator before the rest is traced: dynamo cuts its hook off as a graph of its own
+    # Flux's grid is data, read by an operator before the model is traced: dynamo makes a separate graph of that hook
     assert counter.frame_count == (2 if family == "flux" else 1)
     assert all(hook.slot.layout is None for hook in model._dit_accel.hooks)
     assert 0 < dit_accel.logit_fraction(model) < 1 and "not run" not in dit_accel.describe(model)
@@ -58,7 +58,7 @@ def graphs_of_repeated_blocks(model, family):
 
 
 @pytest.mark.parametrize(("family", "name"), [case for case in CASES if TINY[case[0]].block is not None])
-def test_repeated_blocks_are_as_few_graphs_as_without_us(family, name):
+def test_repeated_blocks_add_no_graphs(family, name):
     _, dense_graphs = graphs_of_repeated_blocks(TINY[family](), family)
     model = TINY[family]()
     model.set_attn_processor(NARROW[name])
@@ -69,7 +69,7 @@ def test_repeated_blocks_are_as_few_graphs_as_without_us(family, name):
 
 
 @pytest.mark.parametrize(("family", "name"), INDUCTOR)
-def test_inductor(family, name):
+def test_inductor_keeps_the_output(family, name):
     model = TINY[family]()
     model.set_attn_processor(NARROW[name])
     expected = steps(model, family, 1)
@@ -82,8 +82,8 @@ def test_inductor(family, name):
 
 
 @pytest.mark.parametrize(("family", "name"), [("flux", "gna"), ("wan", "llsa")])
-def test_a_denoiser_called_inside_a_compiled_function(family, name):
-    """There the hooks are traced into the graph, and Flux's grid is a symbol until the operator runs."""
+def test_denoiser_inside_a_compiled_function(family, name):
+    """The hooks are traced into the graph, and Flux's grid is symbolic until the operator runs."""
     model = TINY[family]()
     model.set_attn_processor(NARROW[name])
     counter = CompileCounterWithBackend("aot_eager")
@@ -100,7 +100,7 @@ def test_a_denoiser_called_inside_a_compiled_function(family, name):
     assert counter.frame_count <= 2
 
 
-def test_compiled_flux_follows_the_grid_though_the_number_of_tokens_is_the_same():
+def test_compiled_flux_follows_grid_of_equal_length():
     model = TINY["flux"]()
     model.set_attn_processor(NARROW["gna"])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -110,7 +110,7 @@ def test_compiled_flux_follows_the_grid_though_the_number_of_tokens_is_the_same(
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_training_step_compiled(name):
+def test_compiled_training_step_keeps_gradients(name):
     def gradients(compile_it):
         torch.manual_seed(8)
         model, inputs = TINY["flux"]().train(), TINY["flux"].inputs((7, 10))
@@ -127,14 +127,14 @@ def test_training_step_compiled(name):
         torch.testing.assert_close(compiled[key], plain[key], atol=1e-5, rtol=1e-4)
 
 
-def test_dense_steps_under_repeated_blocks_and_refused_for_the_whole_model():
+def test_dense_steps_need_repeated_block_compile():
     model = TINY["flux"]()
     processor = dit_accel.GNAAttnProcessor(window=3, dense_steps=1)
     model.set_attn_processor(processor)
     expected = steps(model, "flux")
     output, graphs = graphs_of_repeated_blocks(model, "flux")
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    assert graphs == 2 * graphs_of_repeated_blocks(TINY["flux"](), "flux")[1]  # a dense and a windowed one each
+    assert graphs == 2 * graphs_of_repeated_blocks(TINY["flux"](), "flux")[1]  # dense and windowed
     torch._dynamo.reset()
     model = TINY["flux"]()
     model.set_attn_processor(processor)

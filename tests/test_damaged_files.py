@@ -1,4 +1,4 @@
-"""Damaged files: each loads, or is refused with its path in a ValueError and leaves the model as it was to the bit."""
+"""Damaged files: each one loads, or raises a ValueError with its path and leaves the model unchanged bitwise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dit_accel.install import installation_of
 
 
 def own_file(folder):
-    """Two mechanisms' layers differ in options; a layout by hand; a weight of the host's own and a LoRA."""
+    """Write a file with three mechanisms, a user-defined layout, a weight of the model itself and a LoRA."""
     model = TINY["flux"]()
     dit_accel.set_attn_processor(model, SLAAttnProcessor(critical=0.3, block_q=16, block_kv=8, scale=0.3))
     dit_accel.set_attn_processor(model, CLEARAttnProcessor(radius=(2.5, 3), down_factor=2), layers="single")
@@ -71,7 +71,7 @@ FILES = {
 
 
 class Subject:
-    """A valid file, and the model that it is for, which must stay as it is when a damaged copy is refused."""
+    """Valid file and its model, which must stay unchanged if a damaged copy is refused."""
 
     def __init__(self, kind, folder):
         family, make = FILES[kind]
@@ -86,7 +86,7 @@ class Subject:
         dit_accel.reset_attn_processor(self.model)
 
     def damage(self, rng):
-        """Write a damaged copy."""
+        """Write a damaged copy of the file."""
         for path, data in self.files.items():
             path.write_bytes(data)
         path = rng.choice(sorted(self.files) + [self.main] * len(self.files))
@@ -111,7 +111,7 @@ class Subject:
                 path.write_bytes(damage_bytes(path.read_bytes(), rng))
 
     def check(self):
-        """Load the damaged copy; return what went wrong, None if nothing did, and whether it was refused."""
+        """Load the damaged copy; return a text on what went wrong or None, and whether the copy was refused."""
         wrong, refused = None, True
         try:
             dit_accel.load_attention(self.model, self.source)
@@ -161,21 +161,21 @@ def test_shards_outside_of_the_folder_are_refused(name, tmp_path):
     index = next(folder.glob("*.index.json"))
     weight_map = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": weight_map | {"transformer_blocks.0.attn.to_q.bias": name}}))
-    refused(index, r"to_q\.bias is in .*; expected the name of a safetensors file in the folder of the index")
+    refused(index, r"to_q\.bias to .*; expected the name of a safetensors file in the folder of the index")
 
 
-def test_an_index_and_its_shards_must_agree(tmp_path):
+def test_index_must_match_its_shards(tmp_path):
     folder = in_shards(tmp_path / "clear_local_3", clear_tensors())
     index = next(folder.glob("*.index.json"))
     content = json.loads(index.read_text())
     first, second, _ = sorted(set(content["weight_map"].values()))
     key = next(key for key, name in content["weight_map"].items() if name == first)
     index.write_text(json.dumps({"weight_map": content["weight_map"] | {key: second}}))
-    refused(index, rf"{second} differ: the shard lacks {key}, and another")
+    refused(index, rf"{second} do not match: missing in the shard {key}; also in another")
     index.write_text(json.dumps(content))
     tensors, metadata = read(folder / second)
     save_file(tensors | {key: torch.ones(32, 32)}, folder / second, metadata)
-    refused(index, rf"{second} differ: the shard lacks none, and another shard has {key} as well")
+    refused(index, rf"{second} do not match: missing in the shard none; also in another shard {key}")
     index.write_text('{"weight_map": ' + deep() + "}")
     refused(index, "is not a JSON file: maximum recursion depth")
 
@@ -199,19 +199,19 @@ def test_tensors_that_cannot_be_copied_are_refused(value, words, tmp_path):
     refused(path, f"{KEY}.*{words}")
 
 
-def test_names_that_are_not_text_are_refused(tmp_path):
+def test_keys_that_are_not_strings_are_refused(tmp_path):
     torch.save(clear_tensors() | {1: torch.ones(2)}, tmp_path / "clear_local_3.pth")
-    refused(tmp_path / "clear_local_3.pth", "holds 1, a torch.float32 tensor.*names that are text")
+    refused(tmp_path / "clear_local_3.pth", "has 1, a torch.float32 tensor.*names that are strings")
 
 
-def test_quantized_weights_that_are_no_matrices_are_refused(tmp_path):
+def test_malformed_quantized_weights_are_refused(tmp_path):
     tensors = turbo_tensors(True)
     ones = {"patch_embedding.int8_weight": torch.ones(32, 4, 1, 2, 2, dtype=torch.int8)}
     del tensors["patch_embedding.weight"]
     path = write(tmp_path / "turbo.pth", tensors | ones | {"patch_embedding.scale": torch.ones(1, 1, 1, 1, 1)})
-    refused(path, r"patch_embedding.int8_weight is torch.int8 \(32, 4, 1, 2, 2\).*both matrices", "wan")
+    refused(path, r"patch_embedding.int8_weight is torch.int8 \(32, 4, 1, 2, 2\).*expected an int8 matrix", "wan")
     name = "blocks.0.ffn.0"
     path = write(tmp_path / "turbo.pth", turbo_tensors(True) | {f"{name}.weight": torch.ones(48, 32)})
     refused(path, rf"has {name}.weight twice, as itself and as {name}.int8_weight", "wan")
     path = write(tmp_path / "turbo.pth", turbo_tensors(True) | {f"{name}.scale": torch.ones(1, 1).int()})
-    refused(path, rf"{name}.int8_weight is .*the scale in floating-point numbers", "wan")
+    refused(path, rf"{name}.int8_weight is .*a floating-point {name}.scale of shape", "wan")

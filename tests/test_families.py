@@ -1,4 +1,4 @@
-"""Every mechanism on tiny random models of every family: what changes, what must not, and that layouts are right."""
+"""Each mechanism on tiny random models of each family: install, reset, layouts, training, copies and saving."""
 
 import copy
 import pickle
@@ -27,8 +27,8 @@ WIDE = {
     "gna": dit_accel.GNAAttnProcessor(window=1000),
 }
 REFERENCE = {"sla": sla.reference, "clear": clear.reference, "llsa": llsa.reference, "gna": gna.reference}
-# the true layouts, written by hand: number of tokens -> (grid, tokens before, tokens after)
-TRUE = {
+# expected layouts: number of tokens -> (grid, tokens before, tokens after)
+LAYOUTS = {
     "flux": {77: ((7, 10), TEXT, 0)},
     "sd3": {77: ((7, 10), 0, TEXT), 70: ((7, 10), 0, 0)},
     "sd15": {140: ((10, 14), 0, 0), 35: ((5, 7), 0, 0)},
@@ -52,10 +52,10 @@ def hooks(model):
 
 @families
 @mechanisms
-def test_install_changes_the_output_and_reset_brings_everything_back(family, name):
+def test_reset_restores_bitwise(family, name):
     model, inputs = model_and_inputs(family)
     dense, before = run(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}
-    processors, attributes, there = dict(model.attn_processors), set(model.__dict__), hooks(model)
+    processors, attributes, hook_count = dict(model.attn_processors), set(model.__dict__), hooks(model)
     model.set_attn_processor(NARROW[name])
     assert len(installed_layers(model)) == TINY[family].layers
     changed = run(model, inputs)
@@ -63,14 +63,14 @@ def test_install_changes_the_output_and_reset_brings_everything_back(family, nam
     dit_accel.reset_attn_processor(model)
     assert torch.equal(run(model, inputs), dense)
     assert all(model.attn_processors[key] is value for key, value in processors.items())
-    assert hooks(model) == there and set(model.__dict__) == attributes
+    assert hooks(model) == hook_count and set(model.__dict__) == attributes
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
 
 
 @families
 @mechanisms
-def test_wide_open_settings_are_dense(family, name):
+def test_unlimited_options_match_dense_attention(family, name):
     model, inputs = model_and_inputs(family)
     dense = run(model, inputs)
     dit_accel.set_attn_processor(model, WIDE[name])
@@ -82,7 +82,7 @@ def query_key_value(query, key, value, *_, **__):
 
 
 class ReferenceInstead(TorchFunctionMode):
-    """The reference mechanism in place of every self-attention of a known length, by the test's own layouts."""
+    """Replace each self-attention with a length in ``layouts`` by the reference mechanism."""
 
     def __init__(self, name, layouts):
         super().__init__()
@@ -99,15 +99,15 @@ class ReferenceInstead(TorchFunctionMode):
 
     def reference(self, query, key, value, layout):
         options = NARROW[self.name].mechanism.fit(layout, **NARROW[self.name].options())
-        options.pop("train_tokens", None)  # the processor's alone
+        options.pop("train_tokens", None)  # an option of the processor only
         return REFERENCE[self.name](query, key, value, layout, **options)
 
 
 @families
 @mechanisms
-def test_layouts_are_right(family, name):
+def test_layouts_match_reference(family, name):
     model, inputs = model_and_inputs(family)
-    with ReferenceInstead(name, TRUE[family]) as mode:
+    with ReferenceInstead(name, LAYOUTS[family]) as mode:
         expected = run(model, inputs)
     assert mode.calls == TINY[family].layers
     model.set_attn_processor(NARROW[name])
@@ -115,39 +115,39 @@ def test_layouts_are_right(family, name):
 
 
 @pytest.mark.parametrize("family", ["sd15", "wan", "wan_i2v"])
-def test_cross_attention_is_never_replaced_though_text_is_as_long_as_the_grid(family, monkeypatch):
-    """The mechanism, which here computes dense attention and notes its calls, is called for self-attention alone."""
+def test_cross_attention_is_never_replaced(family, monkeypatch):
+    """Text is as long as the grid; a mechanism that records its calls must be called only for self-attention."""
     if family == "sd15":
         model, inputs = TINY[family](), TINY[family].inputs((10, 14), text=140)
     elif family == "wan":
         model, inputs = TINY[family](), wan_inputs((3, 5, 6), text=90)
     else:  # 512 text tokens and a grid of 512
         model, inputs = TINY[family](), TINY[family].inputs((2, 16, 16))
-    seen = []
+    keys = []
     monkeypatch.setattr(
-        gna, "_attend", lambda q, k, v, layout, **_: seen.append(k) or F.scaled_dot_product_attention(q, k, v)
+        gna, "_attend", lambda q, k, v, layout, **_: keys.append(k) or F.scaled_dot_product_attention(q, k, v)
     )
     cross, softmax = [], F.scaled_dot_product_attention
 
-    class Watch(TorchFunctionMode):
+    class RecordOthers(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is softmax and not any(query_key_value(*args, **(kwargs or {}))[1] is key for key in seen):
+            if func is softmax and not any(query_key_value(*args, **(kwargs or {}))[1] is key for key in keys):
                 cross.append(args)
             return func(*args, **(kwargs or {}))
 
     dense = run(model, inputs)
     model.set_attn_processor(NARROW["gna"])
-    with Watch():
+    with RecordOthers():
         out = run(model, inputs)
-    assert len(seen) == TINY[family].layers and len(cross) >= TINY[family].layers
+    assert len(keys) == TINY[family].layers and len(cross) >= TINY[family].layers
     torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
     names = set(installed_layers(model))
     assert names and not any(name.endswith("attn2") for name in names)
 
 
 @families
-def test_inference_mode_gives_what_no_grad_gives(family):
-    """Inputs made in inference mode as well, as a pipeline under it makes them; then gradients outside of it."""
+def test_inference_mode_matches_no_grad(family):
+    """Inputs may be created in inference mode; gradients outside of it still work afterwards."""
     model, inputs = model_and_inputs(family)
     model.set_attn_processor(NARROW["gna"])
     expected = run(model, inputs)
@@ -159,7 +159,7 @@ def test_inference_mode_gives_what_no_grad_gives(family):
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_one_frame_video_and_short_axes_take_the_whole_axis():
+def test_options_are_capped_to_short_axes():
     model = TINY["wan"]()
     inputs = wan_inputs((1, 5, 6))
     for processor in NARROW.values():
@@ -172,7 +172,7 @@ def test_one_frame_video_and_short_axes_take_the_whole_axis():
 
 
 @families
-def test_two_forwards_of_different_sizes_before_one_backward_under_gradient_checkpointing(family):
+def test_checkpointing_over_two_sizes_keeps_gradients(family):
     tiny = TINY[family]
     torch.manual_seed(3)
     first, second = tiny.inputs(tiny.size), tiny.inputs(tiny.other_size)
@@ -193,7 +193,7 @@ def test_two_forwards_of_different_sizes_before_one_backward_under_gradient_chec
 
 
 @pytest.mark.parametrize("family", ["flux", "sd15", "sdxl", "wan", "wan_i2v", "wan_vace"])
-def test_fused_projections_before_install(family):
+def test_fusing_before_install_keeps_the_output(family):
     model, inputs = model_and_inputs(family)
     model.set_attn_processor(NARROW["gna"])
     expected = run(model, inputs)
@@ -207,7 +207,7 @@ def test_fused_projections_before_install(family):
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])
-def test_fused_projections_after_install(family):
+def test_fusing_after_install_keeps_the_output(family):
     model, inputs = model_and_inputs(family)
     model.set_attn_processor(NARROW["gna"])
     expected = run(model, inputs)
@@ -215,7 +215,7 @@ def test_fused_projections_after_install(family):
     torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_processors_replaced_behind_our_back_are_told_at_the_next_call():
+def test_replaced_processors_raise_at_the_next_call():
     model, inputs = model_and_inputs("sd15")
     model.set_attn_processor(NARROW["gna"])
     expected = run(model, inputs)
@@ -227,7 +227,7 @@ def test_processors_replaced_behind_our_back_are_told_at_the_next_call():
 
 
 @mechanisms
-def test_processor_and_installed_model_can_be_copied_and_pickled(name):
+def test_processors_and_models_copy_and_pickle(name):
     processor = NARROW[name]
     assert copy.deepcopy(processor) == processor == pickle.loads(pickle.dumps(processor))
     model, inputs = model_and_inputs("flux")
@@ -238,13 +238,13 @@ def test_processor_and_installed_model_can_be_copied_and_pickled(name):
         assert torch.equal(run(other, inputs), expected)
         dit_accel.reset_attn_processor(other)
         assert torch.equal(run(other, inputs), dense) and hooks(other) == 0
-    assert torch.equal(run(model, inputs), expected)  # the copies' reset left the original alone
+    assert torch.equal(run(model, inputs), expected)  # resetting a copy does not change the original
     installed = model.attn_processors["transformer_blocks.0.attn.processor"]
     assert type(pickle.loads(pickle.dumps(installed))) is type(installed) is type(copy.deepcopy(installed))
 
 
 @families
-def test_save_pretrained_while_installed_and_after_reset(family, tmp_path):
+def test_save_pretrained_writes_a_plain_model(family, tmp_path):
     model, inputs = model_and_inputs(family)
     dense = run(model, inputs)
     model.save_pretrained(tmp_path / "before")
@@ -258,7 +258,7 @@ def test_save_pretrained_while_installed_and_after_reset(family, tmp_path):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
-def test_kontext_reference_is_seen_whole_or_through_the_window():
+def test_kontext_references_are_dense_or_windowed():
     model = TINY["flux"]()
     torch.manual_seed(4)
     inputs = flux_inputs((6, 8), references=((6, 8),))
@@ -267,7 +267,7 @@ def test_kontext_reference_is_seen_whole_or_through_the_window():
     layout = next(iter(installed_layers(model).values())).slot.last
     assert layout == TokenLayout((6, 8), before=TEXT, after=48, references=((6, 8),))
 
-    class Instead(ReferenceInstead):
+    class WindowReference(ReferenceInstead):
         def reference(self, query, key, value, layout):
             return gna.reference(query, key, value, layout, **self.options)
 
@@ -278,7 +278,7 @@ def test_kontext_reference_is_seen_whole_or_through_the_window():
         dit_accel.set_attn_processor(model, dit_accel.GNAAttnProcessor(window=3, reference=reference))
         out = run(model, inputs)
         dit_accel.reset_attn_processor(model)
-        with Instead("gna", {TEXT + 96: layout}) as mode:
+        with WindowReference("gna", {TEXT + 96: layout}) as mode:
             mode.options = options
             torch.testing.assert_close(out, run(model, inputs), atol=2e-5, rtol=2e-5)
         windowed = out
@@ -287,13 +287,13 @@ def test_kontext_reference_is_seen_whole_or_through_the_window():
         torch.testing.assert_close(run(model, inputs), windowed, atol=1e-6, rtol=1e-6)
     dit_accel.set_attn_processor(model, dit_accel.CLEARAttnProcessor(radius=2.5, reference="window"))
     assert run(model, inputs).isfinite().all()
-    with pytest.raises(ValueError, match="picture's own size"):
+    with pytest.raises(ValueError, match="with the size of the image"):
         run(model, flux_inputs((6, 8), references=((4, 8),)))
 
 
 @families
 @pytest.mark.parametrize("name", ["gna", "sla"])
-def test_batch_rows_do_not_mix(family, name):
+def test_batch_rows_are_independent(family, name):
     model, inputs = model_and_inputs(family, batch=2)
     model.set_attn_processor(NARROW[name])
     both = run(model, inputs)

@@ -1,4 +1,4 @@
-"""Installing on pipelines and models: which layers, what is refused, what is shown, and the way back."""
+"""Installing on pipelines and models: selection of layers, refusals, describe, save, load and reset."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ SLA = SLAAttnProcessor(critical=0.3, block_q=16, block_kv=8)
 
 
 def wan_pipe():
-    """Wan 2.2: two denoisers. The parts that these tests do not use are left out."""
+    """Return a Wan 2.2 pipeline with two denoisers, without the components that these tests do not use."""
     return WanPipeline(
         tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=TINY["wan"](0), transformer_2=TINY["wan"](1), boundary_ratio=0.5,
@@ -40,7 +40,7 @@ def flux_and_inputs():
     return TINY["flux"](), TINY["flux"].inputs((7, 10))
 
 
-def test_all_ways_to_set_are_the_same():
+def test_all_setters_install_the_same_layers():
     for way in (
         lambda pipe: pipe.set_attn_processor(GNA),
         lambda pipe: [t.set_attn_processor(GNA) for t in (pipe.transformer, pipe.transformer_2)],
@@ -71,7 +71,7 @@ def test_layers_by_name_expression_or_predicate(layers, expected):
     assert sorted(installed_layers(model)) == sorted(names[i] for i in expected)
 
 
-def test_another_mechanism_replaces_the_first_on_the_named_layers_and_others_keep_theirs():
+def test_second_mechanism_replaces_named_layers_only():
     model, inputs = flux_and_inputs()
     dense = run(model, inputs)
     model.set_attn_processor(GNA)
@@ -84,7 +84,7 @@ def test_another_mechanism_replaces_the_first_on_the_named_layers_and_others_kee
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_context_manager_brings_back_what_was_there():
+def test_context_manager_restores_previous_state():
     model, inputs = flux_and_inputs()
     dense = run(model, inputs)
     with dit_accel.attention(model, GNA):
@@ -96,12 +96,12 @@ def test_context_manager_brings_back_what_was_there():
     before = run(model, inputs)
     with pytest.raises(KeyError), dit_accel.attention(model, GNA):
         assert torch.equal(run(model, inputs), windowed)
-        raise KeyError("leaves in every way")
+        raise KeyError("an exception also restores")
     assert torch.equal(run(model, inputs), before)
     assert installed_layers(model) == {"transformer_blocks.0.attn": layer}
 
 
-def test_reset_twice_and_of_nothing_is_harmless():
+def test_reset_is_idempotent():
     model, inputs = flux_and_inputs()
     dense = run(model, inputs)
     dit_accel.reset_attn_processor(model)
@@ -111,19 +111,19 @@ def test_reset_twice_and_of_nothing_is_harmless():
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_dict_of_processors_mixes_ours_with_the_hosts():
+def test_processor_dict_may_include_those_of_diffusers():
     model, inputs = flux_and_inputs()
     dense = run(model, inputs)
     processors = dict(model.attn_processors)
     processors["transformer_blocks.1.attn.processor"] = GNA
     given = dict(processors)
     model.set_attn_processor(processors)
-    assert processors == given  # diffusers itself empties it
+    assert processors == given  # diffusers' own method empties the dict
     assert list(installed_layers(model)) == ["transformer_blocks.1.attn"]
     assert not torch.equal(run(model, inputs), dense)
 
 
-def test_methods_of_models_and_pipelines_take_layers_and_reset():
+def test_patched_methods_take_layers_and_reset():
     pipe = wan_pipe()
     pipe.set_attn_processor(GNA, layers=r"^transformer\.blocks\.0")
     assert list(installed_layers(pipe.transformer)) == ["blocks.0.attn1"] and not installed_layers(pipe.transformer_2)
@@ -139,19 +139,19 @@ def test_methods_of_models_and_pipelines_take_layers_and_reset():
 
 
 @pytest.mark.parametrize("family", ["flux", "sd15"])
-def test_a_processor_set_on_one_module_is_refused(family):
+def test_processor_on_a_single_module_is_refused(family):
     model = TINY[family]()
     module = next(part for part in model.modules() if hasattr(part, "set_processor"))
     before = module.processor
-    with pytest.raises(TypeError, match=r"installed on the model.*layers="):
+    with pytest.raises(TypeError, match=r"to be installed on a model.*layers="):
         module.set_processor(GNA)
     assert module.processor is before
     module.processor = GNA
-    with pytest.raises(TypeError, match=r"installed on the model.*layers="):
+    with pytest.raises(TypeError, match=r"to be installed on a model.*layers="):
         run(model, TINY[family].inputs(TINY[family].size))
 
 
-def test_forward_called_directly_raises_since_no_layout_was_read():
+def test_direct_forward_call_raises():
     model, inputs = flux_and_inputs()
     model.set_attn_processor(GNA)
     run(model, inputs)
@@ -159,7 +159,7 @@ def test_forward_called_directly_raises_since_no_layout_was_read():
         model.forward(**inputs)
 
 
-def test_another_attention_backend_is_told_and_not_silently_dense():
+def test_other_attention_backend_raises():
     model, inputs = flux_and_inputs()
     model.set_attn_processor(GNA)
     from diffusers.models.attention_dispatch import attention_backend
@@ -173,7 +173,7 @@ def test_another_attention_backend_is_told_and_not_silently_dense():
         model.set_attention_backend("native")
     dit_accel.reset_attn_processor(model)
     model.set_attn_processor(GNA)
-    with attention_backend("_native_math"):  # a global default does not lead past us
+    with attention_backend("_native_math"):  # a global default does not bypass the installed layers
         assert run(model, inputs).isfinite().all()
 
 
@@ -185,7 +185,7 @@ def test_context_parallelism_is_refused():
         run(model, inputs)
 
 
-def test_processors_without_softmax_call_are_refused_at_once():
+def test_processor_without_sdpa_call_is_refused():
     model = TINY["sd15"]()
     model.set_attention_slice("max")
     with pytest.raises(ValueError, match="does not use torch's scaled_dot_product_attention"):
@@ -207,9 +207,9 @@ def test_min_tokens_leaves_small_layers_dense():
     assert 0 < dit_accel.logit_fraction(model) < 1
 
 
-def test_dense_steps_leaves_the_first_steps_of_every_generation_dense():
+def test_dense_steps_keep_first_steps_dense():
     model, inputs = flux_and_inputs()
-    timesteps = [1.0, 1.0, 0.7, 0.4, 0.1]  # two calls in the first step, as guidance makes them
+    timesteps = [1.0, 1.0, 0.7, 0.4, 0.1]  # guidance calls the model twice in the first step
 
     def generation():
         return [run(model, {**inputs, "timestep": torch.full((2,), t)}) for t in timesteps]
@@ -221,23 +221,23 @@ def test_dense_steps_leaves_the_first_steps_of_every_generation_dense():
     for _ in range(2):
         for i, out in enumerate(generation()):
             assert torch.equal(out, (dense if i < 3 else sparse)[i])
-    model.train()  # random timesteps: there are no steps
+    model.train()  # training has random timesteps, so dense_steps is ignored
     assert torch.equal(run(model, {**inputs, "timestep": torch.full((2,), 1.0)}), sparse[0])
 
 
-def test_dense_steps_count_on_over_two_denoisers():
+def test_dense_steps_count_across_two_denoisers():
     pipe = wan_pipe()
     pipe.set_attn_processor(GNAAttnProcessor(window=3, dense_steps=2))
     inputs = TINY["wan"].inputs((3, 5, 6))
-    seen = []
+    dense = []
     for model, timestep in [(pipe.transformer, 900), (pipe.transformer, 700), (pipe.transformer_2, 400)] * 2:
         run(model, {**inputs, "timestep": torch.full((2,), timestep)})
-        seen.append(installed_layers(model)["blocks.0.attn1"].dense)
-    assert seen == [True, True, False] * 2
+        dense.append(installed_layers(model)["blocks.0.attn1"].dense)
+    assert dense == [True, True, False] * 2
 
 
-def test_clear_high_resolution_scale_is_the_papers():
-    """At S tokens the logits are those of scale = sqrt(log(S, S_train) / D): here 77 tokens, trained at 50, D 16."""
+def test_clear_train_tokens_set_the_paper_scale():
+    """The scale is sqrt(log(S, S_train) / D): here S = 77, S_train = 50, D = 16; with pooled tokens, 10·S."""
     model, inputs = flux_and_inputs()
     for pooling, tokens in ((1, 77), (2, 770)):
         scale = math.sqrt(math.log(tokens, 50) / 16)
@@ -249,12 +249,12 @@ def test_clear_high_resolution_scale_is_the_papers():
         assert not torch.allclose(run(model, inputs), expected, atol=1e-4)
 
 
-def test_unknown_models_raise_and_take_a_layout_by_hand():
+def test_unknown_model_needs_a_layout():
     latte = LatteTransformer3DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, patch_size=2,
         sample_size=8, cross_attention_dim=16, caption_channels=16, video_length=3,
     ).eval()  # fmt: skip
-    with pytest.raises(ValueError, match=r"does not know where the tokens of LatteTransformer3DModel are.*layout="):
+    with pytest.raises(ValueError, match=r"has no token layout for LatteTransformer3DModel;.*layout="):
         dit_accel.set_attn_processor(latte, GNA)
     inputs = {
         "hidden_states": torch.randn(1, 4, 3, 8, 8),
@@ -276,7 +276,7 @@ def test_unknown_models_raise_and_take_a_layout_by_hand():
     assert torch.equal(run(latte, inputs), dense)
 
 
-def test_bad_things_to_install_on_are_refused():
+def test_invalid_install_targets_are_refused():
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(TypeError, match="expected a diffusers pipeline or model, got str"):
         dit_accel.set_attn_processor("flux", GNA)
@@ -284,7 +284,7 @@ def test_bad_things_to_install_on_are_refused():
         dit_accel.set_attn_processor(TINY["flux"](), object())
     with pytest.raises(ValueError, match="no self-attention layers"):
         dit_accel.set_attn_processor(torch.nn.Linear(2, 2), GNA, layout=TokenLayout((4,)))
-    with pytest.raises(ValueError, match="does not know where the tokens of AutoencoderKL are"):
+    with pytest.raises(ValueError, match="has no token layout for AutoencoderKL;"):
         dit_accel.set_attn_processor(vae, GNA)
     with pytest.raises(ValueError, match=r"did you mean transformer_blocks\.0\.attn"):
         dit_accel.set_attn_processor(TINY["flux"](), GNA, layers=["transformer_blocks.0.atn"])
@@ -292,7 +292,7 @@ def test_bad_things_to_install_on_are_refused():
         dit_accel.set_attn_processor(TINY["flux"](), GNA, layers="nothing_like_it")
 
 
-def test_layout_of_another_length_than_the_sequence_is_refused():
+def test_shuffled_position_ids_are_refused():
     model, inputs = flux_and_inputs()
     inputs["img_ids"] = inputs["img_ids"][torch.randperm(70)]
     model.set_attn_processor(GNA)
@@ -329,12 +329,12 @@ def test_layout_of_another_length_than_the_sequence_is_refused():
         (lambda: GNAAttnProcessor(window=3, wndow=3), TypeError),
     ],
 )
-def test_processors_are_validated_when_constructed(make, error):
+def test_invalid_processor_options_are_refused(make, error):
     with pytest.raises(error):
         make()
 
 
-def test_processors_are_values():
+def test_processors_compare_hash_and_pickle():
     a, b = GNAAttnProcessor(window=[3, 4]), GNAAttnProcessor(window=(3, 4))
     assert a == b and hash(a) == hash(b) and pickle.loads(pickle.dumps(a)) == copy.deepcopy(a) == a
     assert str(a) == "gna(window=(3, 4))"
@@ -347,7 +347,7 @@ def test_wrong_number_of_axes_for_a_layer_is_refused():
         run(model, inputs)
 
 
-def test_describe_says_what_is_where():
+def test_describe_lists_layers_and_layouts():
     pipe = wan_pipe()
     assert re.search(r"transformer: all layers +dense", dit_accel.describe(pipe))
     dit_accel.set_attn_processor(pipe, GNA, layers=r"transformer\.blocks\.0")
@@ -365,7 +365,7 @@ def randomise(model):
 
 
 @pytest.mark.parametrize("processor", [SLA, CLEARAttnProcessor(radius=2.0, down_factor=2), GNA])
-def test_save_and_load_on_the_model(processor, tmp_path):
+def test_save_and_load_restore_bitwise(processor, tmp_path):
     model, inputs = flux_and_inputs()
     model.set_attn_processor(processor)
     randomise(model)
@@ -379,7 +379,7 @@ def test_save_and_load_on_the_model(processor, tmp_path):
     assert torch.equal(run(other, inputs), expected)
 
 
-def test_one_file_loads_on_the_pipe_and_on_its_models(tmp_path):
+def test_pipeline_file_loads_on_pipeline_and_model(tmp_path):
     pipe, inputs = wan_pipe(), TINY["wan"].inputs((3, 5, 6))
     pipe.set_attn_processor(SLA)
     for model in (pipe.transformer, pipe.transformer_2):
@@ -417,7 +417,7 @@ def rewrite(path, change):
     save_file(tensors, path, metadata=metadata)
 
 
-def test_load_refuses_what_does_not_fit_and_leaves_the_model_alone(tmp_path):
+def test_unfit_file_is_refused_unchanged(tmp_path):
     path = saved_sla(tmp_path / "good")
     model, inputs = flux_and_inputs()
     dense = run(model, inputs)
@@ -429,15 +429,15 @@ def test_load_refuses_what_does_not_fit_and_leaves_the_model_alone(tmp_path):
 
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused("not a whole safetensors file")
+    refused("not a complete safetensors file")
     path.write_bytes(b"hello, this is no safetensors file at all")
-    refused("not a whole safetensors file")
+    refused("not a complete safetensors file")
     key = "transformer.transformer_blocks.0.attn.dit_accel.weight"
     for change, words in (
         (lambda t, m: t.pop(key), r"missing transformer_blocks.0.attn.dit_accel.weight; unexpected none"),
         (lambda t, m: t.update({"transformer.strange": torch.ones(1)}), "missing none; unexpected strange"),
-        (lambda t, m: t.update({key: torch.zeros(32, 32)}), "another head size"),
-        (lambda t, m: m.update(dit_accel=m["dit_accel"].replace('"sla"', '"magic"')), "mechanism 'magic'.*known: sla"),
+        (lambda t, m: t.update({key: torch.zeros(32, 32)}), "another model or head size"),
+        (lambda t, m: m.update(dit_accel=m["dit_accel"].replace('"sla"', '"magic"')), "mechanism 'magic'; expected"),
         (lambda t, m: m.update(dit_accel=m["dit_accel"].replace('"format": 1', '"format": 9')), "update dit_accel"),
         (lambda t, m: m.pop("dit_accel"), "was not written by dit_accel"),
         (lambda t, m: m.update(dit_accel=m["dit_accel"].replace("blocks.1.attn", "blocks.7.attn")), "lacks"),
@@ -450,7 +450,7 @@ def test_load_refuses_what_does_not_fit_and_leaves_the_model_alone(tmp_path):
         dit_accel.load_attention(TINY["sd3"](), saved_sla(tmp_path / "again"))
 
 
-def test_load_refuses_another_mechanism_than_the_installed_one(tmp_path):
+def test_load_refuses_another_installed_mechanism(tmp_path):
     path = saved_sla(tmp_path)
     model, inputs = flux_and_inputs()
     model.set_attn_processor(GNA)
@@ -460,7 +460,7 @@ def test_load_refuses_another_mechanism_than_the_installed_one(tmp_path):
     assert torch.equal(run(model, inputs), expected)
 
 
-def test_weights_that_a_load_overwrote_are_put_back(tmp_path):
+def test_reset_restores_overwritten_weights(tmp_path):
     path = saved_sla(tmp_path)
     model, inputs = flux_and_inputs()
     dense, before = run(model, inputs), copy.deepcopy(model.state_dict())
@@ -477,7 +477,7 @@ def test_weights_that_a_load_overwrote_are_put_back(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_save_refuses_when_nothing_is_installed_and_leaves_no_half_file(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_previous_file(tmp_path, monkeypatch):
     model, _ = flux_and_inputs()
     with pytest.raises(ValueError, match="nothing to save"):
         dit_accel.save_attention(model, tmp_path / "a")

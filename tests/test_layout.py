@@ -1,4 +1,4 @@
-"""TokenLayout: what it holds, what it refuses, and coordinates there and back."""
+"""TokenLayout: lengths, invalid arguments, and conversion between tokens and coordinates."""
 
 import math
 import pickle
@@ -13,17 +13,17 @@ grids = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 
 
 @given(grids, st.integers(0, 4), st.integers(0, 4))
-def test_coordinates_there_and_back(grid, before, after):
+def test_coordinates_round_trip(grid, before, after):
     layout = TokenLayout(grid, before, after)
     assert layout.seq_len == before + math.prod(grid) + after
-    places = [layout.coordinates(token) for token in range(layout.seq_len)]
-    assert places[:before] == [None] * before and places[layout.seq_len - after :] == [None] * after
-    inside = places[layout.grid_slice]
+    coordinates = [layout.coordinates(token) for token in range(layout.seq_len)]
+    assert coordinates[:before] == [None] * before and coordinates[layout.seq_len - after :] == [None] * after
+    inside = coordinates[layout.grid_slice]
     assert inside == sorted(inside) and len(set(inside)) == len(inside)
-    assert [layout.token(place) for place in inside] == list(range(before, before + math.prod(grid)))
+    assert [layout.token(x) for x in inside] == list(range(before, before + math.prod(grid)))
 
 
-def test_is_frozen_hashable_and_pickles():
+def test_layout_is_frozen_hashable_and_pickles():
     layout = TokenLayout([2, 3], after=1)
     assert layout == pickle.loads(pickle.dumps(layout)) and hash(layout) == hash(TokenLayout((2, 3), 0, 1))
     with pytest.raises(AttributeError):
@@ -38,18 +38,18 @@ def test_is_frozen_hashable_and_pickles():
         ({"grid": (3, 0)}, ValueError, "at least 1"),
         ({"grid": (3,), "before": -1}, ValueError, "negative"),
         ({"grid": (3,), "after": -2}, ValueError, "negative"),
-        ({"grid": (3.0, 2)}, TypeError, "whole numbers"),
-        ({"grid": (True, 2)}, TypeError, "whole numbers"),
-        ({"grid": (3, 2), "before": 1.5}, TypeError, "whole numbers"),
+        ({"grid": (3.0, 2)}, TypeError, "expects integers"),
+        ({"grid": (True, 2)}, TypeError, "expects integers"),
+        ({"grid": (3, 2), "before": 1.5}, TypeError, "expects integers"),
         ({"grid": (3, 2), "after": 5, "references": ((3, 2),)}, ValueError, "more tokens than"),
     ],
 )
-def test_refuses(arguments, error, words):
+def test_invalid_arguments_are_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         TokenLayout(**arguments)
 
 
-def test_token_and_coordinates_refuse_what_is_outside():
+def test_outside_tokens_and_coordinates_raise():
     layout = TokenLayout((2, 3), before=1)
     for token in (-1, 7):
         with pytest.raises(IndexError):

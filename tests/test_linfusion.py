@@ -1,4 +1,4 @@
-"""LinFusion's linear attention: the function against its definition token by token, and the processor on U-Nets."""
+"""LinFusion's linear attention: the function against a token-by-token definition, and the processor on U-Nets."""
 
 import copy
 import math
@@ -22,17 +22,17 @@ from dit_accel.processor import PROCESSORS
 UNETS = pytest.mark.parametrize("family", ["sd15", "sdxl"])
 
 
-def token_by_token(query, key, value, real=None):
-    """The definition, in float64 NumPy: real (B, S) bool are the keys that count."""
+def token_by_token(query, key, value, key_mask=None):
+    """Compute the definition in float64 NumPy; key_mask (B, S) is True for keys that may be attended."""
     q, k, v = (x.detach().double().numpy() for x in (query, key, value))
     q, k = (np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) for x in (q, k))  # elu + 1
     out = np.zeros_like(q)
     for b, h, i in np.ndindex(*q.shape[:3]):
-        keys = [j for j in range(q.shape[2]) if real is None or real[b, j]]
+        keys = [j for j in range(q.shape[2]) if key_mask is None or key_mask[b, j]]
         if not keys:
             continue
-        above = sum((q[b, h, i] @ k[b, h, j]) * v[b, h, j] for j in keys) / len(keys)
-        out[b, h, i] = above / (q[b, h, i] @ np.mean([k[b, h, j] for j in keys], 0) + 1e-4)
+        numerator = sum((q[b, h, i] @ k[b, h, j]) * v[b, h, j] for j in keys) / len(keys)
+        out[b, h, i] = numerator / (q[b, h, i] @ np.mean([k[b, h, j] for j in keys], 0) + 1e-4)
     return torch.from_numpy(out)
 
 
@@ -43,7 +43,7 @@ def draw(length, dim=8, dtype=torch.float32, batch=2, heads=2):
 
 @pytest.mark.parametrize("length", [1, 5, 63, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_function_is_the_definition(length, dtype):
+def test_function_matches_definition(length, dtype):
     query, key, value = draw(length, dtype=dtype)
     exact = token_by_token(query, key, value)
     out = linfusion_attention(query, key, value)
@@ -74,34 +74,35 @@ def test_elu_features_are_exact_to_rounding(x):
     assert feature.item() == pytest.approx(x + 1 if x > 0 else math.exp(x), rel=4e-7)
 
 
-def test_large_keys_and_many_tokens_do_not_overflow_in_half_precision():
     """Sums over the keys would be 500 · 200 · 16 in float16, which ends at 65,504."""
+def test_large_keys_do_not_overflow_in_half_precision():
+    """Sums over the keys would reach 500 · 200 · 16; the maximum of float16 is 65,504."""
     query, key, value = (x * 50 + 100 for x in draw(500, 16, batch=1, heads=1))
     exact = linfusion.reference(query.half().double(), key.half().double(), value.half().double())
     out = linfusion_attention(query.half(), key.half(), value.half())
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=0)
 
 
-def test_hidden_keys_do_not_count_whatever_lies_there():
+def test_masked_keys_are_ignored_even_if_nan():
     query, key, value = draw(9)
-    real = torch.ones(2, 9, dtype=torch.bool)
-    real[0, 6:] = real[1] = False
-    exact = token_by_token(query, key, value, real)
-    key, value = (torch.where(real[:, None, :, None], x, torch.nan) for x in (key, value))
+    key_mask = torch.ones(2, 9, dtype=torch.bool)
+    key_mask[0, 6:] = key_mask[1] = False
+    exact = token_by_token(query, key, value, key_mask)
+    key, value = (torch.where(key_mask[:, None, :, None], x, torch.nan) for x in (key, value))
     for function in (linfusion_attention, linfusion.reference):
-        torch.testing.assert_close(function(query, key, value, key_mask=real).double(), exact, atol=1e-6, rtol=0)
-    assert not linfusion_attention(query, key, value, key_mask=real)[1].any()
+        torch.testing.assert_close(function(query, key, value, key_mask=key_mask).double(), exact, atol=1e-6, rtol=0)
+    assert not linfusion_attention(query, key, value, key_mask=key_mask)[1].any()
 
 
-def test_gradients():
+def test_gradients_match_definition():
     leaves = [x.detach().requires_grad_() for x in draw(7, dtype=torch.float64)]
     assert torch.autograd.gradcheck(linfusion_attention, leaves)
-    real = torch.arange(7).expand(2, 7) < torch.tensor([[5], [7]])
-    assert torch.autograd.gradcheck(lambda *x: linfusion_attention(*x, key_mask=real), leaves)
+    key_mask = torch.arange(7).expand(2, 7) < torch.tensor([[5], [7]])
+    assert torch.autograd.gradcheck(lambda *x: linfusion_attention(*x, key_mask=key_mask), leaves)
     single = [x.detach().float().requires_grad_() for x in leaves]
     grad = torch.randn(2, 2, 7, 8)
-    wanted = torch.autograd.grad(linfusion.reference(*leaves), leaves, grad.double())
-    for ours, exact in zip(torch.autograd.grad(linfusion_attention(*single), single, grad), wanted, strict=True):
+    expected = torch.autograd.grad(linfusion.reference(*leaves), leaves, grad.double())
+    for ours, exact in zip(torch.autograd.grad(linfusion_attention(*single), single, grad), expected, strict=True):
         torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-4)
 
 
@@ -114,7 +115,7 @@ def test_gradients():
         ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, r"must have shape \(B, S\) = \(2, 10\)"),
     ],
 )
-def test_function_refuses(options, words):
+def test_invalid_function_arguments_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         linfusion_attention(*draw(10), **options)
 
@@ -128,18 +129,18 @@ def test_function_refuses(options, words):
         ({"dense_steps": -1}, ValueError, "dense_steps"),
     ],
 )
-def test_processor_is_validated(options, error, words):
+def test_invalid_processor_options_are_refused(options, error, words):
     with pytest.raises(error, match=words):
         LinFusionAttnProcessor(**options)
 
 
 class ByHand:
-    """A U-Net's self-attention as LinFusion defines it, from the hidden states on; ``learned`` as in its files."""
+    """Self-attention processor that computes LinFusion's definition; ``learned`` has the names of its files."""
 
     def __init__(self, learned, attend=token_by_token):
         self.learned, self.attend = learned, attend
 
-    def change(self, name, x):
+    def residual(self, name, x):
         w = {key.removeprefix(f"{name}."): value for key, value in self.learned.items() if key.startswith(f"{name}.")}
         inner = x @ w["0.weight"].T + w["0.bias"]
         inner = inner - inner.mean(-1, keepdim=True)
@@ -148,14 +149,14 @@ class ByHand:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         x = hidden_states
-        inputs = (attn.to_q(self.change("to_q_", x)), attn.to_k(self.change("to_k_", x)), attn.to_v(x))
+        inputs = (attn.to_q(self.residual("to_q_", x)), attn.to_k(self.residual("to_k_", x)), attn.to_v(x))
         query, key, value = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in inputs)
         out = self.attend(query, key, value).to(x.dtype).transpose(1, 2).flatten(2)
         return attn.to_out[0](out)
 
 
 def learn(model, seed=5):
-    """Give the installed layers weights that are not where they began."""
+    """Set random weights in the installed layers."""
     torch.manual_seed(seed)
     for layer in installed_layers(model).values():
         for name, parameter in layer.named_parameters():
@@ -163,7 +164,7 @@ def learn(model, seed=5):
 
 
 def by_hand(model):
-    """A copy of an installed model that is computed by :class:`ByHand`."""
+    """Return a copy of an installed model that uses :class:`ByHand`."""
     learned = {name: copy.deepcopy(layer.state_dict()) for name, layer in installed_layers(model).items()}
     other = copy.deepcopy(model)
     dit_accel.reset_attn_processor(other)
@@ -183,7 +184,7 @@ def unet(family, **options):
 
 @UNETS
 @pytest.mark.parametrize("mid", [None, 5])
-def test_unet_computes_the_definition(family, mid):
+def test_unet_matches_definition(family, mid):
     model, inputs, dense = unet(family, projection_mid_dim=mid)
     layers = installed_layers(model)
     assert len(layers) == TINY[family].layers and all(name.endswith("attn1") for name in layers)
@@ -195,7 +196,7 @@ def test_unet_computes_the_definition(family, mid):
     assert (out - dense).abs().max() > 1e-2
 
 
-def test_untrained_is_linear_attention_of_the_hosts_own_projections():
+def test_untrained_processor_is_plain_linear_attention():
     torch.manual_seed(3)
     model, inputs = TINY["sd15"](), TINY["sd15"].inputs((6, 7))
     state = torch.get_rng_state()
@@ -219,7 +220,7 @@ def test_untrained_is_linear_attention_of_the_hosts_own_projections():
 
 
 @UNETS
-def test_reset_brings_everything_back(family):
+def test_reset_restores_bitwise(family):
     model, inputs = TINY[family](), TINY[family].inputs(TINY[family].size)
     dense, before, processors = run(model, inputs), copy.deepcopy(model.state_dict()), dict(model.attn_processors)
     model.set_attn_processor(LinFusionAttnProcessor())
@@ -232,7 +233,7 @@ def test_reset_brings_everything_back(family):
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_layers_and_steps_that_are_to_stay_dense_get_their_own_inputs():
+def test_dense_layers_and_steps_use_original_inputs():
     model, inputs, dense = unet("sd15", min_tokens=10**6)
     assert torch.equal(run(model, inputs), dense)
     model.set_attn_processor(LinFusionAttnProcessor(dense_steps=1))
@@ -241,7 +242,7 @@ def test_layers_and_steps_that_are_to_stay_dense_get_their_own_inputs():
     assert not torch.equal(run(model, {**inputs, "timestep": inputs["timestep"] / 2}), dense)
 
 
-def test_gradients_reach_what_is_learned_and_the_hosts_projections_under_checkpointing():
+def test_checkpointing_keeps_all_gradients():
     def gradients(checkpoint):
         model, inputs, _ = unet("sd15")
         model.train()
@@ -256,7 +257,7 @@ def test_gradients_reach_what_is_learned_and_the_hosts_projections_under_checkpo
         torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-6, rtol=1e-5)
 
 
-def test_gradients_of_a_layer_are_those_of_the_definition():
+def test_layer_gradients_match_definition():
     model, inputs, _ = unet("sd15")
     other = by_hand(model)
     hand = {name: attn.processor for name, attn in other.named_modules() if name.endswith("attn1")}
@@ -271,7 +272,7 @@ def test_gradients_of_a_layer_are_those_of_the_definition():
         torch.testing.assert_close(parameter.grad, exact.grad, atol=1e-6, rtol=1e-3)
 
 
-def test_lora_before_and_after_install_is_the_same():
+def test_order_of_lora_and_install_does_not_matter():
     def adapted(model):
         torch.manual_seed(9)
         model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
@@ -292,22 +293,22 @@ def test_lora_before_and_after_install_is_the_same():
     assert torch.equal(run(after, inputs), without)
 
 
-def test_what_is_learned_follows_its_input_to_another_device():
-    """As after group offloading: the layer is in no group, and stays on the CPU."""
+def test_learned_modules_follow_the_input_device():
+    """Group offloading does not move the learned modules, which stay on the CPU."""
     model = TINY["sd15"]()
     model.set_attn_processor(LinFusionAttnProcessor())
     layer = next(iter(installed_layers(model).values()))
-    change = next(getattr(layer, name) for name in layer.input_projections.values())
-    x = torch.ones(2, 5, change[0].in_features, device="meta")
-    assert intercept._brought_along(change, x).device.type == "meta"
-    assert all(p.device.type == "cpu" for p in change.parameters())
-    here = torch.ones(2, 5, change[0].in_features)
-    assert torch.equal(intercept._brought_along(change, here), change(here))
+    module = next(getattr(layer, name) for name in layer.input_projections.values())
+    x = torch.ones(2, 5, module[0].in_features, device="meta")
+    assert intercept._brought_along(module, x).device.type == "meta"
+    assert all(p.device.type == "cpu" for p in module.parameters())
+    here = torch.ones(2, 5, module[0].in_features)
+    assert torch.equal(intercept._brought_along(module, here), module(here))
 
 
 @pytest.mark.parametrize("kind", ["sequential", "block_level", "leaf_level"])
 @pytest.mark.parametrize("order", ["install first", "offload first"])
-def test_offloading(kind, order):
+def test_offloading_keeps_the_output(kind, order):
     model, plain = TINY["sd15"](), TINY["sd15"]()
     inputs = TINY["sd15"].inputs((8, 8))
 
@@ -327,7 +328,7 @@ def test_offloading(kind, order):
     assert torch.equal(run(model, inputs), run(plain, inputs))
 
 
-def test_save_and_load(tmp_path):
+def test_saved_weights_load_bitwise(tmp_path):
     model, inputs, _ = unet("sdxl", projection_mid_dim=5)
     path = dit_accel.save_attention(model, tmp_path)
     other = TINY["sdxl"]()
@@ -336,7 +337,7 @@ def test_save_and_load(tmp_path):
     assert len(report.parts[0].learned) == 12 * TINY["sdxl"].layers and not report.parts[0].overwritten
 
 
-def test_one_graph_when_compiled():
+def test_compiles_to_one_graph():
     torch._dynamo.reset()
     model, inputs, _ = unet("sd15")
     expected = run(model, inputs)
@@ -351,7 +352,7 @@ def test_one_graph_when_compiled():
     torch._dynamo.reset()
 
 
-def test_under_autocast_sums_are_in_float32():
+def test_autocast_sums_in_float32():
     model, inputs, _ = unet("sd15")
     expected = run(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -360,17 +361,17 @@ def test_under_autocast_sums_are_in_float32():
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
-def test_other_models_are_refused_and_left_alone(family):
+def test_other_models_are_refused_unchanged(family):
     model = TINY[family]()
     torch.manual_seed(1)
     inputs = TINY[family].inputs(TINY[family].size)
     dense = run(model, inputs)
-    with pytest.raises(ValueError, match=r"LinFusion is for the self-attention of U-Nets.*has \w+Processor"):
+    with pytest.raises(ValueError, match=r"LinFusion supports only the self-attention of U-Nets.*got \w+Processor"):
         model.set_attn_processor(LinFusionAttnProcessor())
     assert torch.equal(run(model, inputs), dense) and not installed_layers(model)
 
 
-def test_fused_projections_are_refused_before_install_and_told_after():
+def test_fused_projections_are_refused():
     model = TINY["sd15"]()
     model.fuse_qkv_projections()
     with pytest.raises(ValueError, match=r"FusedAttnProcessor2_0.*unfuse_qkv_projections"):
@@ -382,7 +383,7 @@ def test_fused_projections_are_refused_before_install_and_told_after():
         run(model, inputs)
 
 
-def test_described_and_counted():
+def test_describe_and_logit_fraction():
     model, inputs, _ = unet("sd15")
     run(model, inputs)
     assert "linfusion()" in dit_accel.describe(model) and "torch" in dit_accel.describe(model)
@@ -390,13 +391,13 @@ def test_described_and_counted():
     assert [name for name, kind in PROCESSORS.items() if kind.any_host] == ["sla", "clear", "llsa", "gna"]
 
 
-def test_hidden_tokens_of_a_masked_unet_are_the_functions():
-    """A mask that a U-Net is given for its self-attention: the same as the function with that mask."""
+def test_unet_attention_mask_matches_key_mask():
+    """A U-Net's attention_mask for self-attention gives the same as the function with key_mask."""
     model, *_ = unet("sd15")
     attn = model.get_submodule(next(iter(installed_layers(model))))
     x = torch.randn(2, 12, attn.query_dim)
-    real = torch.arange(12).expand(2, 12) < torch.tensor([[7], [12]])
+    key_mask = torch.arange(12).expand(2, 12) < torch.tensor([[7], [12]])
     attn.dit_accel.slot.layout = TokenLayout((3, 4))
-    out = attn(x, attention_mask=torch.where(real, 0.0, -10000.0)[:, None])
-    hand = ByHand(attn.dit_accel.state_dict(), lambda q, k, v: token_by_token(q, k, v, real))
+    out = attn(x, attention_mask=torch.where(key_mask, 0.0, -10000.0)[:, None])
+    hand = ByHand(attn.dit_accel.state_dict(), lambda q, k, v: token_by_token(q, k, v, key_mask))
     torch.testing.assert_close(out, hand(attn, x), atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Published weights: what each release's files become on small models, and what is loaded besides."""
+"""Published weights: files of each release on small models, compared with weights set by hand."""
 
 import copy
 import re
@@ -31,12 +31,12 @@ import dit_accel
 from dit_accel import CLEARAttnProcessor, LinFusionAttnProcessor, SLAAttnProcessor
 from dit_accel.install import installed_layers
 from dit_accel.mechanisms.linfusion import reference
-from dit_accel.published.turbodiffusion import dequantized
+from dit_accel.published.turbodiffusion import dequantize
 from dit_accel.weights import Weight, WeightsFile
 
 
 def with_weights(model, state, processor, learned):
-    """A copy of the model with these host weights, and the processor with these learned ones, put in by hand."""
+    """Return a copy of the model with these weights, and with the processor and its learned parameters set by hand."""
     other = copy.deepcopy(model)
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert not unexpected and len(missing) + len(state) == len(other.state_dict())
@@ -51,7 +51,7 @@ def with_weights(model, state, processor, learned):
 
 
 def check_load_and_reset(model, inputs, expected, load):
-    """Loading gives the expected model's output to the bit, and reset the old one and every weight."""
+    """Check that loading gives the expected model's output bitwise, and that reset restores output and weights."""
     dense, before = run(model, inputs), copy.deepcopy(model.state_dict())
     report = load(model)
     out = run(model, inputs)
@@ -96,7 +96,7 @@ def clear_expected(model, tensors, processor):
         ("clear_local_3", {"train_tokens": 50}, CLEARAttnProcessor(radius=3, train_tokens=50)),
     ],
 )
-def test_clear(name, options, processor, suffix, tmp_path):
+def test_clear_file_loads_and_resets(name, options, processor, suffix, tmp_path):
     tensors = clear_tensors(processor.down_factor)
     path = write(tmp_path / (name + suffix), tensors)
     model, inputs = model_and_inputs()
@@ -108,15 +108,15 @@ def test_clear(name, options, processor, suffix, tmp_path):
     assert f"{processor} on 4 layers" in str(report)
 
 
-def test_clear_is_named_by_its_folder_too(tmp_path):
+def test_clear_options_come_from_folder_name(tmp_path):
     path = write(tmp_path / "clear_local_3_down_2" / "model.safetensors", clear_tensors(2))
     model, _ = model_and_inputs()
     report = dit_accel.load_attention(model, path.parent)
     assert next(iter(report.parts[0].processors.values())) == CLEARAttnProcessor(radius=3, down_factor=2)
-    assert "radius=3, as the folder is named" in str(report)
+    assert "radius=3, from the name of the folder" in str(report)
 
 
-def test_report_says_what_was_loaded(tmp_path):
+def test_report_lists_loaded_tensors(tmp_path):
     path = write(tmp_path / "clear_local_3_down_2.safetensors", clear_tensors(2))
     model, _ = model_and_inputs()
     report = dit_accel.load_attention(model, path)
@@ -125,12 +125,12 @@ def test_report_says_what_was_loaded(tmp_path):
         "clear_local_3_down_2.safetensors: CLEAR for Flux.1",
         "transformer (FluxTransformer2DModel): clear(radius=3, down_factor=2) on 4 layers",
         "  4 learned tensors loaded, 28 of the model's own overwritten; reset_attn_processor puts them back",
-        "  radius=3, as the file is named",
-        "  down_factor=2, as the file is named",
+        "  radius=3, from the name of the file",
+        "  down_factor=2, from the name of the file",
     ]
 
 
-def test_the_models_dtype_is_kept(tmp_path):
+def test_loading_keeps_the_model_dtype(tmp_path):
     tensors = clear_tensors()
     path = write(tmp_path / "clear_local_3.safetensors", tensors)
     model = TINY["flux"]().bfloat16()
@@ -142,7 +142,7 @@ def test_the_models_dtype_is_kept(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_another_file_over_the_first_and_saved_again(tmp_path):
+def test_second_file_replaces_first_and_saves(tmp_path):
     model, inputs = model_and_inputs()
     dense = run(model, inputs)
     dit_accel.load_attention(model, write(tmp_path / "clear_local_3_down_2.safetensors", clear_tensors(2)))
@@ -164,7 +164,7 @@ def test_another_file_over_the_first_and_saved_again(tmp_path):
 
 
 def wide_wan():
-    """Wide enough for more than one block of 128×128, and none that is full at the edge."""
+    """Return a model with weights of several 128×128 blocks, some of them incomplete."""
     torch.manual_seed(0)
     return WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=72, in_channels=4, out_channels=4, text_dim=24,
@@ -173,7 +173,7 @@ def wide_wan():
     ).eval()  # fmt: skip
 
 
-def block_by_block(weight, scale):
+def dequantize_by_blocks(weight, scale):
     out = torch.empty(weight.shape)
     for n in range(0, weight.shape[0], 128):
         for k in range(0, weight.shape[1], 128):
@@ -182,14 +182,14 @@ def block_by_block(weight, scale):
 
 
 def wan_expected(model, tensors, processor):
-    """By diffusers' own conversion of Wan's keys."""
+    """Return the expected model, with keys converted by diffusers' function for Wan."""
     given, learned = {}, {}
     for key, x in tensors.items():
         module, _, name = key.rpartition(".")
         if "proj_l" in key:
             learned.setdefault(f"blocks.{key.split('.')[1]}.attn1", {})[name] = x
         elif name == "int8_weight":
-            given[f"{module}.weight"] = block_by_block(x, tensors[f"{module}.scale"])
+            given[f"{module}.weight"] = dequantize_by_blocks(x, tensors[f"{module}.scale"])
         elif name != "scale":
             given[key] = x.reshape(len(x), -1, 1, 2, 2) if key == "patch_embedding.weight" else x
     state = convert_wan_transformer_to_diffusers(given)
@@ -199,7 +199,7 @@ def wan_expected(model, tensors, processor):
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("family", ["wan", "wan_i2v", "wide"])
-def test_turbodiffusion(family, quantized, tmp_path):
+def test_turbodiffusion_file_loads_and_resets(family, quantized, tmp_path):
     model, inputs = model_and_inputs("wan" if family == "wide" else family)
     if family == "wide":
         model = wide_wan()
@@ -221,16 +221,16 @@ def test_turbodiffusion(family, quantized, tmp_path):
     assert ("int8 weights dequantized" in str(report)) == quantized
 
 
-def test_dequantization_takes_each_block_of_128_by_its_scale():
+def test_dequantization_scales_each_128_block():
     tensors = draw({"m.int8_weight": ((300, 200), torch.int8), "m.scale": ((3, 2), torch.float32), "m.bias": (300,)})
     file = WeightsFile(find_here(), {key: Weight.of(x) for key, x in tensors.items()})
-    found = dequantized(file).weights
+    found = dequantize(file).weights
     assert found.keys() == {"m.weight", "m.bias"} and found["m.weight"].shape == (300, 200)
-    assert torch.equal(found["m.weight"].read(), block_by_block(tensors["m.int8_weight"], tensors["m.scale"]))
+    assert torch.equal(found["m.weight"].read(), dequantize_by_blocks(tensors["m.int8_weight"], tensors["m.scale"]))
 
 
 @pytest.mark.parametrize("names", ["fastvideo", "diffusers"])
-def test_fastvideo_in_shards(names, tmp_path):
+def test_fastvideo_shards_load_and_reset(names, tmp_path):
     model, inputs = model_and_inputs("wan")
     tensors = draw(wan_shapes(**wan_size(model)))
     expected = wan_expected(model, tensors, TURBO)
@@ -248,7 +248,7 @@ def test_fastvideo_in_shards(names, tmp_path):
     assert "FastVideo" in report.release and report.path.name.endswith("index.json")
 
 
-def test_fastvideo_projections_alone_leave_the_models_own_weights(tmp_path):
+def test_fastvideo_projections_alone_keep_other_weights(tmp_path):
     model, inputs = model_and_inputs("wan")
     tensors = {key: x for key, x in draw(wan_shapes(**wan_size(model))).items() if "proj_l" in key}
     path = write(tmp_path / "proj_l.safetensors", {fastvideo_name(key): x for key, x in tensors.items()})
@@ -257,10 +257,10 @@ def test_fastvideo_projections_alone_leave_the_models_own_weights(tmp_path):
         learned[f"blocks.{key.split('.')[1]}.attn1"][key.rpartition(".")[2]] = x
     expected = with_weights(model, {}, TURBO, learned)
     report = check_load_and_reset(model, inputs, expected, lambda m: dit_accel.load_attention(m, path))
-    assert not report.parts[0].overwritten and "must be TurboDiffusion's already" in str(report)
+    assert not report.parts[0].overwritten and "must already have TurboDiffusion's" in str(report)
 
 
-def test_the_denoiser_of_a_pipeline_is_named(tmp_path):
+def test_pipeline_with_two_denoisers_needs_component(tmp_path):
     pipe, inputs = wan_pipe(), model_and_inputs("wan")[1]
     paths = []
     for seed in range(2):
@@ -288,24 +288,24 @@ def test_the_denoiser_of_a_pipeline_is_named(tmp_path):
 
 
 def linfusion_expected(model, tensors, names):
-    """The definition, on a copy with the file's attention weights."""
+    """Return a copy with the file's attention weights that computes the definition."""
     other = copy.deepcopy(model)
     for i, name in enumerate(names):
-        mine = {key.removeprefix(f"{i}."): x for key, x in tensors.items() if key.startswith(f"{i}.")}
+        module = {key.removeprefix(f"{i}."): x for key, x in tensors.items() if key.startswith(f"{i}.")}
         attn = other.get_submodule(name)
-        attn.load_state_dict({key: x for key, x in mine.items() if "_." not in key})
-        attn.processor = ByHand({key: x for key, x in mine.items() if "_." in key}, reference)
+        attn.load_state_dict({key: x for key, x in module.items() if "_." not in key})
+        attn.processor = ByHand({key: x for key, x in module.items() if "_." in key}, reference)
     return other
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("mid", [None, 6])
 @pytest.mark.parametrize("named_by", ["config", "layers"])
-def test_linfusion(family, mid, named_by, tmp_path):
+def test_linfusion_file_loads_and_resets(family, mid, named_by, tmp_path):
     model, inputs = model_and_inputs(family)
     inputs = TINY[family].inputs((6, 7)) if family == "sd15" else inputs
     names, widths, heads = self_attention(model)
-    order = list(reversed(range(len(names))))  # not the model's own
+    order = list(reversed(range(len(names))))  # differs from the model's
     names, widths, heads = ([x[i] for i in order] for x in (names, widths, heads))
     tensors = draw(linfusion_shapes(widths, mid))
     config = modules_list(names, widths, heads, mid) if named_by == "config" else None
@@ -332,8 +332,8 @@ def test_linfusion(family, mid, named_by, tmp_path):
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_linfusion_on_a_part_of_a_unet(tmp_path):
-    """A file of two modules leaves the others dense."""
+def test_linfusion_on_some_layers_keeps_others_dense(tmp_path):
+    """A file with two modules keeps the other layers dense."""
     model, inputs = model_and_inputs("sd15")
     inputs = TINY["sd15"].inputs((6, 7))
     names, widths, _ = self_attention(model)

@@ -1,4 +1,4 @@
-"""Published weights: files of the real models' keys and shapes fit the real configurations."""
+"""Published weights: files with the keys and shapes of the real releases fit models of the real configurations."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from dit_accel.weights import Weight, WeightsFile
 
 
 def fits(release, model, shapes, name, options=None, config=None):
-    """Plan and check of a listing, which has no data; and one weight more or less, or larger, does not fit."""
+    """Plan and check a listing without data; a missing weight, another shape or an int8 dtype must not fit."""
     weights = listing(shapes)
     assert recognise(weights) is release
     assert [r for r in RELEASES if r.recognises(weights)] == [release]
@@ -40,12 +40,12 @@ def fits(release, model, shapes, name, options=None, config=None):
     plan = plan_of(weights)
     keys = [key for key in weights if not key.endswith((".scale", ".int8_weight"))]
     for key in (keys[0], keys[len(keys) // 2], keys[-1]):
-        with pytest.raises(ValueError, match=r"missing|named"):
+        with pytest.raises(ValueError, match=r"missing|names were found"):
             plan_of({other: x for other, x in weights.items() if other != key})
         shape = weights[key].shape
-        with pytest.raises(ValueError, match=r"the model needs|spatial_weight must be"):
+        with pytest.raises(ValueError, match=r"but the model needs|spatial_weight must be"):
             plan_of(weights | {key: Weight((*shape[:-1], shape[-1] + 1), torch.bfloat16, weights[key].read)})
-        with pytest.raises(ValueError, match=r"expected floating-point numbers"):
+        with pytest.raises(ValueError, match=r"expected a floating-point dtype"):
             plan_of(weights | {key: Weight(shape, torch.int8, weights[key].read)})
     return plan
 
@@ -113,12 +113,12 @@ def test_real_fastvideo_files_fit_wan(name):
         ("blocks.12.attn2.to_out.0.weight", "blocks.12.attn2.to_out.0.weight"),
     ],
 )
-def test_fastvideo_names_beyond_its_conversion_of_text_to_video(theirs, ours):
+def test_fastvideo_names_of_image_to_video(theirs, ours):
     _, model = real_wan("2.1 I2V 14B")
     assert fastvideo.diffusers_name(theirs) == ours and ours in dict(model.named_parameters())
 
 
-UNET = {  # configurations of the real U-Nets: self-attention modules, and how the U-Net is built
+UNET = {  # real U-Nets: number of self-attention modules, and configuration
     "1.5": (16, {"cross_attention_dim": 768}),
     "2.1": (16, {
         "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True,

@@ -1,4 +1,4 @@
-"""Published weights: what does not fit is refused before anything has changed, and what else is on a model stays."""
+"""Published weights: files that do not fit are refused before anything changes; adapters and processors are kept."""
 
 import copy
 
@@ -29,7 +29,7 @@ from dit_accel.weights import Weight, WeightsFile, find_weights, read_weights
 
 
 def refused(model, inputs, words, *arguments, error=ValueError, **options):
-    """Refused with these words, and the model as it was to the bit."""
+    """Check that loading raises with these words, and that the model is unchanged bitwise."""
     dense, before, layers = run(model, inputs), copy.deepcopy(model.state_dict()), installed_layers(model)
     with pytest.raises(error, match=words):
         dit_accel.load_attention(model, *arguments, **options)
@@ -49,19 +49,19 @@ POOL = "single_transformer_blocks.1.attn.processor.spatial_weight"
 @pytest.mark.parametrize(
     ("name", "factor", "change", "options", "words"),
     [
-        ("mine", 1, None, {}, r"says the radius.*load_attention\(pipe, file, radius=16\)"),
+        ("mine", 1, None, {}, r"name does not contain the radius.*load_attention\(pipe, file, radius=16\)"),
         ("mine", 4, None, {}, r"radius=16, down_factor=4\)"),
-        ("mine", 1, None, {"down_factor": 1}, "says the radius"),
+        ("mine", 1, None, {"down_factor": 1}, "name does not contain the radius"),
         (
             "mine",
             4,
             None,
             {"radius": 3, "down_factor": 2},
-            r"weights of 4×4 patches, but you gave down_factor=2: give do",
+            r"weights of 4×4 tiles, but down_factor=2 was passed: pass do",
         ),
-        ("mine", 1, None, {"radius": 3, "down_factor": 4}, r"no spatial_weight, that is.*you gave down_factor=4"),
-        ("clear_local_3_down_4", 1, None, {}, "no spatial_weight.*its name says down_factor=4: give down_factor=1"),
-        ("clear_local_3", 2, None, {}, "weights of 2×2 patches, but its name says down_factor=1"),
+        ("mine", 1, None, {"radius": 3, "down_factor": 4}, r"no spatial_weight, that is.*down_factor=4 was passed"),
+        ("clear_local_3_down_4", 1, None, {}, "no spatial_weight.*down_factor=4 was in its name: pass down_factor=1"),
+        ("clear_local_3", 2, None, {}, "weights of 2×2 tiles, but down_factor=1 was in its name"),
         ("clear_local_3", 1, None, {"radios": 3}, "is for clear, which has no option 'radios'; it has: .*radius"),
         ("clear_local_0", 1, None, {}, "radius must be greater than 0"),
         ("clear_local_3", 1, lambda t: without(t, Q), {}, f"missing {Q}; unexpected none"),
@@ -72,7 +72,7 @@ POOL = "single_transformer_blocks.1.attn.processor.spatial_weight"
             1,
             lambda t: t | {Q: torch.ones(32, 32, dtype=torch.int64)},
             {},
-            "is torch.int64; expected fl",
+            "is torch.int64; expected a fl",
         ),
         ("clear_local_3", 1, lambda t: t | {Q.replace("0", "7"): torch.ones(2)}, {}, "missing none; unexpected tra.*7"),
         ("clear_local_3", 1, lambda t: t | {"norm_out.linear.weight": torch.ones(2)}, {}, "no release that is known"),
@@ -86,7 +86,7 @@ POOL = "single_transformer_blocks.1.attn.processor.spatial_weight"
         ("clear_local_3_down_4", 4, lambda t: t | {POOL: torch.ones(4, 4)}, {}, r"must be \(1, 1, 1, f, 1, f, 1\)"),
     ],
 )
-def test_clear_that_does_not_fit(name, factor, change, options, words, tmp_path):
+def test_unfit_clear_file_is_refused(name, factor, change, options, words, tmp_path):
     tensors = clear_tensors(factor)
     path = write(tmp_path / f"{name}.safetensors", change(tensors) if change else tensors)
     refused(*model_and_inputs(), words, path, **options)
@@ -103,7 +103,7 @@ PROJ = "blocks.1.self_attn.attn_op.local_attn.proj_l.bias"
         (False, lambda t: without(t, "head.modulation"), {}, "missing scale_shift_table"),
         (False, lambda t: t | {"blocks.0.strange.weight": torch.ones(2)}, {}, "unexpected blocks.0.strange.weight"),
         (False, lambda t: t | {"blocks.2.norm3.bias": torch.ones(32)}, {}, "unexpected blocks.2.norm2.bias"),
-        (False, lambda t: t | {"patch_embedding.weight": torch.ones(32, 36)}, {}, r"is \(32, 36\), the model needs"),
+        (False, lambda t: t | {"patch_embedding.weight": torch.ones(32, 36)}, {}, r"is \(32, 36\), but the model"),
         (False, lambda t: t | {"blocks.0.attn1.to_q.bias": torch.ones(32)}, {}, "twice, as blocks.0.self_attn.q.bias"),
         (False, None, {"topk": 0.1}, "is for sla, which has no option 'topk'"),
         (False, None, {"critical": 0}, "critical must be in"),
@@ -111,9 +111,9 @@ PROJ = "blocks.1.self_attn.attn_op.local_attn.proj_l.bias"
             True,
             lambda t: without(t, "blocks.0.self_attn.q.scale"),
             {},
-            r"with scale None; expected int8 with .*\(1, 1\)",
+            r"with scale None; expected an int8 matrix and .*\(1, 1\)",
         ),
-        (True, lambda t: t | {"blocks.0.ffn.0.scale": torch.ones(2, 1)}, {}, r"with scale \(2, 1\); expected int8"),
+        (True, lambda t: t | {"blocks.0.ffn.0.scale": torch.ones(2, 1)}, {}, r"with scale \(2, 1\); expected an int8"),
         (True, lambda t: t | {"blocks.0.ffn.0.int8_weight": torch.ones(48, 32)}, {}, "is torch.float32"),
         (
             True,
@@ -123,14 +123,14 @@ PROJ = "blocks.1.self_attn.attn_op.local_attn.proj_l.bias"
         ),
     ],
 )
-def test_turbodiffusion_that_does_not_fit(quantized, change, options, words, tmp_path):
+def test_unfit_turbodiffusion_file_is_refused(quantized, change, options, words, tmp_path):
     model, inputs = model_and_inputs("wan")
     tensors = draw(wan_shapes(**wan_size(model), quantized=quantized))
     path = write(tmp_path / "turbo.pth", change(tensors) if change else tensors)
     refused(model, inputs, words, path, **options)
 
 
-def test_fastvideo_in_part_is_refused(tmp_path):
+def test_incomplete_fastvideo_file_is_refused(tmp_path):
     model, inputs = model_and_inputs("wan")
     tensors = {fastvideo_name(key): x for key, x in draw(wan_shapes(**wan_size(model))).items()}
     path = write(tmp_path / "a.safetensors", without(tensors, "blocks.1.to_q.weight"))
@@ -150,32 +150,32 @@ def entry(config, i, **changes):
 @pytest.mark.parametrize(
     ("change", "config", "options", "words"),
     [
-        (None, lambda c: None, {}, r"no config.json with a modules_list.*or give layers=\[...\]"),
-        (None, lambda c: {"modules_list": 3}, {}, "no config.json with a modules_list"),
+        (None, lambda c: None, {}, r"expected a config.json with a modules_list.*found none.*or pass layers=\[...\]"),
+        (None, lambda c: {"modules_list": 3}, {}, "expected a config.json with a modules_list.*found none"),
         (
             None,
             lambda c: {"modules_list": c["modules_list"][:3]},
             {},
-            "has modules 0, 1, 2, 3, but 3 of them are named",
+            "has modules 0, 1, 2, 3, but 3 names were found",
         ),
-        (None, lambda c: None, {"layers": ["a"]}, "but 1 of them are named"),
+        (None, lambda c: None, {"layers": ["a"]}, "but 1 names were found"),
         (None, lambda c: None, {"layers": list("abcd")}, "self-attention modules that this UNet2D.* lacks: a, b, c, d"),
-        (None, lambda c: entry(c, 1, module_name=c["modules_list"][0]["module_name"]), {}, "named twice"),
-        (None, lambda c: entry(c, 1, heads=7), {}, "has 7 heads in .*, this U-Net 2: it is for another one"),
+        (None, lambda c: entry(c, 1, module_name=c["modules_list"][0]["module_name"]), {}, "its modules must differ"),
+        (None, lambda c: entry(c, 1, heads=7), {}, "has 7 heads in .*, but this U-Net has 2: it is for another one"),
         (lambda t: without(t, "2.to_v.weight"), None, {}, r"missing .*attn1.to_v.weight; unexpected none"),
         (lambda t: without(t, "2.to_q_.0.weight"), None, {}, r"missing .*attn1.dit_accel.to_q_.0.weight"),
         (lambda t: without(t, "2.to_k_.3.bias"), None, {}, r"missing .*attn1.dit_accel.to_k_.3.bias"),
         (lambda t: t | {"2.to_v.bias": torch.ones(64)}, None, {}, r"missing none; unexpected .*attn1.to_v.bias"),
         (lambda t: t | {"9.to_v.weight": torch.ones(64)}, None, {}, "has modules 0, 1, 2, 3, 9, but 4"),
         (lambda t: t | {"strange": torch.ones(64)}, None, {}, "unexpected strange"),
-        (lambda t: t | {"0.to_q_.1.bias": torch.ones(3)}, None, {}, r"to_q_.1.bias is \(3,\), the model needs \(32,\)"),
+        (lambda t: t | {"0.to_q_.1.bias": torch.ones(3)}, None, {}, r"to_q_.1.bias is \(3,\), but .* needs \(32,\)"),
         (None, None, {"projection_mid_dim": 32}, "leave it out"),
         (None, None, {"radius": 32}, "is for linfusion, which has no option 'radius'; it has: .*layers"),
         (None, None, {"scale": 2.0}, "no logits to scale"),
         (None, None, {"backend": "tritn"}, "did you mean 'triton'"),
     ],
 )
-def test_linfusion_that_does_not_fit(change, config, options, words, tmp_path):
+def test_unfit_linfusion_file_is_refused(change, config, options, words, tmp_path):
     model, inputs = model_and_inputs("sd15")
     names, widths, heads = self_attention(model)
     tensors = draw(linfusion_shapes(widths))
@@ -200,7 +200,7 @@ def files_of_all(tmp_path):
     }
 
 
-def test_each_release_is_refused_by_the_other_models(tmp_path):
+def test_releases_are_refused_by_other_models(tmp_path):
     for name, path in files_of_all(tmp_path).items():
         for family in ("flux", "wan", "sd15", "sd3", "wan_vace"):
             model, inputs = model_and_inputs(family)
@@ -212,7 +212,7 @@ def test_each_release_is_refused_by_the_other_models(tmp_path):
             refused(model, inputs, words, path)
 
 
-def test_files_that_are_not_known_or_not_whole(tmp_path):
+def test_unknown_and_damaged_files_are_refused(tmp_path):
     model, inputs = model_and_inputs()
     path = write(tmp_path / "a.safetensors", {"x": torch.ones(2), "y": torch.ones(2)})
     refused(
@@ -223,17 +223,17 @@ def test_files_that_are_not_known_or_not_whole(tmp_path):
     )
     refused(model, inputs, "no release that is known here: none", write(tmp_path / "empty.safetensors", {}))
     good = write(tmp_path / "clear_local_3.pth", clear_tensors())
-    whole = good.read_bytes()
-    good.write_bytes(whole[: len(whole) // 2])
-    refused(model, inputs, "is not a whole file of torch.save|is damaged", good)
+    content = good.read_bytes()
+    good.write_bytes(content[: len(content) // 2])
+    refused(model, inputs, "is not a complete file of torch.save|is damaged", good)
     good.write_bytes(b"")
-    refused(model, inputs, "is not a whole file of torch.save|is damaged", good)
+    refused(model, inputs, "is not a complete file of torch.save|is damaged", good)
     torch.save([1, 2], tmp_path / "list.pth")
-    refused(model, inputs, "holds list; expected a state dict", tmp_path / "list.pth")
+    refused(model, inputs, "has list; expected a state dict", tmp_path / "list.pth")
     torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "nested.pth")
-    refused(model, inputs, "a dict of more than tensors; expected a state dict", tmp_path / "nested.pth")
+    refused(model, inputs, "a dict with values other than tensors; expected a state dict", tmp_path / "nested.pth")
     torch.save({"a": Harmful()}, tmp_path / "code.pth")
-    refused(model, inputs, "dit_accel loads no code from a file", tmp_path / "code.pth")
+    refused(model, inputs, "which dit_accel does not load: they can run code", tmp_path / "code.pth")
     assert not Harmful.ran
 
 
@@ -244,14 +244,14 @@ class Harmful:
         return (setattr, (Harmful, "ran", True))
 
 
-def test_an_old_file_of_torch_save_is_read(tmp_path):
+def test_legacy_torch_save_file_is_read(tmp_path):
     tensors = clear_tensors()
     torch.save(tensors, tmp_path / "clear_local_3.bin", _use_new_zipfile_serialization=False)
     found = read_weights(tmp_path / "clear_local_3.bin").weights
     assert found.keys() == tensors.keys() and torch.equal(found[Q].read(), tensors[Q])
 
 
-def test_folders(tmp_path, monkeypatch):
+def test_folder_needs_exactly_one_weights_file(tmp_path, monkeypatch):
     model, inputs = model_and_inputs()
     refused(model, inputs, "no attention file at", tmp_path, error=FileNotFoundError)
     refused(model, inputs, "no attention file at", "nowhere.safetensors", error=FileNotFoundError)
@@ -260,28 +260,28 @@ def test_folders(tmp_path, monkeypatch):
     write(tmp_path / "clear_local_3.safetensors", clear_tensors())
     assert find_weights(tmp_path).name == "clear_local_3.safetensors"
     write(tmp_path / "clear_local_8.pth", clear_tensors())
-    refused(model, inputs, r"several files of weights, clear_local_3.safetensors, clear_local_8.pth: give", tmp_path)
+    refused(model, inputs, r"several weights files, clear_local_3.safetensors, clear_local_8.pth: give", tmp_path)
     write(tmp_path / "dit_accel.safetensors", clear_tensors())
     assert find_weights(tmp_path).name == "dit_accel.safetensors"
     folder = in_shards(tmp_path / "shards", clear_tensors())
     next(folder.glob("*00002*")).unlink()
-    refused(model, inputs, "is not a whole safetensors file", folder)
+    refused(model, inputs, "is not a complete safetensors file", folder)
     next(folder.glob("*index*")).write_text("{}")
     refused(model, inputs, "is not an index of safetensors shards", folder)
     next(folder.glob("*index*")).write_text("{")
     refused(model, inputs, "is not a JSON file", folder)
 
 
-def test_hub_names(tmp_path, monkeypatch):
-    """``owner/repository/file``, with the config.json beside it, if any; nothing here goes to the hub."""
+def test_hub_names_are_downloaded(tmp_path, monkeypatch):
+    """``owner/repository/file`` and the config.json in its folder are downloaded; the hub itself is replaced."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
     write(tmp_path / "ckpt" / "clear_local_3.safetensors", clear_tensors())
-    asked = []
+    downloads = []
 
     def download(repository, file):
-        asked.append((repository, file))
+        downloads.append((repository, file))
         if not (tmp_path / file).is_file():
             raise EntryNotFoundError(f"no {file}")
         return str(tmp_path / file)
@@ -290,12 +290,12 @@ def test_hub_names(tmp_path, monkeypatch):
     model, _ = model_and_inputs()
     report = dit_accel.load_attention(model, "Huage001/CLEAR/ckpt/clear_local_3.safetensors")
     assert report.parts[0].processors["transformer_blocks.0.attn"] == CLEARAttnProcessor(radius=3)
-    assert asked == [("Huage001/CLEAR", f"ckpt/{name}") for name in ("clear_local_3.safetensors", "config.json")]
-    with pytest.raises(FileNotFoundError, match=r"could not be had from the hub: no dit_accel.safetensors"):
+    assert downloads == [("Huage001/CLEAR", f"ckpt/{name}") for name in ("clear_local_3.safetensors", "config.json")]
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded from the hub: no dit_accel.safetensors"):
         dit_accel.load_attention(model, "Huage001/CLEAR")
 
 
-def test_what_is_on_the_model_already_may_be_in_the_way(tmp_path):
+def test_conflicting_model_state_is_refused(tmp_path):
     files = files_of_all(tmp_path)
     model, inputs = model_and_inputs()
     model.set_attn_processor(GNAAttnProcessor(window=3))
@@ -303,15 +303,15 @@ def test_what_is_on_the_model_already_may_be_in_the_way(tmp_path):
     for family in ("flux", "wan", "sd15"):
         model, inputs = model_and_inputs(family)
         model.fuse_qkv_projections()
-        refused(model, inputs, r"has fused into one: call unfuse_qkv_projections\(\) first", files[family])
+        refused(model, inputs, r"are fused: call unfuse_qkv_projections\(\) first", files[family])
         model.unfuse_qkv_projections()
         assert dit_accel.load_attention(model, files[family]).parts
         model, inputs = model_and_inputs(family)
         model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-        refused(model, inputs, r"an adapter is around \(.*base_layer.*unload or fuse the LoRA first", files[family])
+        refused(model, inputs, r"an adapter wraps \(.*base_layer.*unload or fuse the LoRA first", files[family])
     model, inputs = model_and_inputs("sd15")
     model.set_attention_slice("max")
-    refused(model, inputs, "LinFusion is for the self-attention of U-Nets.*has SlicedAttnProcessor", files["sd15"])
+    refused(model, inputs, "LinFusion supports only .* of U-Nets.*got SlicedAttnProcessor", files["sd15"])
     with pytest.raises(ValueError, match=r"attn\.to_\w.\w+, which is offloaded.*load the attention first"):
         dit_accel.load_attention(on_meta(TINY["flux"].build), files["flux"])
     model, _ = model_and_inputs()
@@ -320,7 +320,7 @@ def test_what_is_on_the_model_already_may_be_in_the_way(tmp_path):
         dit_accel.load_attention(model, files["flux"])
 
 
-def test_a_lora_after_the_load_is_kept_apart_from_it(tmp_path):
+def test_lora_added_after_load_survives_reset(tmp_path):
     model, inputs = model_and_inputs()
     dense = run(model, inputs)
     dit_accel.load_attention(model, files_of_all(tmp_path)["flux"])
@@ -334,12 +334,12 @@ def test_a_lora_after_the_load_is_kept_apart_from_it(tmp_path):
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_own_files_take_no_options(tmp_path):
+def test_own_file_refuses_options(tmp_path):
     model, inputs = model_and_inputs()
     model.set_attn_processor(SLAAttnProcessor(**SMALL))
     path = dit_accel.save_attention(model, tmp_path)
     dit_accel.reset_attn_processor(model)
-    refused(model, inputs, "carries its options, and takes none, got critical", path, critical=0.5)
+    refused(model, inputs, "has its own options; expected no others, got critical", path, critical=0.5)
     report = dit_accel.load_attention(model, path)
     assert report.parts[0].model == "FluxTransformer2DModel" and len(report.parts[0].learned) == 8
     assert str(report).splitlines()[:2] == [
@@ -349,7 +349,7 @@ def test_own_files_take_no_options(tmp_path):
 
 
 @pytest.mark.parametrize("before", ["nothing", "set", "loaded"])
-def test_a_load_that_breaks_off_leaves_everything_as_it_was(before, tmp_path, monkeypatch):
+def test_failed_load_restores_the_model(before, tmp_path, monkeypatch):
     model, inputs = model_and_inputs()
     dense = run(model, inputs)
     if before == "set":

@@ -1,4 +1,4 @@
-"""Files of save_attention: what is saved comes back, and what does not fit together is refused."""
+"""Files of save_attention: round trips, and refusal of invalid files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def saved(folder, change=lambda tensors, configuration: None, processor=SLA, fam
 
 
 def refused(model, inputs, path, words, **options):
-    """Refused with these words and the path, and the model as it was to the bit."""
+    """Check that loading raises with these words and the path, and that the model is unchanged bitwise."""
     dense, before, layers = run(model, inputs), copy.deepcopy(model.state_dict()), installed_layers(model)
     with pytest.raises(ValueError, match=words) as error:
         dit_accel.load_attention(model, path, **options)
@@ -61,7 +61,7 @@ def refused(model, inputs, path, words, **options):
 
 
 def lora(up=(32, 2), down=(2, 32), **more):
-    """A change that adds the factors of a LoRA; None leaves one out."""
+    """Return a change that adds the factors of a LoRA; None omits one."""
     given = {"lora_A": down, "lora_B": up}
     factors = {f"transformer.{QUERY}.{name}": torch.ones(shape) for name, shape in given.items() if shape}
     return lambda tensors, configuration: tensors.update(factors | more)
@@ -76,23 +76,23 @@ def lora(up=(32, 2), down=(2, 32), **more):
         ((32,), (2, 32), r"\(2, 32\) and \(32,\)"),
     ],
 )
-def test_lora_factors_that_do_not_pair_are_refused(up, down, words, tmp_path):
+def test_unpaired_lora_factors_are_refused(up, down, words, tmp_path):
     refused(*model_and_inputs(), saved(tmp_path, lora(up, down)), words)
 
 
-def test_lora_is_added_to_the_weight_of_its_own_file(tmp_path):
-    """A file with both: the LoRA was trained on that weight and not on the model's."""
+def test_lora_is_added_to_the_weight_in_its_file(tmp_path):
+    """If a file has both, the LoRA was trained on the weight in the file, not on the model's."""
     weight = torch.randn(32, 32)
     path = saved(tmp_path, lora(**{f"transformer.{QUERY}.weight": weight}))
     model, _ = model_and_inputs()
     dit_accel.load_attention(model, path)
     torch.testing.assert_close(model.get_parameter(f"{QUERY}.weight").data, weight + 2.0)
     path = saved(tmp_path, lora(**{f"transformer.{QUERY}.weight": weight[:1]}))
-    refused(*model_and_inputs(), path, r"to_q.weight is torch.float32 \(1, 32\), and its LoRA makes a \(32, 32\)")
+    refused(*model_and_inputs(), path, r"to_q.weight is torch.float32 \(1, 32\), but its LoRA has shape \(32, 32\)")
 
 
 def pixart():
-    """A model of a class that dit_accel does not know."""
+    """Return a model of a class without a built-in token layout."""
     torch.manual_seed(3)
     model = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8,
@@ -117,7 +117,7 @@ def randomise(model):
             torch.nn.init.normal_(parameter, std=0.3)
 
 
-def test_layout_given_by_hand_is_saved_and_loaded(tmp_path):
+def test_user_layout_is_saved_and_loaded(tmp_path):
     model = pixart()
     dense = run(model, PIXART)
     dit_accel.set_attn_processor(model, SLAAttnProcessor(critical=0.3, block_q=4, block_kv=4, tile_order=True),
@@ -142,35 +142,35 @@ def read_grid(model, arguments):
     return TokenLayout((height // 2, width // 2))
 
 
-def test_layout_that_is_a_function_must_be_passed_again(tmp_path):
+def test_function_layout_must_be_passed_again(tmp_path):
     model = pixart()
     dit_accel.set_attn_processor(model, GNA, layout=read_grid)
     expected = run(model, PIXART)
     path = dit_accel.save_attention(model, tmp_path)
     fresh = pixart()
-    refused(fresh, PIXART, path, r"layout that is a function, which no file can hold.*layout=function")
+    refused(fresh, PIXART, path, r"layout that is a function, and functions are not saved.*layout=function")
     dit_accel.load_attention(fresh, path, layout=read_grid)
     assert torch.equal(run(fresh, PIXART), expected)
 
 
-def test_file_without_a_layout_needs_one_on_an_unknown_model(tmp_path):
+def test_file_without_layout_needs_one_on_unknown_model(tmp_path):
     model = pixart()
     dit_accel.set_attn_processor(model, GNA, layout=GRID)
     expected = run(model, PIXART)
 
-    def forget(tensors, configuration):
+    def remove_layouts(tensors, configuration):
         for group in configuration["components"]["transformer"]["attention"]:
             del group["layout"]
 
-    path = rewrite(dit_accel.save_attention(model, tmp_path), forget)
+    path = rewrite(dit_accel.save_attention(model, tmp_path), remove_layouts)
     fresh = pixart()
     refused(fresh, PIXART, path, r"no token layout.*PixArtTransformer2DModel.*layout=TokenLayout\(grid=")
     dit_accel.load_attention(fresh, path, layout=GRID)
     assert torch.equal(run(fresh, PIXART), expected)
 
 
-def test_layout_by_hand_goes_before_the_familys_own(tmp_path):
-    """Flux as one row of 70 tokens, in the file; published files take it as well."""
+def test_user_layout_overrides_the_model_family(tmp_path):
+    """Flux as one row of 70 tokens, from a saved file and passed with a published one."""
     model, inputs = model_and_inputs()
     row = TokenLayout((70,), before=7)
     dit_accel.set_attn_processor(model, GNA, layout=row)
@@ -185,7 +185,7 @@ def test_layout_by_hand_goes_before_the_familys_own(tmp_path):
     assert "7+70+0" in dit_accel.describe(clear)
 
 
-def test_processor_with_a_layout_by_hand_can_be_copied(tmp_path):
+def test_user_layout_survives_copy_and_pickle(tmp_path):
     model = pixart()
     dit_accel.set_attn_processor(model, GNA, layout=GRID)
     expected = run(model, PIXART)
@@ -201,7 +201,7 @@ def test_layout_of_another_type_is_refused(layout):
 
 
 def in_group(**changes):
-    """A change of the first attention group's entries; ``options`` are changed one by one, None removes an entry."""
+    """Return a change of the first attention group: ``options`` are merged, and None removes an entry."""
 
     def change(tensors, configuration):
         group = configuration["components"]["transformer"]["attention"][0]
@@ -216,51 +216,51 @@ def in_group(**changes):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"topk": 3}, "options of sla has 'topk', which is not known here; known: block_kv.*"),
-        ({"backend": "torch"}, "options of sla has 'backend'"),
+        ({"topk": 3}, "options of sla has the unknown key 'topk'; expected block_kv.*"),
+        ({"backend": "torch"}, "options of sla has the unknown key 'backend'"),
         ({"critical": "a lot"}, "options of sla are not valid: critical must be a number, got 'a lot'"),
         ({"critical": 2}, r"critical must be in \(0, 1\]"),
         ({"critical": 10**400}, "critical must be a number that a float can hold"),
         ({"scale": 10**400}, "scale must be a number that a float can hold"),
         ({"scale": False}, "scale must be a number or None, got False"),
-        ({"dense_steps": 1.5}, "dense_steps must be a whole number, got 1.5"),
-        ({"min_tokens": [1]}, r"min_tokens must be a whole number, got \(1,\)"),
+        ({"dense_steps": 1.5}, "dense_steps must be an integer, got 1.5"),
+        ({"min_tokens": [1]}, r"min_tokens must be an integer, got \(1,\)"),
         ({"reference": None}, "reference must be 'whole' or 'window', got None"),
         ({"feature_map": {"a": 1}}, "feature_map must be one of"),
         ({"smooth_key": 1}, "smooth_key must be True or False, got 1"),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(options, words, tmp_path):
+def test_invalid_options_are_refused_by_name(options, words, tmp_path):
     refused(*model_and_inputs(), saved(tmp_path, in_group(options=options)), words)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (in_group(mechanism=["sla"], options={}), r"mechanism \['sla'\] is not known here; known: sla, clear"),
+        (in_group(mechanism=["sla"], options={}), r"unknown mechanism \['sla'\]; expected one of sla, clear"),
         (in_group(options=[1]), r"the options of sla must be an object, got \[1\]"),
         (in_group(options={}, layers="transformer_blocks.0.attn"), "layers must be a list, got 'transformer_bl"),
-        (in_group(options={}, layers=[3]), "an entry of layers must be a text, got 3"),
-        (in_group(options={}, layers=[]), "component transformer names no layers"),
-        (in_group(options={}, layers=["a", "a"]), "component transformer names the layer a twice"),
+        (in_group(options={}, layers=[3]), "an entry of layers must be a string, got 3"),
+        (in_group(options={}, layers=[]), "component transformer has no layers"),
+        (in_group(options={}, layers=["a", "a"]), "component transformer has the layer a twice"),
         (in_group(options={}, layers=None), "an attention group of component transformer lacks layers"),
         (in_group(options={}, layers=["norm_out"]), "head size of norm_out"),
         (in_group(options={}, layout={"grid": [7, 10]}), "the token layout lacks after, before, references"),
         (in_group(options={}, layout=7), "the token layout must be an object, got 7"),
         (in_group(options={}, layout={"grid": [7, -1], "before": 0, "after": 0, "references": []}), "at least 1 long"),
         (in_group(options={}, layout={"grid": [7], "before": 0, "after": 9, "references": [[0]]}), "at least 1 long"),
-        (in_group(options={}, layout={"grid": [7], "before": 0.5, "after": 9, "references": []}), "before must be a w"),
-        (in_group(options={}, note=1), "has 'note', which is not known here; known: layers, layout, mechanism"),
+        (in_group(options={}, layout={"grid": [7], "before": 0.5, "after": 9, "references": []}), "before must be an"),
+        (in_group(options={}, note=1), "has the unknown key 'note'; expected layers, layout, mechanism"),
         (lambda t, c: c.update(components=[]), r"components must be an object, got \[\]"),
-        (lambda t, c: c.update(components={}), "components are empty"),
+        (lambda t, c: c.update(components={}), "components must not be empty"),
         (lambda t, c: c["components"].update(transformer=None), "component transformer must be an object, got None"),
         (lambda t, c: c["components"]["transformer"].update(attention={}), "attention must be a list"),
-        (lambda t, c: c.update(format=2), "format 2; this version reads 1: update dit_accel"),
+        (lambda t, c: c.update(format=2), "expected format 1, got 2: update dit_accel"),
         (lambda t, c: c.clear(), "the configuration lacks components, format"),
-        (lambda t, c: t.update({"vae.x": torch.ones(1)}), r"none of its components \(transformer\): vae.x"),
+        (lambda t, c: t.update({"vae.x": torch.ones(1)}), r"belong to none of its components transformer: vae.x"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(change, words, tmp_path):
+def test_invalid_configurations_are_refused(change, words, tmp_path):
     refused(*model_and_inputs(), saved(tmp_path, change), words)
 
 
@@ -318,8 +318,8 @@ LAYOUTS = st.sampled_from([None, None, TokenLayout((70,), before=7), TokenLayout
     layout=LAYOUTS,
     dtype=st.sampled_from([None, torch.float64]),
 )
-def test_what_is_saved_comes_back(layers, layout, dtype):
-    """Every layer of two denoisers with options of its own: equal processors, parameters and outputs at each step."""
+def test_save_load_round_trip(layers, layout, dtype):
+    """Each layer of two denoisers has its own options; processors, parameters and outputs are equal after loading."""
     pipe, fresh = (Pair(TINY["flux"](0), TINY["flux"](1)) for _ in range(2))
     for (i, j), processor in layers.items():
         name, model = list(pipe.components.items())[i]
@@ -342,7 +342,7 @@ def test_what_is_saved_comes_back(layers, layout, dtype):
 
 
 class Pair(DiffusionPipeline):
-    """Two denoisers, named as in Wan 2.2."""
+    """Pipeline with two denoisers, named as in Wan 2.2."""
 
     def __init__(self, transformer, transformer_2):
         super().__init__()
@@ -350,7 +350,7 @@ class Pair(DiffusionPipeline):
 
 
 def outcome(model, inputs):
-    """The output, or the words of the refusal: some options do not go with some layouts."""
+    """Return the output as bytes, or the message of a ValueError: some layouts do not support some options."""
     try:
         return run(model, inputs).numpy().tobytes()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Tiny random denoisers of every family, real diffusers classes, with inputs of awkward sizes."""
+"""Tiny random denoisers of each family, built from diffusers' classes, with inputs of uneven sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = 7
 
 @dataclass(frozen=True)
 class Tiny:
-    """A denoiser, its forward arguments for a size, and what is true of it."""
+    """Denoiser, its forward arguments for a grid, and its properties."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[..., dict[str, Any]]
@@ -33,7 +33,7 @@ class Tiny:
     def __call__(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model = self.build().eval()
-        with torch.no_grad():  # zero-initialised output layers would hide every difference
+        with torch.no_grad():  # with zero-initialised output layers, all outputs would be equal
             for parameter in model.parameters():
                 if parameter.ndim > 1 and not parameter.any():
                     parameter.normal_(std=0.1)
@@ -162,5 +162,5 @@ TINY: dict[str, Tiny] = {
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The denoiser's output for these inputs (copied: some hosts change their arguments' dicts)."""
+    """Return the denoiser's output for these inputs; ``**`` copies the outer dict, which some models change."""
     return model(**inputs, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of real diffusers and transformers classes, that draw in a second, as folders."""
+"""Folders with tiny random pipelines of diffusers' and transformers' classes that generate within a second."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def t5_sizes(width: int) -> dict[str, int]:
 
 
 def tiny_vae(channels: int, **options: Any) -> AutoencoderKL:
-    """Half the height and width; options: of the latents' scale, and without the quantizing convolutions."""
+    """Return a VAE that halves height and width; ``options``: latent scale and quantizing convolutions."""
     return AutoencoderKL(
         block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4, layers_per_block=1, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
@@ -59,7 +59,7 @@ def tiny_vae(channels: int, **options: Any) -> AutoencoderKL:
 
 
 def save_flux(folder: Path) -> Path:
-    """A FluxPipeline that draws 32×32 by default, in multiples of 4: 8×8 tokens."""
+    """Save a FluxPipeline; sizes are multiples of 4, by default 32×32 with 8×8 tokens."""
     torch.manual_seed(0)
     clip = CLIPTextConfig(
         vocab_size=64, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -76,7 +76,7 @@ def save_flux(folder: Path) -> Path:
 
 
 def save_wan(folder: Path) -> Path:
-    """A WanPipeline with Wan's own 8×8×4 compression: multiples of 16, frames 4n + 1."""
+    """Save a WanPipeline with Wan's 8×8×4 compression; sizes are multiples of 16, frames 4n + 1."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
@@ -91,7 +91,7 @@ def save_wan(folder: Path) -> Path:
 
 
 def save_sd(folder: Path, prediction: str = "v_prediction") -> Path:
-    """A StableDiffusionPipeline, in multiples of 8: 16×16 latents for 32×32."""
+    """Save a StableDiffusionPipeline; sizes are multiples of 8, with 16×16 latents for 32×32."""
     torch.manual_seed(0)
     clip = CLIPTextConfig(
         vocab_size=64, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -115,7 +115,7 @@ def projecting_clip() -> dict[str, int]:
 
 
 def save_sdxl(folder: Path) -> Path:
-    """A StableDiffusionXLPipeline of epsilon prediction, in multiples of 8: 16×16 latents for 32×32."""
+    """Save a StableDiffusionXLPipeline with epsilon prediction; sizes are multiples of 8, 16×16 latents for 32×32."""
     torch.manual_seed(0)
     vae = tiny_vae(4, scaling_factor=0.13)
     pipe = StableDiffusionXLPipeline(
@@ -128,7 +128,7 @@ def save_sdxl(folder: Path) -> Path:
 
 
 def save_sd3(folder: Path) -> Path:
-    """A StableDiffusion3Pipeline, in multiples of 4: 8×8 tokens for 32×32."""
+    """Save a StableDiffusion3Pipeline; sizes are multiples of 4, with 8×8 tokens for 32×32."""
     torch.manual_seed(0)
     vae = tiny_vae(4, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False)
     clip = [CLIPTextModelWithProjection(CLIPTextConfig(**projecting_clip(), projection_dim=6)) for _ in range(2)]

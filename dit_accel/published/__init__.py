@@ -1,7 +1,7 @@
-"""Weights that the authors of the mechanisms have published: one short file a release, found by looking at its keys.
+"""Weights published by the authors of the mechanisms: one module per release, recognised by the keys of its files.
 
-A release's file has ``NAME`` for people; ``MODELS``, the denoiser classes that it is for; ``recognises(keys) -> bool``;
-and ``plan(model, file, options) -> Plan``.
+A release's module defines ``NAME``, shown to users; ``MODELS``, the supported denoiser classes;
+``recognises(keys) -> bool``; and ``plan(model, file, options) -> Plan``.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ RELEASES: tuple[ModuleType, ...] = (clear, turbodiffusion, fastvideo, linfusion)
 
 
 def recognise(keys: Collection[str]) -> ModuleType | None:
-    """The release that a file with these keys is of; None if of none that is known."""
+    """Return the release that a file with these keys belongs to; None for an unknown one."""
     return next((release for release in RELEASES if release.recognises(keys)), None)

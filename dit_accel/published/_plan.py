@@ -1,4 +1,4 @@
-"""What a release's file does to one denoiser, and what the releases have in common."""
+"""Load plan for one denoiser, and helpers that the releases share."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..layout import TokenLayout
 from ..processor import AcceleratedAttnProcessor
 from ..weights import Weight, WeightsFile
 
-__all__ = ["Plan", "check_option_names", "learned_key", "parameter_names", "renamed"]
+__all__ = ["Plan", "check_option_names", "learned_key", "parameter_names", "rename_weights"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be installed and loaded.
+    """Processors to install and weights to load.
 
     Args:
-        processors: by the name of the attention module.
-        weights: by the model's own names; learned parameters as :func:`learned_key` names them.
-        required: the host's parameters that must be among the weights; learned ones always must.
-        remarks: for people: where options came from that the user did not give.
-        layouts: by the name of the attention module, a layout given by hand; the model's own for the others.
+        processors: processor by name of the attention module.
+        weights: weight by the model's parameter name; learned parameters are named by :func:`learned_key`.
+        required: the model's own parameters that ``weights`` must contain; learned ones are always required.
+        remarks: notes for the user on the source of options that were not passed.
+        layouts: user-defined layout by name of the attention module; other modules use the model family's layout.
     """
 
     processors: Mapping[str, AcceleratedAttnProcessor]
@@ -37,19 +37,19 @@ class Plan:
 
 
 def learned_key(layer: str, name: str) -> str:
-    """Name in the model of a layer's learned parameter."""
+    """Return the model's name of a learned parameter of a layer."""
     return f"{layer}.dit_accel.{name}"
 
 
 def parameter_names(model: nn.Module) -> frozenset[str]:
-    """The host's own parameters, without what dit_accel has put into them."""
+    """Return the names of the model's own parameters, without those that dit_accel added."""
     return frozenset(name for name, _ in model.named_parameters() if ".dit_accel." not in name)
 
 
-def renamed(file: WeightsFile, rename: Callable[[str], str | None]) -> dict[str, Weight]:
-    """The file's weights by the model's names; a key that ``rename`` does not know (None) keeps its own.
+def rename_weights(file: WeightsFile, rename: Callable[[str], str | None]) -> dict[str, Weight]:
+    """Return the file's weights by the model's names; a key stays as it is if ``rename`` returns None.
 
-    Raises: ValueError: two keys that are one weight of the model.
+    Raises: ValueError: two keys with the same new name.
     """
     found: dict[str, Weight] = {}
     sources: dict[str, str] = {}
@@ -64,8 +64,11 @@ def renamed(file: WeightsFile, rename: Callable[[str], str | None]) -> dict[str,
 def check_option_names(
     kind: type[AcceleratedAttnProcessor], options: Mapping[str, Any], path: Path, further: tuple[str, ...] = ()
 ) -> None:
-    """Raises: ValueError: an option that this processor does not have."""
+    """Check that the processor class has all these options.
+
+    Raises: ValueError: an unknown option.
+    """
     known = [field.name for field in fields(kind)] + list(further)
-    wrong = [name for name in options if name not in known]
-    if wrong:
-        raise ValueError(f"{path} is for {kind.name}, which has no option {wrong[0]!r}; it has: {', '.join(known)}")
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{path} is for {kind.name}, which has no option {unknown[0]!r}; it has: {', '.join(known)}")

@@ -1,6 +1,6 @@
-"""CLEAR's files for Flux.1-dev: the attention's projections, and in two of the five the weights of pooled patches.
+"""CLEAR for Flux.1-dev (arXiv 2412.16112): the attention projections, and pooling weights if there are pooled tokens.
 
-``clear_local_{8,16,32}`` and ``clear_local_{8,16}_down_4``, arXiv 2412.16112.
+The five files are ``clear_local_{8,16,32}`` and, with pooled tokens, ``clear_local_{8,16}_down_4``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from ..attention_group import self_attention_layers
 from ..processor import CLEARAttnProcessor
 from ..weights import Weight, WeightsFile
-from ._plan import Plan, check_option_names, learned_key, parameter_names, renamed
+from ._plan import Plan, check_option_names, learned_key, parameter_names, rename_weights
 
 NAME = "CLEAR for Flux.1"
 MODELS = (FluxTransformer2DModel,)
@@ -31,32 +31,32 @@ def recognises(keys: Collection[str]) -> bool:
 
 
 def plan(model: nn.Module, file: WeightsFile, options: Mapping[str, Any]) -> Plan:
-    """``radius`` and ``down_factor`` from the options, else from the file's name; the latter must fit the weights.
+    """Return the plan, with ``radius`` and ``down_factor`` from the options, or else from the file name.
 
-    Raises: ValueError: no radius to be had, a ``down_factor`` that is not the weights', an option that CLEAR lacks.
+    Raises: ValueError: no radius, a ``down_factor`` that does not match the weights, an option that CLEAR lacks.
     """
     check_option_names(CLEARAttnProcessor, options, file.path)
-    named, told = _from_name(file.path)
+    named, source = _options_from_name(file.path)
     chosen = {**named, **options}
     factor = _pooling_factor(file)
     if "radius" not in chosen:
         raise ValueError(
-            f"{file.path} is of CLEAR, and neither it nor its name (clear_local_16_down_4) says the radius that it was "
-            f"trained for: give it, as load_attention(pipe, file, radius=16{f', down_factor={factor}' * (factor > 1)})"
+            f"{file.path} is a CLEAR file, and its name does not contain the radius, as clear_local_16_down_4 does: "
+            f"pass it, load_attention(pipe, file, radius=16{f', down_factor={factor}' * (factor > 1)})"
         )
     if chosen.setdefault("down_factor", factor) != factor:
-        held = f"weights of {factor}×{factor} patches" if factor > 1 else "no spatial_weight, that is down_factor=1"
-        source = "you gave" if "down_factor" in options else "its name says"
+        found = f"weights of {factor}×{factor} tiles" if factor > 1 else "no spatial_weight, that is down_factor=1"
+        origin = "passed" if "down_factor" in options else "in its name"
         raise ValueError(
-            f"{file.path} has {held}, but {source} down_factor={chosen['down_factor']}: give down_factor={factor}"
+            f"{file.path} has {found}, but down_factor={chosen['down_factor']} was {origin}: pass down_factor={factor}"
         )
     processor = CLEARAttnProcessor(**chosen)
     weights = {
         name: weight.reshape((factor, factor)) if name.endswith(".pool_weight") else weight
-        for name, weight in renamed(file, _rename).items()
+        for name, weight in rename_weights(file, _rename).items()
     }
     required = frozenset(name for name in parameter_names(model) if re.fullmatch(_PROJECTION, name))
-    remarks = [f"{key}={value}, as the {told} is named" for key, value in named.items() if key not in options]
+    remarks = [f"{key}={value}, from the name of the {source}" for key, value in named.items() if key not in options]
     return Plan(dict.fromkeys(self_attention_layers(model), processor), weights, required, tuple(remarks))
 
 
@@ -65,8 +65,8 @@ def _rename(key: str) -> str | None:
     return learned_key(pooling[1], "pool_weight") if pooling else None
 
 
-def _from_name(path: Path) -> tuple[dict[str, int], str]:
-    """The options that the name of the file says, else that of its folder, and which of the two it was."""
+def _options_from_name(path: Path) -> tuple[dict[str, int], str]:
+    """Return the options in the name of the file, or else of its folder, and "file" or "folder"."""
     for name, kind in ((path.name, "file"), (path.parent.name, "folder")):
         match = _FILE_NAME.search(name)
         if match:
@@ -75,9 +75,9 @@ def _from_name(path: Path) -> tuple[dict[str, int], str]:
 
 
 def _pooling_factor(file: WeightsFile) -> int:
-    """Side f of the patches: the spatial weights are (1, 1, 1, f, 1, f, 1); 1 where there are none.
+    """Return the side f of the pooling tiles: spatial weights have shape (1, 1, 1, f, 1, f, 1); 1 without them.
 
-    Raises: ValueError: weights of another shape, or not all of one.
+    Raises: ValueError: another shape, or different shapes.
     """
     pooling: dict[str, Weight] = {key: x for key, x in file.weights.items() if re.fullmatch(_POOLING, key)}
     if not pooling:

@@ -1,5 +1,5 @@
-"""FastVideo's conversion of TurboDiffusion's Wan: ``proj_l`` beside the attention, all else under FastVideo's names or
-diffusers' own.
+"""FastVideo's conversion of TurboDiffusion's Wan: weights under FastVideo's or diffusers' names, ``proj_l`` under
+``attn_impl``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from ..weights import WeightsFile
-from ._plan import Plan, learned_key, parameter_names, renamed
+from ._plan import Plan, learned_key, parameter_names, rename_weights
 from .turbodiffusion import wan_plan
 
 NAME = "FastVideo's conversion of TurboDiffusion for Wan"
 MODELS = (WanTransformer3DModel,)
 
 _PROJECTION = re.compile(r"(blocks\.\d+\.attn1)\.attn_impl\.proj_l\.(weight|bias)")
-# name in FastVideo's model -> name in diffusers'; what is not here has the same name in both
+# FastVideo's name -> diffusers' name; other parameters have the same name in both
 _NAMES = (
     (r"(blocks\.\d+)\.(to_[qkv]|norm_[qk])\.", r"\1.attn1.\2."),
     (r"(blocks\.\d+)\.to_out\.", r"\1.attn1.to_out.0."),
@@ -40,21 +40,21 @@ def recognises(keys: Collection[str]) -> bool:
 
 
 def plan(model: nn.Module, file: WeightsFile, options: Mapping[str, Any]) -> Plan:
-    """As TurboDiffusion's; a file that holds ``proj_l`` alone leaves the denoiser's own weights as they are.
+    """Return the plan of TurboDiffusion; a file with only ``proj_l`` does not change the denoiser's own weights.
 
     Raises: ValueError: an option that SLA lacks.
     """
-    weights = renamed(file, diffusers_name)
-    alone = all(".dit_accel." in name for name in weights)
-    remarks = ("no other weights in the file: the pipeline must be TurboDiffusion's already",) if alone else ()
-    return wan_plan(model, file, weights, options, frozenset() if alone else parameter_names(model), remarks)
+    weights = rename_weights(file, diffusers_name)
+    only_learned = all(".dit_accel." in name for name in weights)
+    remarks = ("no other weights in the file: the pipeline must already have TurboDiffusion's",) if only_learned else ()
+    return wan_plan(model, file, weights, options, frozenset() if only_learned else parameter_names(model), remarks)
 
 
 def diffusers_name(key: str) -> str | None:
-    """diffusers' name of a parameter of FastVideo's; its own where the two are the same."""
+    """Return diffusers' name of a FastVideo parameter; the same name if both agree."""
     projection = _PROJECTION.fullmatch(key)
     if projection:
         return learned_key(projection[1], projection[2])
-    for theirs, ours in _NAMES:
-        key = re.sub(f"^{theirs}", ours, key)
+    for pattern, name in _NAMES:
+        key = re.sub(f"^{pattern}", name, key)
     return key

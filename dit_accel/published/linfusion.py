@@ -1,5 +1,6 @@
-"""LinFusion for Stable Diffusion 1.5, 2.1 and XL (arXiv 2409.02097): whole self-attention modules, numbered; which is
-which is in the ``config.json`` beside them.
+"""LinFusion for Stable Diffusion 1.5, 2.1 and XL (arXiv 2409.02097): complete self-attention modules, numbered.
+
+A ``config.json`` in the same folder maps the numbers to names of modules.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from ..attention_group import self_attention_layers
 from ..processor import LinFusionAttnProcessor
 from ..weights import WeightsFile, shorten
-from ._plan import Plan, check_option_names, learned_key, parameter_names, renamed
+from ._plan import Plan, check_option_names, learned_key, parameter_names, rename_weights
 
 NAME = "LinFusion for Stable Diffusion"
 MODELS = (UNet2DConditionModel,)
@@ -27,15 +28,17 @@ def recognises(keys: Collection[str]) -> bool:
 
 
 def plan(model: nn.Module, file: WeightsFile, options: Mapping[str, Any]) -> Plan:
-    """The modules' names from ``layers=[...]``, else from ``config.json``; inner widths from the weights.
+    """Return the plan, with the names of modules from ``layers=[...]``, or else from ``config.json``.
 
-    Raises: ValueError: no names to be had, or not as many as modules, or not of this U-Net's self-attention; other
-        heads than the U-Net's; an option that LinFusion lacks.
+    Inner widths are those of the weights.
+
+    Raises: ValueError: no names, another number of names than of modules, names that are not self-attention modules of
+        this U-Net, another number of heads, an option that LinFusion lacks.
     """
     check_option_names(LinFusionAttnProcessor, options, file.path, ("layers",))
     further = {name: value for name, value in options.items() if name != "layers"}
     if "projection_mid_dim" in further:
-        raise ValueError(f"projection_mid_dim is the width of {file.path}'s own weights: leave it out")
+        raise ValueError(f"projection_mid_dim is read from the weights of {file.path}: leave it out")
     layers = _layer_names(file, options.get("layers"))
     _check_layers(model, file, layers, None if "layers" in options else _entries(file))
     processors = {}
@@ -55,8 +58,8 @@ def plan(model: nn.Module, file: WeightsFile, options: Mapping[str, Any]) -> Pla
         name for name in parameter_names(model) if re.search(r"\.(to_[qkv]|to_out\.0)\.(weight|bias)$", name)
     }
     required = frozenset(name for name in projections if name.rpartition(".to_")[0] in layers)
-    told = () if "layers" in options else ("which module is which, from config.json",)
-    return Plan(processors, renamed(file, rename), required, told)
+    remarks = () if "layers" in options else ("names of the modules from config.json",)
+    return Plan(processors, rename_weights(file, rename), required, remarks)
 
 
 def _entries(file: WeightsFile) -> Sequence[Mapping[str, Any]]:
@@ -69,34 +72,37 @@ def _layer_names(file: WeightsFile, given: Sequence[str] | None) -> list[str]:
     layers = [str(entry["module_name"]) for entry in _entries(file)] if given is None else list(given)
     if not layers:
         raise ValueError(
-            f"{file.path} is of LinFusion and numbers its modules, and there is no config.json with a modules_list "
-            "beside it that names them: put it there, or give layers=[...], the U-Net's modules in the file's order"
+            f"{file.path} is a LinFusion file with numbered modules; expected a config.json with a modules_list in its "
+            "folder, found none: add it, or pass layers=[...], the U-Net's modules in the file's order"
         )
     numbers = {int(match[1]) for key in file.weights if (match := _KEY.fullmatch(key))}
     if numbers != set(range(len(layers))):
         raise ValueError(
-            f"{file.path} has modules {shorten(map(str, sorted(numbers)))}, but {len(layers)} of them are named: "
-            "it is not whole, or these names are of another file"
+            f"{file.path} has modules {shorten(map(str, sorted(numbers)))}, but {len(layers)} names were found: "
+            "the file is incomplete, or the names are those of another file"
         )
     if len(set(layers)) < len(layers):
-        raise ValueError(f"{file.path}: a module is named twice among {shorten(layers)}")
+        raise ValueError(f"{file.path}: the names of its modules must differ, got {shorten(layers)}")
     return layers
 
 
 def _check_layers(
     model: nn.Module, file: WeightsFile, layers: Sequence[str], entries: Sequence[Mapping[str, Any]] | None
 ) -> None:
-    """Raises: ValueError: a name that is not of this model's self-attention, or another number of heads."""
-    there = self_attention_layers(model)
-    absent = [name for name in layers if name not in there]
+    """Check that all names are self-attention modules of the model, with the same number of heads.
+
+    Raises: ValueError: another name, or another number of heads.
+    """
+    available = self_attention_layers(model)
+    absent = [name for name in layers if name not in available]
     if absent:
         raise ValueError(
             f"{file.path} is for self-attention modules that this {type(model).__name__} lacks: {shorten(absent)}. "
-            f"It has {len(there)}, {shorten(there, 2)}: is it for another Stable Diffusion?"
+            f"It has {len(available)}, {shorten(available, 2)}: is the file for another Stable Diffusion?"
         )
     for name, entry in zip(layers, entries or (), strict=False):
         heads = model.get_submodule(name).heads
         if entry.get("heads", heads) != heads:
             raise ValueError(
-                f"{file.path} has {entry['heads']} heads in {name}, this U-Net {heads}: it is for another one"
+                f"{file.path} has {entry['heads']} heads in {name}, but this U-Net has {heads}: it is for another one"
             )

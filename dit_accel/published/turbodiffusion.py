@@ -1,6 +1,6 @@
-"""TurboDiffusion's Wan 2.1 and 2.2 (arXiv 2512.16093): whole denoisers with SLA trained in, under Wan's own names.
+"""TurboDiffusion for Wan 2.1 and 2.2 (arXiv 2512.16093): complete denoisers trained with SLA, under Wan's own names.
 
-In ``-quant`` files every Linear of a block but ``proj_l`` is int8, with a float32 scale for each block of 128×128.
+In ``-quant`` files, each Linear of a block except ``proj_l`` is int8, with a float32 scale per 128×128 block.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ..processor import SLAAttnProcessor
 from ..weights import Weight, WeightsFile
-from ._plan import Plan, check_option_names, learned_key, parameter_names, renamed
+from ._plan import Plan, check_option_names, learned_key, parameter_names, rename_weights
 
 NAME = "TurboDiffusion for Wan"
 MODELS = (WanTransformer3DModel,)
 
 _QUANTIZED_BLOCK = 128
-# the settings of the authors' release, which no file says
+# options of the authors' release; its files do not contain them
 _DEFAULTS = {
     "critical": 0.1,
     "negligible": 0.0,
@@ -47,8 +47,8 @@ _MODULES = {
 }
 _BLOCK_MODULES = {
     **{
-        f"{theirs}.{a}": f"{ours}.{b}"
-        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        f"{wan}.{a}": f"{diffusers}.{b}"
+        for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
         for a, b in {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}.items()
     },
     **{f"{a}.norm_{x}": f"{b}.norm_{x}" for a, b in (("self_attn", "attn1"), ("cross_attn", "attn2")) for x in "qk"},
@@ -70,13 +70,13 @@ def recognises(keys: Collection[str]) -> bool:
 
 
 def plan(model: nn.Module, file: WeightsFile, options: Mapping[str, Any]) -> Plan:
-    """All weights of the denoiser; blocks of 128×64, critical 0.1, linear over all keys and smooth keys by default.
+    """Return the plan with all weights of the denoiser; options that are not passed are those of the release.
 
     Raises: ValueError: int8 weights without their scales, an option that SLA lacks.
     """
-    whole = dequantized(file)
-    weights = renamed(whole, diffusers_name)
-    quantized = len(file.weights) - len(whole.weights)
+    dequantized = dequantize(file)
+    weights = rename_weights(dequantized, diffusers_name)
+    quantized = len(file.weights) - len(dequantized.weights)
     remarks = (f"{quantized} int8 weights dequantized",) if quantized else ()
     return wan_plan(model, file, weights, options, parameter_names(model), remarks)
 
@@ -89,8 +89,9 @@ def wan_plan(
     required: frozenset[str],
     remarks: tuple[str, ...] = (),
 ) -> Plan:
-    """SLA with the release's settings on every block; the patch embedding, which it has as a matrix, as diffusers' 3-D
-    convolution.
+    """Return the plan for SLA with the release's options in each block.
+
+    The patch embedding, a matrix in the release, is reshaped to diffusers' 3-D convolution.
 
     Raises: ValueError: an option that SLA lacks.
     """
@@ -102,34 +103,34 @@ def wan_plan(
         weights["patch_embedding.weight"] = matrix.reshape(convolution.shape)
     given = [name for name in _DEFAULTS if name in options]
     settings = [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in given and name != "negligible"]
-    told = (f"the authors' settings where you gave none: {', '.join(settings)}",) if settings else ()
+    defaults = (f"options of the release, since none were passed: {', '.join(settings)}",) if settings else ()
     layers = [name for name in dict(model.named_modules()) if re.fullmatch(r"blocks\.\d+\.attn1", name)]
-    return Plan(dict.fromkeys(layers, processor), weights, required, (*remarks, *told))
+    return Plan(dict.fromkeys(layers, processor), weights, required, (*remarks, *defaults))
 
 
 def diffusers_name(key: str) -> str | None:
-    """diffusers' name of a parameter of Wan's own code; None if it has none."""
+    """Return diffusers' name of a parameter of Wan's own code; None if there is none."""
     projection = _PROJECTION.fullmatch(key)
     if projection:
         return learned_key(f"blocks.{projection[1]}.attn1", projection[2])
     block = re.fullmatch(r"(blocks\.\d+)\.(.+)", key)
     if not block:
-        return _PARAMETERS.get(key) or _moved(_MODULES, key)
+        return _PARAMETERS.get(key) or _rename_module(_MODULES, key)
     if block[2] == "modulation":
         return f"{block[1]}.scale_shift_table"
-    inside = _moved(_BLOCK_MODULES, block[2])
+    inside = _rename_module(_BLOCK_MODULES, block[2])
     return inside and f"{block[1]}.{inside}"
 
 
-def _moved(modules: Mapping[str, str], key: str) -> str | None:
+def _rename_module(modules: Mapping[str, str], key: str) -> str | None:
     module, _, parameter = key.rpartition(".")
     return f"{modules[module]}.{parameter}" if module in modules else None
 
 
-def dequantized(file: WeightsFile) -> WeightsFile:
-    """``int8_weight`` and ``scale`` become ``weight``, computed when it is read; all else as it is.
+def dequantize(file: WeightsFile) -> WeightsFile:
+    """Replace each ``int8_weight`` and its ``scale`` by a ``weight`` that is computed when it is read.
 
-    Raises: ValueError: one without the other, or scales that are not one for each block of 128×128.
+    Raises: ValueError: an int8 weight without scale, or scales that are not one per 128×128 block.
     """
     weights: dict[str, Weight] = {}
     modules = {key.removesuffix(".int8_weight") for key in file.weights if key.endswith(".int8_weight")}
@@ -142,12 +143,12 @@ def dequantized(file: WeightsFile) -> WeightsFile:
             continue
         scale = file.weights.get(f"{module}.scale")
         expected = tuple(-(-n // _QUANTIZED_BLOCK) for n in weight.shape)
-        fits = scale is not None and scale.shape == expected and scale.dtype.is_floating_point
-        if weight.dtype != torch.int8 or len(expected) != 2 or scale is None or not fits:
+        matches = scale is not None and scale.shape == expected and scale.dtype.is_floating_point
+        if weight.dtype != torch.int8 or len(expected) != 2 or scale is None or not matches:
             raise ValueError(
                 f"{file.path}: {key} is {weight.dtype} {weight.shape} with scale "
-                f"{None if scale is None else scale.shape}; expected int8 with {module}.scale {expected}, both "
-                "matrices, the scale in floating-point numbers"
+                f"{None if scale is None else scale.shape}; expected an int8 matrix and a floating-point "
+                f"{module}.scale of shape {expected}"
             )
         if f"{module}.weight" in file.weights:
             raise ValueError(f"{file.path} has {module}.weight twice, as itself and as {key}")
@@ -156,7 +157,7 @@ def dequantized(file: WeightsFile) -> WeightsFile:
 
 
 class _Dequantize:
-    """(N, K) int8 times its (⌈N/128⌉, ⌈K/128⌉) scales, float32."""
+    """Product of an (N, K) int8 weight and its (⌈N/128⌉, ⌈K/128⌉) scales, float32."""
 
     def __init__(self, weight: Weight, scale: Weight) -> None:
         self.weight = weight

@@ -118,14 +118,17 @@ class World:
     def output(self, size: int) -> Tensor | None:
         """What a forward of this size gives; None if it must be refused."""
         key = (size, *self._state_key())
-        if key not in _OUTPUTS or self.left:
-            self.expected.spec, self.expected.size = self.spec, SIZES[self.family][size]
-            try:
-                with torch.no_grad(), self.expected:
-                    _OUTPUTS[key] = self.twin(**self.inputs(size), return_dict=False)[0]
-            except WrongLayout:
-                _OUTPUTS[key] = None
-        return _OUTPUTS[key]
+        if not self.left and key in _OUTPUTS:
+            return _OUTPUTS[key]
+        self.expected.spec, self.expected.size = self.spec, SIZES[self.family][size]
+        try:
+            with torch.no_grad(), self.expected:
+                output = self.twin(**self.inputs(size), return_dict=False)[0]
+        except WrongLayout:
+            output = None
+        if not self.left:  # else it depends on more than the key
+            _OUTPUTS[key] = output
+        return output
 
     def _state_key(self) -> tuple[Any, ...]:
         """All that an expected output depends on, besides its size, while no LoRA was left in the weights."""

@@ -73,8 +73,9 @@ def test_elu_features_are_exact_to_rounding(x):
     feature = linfusion._feature(torch.tensor(x)).double()
     assert feature.item() == pytest.approx(x + 1 if x > 0 else math.exp(x), rel=4e-7)
 
-
     """Sums over the keys would be 500 · 200 · 16 in float16, which ends at 65,504."""
+
+
 def test_large_keys_do_not_overflow_in_half_precision():
     """Sums over the keys would reach 500 · 200 · 16; the maximum of float16 is 65,504."""
     query, key, value = (x * 50 + 100 for x in draw(500, 16, batch=1, heads=1))

@@ -189,7 +189,7 @@ def test_bad_wishes_and_a_loss_that_is_no_number_are_told(engine):
         (wish_for(recipe="nothing"), "recipe from the list"),
         (wish_for(lr=-1.0), "above 0"),
         (wish_for(train="new"), "adds no parameters"),
-        (wish_for(recipe="attention-transfer", train=None, steps=1), "not even one step"),
+        (wish_for(recipe="attention-transfer", train=None, steps=1), "at least one step per stage"),
         (wish_for(lr=1e30, steps=8), "no number any more. Choose a smaller learning rate"),
     ):
         with pytest.raises(BadInput, match=said):

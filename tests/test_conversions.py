@@ -1,4 +1,4 @@
-"""Conversions of the embedded pipelines in the package."""
+"""Conversions of the embedded pipelines that are part of the package."""
 
 import json
 
@@ -25,7 +25,7 @@ def pipelines():
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("embedded", [IMAGE, VIDEO], ids=["image", "video"])
-def test_conversion_is_small_and_computes_a_tenth_of_the_logits(pipelines, embedded, mechanism):
+def test_conversion_is_small_and_computes_a_tenth_of_logits(pipelines, embedded, mechanism):
     pipe, folder = pipelines[embedded], embedded.conversions / mechanism
     assert (folder / "dit_accel.safetensors").stat().st_size <= 2**20
     model = next(iter(denoisers(pipe).values()))
@@ -41,8 +41,8 @@ def test_conversion_is_small_and_computes_a_tenth_of_the_logits(pipelines, embed
 
 
 @pytest.mark.parametrize("mechanism, captions", [("clear", 3), ("sla", 1)])
-def test_converted_image_pipeline_draws_captions_right(pipelines, mechanism, captions):
-    """Held-out captions. Of 1,000, CLEAR draws 79 % right and SLA 88 %."""
+def test_converted_image_pipeline_draws_captions_correctly(pipelines, mechanism, captions):
+    """Of 1,000 held-out captions, CLEAR draws 79 % correctly and SLA 88 %."""
     pipe = pipelines[IMAGE]
     dit_accel.load_attention(pipe, IMAGE.conversions / mechanism)
     try:
@@ -52,11 +52,11 @@ def test_converted_image_pipeline_draws_captions_right(pipelines, mechanism, cap
     assert len(right) == captions and sum(right) >= 0.6 * captions
 
 
-def test_model_cards_match_the_measured_results():
+def test_cards_agree_with_quality_results():
     results = json.loads((IMAGE.folder.parents[2] / "benchmarks/quality.json").read_text())
     rows = {}
     for row in sorted(results["rows"], key=lambda row: row["after"]["prompt_check"]["student"]):
-        rows[row["teacher"], row["mechanism"]] = row  # of several trainings, the one with most captions right
+        rows[row["teacher"], row["mechanism"]] = row  # of several trainings the one with the most correct captions
     for embedded, name in ((IMAGE, "image, 3.0 M"), (VIDEO, "video, 2.8 M")):
         for mechanism in MECHANISMS:
             row, card = rows[name, mechanism], (embedded.conversions / mechanism / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Converting tiny pipelines: what is trained, that nothing is lost, and what is told when something is wrong."""
+"""Conversion of tiny pipelines: trained parameters, saved files, noise processes and messages for invalid input."""
 
 import json
 
@@ -36,14 +36,14 @@ def pipelines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(pipelines, tmp_path_factory):
-    """Samples that the tiny Flux has drawn, for runs that only train on them."""
+    """Samples drawn by the tiny Flux, for runs that only train."""
     out = tmp_path_factory.mktemp("drawn")
     assert convert(pipelines, out, "--steps", "1") == 0
     return out / "samples"
 
 
 def convert(pipelines, out, *more, which="flux", attn="gna:window=3", data=("--data-free",)):
-    """Exit status of the command."""
+    """Run the command and return its exit status."""
     given = ["convert", "--pipeline", str(pipelines[which]), "--attn", attn, "--out", str(out), *data]
     given += ["--prompts", str(pipelines["prompts"])] if data == ("--data-free",) else []
     with pytest.raises(SystemExit) as stopped:
@@ -51,7 +51,7 @@ def convert(pipelines, out, *more, which="flux", attn="gna:window=3", data=("--d
     return stopped.value.code
 
 
-def told(out):
+def read_about(out):
     return json.loads((out / "convert.json").read_text())
 
 
@@ -70,11 +70,10 @@ def link_samples(drawn, out):
         ("sd", "linfusion", ("--train", "new")),
     ],
 )
-def test_every_family_is_converted_and_loaded(pipelines, tmp_path, which, attn, more):
-    """The weights that were trained differ from the teacher's, the loaded student is the trained one, and taken off
-    again it is the teacher."""
+def test_every_family_converts_and_loads(pipelines, tmp_path, which, attn, more):
+    """Trained weights differ from the teacher's, loading restores the trained student, and a reset the teacher."""
     assert convert(pipelines, tmp_path, *more, which=which, attn=attn) == 0
-    about = told(tmp_path)
+    about = read_about(tmp_path)
     assert about["status"] == "complete" and about["steps"] == 4 and len(about["history"]) == 4
     wanted = {"loss", "flow"} | ({"prediction", "attention"} if about["recipe"]["name"] == "clear" else set())
     assert set(about["history"][0]) == wanted
@@ -83,37 +82,37 @@ def test_every_family_is_converted_and_loaded(pipelines, tmp_path, which, attn, 
     before = {name: p.clone() for name, p in model.state_dict().items()}
     dit_accel.load_attention(pipe, tmp_path)
     if ";" in attn:  # the options of each layer
-        told_of = {name: layer.mechanism.radius for name, layer in dit_accel.install.installed_layers(model).items()}
-        assert len(set(told_of.values())) == 2 and all(x == 2 + ("single_" in name) for name, x in told_of.items())
+        radii = {name: layer.mechanism.radius for name, layer in dit_accel.install.installed_layers(model).items()}
+        assert len(set(radii.values())) == 2 and all(x == 2 + ("single_" in name) for name, x in radii.items())
     trained = load_checkpoint(tmp_path)["parameters"]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], x) for name, x in trained.items())
     moved = [name for name in trained if name in before and not torch.equal(before[name], trained[name])]
-    if more == ("--train", "new"):  # what was 0 at first, and nothing else than the mechanism's own
+    if more == ("--train", "new"):  # only the mechanism's own parameters, which are 0 at first
         assert not moved and any(x.any() for name, x in trained.items() if name.endswith("to_q_.3.weight"))
     else:
         assert moved
-    if about["recipe"]["name"] == "clear":  # the attention layers alone
+    if about["recipe"]["name"] == "clear":  # only the attention layers
         assert len(trained) < len(before) and all(".attn" in name for name in trained)
     dit_accel.reset_attn_processor(pipe)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
-def test_the_loss_is_that_of_the_whole_model_without_approximation(pipelines, drawn, tmp_path):
-    """A window over everything is dense: distances to the teacher are 0 before the first step, and the flow loss is
-    the teacher's own."""
+def test_losses_are_exact_with_a_full_window(pipelines, drawn, tmp_path):
+    """A full window is dense attention: distances to the teacher are 0 before the first step, and the flow loss is
+    the teacher's."""
     out = link_samples(drawn, tmp_path / "o")
     assert convert(pipelines, out, "--recipe", "clear", "--steps", "1", attn="gna:window=8") == 0
-    first = told(out)["history"][0]
+    first = read_about(out)["history"][0]
     assert first["prediction"] < 1e-10 and first["attention"] < 1e-10 and first["flow"] > 0.01
 
 
 @pytest.mark.parametrize("which, more, wide", [("flux", (), 32), ("wan", ("--frames", "5"), 128)])
-def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which, more, wide):
-    """On the left what the teacher draws from this seed; on the right the student, which a step has changed."""
+def test_pictures_show_teacher_left_and_student_right(pipelines, tmp_path, which, more, wide):
+    """Left, the teacher's drawing of this seed; right, the student's, which changes with training."""
     size = ("--samples", "1", "--batch", "1", "--lr", "0.1", "--steps", "2", "--sample-every", "2")
     assert convert(pipelines, tmp_path, *size, *more, which=which, attn="gna:window=2") == 0
-    names = [f"step-{step:06d}-{i}.png" for step in (0, 2) for i in (0, 1)]  # 0: not trained yet
+    names = [f"step-{step:06d}-{i}.png" for step in (0, 2) for i in (0, 1)]  # 0: untrained
     assert sorted(x.name for x in (tmp_path / "pictures").iterdir()) == names
     first = np.array(Image.open(tmp_path / "pictures/step-000000-0.png"))
     picture = np.array(Image.open(tmp_path / "pictures/step-000002-0.png")).astype(int)
@@ -134,9 +133,8 @@ def test_pictures_of_student_and_teacher_side_by_side(pipelines, tmp_path, which
 
 
 @pytest.mark.parametrize("where", ["attention", "blocks"])
-def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path, where):
-    """Each weight is the pretrained one and the product, however often the file is loaded; taken off again it is the
-    pretrained one to the bit."""
+def test_lora_is_saved_as_factors_and_merged_on_load(pipelines, tmp_path, where):
+    """Each weight is the pretrained one plus the product, also after a second load; a reset restores it bitwise."""
     more = ("--train", "lora", "--rank", "2", "--lr", "0.05", "--lora-layers", where)
     assert convert(pipelines, tmp_path, *more, attn="sla:critical=0.3,block_q=8,block_kv=8") == 0
     trained = load_checkpoint(tmp_path)["parameters"]
@@ -150,8 +148,8 @@ def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path
     ]
     assert sorted(changed) == sorted(report.parts[0].overwritten) and len(changed) > 5
     linear = [name for name, part in pipe.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
-    meant = ".attn." if where == "attention" else "_blocks."
-    assert {key.removesuffix(".weight") for key in report.parts[0].overwritten} == {x for x in linear if meant in x}
+    pattern = ".attn." if where == "attention" else "_blocks."
+    assert {key.removesuffix(".weight") for key in report.parts[0].overwritten} == {x for x in linear if pattern in x}
     for name in changed:
         down, up = (
             trained[name.replace(".weight", f".lora_{x}.conversion.weight")] for x in ("A", "B")
@@ -161,7 +159,7 @@ def test_lora_is_saved_as_its_factors_and_merged_when_loaded(pipelines, tmp_path
     assert all(torch.equal(before[name], x) for name, x in pipe.transformer.state_dict().items())
 
 
-def test_a_lora_that_does_not_fit_is_refused(pipelines, tmp_path):
+def test_lora_of_another_shape_is_refused(pipelines, tmp_path):
     more = ("--train", "lora", "--rank", "2", "--steps", "1", "--save-dtype", "bfloat16")
     assert convert(pipelines, tmp_path, *more) == 0
     file = tmp_path / "dit_accel.safetensors"
@@ -181,21 +179,21 @@ def test_a_lora_that_does_not_fit_is_refused(pipelines, tmp_path):
         dit_accel.load_attention(pipe, tmp_path)
 
 
-def test_a_cosine_ends_at_no_rate_and_a_file_is_told_how_far_it_is(pipelines, drawn, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "_SPEAK_EVERY", 0.0)
+def test_cosine_ends_at_zero_and_progress_is_logged_to_a_file(pipelines, drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "_LOG_INTERVAL", 0.0)
     out = link_samples(drawn, tmp_path / "o")
     assert convert(pipelines, out, "--lr-schedule", "cosine", "--steps", "4", "--save-every", "3") == 0
     third, last = (torch.load(out / f"checkpoint{x}.pt") for x in (".previous", ""))
     assert (third["step"], last["step"]) == (3, 4)
     assert all(torch.equal(x, last["parameters"][name]) for name, x in third["parameters"].items())
     assert "step 2 of 4: loss " in capsys.readouterr().out
-    assert convert(pipelines, out, "--lr-schedule", "cosine", "--steps", "6") == 2  # its end was known
+    assert convert(pipelines, out, "--lr-schedule", "cosine", "--steps", "6") == 2  # the schedule depends on it
     assert "holds another conversion (steps 4, now 6" in capsys.readouterr().err
     assert convert(pipelines, tmp_path / "p", "--lr-schedule", "linear") == 2
     assert "--lr-schedule takes constant or cosine, got 'linear'" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(pipelines, drawn, tmp_path, capsys):
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(pipelines, drawn, tmp_path, capsys):
     out = link_samples(drawn, tmp_path / "o")
     assert convert(pipelines, out, "--lr", "1e30", "--steps", "30", "--warmup", "0", "--save-every", "1") == 1
     assert "smaller --lr" in capsys.readouterr().err
@@ -203,7 +201,7 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(pipeline
 
 
 def pictures(folder):
-    """Four that are right, by both kinds of captions, one that is torn, and one without a caption."""
+    """Four valid pictures with both kinds of captions, a damaged one, and one without a caption."""
     folder.mkdir()
     for i in range(4):
         Image.new("RGB", (40 + 8 * i, 48), (50 * i, 90, 120)).save(folder / f"{i}.png")
@@ -217,12 +215,12 @@ def pictures(folder):
 
 
 @pytest.mark.parametrize("which", ["flux", "sd"])
-def test_pictures_of_ones_own(pipelines, tmp_path, which, capsys):
-    """Latents are what the autoencoder makes of the picture; what cannot be used is left out and counted."""
+def test_samples_of_data_are_the_autoencoders_latents(pipelines, tmp_path, which, capsys):
+    """Latents are those of the autoencoder; unusable pictures are skipped and counted."""
     folder, out = pictures(tmp_path / "data"), tmp_path / "out"
     assert convert(pipelines, out, "--steps", "1", which=which, data=("--data", str(folder))) == 0
     output = capsys.readouterr().out
-    assert "1 pictures without a caption" in output and "1 pictures that cannot be read" in output
+    assert "Skipped 1 pictures without a caption" in output and "Skipped 1 pictures that cannot be read" in output
     assert list(json.loads((out / "samples/skipped.json").read_text())) == [str(folder / "torn.jpg")]
     files = sorted((out / "samples").glob("*.safetensors"))
     assert len(files) == 4
@@ -237,8 +235,8 @@ def test_pictures_of_ones_own(pipelines, tmp_path, which, capsys):
     torch.testing.assert_close(found, latents, atol=1e-5, rtol=1e-5)
 
 
-def test_noise_processes_are_the_schedulers(pipelines):
-    """What is mixed is what the scheduler's own ``add_noise`` or ``scale_noise`` gives."""
+def test_noise_process_agrees_with_the_scheduler(pipelines):
+    """Noisy latents equal those of the scheduler's ``add_noise`` or ``scale_noise``."""
     torch.manual_seed(0)
     clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     sd = DiffusionPipeline.from_pretrained(pipelines["sd"]).scheduler
@@ -258,7 +256,7 @@ def test_noise_processes_are_the_schedulers(pipelines):
     torch.testing.assert_close(target, noise - clean)
 
 
-def test_levels_are_drawn_as_asked_for():
+def test_levels_follow_the_sampling_option():
     generator = torch.Generator().manual_seed(0)
     for sampling, quarter, middle in (("shift", 0.014, 0.75), ("uniform", 0.25, 0.5), ("mixed", 0.132, 0.665)):
         process = NoiseProcess("flow", 1000, shift=3.0, sampling=sampling)
@@ -268,7 +266,7 @@ def test_levels_are_drawn_as_asked_for():
         assert float(drawn.median()) == pytest.approx(middle, abs=0.03)
 
 
-def test_batches_hold_one_kind_and_every_epoch_all():
+def test_batches_have_one_kind_and_epochs_all_samples():
     kinds = ["a"] * 5 + ["b"] * 3
     drawn = batches(kinds, 2, seed=3)
     for _ in range(3):
@@ -280,12 +278,12 @@ def test_batches_hold_one_kind_and_every_epoch_all():
 
 
 @pytest.mark.parametrize(
-    "more, said",
+    "more, message",
     [
         (("--recipe", "nothing"), "available: sla, clear"),
         (("--train", "some"), "new, attention, lora, full"),
         (("--train", "lora", "--lora-layers", "all"), "--lora-layers takes attention or blocks"),
-        (("--train", "full", "--lora-layers", "blocks"), "--lora-layers blocks is for --train lora"),
+        (("--train", "full", "--lora-layers", "blocks"), "--lora-layers blocks needs --train lora"),
         (("--save-dtype", "int8"), "--save-dtype takes float32, bfloat16, float16, got 'int8'"),
         (("--train", "new"), "adds no parameters"),
         (("--attn", "clear:radius=3;radius=4@nowhere"), "selects no self-attention layer: nowhere"),
@@ -295,25 +293,31 @@ def test_batches_hold_one_kind_and_every_epoch_all():
         (("--lr", "0"), "--lr must be above 0"),
         (("--timestep-sampling", "even"), "--timestep-sampling takes shift, uniform, mixed"),
         (("--caption-dropout", "1"), "--caption-dropout takes a share from 0 to below 1"),
-        (("--loss-weight", "flow"), "--loss-weight takes one of flow, prediction, variance, attention with a number"),
+        (
+            ("--loss-weight", "flow"),
+            "NAME one of flow, prediction, variance, attention and WEIGHT >= 0",
+        ),
         (("--loss-weight", "prediction=-1"), "got 'prediction=-1'"),
         (("--loss-weight", "matching=1"), "got 'matching=1'"),
         (("--loss-weight", "flow=0"), "leaves no loss to train with"),
-        (("--recipe", "linvideo", "--loss-weight", "flow=1"), "has stages with losses of their own"),
-        (("--recipe", "linvideo", "--cuda-graph"), "changes its losses from step to step"),
-        (("--cuda-graph",), "--cuda-graph needs a CUDA GPU; accelerate found cpu"),
+        (
+            ("--recipe", "linvideo", "--loss-weight", "flow=1"),
+            "sets the losses of each of its stages: leave --loss-weight out",
+        ),
+        (("--recipe", "linvideo", "--cuda-graph"), "changes its losses at every step: leave --cuda-graph out"),
+        (("--cuda-graph",), "--cuda-graph needs a CUDA GPU, accelerate found cpu"),
         (("--tracker", "nowhere"), "--tracker nowhere is not installed"),
         (("--prompts", "/nowhere.txt"), "no file /nowhere.txt"),
     ],
 )
-def test_bad_input_is_told_before_any_work(pipelines, tmp_path, more, said, capsys):
+def test_invalid_input_is_refused_before_any_work(pipelines, tmp_path, more, message, capsys):
     assert convert(pipelines, tmp_path, "--samples", "1", *more) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize(
-    "make, said",
+    "make, message",
     [
         (lambda folder: None, "there is no folder"),
         (lambda folder: folder.mkdir(), "no picture with a caption"),
@@ -324,7 +328,7 @@ def test_bad_input_is_told_before_any_work(pipelines, tmp_path, more, said, caps
         ),
     ],
 )
-def test_a_folder_that_is_no_data_is_told(pipelines, tmp_path, make, said, capsys):
+def test_folder_without_usable_data_is_refused(pipelines, tmp_path, make, message, capsys):
     make(tmp_path / "data")
     assert convert(pipelines, tmp_path / "out", data=("--data", str(tmp_path / "data"))) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a conversion trains on: pictures and clips, folders and shards, in several sizes, of every family."""
+"""Training data of conversions: pictures and clips, folders and shards, size buckets, for every family."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ WAN = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Models this small are slower on several."""
+    """One thread is faster for models of this size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +37,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """Folders of tiny pipelines that draw 16×16 in two steps, made when first asked for."""
+    """Folders of tiny pipelines that draw 16×16 in two steps, made on first access."""
 
     class Made(dict):
         def __missing__(self, name):
@@ -60,7 +60,7 @@ def prompts(tmp_path_factory):
 
 
 def convert(pipeline, out, *more, attn="gna:window=2", command="convert"):
-    """Exit status of the command."""
+    """Run the command and return its exit status."""
     given = [command, "--pipeline", str(pipeline), "--out", str(out), "--device", "cpu"]
     given += ["--attn", attn, "--steps", "1", "--batch", "2", "--report", "0"] if command == "convert" else []
     with pytest.raises(SystemExit) as stopped:
@@ -69,12 +69,12 @@ def convert(pipeline, out, *more, attn="gna:window=2", command="convert"):
 
 
 def made(out):
-    """The samples by the names of their files."""
+    """Sample files by number."""
     return {path.stem: path for path in sorted((out / "samples").glob("*.safetensors"))}
 
 
 def gray(level):
-    """A gray of 0 to 255 as a pipeline's pixels are."""
+    """A gray level of 0 to 255 in a pipeline's range [-1, 1]."""
     return level / 127.5 - 1
 
 
@@ -85,7 +85,7 @@ def picture(path, height=16, width=16, color=(0, 90, 120), caption="a red circle
 
 
 def gif(path, count, height=16, width=16, milliseconds=100, caption="a red circle"):
-    """A clip of gray frames 0, 10, 20, …"""
+    """Write a clip of gray frames 0, 10, 20, …"""
     frames = [Image.new("L", (width, height), 10 * i) for i in range(count)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds)
     if caption:
@@ -109,7 +109,7 @@ def bytes_of(color=(0, 90, 120), kind="PNG", height=16, width=16):
 
 
 def shard(path, samples):
-    """samples: by key, the content by suffix."""
+    """Write a shard. samples: content by suffix, by key."""
     with tarfile.open(path, "w") as tar:
         for key, parts in samples.items():
             for suffix, content in parts.items():
@@ -122,7 +122,7 @@ def shard(path, samples):
 
 @torch.no_grad()
 def latents_of(pipeline, pixels):
-    """As the pipeline's own decoding would be undone."""
+    """Latents from the inverse of the pipeline's decoding."""
     vae = DiffusionPipeline.from_pretrained(pipeline).vae
     latents = vae.encode(pixels).latent_dist.mode()
     if pixels.dim() == 5:
@@ -132,8 +132,8 @@ def latents_of(pipeline, pixels):
 
 
 @pytest.mark.parametrize("which", SAVE)
-def test_every_family_trains_on_data_and_on_what_it_draws(pipelines, prompts, tmp_path, which):
-    """The picture's latents are the autoencoder's, scaled as the pipeline does; the loss of a step is a number."""
+def test_every_family_trains_on_data_and_on_own_drawings(pipelines, prompts, tmp_path, which):
+    """Latents are the autoencoder's with the pipeline's scaling; the loss is finite."""
     data = tmp_path / "data"
     data.mkdir()
     for i in range(2):
@@ -165,7 +165,7 @@ def test_every_family_trains_on_data_and_on_what_it_draws(pipelines, prompts, tm
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Of every kind: long and short ones, one that is cut off, one without a caption, and a picture."""
+    """Clips of every format: long, short, truncated and without a caption; and a picture."""
     folder = tmp_path_factory.mktemp("clips")
     gif(folder / "a.gif", 13)
     movie(folder / "b.mp4", 9)
@@ -178,12 +178,12 @@ def clips(tmp_path_factory):
     return folder
 
 
-def test_clips_that_can_be_used_are_and_the_others_are_counted(pipelines, clips, tmp_path, capsys):
+def test_unusable_clips_are_skipped_and_counted(pipelines, clips, tmp_path, capsys):
     assert convert(pipelines["wan"], tmp_path, "--data", clips) == 0
     output = capsys.readouterr().out
     for line in (
-        "1 clips that are too short", "1 clips that cannot be read", "1 clips without a caption",
-        "1 pictures are left out: WanPipeline draws clips",
+        "Skipped 1 clips that are too short", "Skipped 1 clips that cannot be read",
+        "Skipped 1 clips without a caption", "Skipped 1 pictures: WanPipeline draws clips",
     ):  # fmt: skip
         assert line in output
     skipped = json.loads((tmp_path / "samples/skipped.json").read_text())
@@ -191,7 +191,7 @@ def test_clips_that_can_be_used_are_and_the_others_are_counted(pipelines, clips,
     assert "4 frames, expected 5 or more" in skipped[str(clips / "d.mkv")]
     assert list(made(tmp_path)) == ["000000", "000001", "000002"]
     assert {tuple(read_sample(path).latents.shape) for path in made(tmp_path).values()} == {(1, 4, 2, 2, 2)}
-    wanted = latents_of(pipelines["wan"], clip_of([0, 30, 60, 90, 120]))  # evenly, from the first to the last
+    wanted = latents_of(pipelines["wan"], clip_of([0, 30, 60, 90, 120]))  # evenly spaced from first to last
     torch.testing.assert_close(read_sample(made(tmp_path)["000000"]).latents, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -200,8 +200,8 @@ def clip_of(levels):
 
 
 @pytest.mark.parametrize("by", ["option", "defaults"])
-def test_a_rate_takes_frames_at_that_distance_from_the_middle(pipelines, tmp_path, by, capsys):
-    """10 frames a second are in the file: at 5 every second, the 5 in the middle of 13."""
+def test_frame_rate_samples_centered_frames(pipelines, tmp_path, by, capsys):
+    """The file has 13 frames at 10 per second: 5 per second takes every second one, 5 in the middle."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     gif(data / "a.gif", 13)
@@ -218,11 +218,11 @@ def test_a_rate_takes_frames_at_that_distance_from_the_middle(pipelines, tmp_pat
     assert convert(pipeline, out, "--data", data, *more) == 0
     wanted = latents_of(pipelines["wan"], clip_of([20, 40, 60, 80, 100]))
     torch.testing.assert_close(read_sample(made(out)["000000"]).latents, wanted, atol=1e-4, rtol=1e-4)
-    assert "4 frames at 5 a second, expected 5" in (out / "samples/skipped.json").read_text()
+    assert "4 frames at 5 per second, expected 5" in (out / "samples/skipped.json").read_text()
 
 
-def test_each_goes_to_the_bucket_of_its_proportions(pipelines, tmp_path, capsys, monkeypatch):
-    """And a batch has one size, by which a captured step is told from another, also where all shapes agree."""
+def test_pictures_go_to_the_bucket_of_their_aspect_ratio(pipelines, tmp_path, capsys, monkeypatch):
+    """A batch has one size, and its kind distinguishes two sizes with equal shapes."""
     seen, draw = [], Trainer._batch
     monkeypatch.setattr(Trainer, "_batch", lambda *args: seen.append(draw(*args)) or seen[-1])
     data = tmp_path / "data"
@@ -240,15 +240,16 @@ def test_each_goes_to_the_bucket_of_its_proportions(pipelines, tmp_path, capsys,
     assert kinds == ["16×32", "32×16", "32×32", "32×32", "16×16"]
     assert [read_sample(path).latents.shape[1] for path in made(out).values()] == [32, 32, 64, 64, 16]
     first = json.loads((out / "convert.json").read_text())["history"][0]
-    assert first["prediction"] < 1e-10  # a window over everything is dense, on every grid
+    assert first["prediction"] < 1e-10  # a full window is dense attention, on every grid
     shapes = {batch.kind: batch.latents.shape for batch in seen}
     assert len({kind[0] for kind in shapes}) == len(shapes) == 4 and len(set(shapes.values())) < 4
     assert "gna on 16×32, 4×8 tokens: window 8x8 becomes 4x8" in capsys.readouterr().out
-    assert convert(pipelines["flux"], out, "--data", data, *more[:-2], "--recipe", "clear", attn="gna:window=8") == 2
+    more = (*more[:-2], "--steps", 4, "--recipe", "clear")
+    assert convert(pipelines["flux"], out, "--data", data, *more, attn="gna:window=8") == 2
     assert "sizes" in capsys.readouterr().err  # another request
 
 
-def test_clips_go_to_the_longest_bucket_that_they_fill(pipelines, clips, tmp_path):
+def test_clips_go_to_the_longest_bucket_they_fill(pipelines, clips, tmp_path):
     more = ("--size", "16x32x5", "--size", "16x32x9", "--size", "32x16x1")
     assert convert(pipelines["wan"], tmp_path, "--data", clips, *more) == 0
     kinds = [kind[0] for kind in Samples(list(made(tmp_path).values())).kinds]
@@ -256,7 +257,7 @@ def test_clips_go_to_the_longest_bucket_that_they_fill(pipelines, clips, tmp_pat
     assert kinds == ["16×32, 9 frames", "16×32, 9 frames", "16×32, 5 frames", "32×16, 1 frames"]
 
 
-def test_what_the_teacher_draws_has_every_prompt_in_every_size(pipelines, prompts, tmp_path):
+def test_teacher_draws_every_prompt_in_every_size(pipelines, prompts, tmp_path):
     more = ("--data-free", "--prompts", prompts, "--samples", 4, "--size", "16x16", "--size", "16x32")
     assert convert(pipelines["sd"], tmp_path, *more) == 0
     found = set()
@@ -268,8 +269,8 @@ def test_what_the_teacher_draws_has_every_prompt_in_every_size(pipelines, prompt
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Two whole shards, with a picture that cannot be read and two captions that are missing or torn; and one that is
-    cut off within its second picture."""
+    """Two complete shards with an unreadable picture, a missing and a damaged caption; and a shard that is truncated
+    within its second picture."""
     folder = tmp_path_factory.mktemp("shards")
     shard(folder / "s-000.tar", {
         "a": {"jpg": bytes_of(kind="JPEG"), "txt": "a red circle"},
@@ -290,13 +291,13 @@ def shards(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("harm", ["header", "end", "packed"])
-def test_a_shard_that_breaks_off_gives_what_is_before_and_is_counted(tmp_path, harm):
+@pytest.mark.parametrize("damage", ["header", "end", "packed"])
+def test_truncated_shard_gives_its_first_samples(tmp_path, damage):
     path = shard(tmp_path / "a.tar", {name: {"png": bytes_of(), "txt": "a circle"} for name in "abcdef"})
     whole = path.read_bytes()
-    if harm == "header":  # in which Python's tarfile sees an end
+    if damage == "header":  # Python's tarfile takes it for the end
         path.write_bytes(whole[:4096] + b"\xff" * 512 + whole[4608:])
-    elif harm == "end":
+    elif damage == "end":
         path.write_bytes(whole[:4096])
     else:
         path = tmp_path / "a.tar.gz"
@@ -308,12 +309,12 @@ def test_a_shard_that_breaks_off_gives_what_is_before_and_is_counted(tmp_path, h
     assert "cannot be read to its end" in data.broken[str(path)]
 
 
-def test_shards_are_read_and_what_is_broken_is_counted(pipelines, shards, tmp_path, capsys):
+def test_broken_samples_of_shards_are_skipped_and_counted(pipelines, shards, tmp_path, capsys):
     assert convert(pipelines["flux"], tmp_path, "--data", shards / "s-{000..002}.tar") == 0
     output = capsys.readouterr().out
     for line in (
-        "1 pictures that cannot be read", "1 pictures without a caption", "1 clips are left out",
-        "2 shards or samples in them cannot be read",
+        "Skipped 1 pictures that cannot be read", "Skipped 1 pictures without a caption",
+        "Skipped 1 clips: FluxPipeline draws pictures", "Skipped 2 shards or samples that cannot be read",
     ):  # fmt: skip
         assert line in output
     assert list(made(tmp_path)) == ["00000-000000", "00000-000001", "00000-000003", "00001-000002", "00002-000000"]
@@ -323,8 +324,8 @@ def test_shards_are_read_and_what_is_broken_is_counted(pipelines, shards, tmp_pa
     assert torch.equal(first, second)  # not the depth map
 
 
-def test_a_preparation_that_was_stopped_goes_on(pipelines, shards, tmp_path):
-    """Of what is there only the missing is made, under the same numbers; what was made from something else is anew."""
+def test_preparation_resumes_and_remakes_damaged_samples(pipelines, shards, tmp_path):
+    """Only missing samples and those of another origin are made, with the same numbers."""
     assert convert(pipelines["flux"], tmp_path, "--data", shards) == 0
     files = made(tmp_path)
     times = {name: path.stat().st_mtime_ns for name, path in files.items()}
@@ -337,7 +338,7 @@ def test_a_preparation_that_was_stopped_goes_on(pipelines, shards, tmp_path):
     assert {name for name in again if again[name] == times[name]} == {"00000-000000", "00000-000001"}
 
 
-def test_clips_in_shards_and_evaluation_on_them(pipelines, tmp_path):
+def test_clips_in_shards_are_trained_and_evaluated_on(pipelines, tmp_path):
     gif(tmp_path / "a.gif", 9)
     content = (tmp_path / "a.gif").read_bytes()
     shard(tmp_path / "a.tar", {name: {"gif": content, "txt": "a red circle"} for name in "ab"})
@@ -348,8 +349,8 @@ def test_clips_in_shards_and_evaluation_on_them(pipelines, tmp_path):
     assert about["samples"] == 2 and about["sizes"] == ["16×16, 5 frames", "32×16, 9 frames"]
 
 
-def test_full_disk_is_not_taken_for_clips_that_cannot_be_read(pipelines, tmp_path, monkeypatch, capsys):
-    """ffmpeg reads what is in a shard from a temporary file."""
+def test_full_disk_is_not_reported_as_unreadable_clips(pipelines, tmp_path, monkeypatch, capsys):
+    """ffmpeg reads a clip of a shard from a temporary file."""
     gif(tmp_path / "a.gif", 9)
     shard(tmp_path / "a.tar", {name: {"gif": (tmp_path / "a.gif").read_bytes(), "txt": "a circle"} for name in "ab"})
 
@@ -359,22 +360,22 @@ def test_full_disk_is_not_taken_for_clips_that_cannot_be_read(pipelines, tmp_pat
     assert f"cannot write {tmp_path}/clip.gif: the disk is full (" in capsys.readouterr().err
 
 
-def test_without_webdataset_it_is_told_what_to_install(pipelines, shards, tmp_path, monkeypatch, capsys):
+def test_missing_webdataset_is_reported(pipelines, shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     assert convert(pipelines["flux"], tmp_path, "--data", shards / "s-000.tar") == 2
     assert "pip install 'dit-accel[train]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "which, more, said",
+    "which, more, message",
     [
         ("flux", ("--size", "32"), "--size takes HEIGHTxWIDTH"),
         ("flux", ("--size", "0x32"), "got '0x32'"),
         ("flux", ("--size", "32x32", "--height", "32"), "not both"),
         ("flux", ("--size", "32x32", "--size", "32x32"), "given twice"),
         ("flux", ("--size", "32x32", "--size", "30x32"), "got 30×32; nearest: 28×32 or 32×32"),
-        ("flux", ("--size", "32x32x5"), "FluxPipeline draws pictures: 5 frames are for clips"),
-        ("flux", ("--frames", "5"), "FluxPipeline draws pictures: 5 frames are for clips"),
+        ("flux", ("--size", "32x32x5"), "FluxPipeline draws pictures, got a size of 5 frames"),
+        ("flux", ("--frames", "5"), "FluxPipeline draws pictures, got a size of 5 frames"),
         ("flux", ("--fps", "8"), "--fps is for clips"),
         ("wan", ("--size", "16x16x6"), "nearest: 5 or 9"),
         ("wan", ("--data", "nowhere", "--fps", "0"), "--fps must be above 0"),
@@ -382,29 +383,29 @@ def test_without_webdataset_it_is_told_what_to_install(pipelines, shards, tmp_pa
         ("flux", ("--attn", "gna", "--size", "32x32", "--size", "64x16"), "such as --attn gna:window=3x3,stride=1x1"),
     ],
 )  # fmt: skip
-def test_sizes_that_do_not_fit_are_told_before_any_work(pipelines, tmp_path, which, more, said, capsys):
+def test_invalid_sizes_are_refused_before_any_work(pipelines, tmp_path, which, more, message, capsys):
     assert convert(pipelines[which], tmp_path, *(more if "--data" in more else ("--data-free", *more))) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not made(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "which, data, said",
+    "which, data, message",
     [
         ("flux", "clips", "FluxPipeline draws pictures, and"),
         ("wan", "pictures", "WanPipeline draws clips, and"),
         ("wan", "shards", "WanPipeline draws clips, and"),
         ("flux", "nothing.tar", "there is no folder or .tar file"),
-        ("flux", "s-{0..2}.tar", "names 3 shards, of which 2 are not there"),
-        ("flux", "s-{0..", "is no brace pattern"),
-        ("flux", "file.zip", "takes a folder, a .tar file or a pattern"),
+        ("flux", "s-{0..2}.tar", "2 of the 3 shards of"),
+        ("flux", "s-{0..", "is not a brace pattern"),
+        ("flux", "file.zip", "takes a folder, a .tar file or a brace pattern of .tar files"),
         ("flux", "empty.tar", "no picture with a caption (0 without)"),
-        ("flux", "torn.tar", "none of 1 shards can be read, the first"),
-        ("flux", "both", "put one of both into another folder"),
-        ("wan", "short", "none of 1 clips can be read, the first"),
+        ("flux", "torn.tar", "none of 1 shards can be read, first error"),
+        ("flux", "both", "has both .tar shards (a.tar, …) and files of examples"),
+        ("wan", "short", "none of 1 clips can be read, first error"),
     ],
 )
-def test_data_that_does_not_fit_is_told_before_any_work(pipelines, tmp_path, which, data, said, capsys):
+def test_unusable_data_is_refused_before_any_work(pipelines, tmp_path, which, data, message, capsys):
     for name in ("clips", "pictures", "shards", "both", "short"):
         (tmp_path / name).mkdir()
     gif(tmp_path / "clips/a.gif", 5)
@@ -417,17 +418,17 @@ def test_data_that_does_not_fit_is_told_before_any_work(pipelines, tmp_path, whi
     for name in ("torn.tar", "file.zip"):
         (tmp_path / name).write_bytes(b"nothing of this kind" * 100)
     assert convert(pipelines[which], tmp_path / "out", "--data", tmp_path / data) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not made(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family, key", [("wan", "encoder_hidden_states"), ("sdxl", "added_cond_kwargs/text_embeds")])
-def test_some_samples_are_trained_on_without_their_caption(pipelines, prompts, tmp_path, monkeypatch, family, key):
-    """As guidance has the empty one: of SDXL zeros. The others keep theirs."""
+def test_caption_dropout_uses_the_empty_prompt(pipelines, prompts, tmp_path, monkeypatch, family, key):
+    """Its conditions are those of guidance, zeros for SDXL; the other samples keep their captions."""
     seen, draw = [], Trainer._batch
 
-    def note(trainer, batch, place):
-        made = draw(trainer, batch, place)
+    def note(trainer, batch, number):
+        made = draw(trainer, batch, number)
         seen.extend(zip(batch, made.conditions.tensors[key], strict=True))
         return made
 
@@ -445,12 +446,12 @@ def test_some_samples_are_trained_on_without_their_caption(pipelines, prompts, t
     assert all(gone or torch.equal(found, own[i]) for (i, found), gone in zip(seen, dropped, strict=True))
 
 
-def test_an_empty_caption_of_another_length_is_refused(pipelines, prompts, tmp_path):
+def test_empty_caption_of_another_length_is_refused(pipelines, prompts, tmp_path):
     more = ("--data-free", "--prompts", prompts, "--samples", 2)
     assert convert(pipelines["sd"], tmp_path, *more) == 0
     samples = Samples(list(made(tmp_path).values()))
     conditions = samples[0].conditions
     samples.drop_captions({samples.kinds[0][0]: conditions})
     conditions.tensors = {name: x[:, :-1] for name, x in conditions.tensors.items()}
-    with pytest.raises(ValueError, match="--caption-dropout: the empty prompt's conditions are"):
+    with pytest.raises(ValueError, match="--caption-dropout: conditions of the empty prompt have the shapes"):
         samples.drop_captions({samples.kinds[0][0]: conditions})

@@ -1,5 +1,5 @@
-"""Conversions by two processes, plain and with FSDP: they are one process with twice the batch, stop together, and what
-cannot be run is told before any work."""
+"""Conversions by two processes with DDP and FSDP: they equal one process with twice the batch, stop together and
+resume; unsupported configurations are refused before any work."""
 
 import json
 import os
@@ -44,7 +44,7 @@ RUNS = {
 
 
 def convert(folder, out, batch, *more, device="cpu"):
-    """Exit status of the command."""
+    """Run the command and return its exit status."""
     given = ["convert", "--pipeline", str(folder / "flux"), "--out", str(out), "--data-free"]
     given += ["--device", device] if device else []
     given += ["--prompts", str(folder / "prompts.txt"), "--samples", "4", "--height", "32", "--width", "32"]
@@ -54,11 +54,11 @@ def convert(folder, out, batch, *more, device="cpu"):
     return stopped.value.code
 
 
-def assert_refused(folder, capsys, said, *more):
-    """Before any work."""
+def assert_refused(folder, capsys, message, *more):
+    """Check that the command fails with the message before any work."""
     (folder / "prompts.txt").write_text("a red circle\n")
     assert convert(folder, folder / "o", 1, "--attn", GNA, *more) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not list((folder / "o").glob("*"))
 
 
@@ -69,7 +69,7 @@ def link_samples(folder, out):
 
 
 def start_both(folder):
-    """Two processes that do all of RUNS; ports: where they meet, one for each time."""
+    """Start two processes that do all of RUNS, with one port per run."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(RUNS) + 1)]
     ports = ",".join(str(held.getsockname()[1]) for held in sockets)
     for held in sockets:
@@ -83,7 +83,7 @@ def start_both(folder):
     return started
 
 
-def told(out):
+def read_about(out):
     return json.loads((out / "convert.json").read_text())
 
 
@@ -93,12 +93,12 @@ def read(path):
 
 
 def assert_same(ours, theirs, within):
-    """Losses of each step, the file, and all of the checkpoint: what the optimizer holds as well."""
-    histories = told(ours)["history"], told(theirs)["history"]
+    """Compare losses of each step, the saved file and the checkpoint with its optimizer state."""
+    histories = read_about(ours)["history"], read_about(theirs)["history"]
     assert len(histories[0]) == 4
     for a, b in zip(*histories, strict=True):
         assert a == pytest.approx(b, rel=within, abs=within)
-    assert told(ours)["layers"] == told(theirs)["layers"]
+    assert read_about(ours)["layers"] == read_about(theirs)["layers"]
     (a, about), (b, there) = (read(out / "dit_accel.safetensors") for out in (ours, theirs))
     assert a and about == there
     torch.testing.assert_close(a, b, atol=within, rtol=0)
@@ -114,9 +114,9 @@ def assert_same_pictures(ours, theirs):
         assert np.abs(a - b).max() <= 1 and (a[:, :32] != a[:, 32:]).any()
 
 
-def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_path):
-    """One of plain data parallelism, the others under FSDP: with a teacher, stages, a selection of layers, LoRA,
-    pictures and the report. In one test, since workers share no fixture."""
+def test_two_processes_equal_one_and_resume(tmp_path):
+    """One run with DDP, the others with FSDP: with a teacher, stages, a selection of layers, LoRA, pictures and the
+    report. One test, since pytest workers do not share fixtures."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     save_flux(tmp_path / "flux")
     assert convert(tmp_path, tmp_path / "drawn", 1, "--attn", GNA, "--steps", "1") == 0
@@ -127,44 +127,48 @@ def test_two_processes_are_one_with_twice_the_batch_stop_together_and_go_on(tmp_
     for name in ("plain", "linvideo", "transfer"):
         assert convert(tmp_path, link_samples(tmp_path, one / name), 2, *RUNS[name], "--report", "0") == 0
     for process in started:
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said[-3000:].decode()
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-3000:].decode()
     for name in ("plain", "linvideo", "transfer"):
-        assert told(two / name)["processes"] == 2
+        assert read_about(two / name)["processes"] == 2
         assert_same(two / name, one / name, 1e-5)
     assert_same_pictures(two / "linvideo", one / "linvideo")
     assert (two / "linvideo/report/evaluate.json").is_file()
-    assert "Against its teacher" in (two / "linvideo/README.md").read_text()
+    assert "## Evaluation" in (two / "linvideo/README.md").read_text()
 
-    reached = torch.load(two / "stopped/reached.pt")  # a signal in the third step, to the second process alone
+    reached = torch.load(two / "stopped/reached.pt")  # a signal in the third step, only to the second process
     assert reached["step"] == 3 and reached["stage"] == 1
     assert_same(two / "stopped", two / "transfer", 1e-6)
-    alone = link_samples(tmp_path, tmp_path / "alone")  # on with one process and without FSDP
+    alone = link_samples(tmp_path, tmp_path / "alone")  # resumes with one process and without FSDP
     torch.save(reached, alone / "checkpoint.pt")
     assert convert(tmp_path, alone, 2, *TRANSFER) == 0
     assert_same(alone, one / "transfer", 1e-5)
 
 
 @pytest.mark.parametrize(
-    "environment, more, said",
+    "environment, more, message",
     [
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, (), "configured to Megatron-LM"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, (), "configured to a parallelism_config"),
-        ({"FSDP_VERSION": "1"}, (), "FSDP of version 1, and convert runs with version 2: set fsdp_version: 2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, (), "configured for Megatron-LM, which convert does not support"),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+            (),
+            "configured for a parallelism_config, which",
+        ),
+        ({"FSDP_VERSION": "1"}, (), "FSDP of version 1, convert supports version 2: set fsdp_version: 2"),
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, (), "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, (), "set fsdp_offload_params: false"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "give --gradient-checkpointing"),
         ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, (), "dynamo_backend: no"),
-        ({}, ("--mixed-precision", "fp16"), "fp16 is not taken under FSDP: use bf16"),
+        ({}, ("--mixed-precision", "fp16"), "does not support --mixed-precision fp16 with FSDP: use bf16"),
     ],
 )
-def test_what_cannot_be_run_is_told_before_any_work(tmp_path, monkeypatch, environment, more, said, capsys):
+def test_unsupported_launch_is_refused_before_any_work(tmp_path, monkeypatch, environment, more, message, capsys):
     for key, value in {**FSDP, **environment}.items():
         monkeypatch.setenv(key, value)
-    assert_refused(tmp_path, capsys, said, *more)
+    assert_refused(tmp_path, capsys, message, *more)
 
 
-def test_blocks_are_the_models_own_and_others_are_told():
+def test_default_blocks_are_diffusers_and_unknown_are_refused():
     for given, model in ((None, "wan_vace"), (["NoSuch"], "flux")):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=given
@@ -175,27 +179,27 @@ def test_blocks_are_the_models_own_and_others_are_told():
             choose_blocks(accelerator, TINY[model]())
             assert plugin.transformer_cls_names_to_wrap == ["WanTransformerBlock", "WanVACETransformerBlock"]
             continue
-        with pytest.raises(ValueError, match=r"names NoSuch; Flux.* has blocks of FluxTransformerBlock, FluxSingle"):
+        with pytest.raises(ValueError, match=r"NoSuch; the blocks of Flux.* are FluxTransformerBlock, FluxSingle"):
             choose_blocks(accelerator, TINY[model]())
 
 
-def stop_in_the_third_step(trainer, batches, take=Trainer._take):
+def stop_in_the_third_step(trainer, batches, accumulate=Trainer._accumulate):
     if trainer.step == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGINT)
-    return take(trainer, batches)
+    return accumulate(trainer, batches)
 
 
 def run_as_one_of_two(folder, ports):
-    """All of RUNS; the last one is stopped and begun again."""
+    """Do all of RUNS; the last one is stopped and resumed."""
     torch.set_num_threads(1)
     for name, more in RUNS.items():
         os.environ.update(FSDP if name != "plain" else {})
         out = folder / "two" / name
         if name == "stopped":
             os.environ["MASTER_PORT"] = ports.pop()
-            usual, Trainer._take = Trainer._take, stop_in_the_third_step
+            original, Trainer._accumulate = Trainer._accumulate, stop_in_the_third_step
             assert convert(folder, out, 1, *more) == 130
-            Trainer._take = usual
+            Trainer._accumulate = original
             torch.distributed.barrier()
             if os.environ["RANK"] == "0":
                 shutil.copy(out / "checkpoint.pt", out / "reached.pt")

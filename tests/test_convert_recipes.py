@@ -1,4 +1,4 @@
-"""Recipes of several losses and stages: what they minimise, which layers they choose, and that they go on."""
+"""Recipes with several losses and stages: losses, selected layers, and resuming."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ from dit_accel.convert.recipes import RECIPES, reweighted
 from dit_accel.convert.request import Request, Source
 from dit_accel.convert.run import run
 from dit_accel.convert.samples import Sample
-from dit_accel.convert.selection import Selection, usual_number
+from dit_accel.convert.selection import Selection, default_layer_count
 from dit_accel.convert.stages import plan
 from dit_accel.convert.trainer import Trainer
 from dit_accel.errors import BadInput
@@ -59,16 +59,16 @@ class Drawn(list):
         return [0] * len(self)
 
 
-def make_request(pipeline, out, recipe, attn=SLA, **asked):
-    """Six steps, two samples each."""
+def make_request(pipeline, out, recipe, attn=SLA, **overrides):
+    """A request of six steps with two samples each."""
     source = Source(str(pipeline), None, ("a red circle",), 2, 32, 32, None, (), None, 0, "cpu", out)
     options = {"train": None, "rank": 2, "steps": 6, "batch": 2, "accumulate": 1, "lr": None, "warmup": 0}
     options |= {"mixed_precision": "no", "gradient_checkpointing": False, "save_every": 1, "sample_every": 0}
-    return Request(source, parse_attention(attn), recipe, tracker=None, **(options | asked))
+    return Request(source, parse_attention(attn), recipe, tracker=None, **(options | overrides))
 
 
-def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
-    """A Trainer on two samples of noise under two prompts."""
+def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **overrides):
+    """A Trainer on two samples of noise with two prompts."""
     pipe = DiffusionPipeline.from_pretrained(pipeline)
     if epsilon:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
@@ -78,7 +78,7 @@ def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **asked):
     for prompt in ("a red circle", "a green square"):
         conditions = capture(pipe, model, {**call, "prompt": prompt})
         samples.append(Sample(torch.randn(conditions.shape, generator=generator), conditions))
-    request = make_request(pipeline, out, recipe, attn, **asked)
+    request = make_request(pipeline, out, recipe, attn, **overrides)
     processor = request.attention.processor((8, 8))
     stages = plan(request, reweighted(RECIPES[recipe], dict(request.weights)), model, processor)
     choices = request.attention.by_layer(processor)
@@ -94,8 +94,8 @@ def train(trainer, after=lambda step: None):
     return trainer
 
 
-def test_a_loss_with_another_weight(pipelines, tmp_path):
-    """Distillation alone: that of the prediction is what a step minimises, and no other is computed."""
+def test_loss_weights_replace_the_recipes(pipelines, tmp_path):
+    """With distillation of the prediction alone, no other loss is computed."""
     trainer = make_trainer(
         pipelines["flux"], tmp_path, "clear", weights=(("flow", 0), ("attention", 0), ("prediction", 2))
     )
@@ -105,8 +105,8 @@ def test_a_loss_with_another_weight(pipelines, tmp_path):
     assert last["loss"] < first["loss"]
 
 
-def test_the_scale_of_fp16_gradients_is_kept(pipelines, tmp_path):
-    """It has sunk to where nothing overflows; begun anew, the first steps would be left out."""
+def test_checkpoint_keeps_the_fp16_gradient_scale(pipelines, tmp_path):
+    """A new scaler would start too high, and the first steps would be skipped."""
 
     def with_scaler(scale):
         trainer = make_trainer(pipelines["flux"], tmp_path, "lit", "gna:window=3")
@@ -114,7 +114,7 @@ def test_the_scale_of_fp16_gradients_is_kept(pipelines, tmp_path):
         return trainer
 
     earlier = with_scaler(2.0**7)
-    earlier.accelerator.scaler.scale(torch.zeros(()))  # makes its tensor
+    earlier.accelerator.scaler.scale(torch.zeros(()))  # creates its tensor
     earlier.save()
     later = with_scaler(2.0**16)
     later.resume(Console(file=io.StringIO()))
@@ -123,7 +123,7 @@ def test_the_scale_of_fp16_gradients_is_kept(pipelines, tmp_path):
 
 def always_the_same_batch(trainer):
     draw = trainer._batch
-    trainer._batch = lambda batch, place: draw([0, 1], 0)
+    trainer._batch = lambda batch, number: draw([0, 1], 0)
     return trainer
 
 
@@ -139,14 +139,14 @@ def always_the_same_batch(trainer):
     ],
 )
 def test_every_stage_lowers_its_loss(pipelines, tmp_path, which, recipe, attn, options):
-    """On one batch, over and over."""
+    """Trained on the same batch at every step."""
     trainer = always_the_same_batch(make_trainer(pipelines[which], tmp_path, recipe, attn, **{"steps": 8} | options))
     train(trainer)
-    assert len(trainer.plan.parts) == len(RECIPES[recipe].stages) and trainer.step == trainer.plan.parts[-1].end
-    for part in trainer.plan.parts:
-        name = next(name for name in ("transfer", "matching", "flow") if getattr(part.stage, name))
-        first, last = (trainer.history[i] for i in (part.first, part.end - 1))
-        if part.stage.selection:  # at first all is nearly dense, and so near to the teacher
+    assert len(trainer.plan.stages) == len(RECIPES[recipe].stages) and trainer.step == trainer.plan.stages[-1].end
+    for scheduled in trainer.plan.stages:
+        name = next(name for name in ("transfer", "matching", "flow") if getattr(scheduled.stage, name))
+        first, last = (trainer.history[i] for i in (scheduled.first, scheduled.end - 1))
+        if scheduled.stage.selection:  # all layers begin nearly dense, so the student begins close to the teacher
             assert last["loss"] < first["loss"] and last["count"] < first["count"]
         else:
             assert last[name] < first[name]
@@ -157,8 +157,8 @@ def batch_of(trainer):
 
 
 @pytest.mark.parametrize("recipe, regional", [("clear", "1"), ("attention-transfer", "1"), ("linvideo", "0")])
-def test_compiled_student_and_teacher_lose_the_same(pipelines, tmp_path, monkeypatch, recipe, regional):
-    """As ``accelerate launch --dynamo_backend`` asks for it: hooks that read attention modules must still be heard."""
+def test_compiled_training_has_the_same_losses(pipelines, tmp_path, monkeypatch, recipe, regional):
+    """Compiled as by ``accelerate launch --dynamo_backend``; hooks on attention modules must still run."""
 
     def history(name):
         AcceleratorState._reset_state(True)
@@ -180,9 +180,9 @@ def test_compiled_student_and_teacher_lose_the_same(pipelines, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("which", ["flux", "sd"])
-def test_transfer_feeds_each_layer_what_the_teacher_s_is_fed(pipelines, tmp_path, which):
-    """Its loss is the mean over layers of the distance in a network where that layer alone is converted, so that all
-    before it is the teacher's."""
+def test_transfer_gives_each_layer_the_teachers_inputs(pipelines, tmp_path, which):
+    """The loss is the mean over layers of the distance in a network where only that layer is converted, so that the
+    layers before it are the teacher's."""
     trainer = make_trainer(pipelines[which], tmp_path, "attention-transfer", "gna:window=3")
     batch, process, expected = batch_of(trainer), trainer.process, []
     loss = trainer._losses(batch)["transfer"]
@@ -212,14 +212,14 @@ def test_transfer_trains_new_parameters_then_lora_alone(pipelines, tmp_path):
     moved = [{name for name in a if not a[name].equal(b[name])} for a, b in ((before, seen[1]), (seen[1], seen[3]))]
     assert moved[0] and all(".dit_accel." in name for name in moved[0])
     assert moved[1] and all(".lora_" in name for name in moved[1])
-    rates = [part.lr for part in trainer.plan.parts]
-    assert rates == [1e-2, 1e-4] and [part.end for part in trainer.plan.parts] == [2, 4]
-    asked = make_trainer(pipelines["flux"], tmp_path / "o", "attention-transfer", lr=2e-4).plan.parts
-    assert [part.lr for part in asked] == pytest.approx([2e-2, 2e-4])
+    rates = [stage.lr for stage in trainer.plan.stages]
+    assert rates == [1e-2, 1e-4] and [stage.end for stage in trainer.plan.stages] == [2, 4]
+    scaled = make_trainer(pipelines["flux"], tmp_path / "o", "attention-transfer", lr=2e-4).plan.parts
+    assert [stage.lr for stage in scaled] == pytest.approx([2e-2, 2e-4])
 
 
 def test_scores_mix_dense_and_new_attention(pipelines, tmp_path):
-    """0 is the teacher, 1 the student wholly converted, between them each layer's attention is mixed."""
+    """Score 0 gives the teacher, score 1 the fully converted student, and others mix the attention of each layer."""
     trainer = make_trainer(pipelines["flux"], tmp_path, "linvideo", "gna:window=3")
     batch = batch_of(trainer)
     arguments = batch.conditions.arguments(batch.latents, trainer.process.timestep(batch.levels))
@@ -245,7 +245,7 @@ def test_scores_mix_dense_and_new_attention(pipelines, tmp_path):
     torch.testing.assert_close(layer(query, key, value), expected)
 
 
-def test_selection_losses_by_hand():
+def test_selection_losses_equal_the_formulas():
     layers = {name: torch.nn.Module() for name in "abcd"}
     selection = Selection(layers, 3, torch.device("cpu"))
     assert selection.scores() == pytest.approx(dict.fromkeys("abcd", 0.1))
@@ -255,14 +255,15 @@ def test_selection_losses_by_hand():
     assert found["binary"].item() == pytest.approx(4 - 3 * 0.5**11 - 0.2**11)
     found["count"].backward()
     assert [layer.score.grad.item() for layer in layers.values()] == pytest.approx([2 * (1.85 - 3)] * 4)
-    assert selection.chosen() == ["a", "b", "c"]  # of the equal two the first
+    assert selection.selected() == ["a", "b", "c"]  # ties go to the earlier layer
     selection.remove()
     assert not list(layers["a"].named_parameters())
-    assert [usual_number(layers) for layers in (1, 30, 40)] == [1, 16, 22]  # the paper's for Wan 1.3B and 14B
+    # 30 and 40 are the layers of Wan 1.3B and 14B; 16 and 22 are the paper's numbers
+    assert [default_layer_count(layers) for layers in (1, 30, 40)] == [1, 16, 22]
 
 
-def test_scores_end_at_0_or_1_and_the_layers_that_cost_least_are_chosen():
-    """Even where the costs are small beside the two losses' weights."""
+def test_scores_end_at_0_or_1_for_the_cheapest_layers():
+    """Also if the costs are small compared with the weights of the two losses."""
     layers, steps = {str(i): torch.nn.Module() for i in range(8)}, 300
     selection, costs = Selection(layers, 3, torch.device("cpu")), torch.tensor([4, 7, 1, 8, 5, 2, 6, 3]) * 1e-3
     optimizer = torch.optim.AdamW([selection.optimizer_group(steps)])
@@ -273,13 +274,13 @@ def test_scores_end_at_0_or_1_and_the_layers_that_cost_least_are_chosen():
         optimizer.step()
         selection.clamp()
         optimizer.zero_grad()
-    assert selection.chosen() == ["2", "5", "7"]
+    assert selection.selected() == ["2", "5", "7"]
     ends = selection.scores()
-    assert all(abs(ends[name] - (name in selection.chosen())) < 0.05 for name in layers)
+    assert all(abs(ends[name] - (name in selection.selected())) < 0.05 for name in layers)
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_a_selection_ends_with_so_many_layers_and_saves_those_alone(pipelines, tmp_path, number):
+def test_only_selected_layers_are_kept_and_saved(pipelines, tmp_path, number):
     trainer = train(make_trainer(pipelines["flux"], tmp_path, "linvideo", convert_layers=number, steps=2))
     assert len(trainer.layers) == number and set(trainer.scores) == set(FLUX_LAYERS)
     rest = [score for name, score in trainer.scores.items() if name not in trainer.layers]
@@ -300,7 +301,7 @@ def test_a_selection_ends_with_so_many_layers_and_saves_those_alone(pipelines, t
 
 
 class Scaled(torch.nn.Module):
-    """Predicts its input times a number."""
+    """A model that predicts its input times a factor."""
 
     def __init__(self, factor):
         super().__init__()
@@ -311,8 +312,8 @@ class Scaled(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
-def test_the_gradient_of_distribution_matching_by_hand(kind):
-    """-(s - ŝ) dx̂/dû dû/dθ [LinVideo, eq. 12], with the scores of eq. 13 in flow matching."""
+def test_distribution_matching_gradient_equals_the_formula(kind):
+    """-(s - ŝ) dx̂/dû dû/dθ [LinVideo, eq. 12], with the scores of eq. 13 for flow matching."""
     angle = torch.linspace(0.1, 1.4, 10)
     curves = {} if kind == "flow" else {"keep": angle.cos(), "add": angle.sin()}
     process = NoiseProcess(kind, 10, **curves)
@@ -332,7 +333,7 @@ def test_the_gradient_of_distribution_matching_by_hand(kind):
             step = add2 - keep2 * add / keep
             sample = keep2 / keep * x + step * 0.3 * x
             gap = -(0.8 - 0.3) * sample / add2
-        else:  # keep · v + add · x is the noise, keep · x - add · v what is clean
+        else:  # keep · v + add · x is the noise, keep · x - add · v the clean latents
             step = add2 * keep - keep2 * add
             sample = (keep2 * keep + add2 * add) * x + step * 0.3 * x
             gap = -keep2 / add2 * (0.8 - 0.3) * sample
@@ -342,7 +343,7 @@ def test_the_gradient_of_distribution_matching_by_hand(kind):
 
 
 @pytest.mark.parametrize("which, epsilon", [("flux", False), ("sd", False), ("sd", True)])
-def test_a_step_along_the_trajectory_is_the_scheduler_s(pipelines, which, epsilon):
+def test_trajectory_step_equals_the_schedulers(pipelines, which, epsilon):
     scheduler = DiffusionPipeline.from_pretrained(pipelines[which]).scheduler
     if epsilon:
         scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="epsilon")
@@ -359,7 +360,7 @@ def test_a_step_along_the_trajectory_is_the_scheduler_s(pipelines, which, epsilo
 
 
 class Doubled(torch.nn.Module):
-    """Predicts noise and a variance, in twice the channels, as DiT does."""
+    """A model that predicts noise and a variance in twice the channels, like DiT."""
 
     def __init__(self, shift):
         super().__init__()
@@ -369,7 +370,7 @@ class Doubled(torch.nn.Module):
         return (torch.cat([hidden_states + self.shift, hidden_states * 2 - self.shift], 1),)
 
 
-def test_lit_also_matches_the_variance_of_models_that_predict_one():
+def test_lit_matches_the_variance_if_it_is_predicted():
     batch = Batch(*torch.randn(2, 3, 4, 5), torch.rand(3), torch.zeros(3), Conditions("hidden_states", (), 1.0, {}))
     stage, process = RECIPES["lit"].stages[0], NoiseProcess("flow", 1000)
     parts = losses_of(stage, Doubled(0.5), Doubled(0.2), [], process, batch)
@@ -382,8 +383,8 @@ def test_lit_also_matches_the_variance_of_models_that_predict_one():
 
 
 @pytest.mark.parametrize("recipe", ["attention-transfer", "linvideo"])
-def test_stopped_in_any_stage_it_ends_to_the_bit_where_an_undisturbed_run_ends(pipelines, tmp_path, recipe):
-    """Also right at the end of the first, before and after the layers are chosen."""
+def test_resume_in_any_stage_gives_the_same_result_bitwise(pipelines, tmp_path, recipe):
+    """Also at the end of the first stage, before and after the layers are selected."""
     attn, number = ("gna:window=3", 2) if recipe == "linvideo" else (SLA, None)
     whole = make_trainer(pipelines["flux"], tmp_path / "whole", recipe, attn, convert_layers=number, steps=4)
 
@@ -396,31 +397,31 @@ def test_stopped_in_any_stage_it_ends_to_the_bit_where_an_undisturbed_run_ends(p
     ends = torch.load(tmp_path / "whole" / NAME)["parameters"]
     for step in (1, 2, 3):
         trainer = make_trainer(pipelines["flux"], tmp_path / str(step), recipe, attn, convert_layers=number, steps=4)
-        said = io.StringIO()
-        trainer.resume(Console(file=said))
-        assert said.getvalue() == f"Going on from step {step}\n" and trainer.index == int(step > 2)
+        output = io.StringIO()
+        trainer.resume(Console(file=output))
+        assert output.getvalue() == f"Resuming from step {step}\n" and trainer.index == int(step > 2)
         train(trainer)
         assert trainer.history == whole.history and trainer.layers == whole.layers and trainer.scores == whole.scores
         found = torch.load(tmp_path / str(step) / NAME)["parameters"]
         assert found.keys() == ends.keys() and all(found[name].equal(x) for name, x in ends.items())
 
 
-def both(pipeline, out, batch):
-    """Losses of a run through all stages of two recipes, as JSON."""
-    told = {}
+def train_both(pipeline, out, batch):
+    """Losses of all stages of two recipes, by recipe."""
+    histories = {}
     for recipe in ("attention-transfer", "linvideo"):
         options = {"convert_layers": 4, "attn": "gna:window=3"} if recipe == "linvideo" else {}
-        told[recipe] = train(make_trainer(pipeline, out / recipe, recipe, batch=batch, steps=4, **options)).history
-    return told
+        histories[recipe] = train(make_trainer(pipeline, out / recipe, recipe, batch=batch, steps=4, **options)).history
+    return histories
 
 
-def test_two_processes_are_one_with_twice_the_batch(pipelines, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(pipelines, tmp_path):
     command, started = [sys.executable, __file__, str(pipelines["flux"]), str(tmp_path / "two")], []
     for rank in "01":
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519", "OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen(command, env={**os.environ, **world}, stderr=subprocess.PIPE))
-    one = both(pipelines["flux"], tmp_path / "one", 2)
+    one = train_both(pipelines["flux"], tmp_path / "one", 2)
     for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors[-2000:]
@@ -430,9 +431,9 @@ def test_two_processes_are_one_with_twice_the_batch(pipelines, tmp_path):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
 
 
-def test_a_run_tells_stages_and_layers(pipelines, tmp_path):
-    request, said = make_request(pipelines["flux"], tmp_path, "linvideo", steps=3, convert_layers=2), io.StringIO()
-    assert run(request, Console(file=said, width=200, force_terminal=True)) == 0
+def test_run_reports_stages_and_layers(pipelines, tmp_path):
+    request, output = make_request(pipelines["flux"], tmp_path, "linvideo", steps=3, convert_layers=2), io.StringIO()
+    assert run(request, Console(file=output, width=200, force_terminal=True)) == 0
     about = json.loads((tmp_path / "convert.json").read_text())
     assert about["recipe"]["name"] == "linvideo" and len(about["layers"]) == 2 and len(about["scores"]) == 4
     assert about["stages"] == [
@@ -440,13 +441,13 @@ def test_a_run_tells_stages_and_layers(pipelines, tmp_path):
         {"name": "matching", "first_step": 2, "steps": 2, "train": "full", "lr": 1e-5},
     ]
     assert set(about["history"][0]) == {"loss", "matching", "count", "binary"}
-    assert "selection (1 of 2)" in said.getvalue() and "matching (2 of 2)" in said.getvalue()
-    with pytest.raises(BadInput, match="steps 3, now 6"):  # stages would end elsewhere
-        run(replace(request, steps=6), Console(file=said))
+    assert "selection (1 of 2)" in output.getvalue() and "matching (2 of 2)" in output.getvalue()
+    with pytest.raises(BadInput, match="steps 3, now 6"):  # the stages would end at other steps
+        run(replace(request, steps=6), Console(file=output))
 
 
 def convert(pipelines, out, *more, which, attn):
-    """Exit status of the command."""
+    """Run the command and return its exit status."""
     given = ["convert", "--pipeline", str(pipelines[which]), "--attn", attn, "--out", str(out), "--data-free"]
     with pytest.raises(SystemExit) as stopped:
         main([*given, "--device", "cpu", "--height", "32", "--width", "32", *more])
@@ -454,24 +455,29 @@ def convert(pipelines, out, *more, which, attn):
 
 
 @pytest.mark.parametrize(
-    "which, attn, more, said",
+    "which, attn, more, message",
     [
-        ("flux", SLA, ("--recipe", "attention-transfer", "--train", "full"), "--train full cannot be given"),
+        (
+            "flux",
+            SLA,
+            ("--recipe", "attention-transfer", "--train", "full"),
+            "stages trains: leave --train full out",
+        ),
         ("flux", SLA, ("--recipe", "lit", "--convert-layers", "2"), "--recipe lit converts all"),
         ("flux", SLA, ("--recipe", "linvideo", "--convert-layers", "5"), "the model has 4 self-attention layers"),
-        ("flux", SLA, ("--recipe", "linvideo", "--steps", "1"), "2 stages (selection, matching), and --steps 1"),
-        ("sd", "linfusion", ("--recipe", "linvideo"), "linfusion changes what query and key are made from"),
+        ("flux", SLA, ("--recipe", "linvideo", "--steps", "1"), "2 stages (selection, matching), got --steps 1"),
+        ("sd", "linfusion", ("--recipe", "linvideo"), "linfusion changes the inputs of query and key"),
         ("flux", "gna:window=3", ("--recipe", "lit", "--train", "new"), "--train new trains nothing"),
     ],
 )
-def test_bad_combinations_are_told_before_any_work(pipelines, tmp_path, which, attn, more, said, capsys):
+def test_invalid_combinations_are_refused_before_any_work(pipelines, tmp_path, which, attn, more, message, capsys):
     assert convert(pipelines, tmp_path, *more, which=which, attn=attn) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "samples").exists()
 
 
 if __name__ == "__main__":  # one of two processes
     torch.set_num_threads(1)
-    found = both(Path(sys.argv[1]), Path(sys.argv[2]), 1)
+    found = train_both(Path(sys.argv[1]), Path(sys.argv[2]), 1)
     if os.environ["RANK"] == "0":
         Path(sys.argv[2]).with_suffix(".json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""What a conversion has lost: evaluate, the report at the end, the model card, and the hub."""
+"""Evaluation of conversions: the command, the report after training, the model card and the upload."""
 
 import json
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def pipelines(tmp_path_factory):
 
 
 def run(*given):
-    """Exit status of the command."""
+    """Run the command and return its exit status."""
     with pytest.raises(SystemExit) as stopped:
         main([str(x) for x in given])
     return stopped.value.code
@@ -54,7 +54,7 @@ def evaluate(pipelines, attention, out, *more, which="flux"):
     return run("evaluate", *given, *SMALL, "--samples", 2, "--levels", 3, *more)
 
 
-def test_a_student_that_is_its_teacher_has_lost_nothing(pipelines, tmp_path):
+def test_student_equal_to_its_teacher_has_no_error(pipelines, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=8))
     dit_accel.save_attention(pipe, tmp_path / "student")
@@ -68,8 +68,8 @@ def test_a_student_that_is_its_teacher_has_lost_nothing(pipelines, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["flux", "sd"])
-def test_what_was_lost_is_measured(pipelines, tmp_path, which):
-    """Against the same figures worked out here from the two models."""
+def test_evaluate_agrees_with_a_direct_computation(pipelines, tmp_path, which):
+    """The same figures are computed here from the two models."""
     pipe = DiffusionPipeline.from_pretrained(pipelines[which])
     pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))
     dit_accel.save_attention(pipe, tmp_path / "student")
@@ -98,17 +98,17 @@ def test_what_was_lost_is_measured(pipelines, tmp_path, which):
     assert 0 < found["logit_fraction"] < 1 and found["pictures"][0]["psnr"] > 0
 
 
-def test_a_student_that_does_not_fit_is_told(pipelines, tmp_path, capsys):
+def test_missing_student_is_reported(pipelines, tmp_path, capsys):
     assert evaluate(pipelines, tmp_path / "nothing", tmp_path / "out", "--samples", "1") == 2
     assert "no attention file" in capsys.readouterr().err
 
 
-def test_attention_that_was_not_trained_is_measured_as_the_saved_one(pipelines, tmp_path):
+def test_untrained_attention_is_measured_like_a_saved_one(pipelines, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     pipe.set_attn_processor(dit_accel.GNAAttnProcessor(window=2))
     dit_accel.save_attention(pipe, tmp_path / "student")
     assert evaluate(pipelines, tmp_path / "student", tmp_path / "saved", "--pictures", "0") == 0
-    more = ("--pictures", "0", "--batch", "2")  # levels two at a time, and one
+    more = ("--pictures", "0", "--batch", "2")  # two levels per pass, then one
     assert evaluate(pipelines, "gna:window=2", tmp_path / "named", *more) == 0
     saved, named = (json.loads((tmp_path / x / "evaluate.json").read_text()) for x in ("saved", "named"))
     for one, other in zip(saved["by_level"], named["by_level"], strict=True):
@@ -118,26 +118,26 @@ def test_attention_that_was_not_trained_is_measured_as_the_saved_one(pipelines, 
 
 
 @pytest.mark.parametrize(
-    "student, more, told",
+    "student, more, message",
     [
         ("gnu", (), "unknown attention 'gnu'"),
         ("gna:window=2", ("--captions", "3"), "--captions is for pipelines that"),
         ("gna:window=2", ("--mixed-precision", "int8"), "--mixed-precision takes no, fp16 or bf16"),
     ],
 )
-def test_a_student_that_is_not_clear_is_refused(pipelines, tmp_path, capsys, student, more, told):
+def test_invalid_evaluation_is_refused_before_any_work(pipelines, tmp_path, capsys, student, more, message):
     assert evaluate(pipelines, student, tmp_path / "out", *more) == 2
-    assert told in capsys.readouterr().err and not (tmp_path / "out/samples").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "out/samples").exists()
 
 
-def test_captions_are_drawn_by_the_teacher_and_by_each_student(pipelines, tmp_path):
-    """The check is asked once for the teacher and once for each student, on the pipeline as it is then."""
-    asked = []
+def test_captions_are_checked_once_per_model(pipelines, tmp_path):
+    """The check runs once for the teacher and once for each student, on the pipeline in that state."""
+    calls = []
 
     def check(pipe, call, count, note):
-        asked.append(len(installed_layers(pipe.transformer)))
+        calls.append(len(installed_layers(pipe.transformer)))
         note(count)
-        return [True, True, False, True] if len(asked) == 1 else [True, False, True, False]
+        return [True, True, False, True] if len(calls) == 1 else [True, False, True, False]
 
     source = Source(
         str(pipelines["flux"]), None, ("a red circle",), 1, 32, 32, None, (), None, 7, "cpu", tmp_path / "teacher"
@@ -146,35 +146,37 @@ def test_captions_are_drawn_by_the_teacher_and_by_each_student(pipelines, tmp_pa
     evaluation = Evaluation(source, 2, 0, Console(quiet=True), check, 4)
     before = {name: x.clone() for name, x in evaluation.model.state_dict().items()}
     reports = [evaluation.measure(parse_attention(x), tmp_path / x[:3]) for x in ("gna:window=3", "clear:radius=2")]
-    assert asked == [0, 4, 4]
+    assert calls == [0, 4, 4]
     assert all(torch.equal(before[name], x) for name, x in evaluation.model.state_dict().items())
     wanted = {"captions": 4, "teacher": 0.75, "student": 0.5, "both": 0.25, "points": -25.0}
     assert [report["prompt_check"] for report in reports] == [wanted, wanted]
     assert reports[0]["prediction_error"] != reports[1]["prediction_error"]
 
 
-def test_the_card_tells_what_was_done_and_what_was_lost(pipelines, tmp_path):
+def test_card_lists_options_training_and_evaluation(pipelines, tmp_path):
     out = tmp_path / "my-gna"
     assert convert(pipelines, out, "--report", "2") == 0
     report = json.loads((out / "report/evaluate.json").read_text())
     assert report["samples"] == 2 and report["seed"] == 1_000_000 and len(report["pictures"]) == 2
     text = (out / "README.md").read_text()
     front = text.split("---")[1]
-    assert "library_name: diffusers" in front and "- gna" in front and "base_model" not in front  # a folder of mine
+    assert "library_name: diffusers" in front and "- gna" in front and "base_model" not in front  # local pipeline
     loss = report["flow_loss"]
-    for told in (
-        "gna (window=3)", 'dit_accel.load_attention(pipe, "my-gna")', "SLA, arXiv 2509.24006", "2 samples that the",
-        f"{loss['teacher']:.5f}", f"{loss['student']:.5f}", "report/picture-1.png", "2 of 1 × 1 × 1 samples",
+    for line in (
+        "GNA attention for `flux`, fine-tuned with dit-accel. Per-layer options: table below.",
+        "| all converted layers | `window=3` |", 'dit_accel.load_attention(pipe, "my-gna")', "SLA, arXiv 2509.24006",
+        "2 samples drawn by the teacher", f"{loss['teacher']:.5f}", f"{loss['student']:.5f}", "report/picture-1.png",
+        "| steps | 2 |", "| 1 × 1 × 1 |",
     ):  # fmt: skip
-        assert told in text, told
+        assert line in text, line
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
-    dit_accel.load_attention(pipe, out)  # with all that lies beside it
-    assert convert(pipelines, out, "--report", "0") == 0  # once more: nothing is left to train, the report stays
+    dit_accel.load_attention(pipe, out)  # the folder with all other files
+    assert convert(pipelines, out, "--report", "0") == 0  # nothing is left to train, the report is kept
     assert (out / "README.md").read_text() == text
 
 
 class Hub:
-    """Notes what would be uploaded."""
+    """A hub that records uploads."""
 
     def __init__(self, known=True):
         self.known, self.calls = known, []
@@ -191,7 +193,7 @@ class Hub:
         self.calls.append(options)
 
 
-def test_what_goes_to_the_hub(pipelines, tmp_path, monkeypatch, capsys):
+def test_upload_has_attention_card_and_report(pipelines, tmp_path, monkeypatch, capsys):
     hub = Hub()
     monkeypatch.setattr(card, "HfApi", lambda: hub)
     assert convert(pipelines, tmp_path, "--report", "1", "--push-to-hub", "me/mine") == 0
@@ -210,21 +212,21 @@ def test_what_goes_to_the_hub(pipelines, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, known, told", [("mine", True, "takes owner/name"), ("me/mine", False, "run: hf auth login")]
+    "name, known, message", [("mine", True, "takes owner/name"), ("me/mine", False, "run: hf auth login")]
 )
-def test_a_hub_that_cannot_be_had_is_told_before_any_work(pipelines, tmp_path, monkeypatch, capsys, name, known, told):
+def test_unusable_hub_is_refused_before_any_work(pipelines, tmp_path, monkeypatch, capsys, name, known, message):
     monkeypatch.setattr(card, "HfApi", lambda: Hub(known))
     assert convert(pipelines, tmp_path / "out", "--push-to-hub", name) == 2
-    assert told in capsys.readouterr().err and not (tmp_path / "out/samples").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "out/samples").exists()
 
 
-def test_the_other_processes_leave_the_report_to_the_first(monkeypatch):
+def test_only_the_main_process_writes_the_report(monkeypatch):
     monkeypatch.setattr(finish, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     finish.finish(None, 8, None, None)
 
 
-def test_clip_score_is_the_cosine_where_the_weights_are(tmp_path, monkeypatch):
-    """With a tiny CLIP in place of the hub's cache; without one, None."""
+def test_clip_score_is_the_cosine_with_weights_else_none(tmp_path, monkeypatch):
+    """With a tiny CLIP instead of the hub's."""
     frames = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
     assert metrics.clip_score(frames, "a red circle") is None
     tokenizer = build_clip_tokenizer()
@@ -252,7 +254,7 @@ def test_clip_score_is_the_cosine_where_the_weights_are(tmp_path, monkeypatch):
     assert metrics.clip_score(frames, "a red circle") == pytest.approx(float(wanted), abs=1e-3)
 
 
-def test_captions_need_the_embedded_language():
+def test_caption_check_accepts_the_embedded_pipeline():
     from dit_accel.cli import _prompt_check
 
     assert callable(_prompt_check(str(IMAGE.folder)))

@@ -1,4 +1,4 @@
-"""What a conversion tells whoever started it from Python, and that it stops where it is asked to."""
+"""Callbacks of a conversion that is started from Python, and stopping it from them."""
 
 import json
 import threading
@@ -19,19 +19,19 @@ def pipeline(tmp_path_factory):
     return save_flux(tmp_path_factory.mktemp("pipeline") / "flux")
 
 
-class Told(Watch):
-    """Notes what it is told; asks to stop at the so manieth telling of a kind."""
+class RecordingWatch(Watch):
+    """Records all calls. stop_at: kind and number of the call that stops the run."""
 
     def __init__(self, stop_at=(None, 0)):
-        self.told, self.stop_at = [], stop_at
+        self.calls, self.stop_at = [], stop_at
 
     def note(self, kind, *what):
-        self.told.append((kind, *what))
+        self.calls.append((kind, *what))
         if self.stop_at == (kind, self.count(kind)):
             raise KeyboardInterrupt
 
     def count(self, kind):
-        return sum(entry[0] == kind for entry in self.told)
+        return sum(entry[0] == kind for entry in self.calls)
 
     def check(self):
         self.note("forward" if self.count("begin") else "check")
@@ -62,25 +62,25 @@ def request_for(pipeline, out, steps=4):
     )
 
 
-def test_a_watch_is_told_everything_in_order(pipeline, tmp_path):
-    watch = Told()
+def test_callbacks_are_called_in_order(pipeline, tmp_path):
+    watch = RecordingWatch()
     assert run(request_for(pipeline, tmp_path), Console(quiet=True), watch) == 0
-    assert watch.count("check") > 20 and watch.count("forward") > 20  # of drawing, too
-    told = [entry[:2] for entry in watch.told if entry[0] not in ("check", "forward")]
-    assert told[:4] == [("sample", 1), ("sample", 2), ("ready", 2), ("begin", 0)]
-    assert told[4:] == [
+    assert watch.count("check") > 20 and watch.count("forward") > 20  # drawing calls the denoiser, too
+    calls = [entry[:2] for entry in watch.calls if entry[0] not in ("check", "forward")]
+    assert calls[:4] == [("sample", 1), ("sample", 2), ("ready", 2), ("begin", 0)]
+    assert calls[4:] == [
         ("picture", 0), ("step", 1), ("picture", 2), ("step", 2), ("step", 3), ("picture", 4), ("step", 4)
     ]  # fmt: skip
-    losses = [entry[2] for entry in watch.told if entry[0] == "step"]
+    losses = [entry[2] for entry in watch.calls if entry[0] == "step"]
     assert losses == [row["loss"] for row in json.loads((tmp_path / "convert.json").read_text())["history"]]
 
 
 @pytest.fixture(scope="module")
 def losses(pipeline, tmp_path_factory):
-    """Of a run that nothing stopped."""
-    whole = Told()
+    """Losses of an uninterrupted run."""
+    whole = RecordingWatch()
     run(request_for(pipeline, tmp_path_factory.mktemp("whole")), Console(quiet=True), whole)
-    return [entry[2] for entry in whole.told if entry[0] == "step"]
+    return [entry[2] for entry in whole.calls if entry[0] == "step"]
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def losses(pipeline, tmp_path_factory):
     [
         (("sample", 1), 0),
         (("forward", 3), 0),
-        (("forward", 28 + 2 + 2), 1),  # a drawing, student and teacher in step 1, and in step 2
+        (("forward", 28 + 2 + 2), 1),  # forward passes: 28 of a drawing, 2 in step 1, 2 in step 2
         (("step", 1), 1),
         (("picture", 2), 2),
         (("step", 4), 4),
     ],
 )
-def test_stopped_by_its_watch_it_goes_on_as_if_never_stopped(pipeline, losses, tmp_path, stop_at, done):
-    """Also within a step, and in another thread than the main one, as in an app."""
+def test_run_stopped_by_a_callback_resumes_identically(pipeline, losses, tmp_path, stop_at, done):
+    """Also within a step, and in a thread that is not the main thread, as in an app."""
     stopped = []
 
     def work():
         try:
-            run(request_for(pipeline, tmp_path), Console(quiet=True), Told(stop_at))
+            run(request_for(pipeline, tmp_path), Console(quiet=True), RecordingWatch(stop_at))
         except KeyboardInterrupt as error:
             stopped.append(error)
 
@@ -108,7 +108,7 @@ def test_stopped_by_its_watch_it_goes_on_as_if_never_stopped(pipeline, losses, t
     thread.start()
     thread.join()
     assert stopped and not (tmp_path / "dit_accel.safetensors").exists()
-    rest = Told()
+    rest = RecordingWatch()
     assert run(request_for(pipeline, tmp_path), Console(quiet=True), rest) == 0
-    assert ("begin", done, done) in rest.told
-    assert [entry[2] for entry in rest.told if entry[0] == "step"] == losses[done:]
+    assert ("begin", done, done) in rest.calls
+    assert [entry[2] for entry in rest.calls if entry[0] == "step"] == losses[done:]

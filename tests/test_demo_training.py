@@ -189,7 +189,7 @@ def test_invalid_options_and_nonfinite_loss_raise_clear_errors(engine):
         (make_options(recipe="nothing"), "recipe from the list"),
         (make_options(lr=-1.0), "above 0"),
         (make_options(train="new"), "adds no parameters"),
-        (make_options(recipe="attention-transfer", train=None, steps=1), "not even one step"),
+        (make_options(recipe="attention-transfer", train=None, steps=1), "at least one step per stage"),
         (make_options(lr=1e30, steps=8), "loss was not finite at step [0-9]+. Choose a smaller learning rate"),
     ):
         with pytest.raises(BadInput, match=message):

@@ -1,5 +1,5 @@
-"""Training of an installed model under DDP and FSDP, on the CPU: two processes of one sample each end where one process
-with both samples ends."""
+"""Training of an installed model with DDP and FSDP on the CPU: two processes with one sample each give the same
+parameters as one process with both samples."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ for wrapper in ("alone", "ddp", "fsdp"):
     model.set_attn_processor(NARROW[name])
     model.enable_gradient_checkpointing()
     for module in model.modules():
-        if hasattr(module, "dit_accel"):  # as after some training: at zero much has no gradient
+        if hasattr(module, "dit_accel"):  # nonzero as after training, since zero weights block gradients
             for i, parameter in enumerate(module.dit_accel.parameters()):
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
     if rank == 0 and wrapper == "alone":
@@ -59,7 +59,7 @@ for wrapper in ("alone", "ddp", "fsdp"):
 """
 
 
-def test_two_processes_train_as_one_with_both_samples(tmp_path):
+def test_two_processes_train_like_one_with_both_samples(tmp_path):
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
@@ -68,8 +68,8 @@ def test_two_processes_train_as_one_with_both_samples(tmp_path):
         subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
     for process in running:
-        _, told = process.communicate(timeout=240)
-        assert process.returncode == 0, told[-3000:]
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
     start, one, *two = (torch.load(tmp_path / f"{x}.pt") for x in ("start", "alone", "ddp", "fsdp"))
     assert any("dit_accel" in key for key in one)
     assert all(not torch.equal(x, start[key]) for key, x in one.items() if x.is_floating_point())

@@ -1,1 +1,1 @@
-"""Fine-tuning that converts a pretrained pipeline to a mechanism: ``dit-accel convert``."""
+"""Fine-tuning of a pretrained pipeline with a sub-quadratic attention mechanism: ``dit-accel convert``."""

@@ -1,4 +1,4 @@
-"""``accelerate launch -m dit_accel.convert …``: the same as ``dit-accel convert …``, on many GPUs."""
+"""Entry point for several GPUs: ``accelerate launch -m dit_accel.convert …`` is ``dit-accel convert …`` per process."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Sizes that a conversion trains on, and which of them a picture or clip goes to."""
+"""Size buckets: the sizes that a conversion trains on, and the bucket of each picture or clip."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ __all__ = ["Bucket", "find_buckets", "frame_rate", "nearest", "parse_size", "pro
 
 @dataclass(frozen=True)
 class Bucket:
-    """A size, what the pipeline is called with for it but for the prompt, and the token grid (None: not known)."""
+    """One training size.
+
+    Attributes:
+        size: height, width and, for clips, number of frames.
+        call: arguments of the pipeline's call for this size, without the prompt.
+        grid: the denoiser's token grid; None if it is not known.
+    """
 
     size: Size
     call: dict[str, Any]
@@ -29,39 +35,41 @@ class Bucket:
 
 
 def parse_size(text: str) -> Size:
-    """``512x768`` (height and width) or ``480x832x81`` (and frames).
+    """Parse ``512x768`` (height, width) or ``480x832x81`` (height, width, frames).
 
-    Raises: ValueError: anything else.
+    Raises: ValueError: the text has another form.
     """
     found = re.fullmatch(r"(\d+)[x×](\d+)(?:[x×](\d+))?", text.strip().lower())
     lengths = [int(part) for part in found.groups() if part] if found else [0]
     if 0 in lengths:
-        raise ValueError(f"--size takes HEIGHTxWIDTH, for clips HEIGHTxWIDTHxFRAMES, such as 480x832x81, got {text!r}")
+        raise ValueError(
+            f"--size takes HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES for clips, such as 480x832x81, got {text!r}"
+        )
     return Size(*lengths)
 
 
 def find_buckets(source: Source, pipe: Any) -> list[Bucket]:
-    """A bucket for each size of the source; where it has none, one of the size that the pipeline draws by default.
+    """One bucket per size of the source; if it names none, one bucket of the pipeline's default size.
 
-    Raises: ValueError: a size that the pipeline cannot draw, or none is known.
+    Raises: ValueError: the pipeline cannot draw a size, or no size is known.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     common = {key: x for key, x in read_defaults(source.pipeline).items() if key in parameters}
     own = default_size(pipe) or Size(0, 0)
     name, clips = type(pipe).__name__, "num_frames" in parameters
     buckets: list[Bucket] = []
-    for asked in source.sizes or (Size(source.height or 0, source.width or 0, source.frames),):
-        if asked.frames and not clips:
-            raise ValueError(f"{name} draws pictures: {asked.frames} frames are for clips")
+    for requested in source.sizes or (Size(source.height or 0, source.width or 0, source.frames),):
+        if requested.frames and not clips:
+            raise ValueError(f"{name} draws pictures, got a size of {requested.frames} frames: leave the frames out")
         size = Size(
-            asked.height or common.get("height", own.height),
-            asked.width or common.get("width", own.width),
-            (asked.frames or common.get("num_frames", own.frames)) if clips else None,
+            requested.height or common.get("height", own.height),
+            requested.width or common.get("width", own.width),
+            (requested.frames or common.get("num_frames", own.frames)) if clips else None,
         )
         if not size.height or not size.width:
-            raise ValueError(f"{name} does not say what size it draws; give --height and --width")
+            raise ValueError(f"{name} has no default size: give --height and --width")
         if clips and not size.frames:
-            raise ValueError(f"{name} does not say how many frames it draws; give --frames")
+            raise ValueError(f"{name} has no default number of frames: give --frames")
         check_size(pipe, size)
         call = {**common, "height": size.height, "width": size.width}
         if clips:
@@ -73,9 +81,10 @@ def find_buckets(source: Source, pipe: Any) -> list[Bucket]:
 
 
 def frame_rate(source: Source, pipe: Any) -> float | None:
-    """Frames a second of the clips: asked for, of the pipeline's defaults, or of its call; None: it does not say.
+    """Frame rate of the clips: the source's, else that of ``defaults.json``, else the default of the pipeline's call.
 
-    Raises: ValueError: the pipeline's defaults have one that is no rate.
+    Returns: frames per second; None if none of them is set.
+    Raises: ValueError: the rate in ``defaults.json`` is not a number above 0.
     """
     if source.fps is not None:
         return source.fps
@@ -90,8 +99,14 @@ def frame_rate(source: Source, pipe: Any) -> float | None:
 
 
 def nearest(buckets: Sequence[Bucket], height: int, width: int, frames: int | None = None) -> Bucket | None:
-    """The bucket whose proportions are nearest; of several such the longest, then the largest that needs no enlarging,
-    else the smallest. frames: of a clip, which goes only where it has enough of them; None: nowhere."""
+    """The bucket of the nearest aspect ratio.
+
+    Ties are broken by the number of frames (longest first), then by area: the largest bucket that needs no upscaling,
+    else the smallest.
+
+    Args: frames: length of a clip; buckets with more frames are excluded. None for pictures.
+    Returns: the bucket; None if the clip is too short for all of them.
+    """
 
     def distance(bucket: Bucket) -> tuple[float, ...]:
         size = bucket.size
@@ -104,23 +119,24 @@ def nearest(buckets: Sequence[Bucket], height: int, width: int, frames: int | No
 
 
 def processors_for(attention: AttentionSpec, buckets: Sequence[Bucket], tell: Callable[[str], None]) -> ByLayer:
-    """What is set on which layers, the same for all sizes. tell: called with what is larger than a grid, and capped.
+    """The processor of each group of layers, the same for all buckets.
 
-    Raises: ValueError, TypeError: options that were left out differ from size to size, or do not fit one of them.
+    Args: tell: called with one line for each option that is capped because it exceeds a token grid.
+    Raises: ValueError, TypeError: the default options differ between buckets, or options do not fit one of them.
     """
     made = [attention.processor(bucket.grid) for bucket in buckets]
     if any(processor != made[0] for processor in made):
         each = " or ".join(
-            f"--attn {attention.name}:{short_options(x)} (of {b.size})" for x, b in zip(made, buckets, strict=True)
+            f"--attn {attention.name}:{short_options(x)} (for {b.size})" for x, b in zip(made, buckets, strict=True)
         )
         raise ValueError(
-            f"{attention.name} takes what is left out from the token grid, and these sizes have different ones: give "
-            f"all options, such as {each}"
+            f"the default options of {attention.name} depend on the token grid, and these sizes have different grids: "
+            f"give all options, such as {each}"
         )
     choices = attention.by_layer(made[0])
     for layers, processor in choices:
         for bucket in buckets:
-            for text in _misfits(processor, bucket):
+            for text in _capped_options(processor, bucket):
                 where = "" if layers is None else f" in {layers}"
                 tell(
                     f"{processor.name} on {bucket.size}{where}, {'×'.join(map(str, bucket.grid or ()))} tokens: {text}"
@@ -128,8 +144,11 @@ def processors_for(attention: AttentionSpec, buckets: Sequence[Bucket], tell: Ca
     return choices
 
 
-def _misfits(processor: AcceleratedAttnProcessor, bucket: Bucket) -> list[str]:
-    """What is capped. Raises: ValueError: it does not fit at all."""
+def _capped_options(processor: AcceleratedAttnProcessor, bucket: Bucket) -> list[str]:
+    """One phrase for each option that is capped on this bucket's grid.
+
+    Raises: ValueError: the options do not fit the grid.
+    """
     if bucket.grid is None:
         return []
     layout = TokenLayout(bucket.grid)
@@ -138,17 +157,18 @@ def _misfits(processor: AcceleratedAttnProcessor, bucket: Bucket) -> list[str]:
         fitted = processor.mechanism.fit(layout, **options)
     except ValueError as error:
         raise ValueError(f"{processor.name} does not fit {bucket.size}: {error}") from error
-    return _capped(options, fitted)
+    return _changes(options, fitted)
 
 
-def _capped(options: Mapping[str, Any], fitted: Mapping[str, Any]) -> list[str]:
+def _changes(options: Mapping[str, Any], fitted: Mapping[str, Any]) -> list[str]:
+    """Phrases such as "window 8x8 becomes 4x8"."""
     capped = []
     for key, value in fitted.items():
-        asked = options.get(key, value)
-        if isinstance(value, tuple) and not isinstance(asked, (tuple, list)):
-            asked = (asked,) * len(value)
-        if asked != value and not isinstance(asked, list):
-            capped.append(f"{key} {_text(asked)} becomes {_text(value)}")
+        requested = options.get(key, value)
+        if isinstance(value, tuple) and not isinstance(requested, (tuple, list)):
+            requested = (requested,) * len(value)
+        if requested != value and not isinstance(requested, list):
+            capped.append(f"{key} {_text(requested)} becomes {_text(value)}")
     return capped
 
 

@@ -1,4 +1,4 @@
-"""Pictures or clips with captions: a folder of files, or a webdataset of .tar shards."""
+"""Data sets of pictures or clips with captions: a folder of files, or webdataset .tar shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _SHARDS = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True)
 class Example:
-    """number: of its sample, the same whatever else can be read. media: a file, or what is in it; suffix: its kind."""
+    """A picture or clip with its caption.
+
+    Attributes:
+        number: number of its sample; it does not depend on which other examples are readable.
+        media: path of a file, or the bytes of one. suffix: the file's suffix.
+    """
 
     number: str
     name: str
@@ -29,10 +34,10 @@ class Example:
 
 
 def find_data(path: Path, clips: bool, drawer: str) -> Folder | Shards:
-    """What ``--data`` names, looked into: there is an example of the right kind in it.
+    """Open the data set that ``--data`` names and check that it has at least one usable example.
 
-    Args: clips: whether clips are wanted, else pictures. drawer: the pipeline's name, for errors.
-    Raises: ValueError: there is nothing, or nothing of this kind, or it cannot be read.
+    Args: clips: True for clips, False for pictures. drawer: name of the pipeline, for messages.
+    Raises: ValueError: the path does not exist, cannot be read, or has no example of this kind.
     """
     if path.is_dir():
         shards = sorted(x for x in path.iterdir() if x.name.endswith(_SHARDS))
@@ -42,7 +47,8 @@ def find_data(path: Path, clips: bool, drawer: str) -> Folder | Shards:
             return folder
         if folder.examples or folder.without:
             raise ValueError(
-                f"{path} has .tar shards ({shards[0].name}, …) and other files: put one of both into another folder"
+                f"{path} has both .tar shards ({shards[0].name}, …) and files of examples: move one of them to "
+                "another folder"
             )
         return Shards.opened(shards, clips, drawer)
     if "{" in str(path) and not path.exists():
@@ -52,15 +58,15 @@ def find_data(path: Path, clips: bool, drawer: str) -> Folder | Shards:
         try:
             shards = [Path(text) for text in braceexpand(str(path))]
         except ValueError as error:
-            raise ValueError(f"{path} is no brace pattern such as shards-{{000..003}}.tar: {error}") from error
+            raise ValueError(f"{path} is not a brace pattern such as shards-{{000..003}}.tar: {error}") from error
         missing = [str(x) for x in shards if not x.is_file()]
         if missing:
-            raise ValueError(f"{path} names {len(shards)} shards, of which {len(missing)} are not there: {missing[0]}")
+            raise ValueError(f"{len(missing)} of the {len(shards)} shards of {path} do not exist, first: {missing[0]}")
         return Shards.opened(shards, clips, drawer)
     if not path.is_file():
         raise ValueError(f"there is no folder or .tar file {path}")
     if not path.name.endswith(_SHARDS):
-        raise ValueError(f"--data takes a folder, a .tar file or a pattern of such, got the file {path}")
+        raise ValueError(f"--data takes a folder, a .tar file or a brace pattern of .tar files, got {path}")
     return Shards.opened([path], clips, drawer)
 
 
@@ -69,6 +75,7 @@ def _kind(clips: bool) -> str:
 
 
 def _wrong_kind(path: Path, others: int, clips: bool, drawer: str) -> str:
+    """Error message for a data set of the other kind."""
     return (
         f"{drawer} draws {_kind(clips)}s, and {path} has {others} {_kind(not clips)}s and no {_kind(clips)}: choose "
         "another --pipeline or --data, or use --data-free"
@@ -77,10 +84,14 @@ def _wrong_kind(path: Path, others: int, clips: bool, drawer: str) -> str:
 
 @dataclass
 class Folder:
-    """Files of a folder and below, in the order of their names, with the text of the ``.txt`` file beside or the entry
-    ``{"file_name": …, "text": …}`` of a ``metadata.jsonl``.
+    """Examples of a folder and its subfolders, sorted by path.
 
-    without: how many had neither. others: how many were of the other kind. broken: what could not be read, and why.
+    A caption is the text of a ``.txt`` file of the same name, or an entry ``{"file_name": …, "text": …}`` of
+    ``metadata.jsonl``.
+
+    Attributes:
+        without: number of files without a caption. others: number of files of the other kind (clips or pictures).
+        broken: reason by name, for each shard or sample that cannot be read.
     """
 
     path: Path
@@ -105,30 +116,34 @@ class Folder:
             if caption is None or not caption.strip():
                 self.without += 1
             else:
-                number, told = f"{len(self.examples):06d}", " ".join(caption.split())
-                self.examples.append(Example(number, str(path), told, path, path.suffix.lower()))
+                number, text_line = f"{len(self.examples):06d}", " ".join(caption.split())
+                self.examples.append(Example(number, str(path), text_line, path, path.suffix.lower()))
 
     @property
     def total(self) -> int | None:
-        """How many examples there are."""
+        """Number of examples."""
         return len(self.examples)
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.examples)
 
     def require(self) -> None:
-        """Raises: ValueError: there is no example."""
+        """Check that there is an example. Raises: ValueError: there is none."""
         if self.examples:
             return
         if self.others and not self.without:
             raise ValueError(_wrong_kind(self.path, self.others, self.clips, self.drawer))
         raise ValueError(
-            f"{self.path} has no {_kind(self.clips)} with a caption ({self.without} without): expected a .txt file "
-            "beside each, or a metadata.jsonl with file_name and text"
+            f"{self.path} has no {_kind(self.clips)} with a caption ({self.without} without): add a .txt file of the "
+            "same name beside each, or a metadata.jsonl with file_name and text"
         )
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    """Captions of a ``metadata.jsonl`` by file name; empty if it does not exist.
+
+    Raises: ValueError: a line without file_name and text.
+    """
     if not path.is_file():
         return {}
     captions = {}
@@ -145,8 +160,11 @@ def _metadata(path: Path) -> dict[str, str]:
 
 @dataclass
 class Shards:
-    """A webdataset, read one example after the other: in each sample a picture or clip, and its caption in a ``.txt``
-    or as "text" or "caption" in a ``.json``. Counts as in :class:`Folder`, of what was read so far."""
+    """Examples of webdataset shards, read sequentially.
+
+    A sample has a picture or clip, and its caption in a ``.txt`` or as "text" or "caption" of a ``.json``. The counts
+    are those of :class:`Folder`, for the samples read so far.
+    """
 
     paths: list[Path]
     clips: bool
@@ -154,13 +172,13 @@ class Shards:
     without: int = 0
     others: int = 0
     broken: dict[str, str] = field(default_factory=dict)
-    total: None = None  # not known before the end
+    total: None = None  # unknown before all shards are read
 
     @classmethod
     def opened(cls, paths: list[Path], clips: bool, drawer: str) -> Shards:
-        """Read up to the first example.
+        """Open shards and read them up to the first usable example, as a check.
 
-        Raises: ValueError: there is none, or webdataset is not installed.
+        Raises: ValueError: there is no usable example, or webdataset is not installed.
         """
         _require_webdataset()
         shards = cls(paths, clips, drawer)
@@ -171,10 +189,10 @@ class Shards:
         if shards.without or not shards.broken:
             raise ValueError(
                 f"{paths[0]}{' and so on' if len(paths) > 1 else ''}: no {_kind(clips)} with a caption "
-                f"({shards.without} without): expected a .txt, or a .json with text or caption, of the same name"
+                f"({shards.without} without): add a .txt, or a .json with text or caption, of the same name"
             )
         first = next(iter(shards.broken.values()))
-        raise ValueError(f"none of {len(paths)} shards can be read, the first: {first}")
+        raise ValueError(f"none of {len(paths)} shards can be read, first error: {first}")
 
     def __iter__(self) -> Iterator[Example]:
         from webdataset.tariterators import tarfile_samples
@@ -186,9 +204,9 @@ class Shards:
                 self.broken.setdefault(str(path), f"{path}: {error.args[0] if error.args else error!r}")
                 return True
 
-            if (fault := _fault(path)) is not None:
+            if (fault := _shard_fault(path)) is not None:
                 self.broken[str(path)] = f"{path} cannot be read to its end: {fault}"
-            opened = [{"url": str(path.resolve())}]  # no scheme: never a command
+            opened = [{"url": str(path.resolve())}]  # a path without a scheme is never run as a command
             for n, sample in enumerate(tarfile_samples(opened, handler=note)):
                 example = self._example(f"{i:05d}-{n:06d}", f"{path}:{sample['__key__']}", sample)
                 if example is not None:
@@ -218,25 +236,28 @@ def _suffix(key: str) -> str:
 
 
 def _caption(parts: dict[str, bytes]) -> str:
-    """Empty where there is none.
+    """The caption of a sample; empty if there is none.
 
-    Raises: ValueError: a ``.json`` that is no object.
+    Raises: ValueError: its ``.json`` cannot be read, or is not an object.
     """
     text = parts.get("txt", b"").decode("utf-8", "replace")
     if not text.strip() and "json" in parts:
         try:
-            told = json.loads(parts["json"])
+            entry = json.loads(parts["json"])
         except ValueError as error:
             raise ValueError(f"its .json cannot be read: {error}") from error
-        if not isinstance(told, dict):
-            raise ValueError(f"its .json is a {type(told).__name__}, expected an object with text or caption")
-        text = next((x for x in (told.get("text"), told.get("caption")) if isinstance(x, str)), "")
+        if not isinstance(entry, dict):
+            raise ValueError(f"its .json is a {type(entry).__name__}, expected an object with text or caption")
+        text = next((x for x in (entry.get("text"), entry.get("caption")) if isinstance(x, str)), "")
     return " ".join(text.split())
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a shard; None where it is whole. From its headers alone: a broken one is taken for the end in
-    silence by Python's tarfile, so that samples would be lost and nobody told."""
+def _shard_fault(path: Path) -> str | None:
+    """The reason why a shard is incomplete; None if it is complete.
+
+    Only headers are read. The check is needed because Python's tarfile takes a broken header for the end of the
+    archive without an error, so that samples would be lost silently.
+    """
     try:
         with tarfile.open(path) as tar:
             while tar.next() is not None:

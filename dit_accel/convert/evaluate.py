@@ -1,4 +1,4 @@
-"""What a student has lost against its teacher, on samples that it was not trained on."""
+"""Evaluation of a student against its teacher, on held-out samples."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ PromptCheck = Callable[
 ]  # see demo.evaluate_captions.prompt_check
 
 FIGURES = (
-    "flow_loss: mean squared error of the prediction (of noise - clean, noise or v, as the model was trained), one "
-    "noise for both. prediction_error: squared distance of the student's prediction to the teacher's over the square "
-    "of the teacher's. attention_error: the same of each attention module's output, each in its own model's forward. "
-    "All are means over samples; by_level at each noise level (of flow matching sigma, else timestep over their "
-    "number). psnr, ssim, lpips: of the student's picture against the teacher's, same prompt and seed, 8 bits. "
-    "clip_score: 100 times the cosine of prompt and picture, teacher's and student's. prompt_check: shares of held-out "
-    "captions that are drawn right, same captions and seeds; both: by both; points: student's less teacher's, in per "
-    "cent."
+    "flow_loss: mean squared error of the prediction (noise - clean, noise or v, as the model was trained), with the "
+    "same noise for teacher and student. prediction_error: squared distance between student's and teacher's "
+    "prediction, divided by the teacher's squared norm. attention_error: the same for the output of each attention "
+    "module, each in its own model's forward pass. All are means over samples; by_level: per noise level (sigma for "
+    "flow matching, else timestep divided by the number of timesteps). psnr, ssim, lpips: student's picture against "
+    "teacher's, same prompt and seed, 8 bits. clip_score: 100 times the cosine between prompt and picture, for teacher "
+    "and student. prompt_check: shares of held-out captions drawn correctly, same captions and seeds; both: by both "
+    "models; points: student minus teacher, in percentage points."
 )
 
 
 @dataclass
 class _Sums:
-    """Added up over samples: by level the two losses and the error, by layer the error."""
+    """Sums over samples: losses and prediction error per noise level, attention error per layer."""
 
     teacher: NDArray[np.float64]
     student: NDArray[np.float64]
@@ -64,13 +64,13 @@ class _Sums:
 
 
 class Evaluation:
-    """A teacher's side, made once: samples, its pictures, and which captions it draws right."""
+    """A teacher with its samples, pictures and caption results, computed once for any number of students."""
 
     def __init__(
         self, source: Source, levels: int, pictures: int, console: Console, check: PromptCheck | None = None,
         captions: int = 0, mixed_precision: str = "no", batch: int = 1,
     ) -> None:  # fmt: skip
-        """Arguments as of :func:`evaluate`. Raises: BadInput: something that cannot be done."""
+        """Arguments as in :func:`evaluate`. Raises: BadInput: the request cannot be carried out."""
         self.source, self.levels, self.console, self.check = source, levels, console, check
         self.batch = batch
         remove_leftovers(source.out)
@@ -86,17 +86,19 @@ class Evaluation:
             raise BadInput(str(error)) from error
         self.prompts = source.prompts[:pictures]
         self.drawn = [self._draw(i) for i in range(len(self.prompts))]
-        self.right = self._checked("teacher", captions)
+        self.right = self._check_captions("teacher", captions)
         self.teacher = copy.deepcopy(self.model).eval()
 
     def measure(self, student: str | AttentionSpec, out: Path, captions: int | None = None) -> dict[str, Any]:
-        """What a student has lost; its pictures beside the teacher's go into ``out``. The pipeline is then the teacher
-        again.
+        """Measure a student and write pictures of teacher and student side by side into ``out``.
+
+        The pipeline is reset to the teacher afterwards.
 
         Args:
-            student: what ``load_attention`` takes, or attention that was not trained.
-            captions: so many of the captions that the teacher has drawn; default all.
-        Raises: BadInput: it is not there, or does not fit.
+            student: an argument of ``load_attention``, or attention without training.
+            captions: number of the teacher's captions that the student draws; default all.
+        Returns: the report.
+        Raises: BadInput: the student does not exist, or does not fit the pipeline.
         """
         out.mkdir(parents=True, exist_ok=True)
         try:
@@ -110,7 +112,7 @@ class Evaluation:
             self.model.eval()
             sums = _Sums(np.zeros(self.levels), np.zeros(self.levels), np.zeros(self.levels))
             with progress_bar(self.console, self.accelerator) as progress:
-                task = progress.add_task("measuring", total=len(self.samples), told="")
+                task = progress.add_task("measuring", total=len(self.samples), figures="")
                 for i, sample in enumerate(self.samples):
                     seed, device = self.source.seed + i, self.accelerator.device
                     with self.accelerator.autocast():
@@ -123,7 +125,7 @@ class Evaluation:
             ]
             if self.right is not None:
                 right = self.right[:captions]
-                report["prompt_check"] = _agreement(right, self._checked("student", len(right)) or [])
+                report["prompt_check"] = _agreement(right, self._check_captions("student", len(right)) or [])
             layers = installed_layers(self.model)
             report["mechanisms"] = sorted({str(layer.mechanism) for layer in layers.values()})
             report["converted_layers"] = list(layers)
@@ -133,7 +135,7 @@ class Evaluation:
         return report
 
     def about(self) -> dict[str, Any]:
-        """On what it was measured."""
+        """The settings and versions of the measurement, for the report."""
         source = self.source
         return {
             "pipeline": source.pipeline, "samples": len(self.samples),
@@ -145,18 +147,19 @@ class Evaluation:
         }  # fmt: skip
 
     def _draw(self, i: int) -> NDArray[np.uint8]:
-        """(T, H, W, 3), of the i-th prompt."""
+        """Draw the i-th prompt: (T, H, W, 3) uint8."""
         generator = torch.Generator().manual_seed(self.source.seed + i)
         with torch.no_grad(), self.accelerator.autocast():
             drawn = self.pipe(prompt=self.prompts[i], generator=generator, output_type="np", **self.call)[0][0]
         frames = drawn[None] if drawn.ndim == 3 else drawn
         return (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
-    def _checked(self, who: str, captions: int) -> list[bool] | None:
+    def _check_captions(self, model: str, captions: int) -> list[bool] | None:
+        """Whether each of the first ``captions`` held-out captions is drawn correctly; None without a check."""
         if self.check is None or not captions:
             return None
         with progress_bar(self.console, self.accelerator) as progress, self.accelerator.autocast():
-            task = progress.add_task(f"{who}'s captions", total=captions, told="")
+            task = progress.add_task(f"{model}'s captions", total=captions, figures="")
             return self.check(self.pipe, self.call, captions, lambda n: progress.advance(task, n))
 
 
@@ -164,19 +167,21 @@ def evaluate(
     source: Source, student: str | AttentionSpec, levels: int, pictures: int, console: Console,
     check: PromptCheck | None = None, captions: int = 0, mixed_precision: str = "no", batch: int = 1,
 ) -> int:  # fmt: skip
-    """Measure, and write ``evaluate.json``, ``evaluate.png`` and pictures side by side into ``source.out``.
+    """Measure a student; write ``evaluate.json``, ``evaluate.png`` and side-by-side pictures into ``source.out``.
 
     Args:
-        source: the teacher, and samples that were not trained on.
-        student: what ``load_attention`` takes (a folder of ``convert``, a file, a hub id), or attention not trained.
-        levels: noise levels, evenly from clean to noise.
-        pictures: so many of the prompts are drawn by both.
-        check: which of so many captions a pipeline draws right; of the language of the embedded ones.
-        captions: how many are drawn by both.
-        mixed_precision: of both: "no", "fp16" or "bf16".
-        batch: levels at a time.
+        source: the teacher and the held-out samples.
+        student: an argument of ``load_attention`` (a folder of ``convert``, a file, a hub id), or attention without
+            training.
+        levels: number of noise levels, evenly spaced between clean and noise.
+        pictures: number of prompts that teacher and student draw.
+        check: whether a pipeline draws each of the first n held-out captions correctly; only for the vocabulary of
+            the embedded pipelines.
+        captions: number of captions that teacher and student draw.
+        mixed_precision: "no", "fp16" or "bf16", for teacher and student.
+        batch: noise levels per forward pass.
     Returns: exit status 0.
-    Raises: BadInput: something that cannot be done.
+    Raises: BadInput: the request cannot be carried out.
     """
     evaluation = Evaluation(source, levels, pictures, console, check, captions, mixed_precision, batch)
     report = evaluation.measure(student, source.out)
@@ -187,6 +192,7 @@ def evaluate(
 
 
 def _agreement(teacher: list[bool], student: list[bool]) -> dict[str, Any]:
+    """Shares of the captions that teacher, student and both draw correctly."""
     both = sum(a and b for a, b in zip(teacher, student, strict=True))
     n = len(teacher)
     return {
@@ -200,7 +206,7 @@ def _measure(
     sums: _Sums, sample: Sample, teacher: nn.Module, student: nn.Module, process: NoiseProcess, seed: int, batch: int,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """One sample at every level, with one noise; so many levels at a time."""
+    """Add one sample's figures at every noise level, with the same noise; ``batch`` levels per forward pass."""
     noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     latents = sample.latents.to(device)
     sample.conditions.tensors = {key: x.to(device) for key, x in sample.conditions.tensors.items()}
@@ -216,7 +222,7 @@ def _measure(
             found = student(**arguments)[0].float()
         losses = [(x - target).square().flatten(1).mean(1).double() for x in (wanted, found)]
         errors = [_distance(found, wanted), *(_distance(ours[name], theirs[name]) for name in layers)]
-        figures = torch.stack([*losses, *errors]).cpu().numpy()  # one wait for the GPU
+        figures = torch.stack([*losses, *errors]).cpu().numpy()  # one synchronization
         here = slice(first, first + len(level))
         sums.teacher[here] += figures[0]
         sums.student[here] += figures[1]
@@ -227,12 +233,13 @@ def _measure(
 
 
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """(B,) float64: of each element the squared distance over the square of the second."""
+    """Relative squared distance ``‖found - wanted‖² / ‖wanted‖²`` of each batch element; (B,) float64."""
     found, wanted = found.double().flatten(1), wanted.double().flatten(1)
     return (found - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-30)
 
 
 def _report(sums: _Sums) -> dict[str, Any]:
+    """Means over samples, in the structure of ``evaluate.json``."""
     teacher, student, error = (x / sums.count for x in (sums.teacher, sums.student, sums.error))
     n = len(error)
     return {
@@ -253,7 +260,7 @@ def _report(sums: _Sums) -> dict[str, Any]:
 
 
 def _compare(path: Path, prompt: str, teacher: NDArray[np.uint8], student: NDArray[np.uint8]) -> dict[str, Any]:
-    """Writes both, the teacher's on the left, of a clip the frame in the middle."""
+    """Write both pictures, teacher on the left, and return their similarity; for a clip its middle frame is shown."""
     middle = len(teacher) // 2
     with replacing(path) as temporary:
         Image.fromarray(np.concatenate([teacher[middle], student[middle]], 1)).save(temporary)
@@ -262,7 +269,7 @@ def _compare(path: Path, prompt: str, teacher: NDArray[np.uint8], student: NDArr
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
-    """Losses by noise level, and errors by layer; left out where matplotlib is not installed."""
+    """Plot losses by noise level and errors by layer; does nothing if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -277,20 +284,21 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     left.legend()
     errors = list(report["attention_error"].values())
     right.bar(range(len(errors)), errors, color="#2a6fbb")
-    right.set(xlabel="layer", ylabel="squared error over the teacher's square", title="attention output")
+    right.set(xlabel="layer", ylabel="relative squared error", title="attention output")
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": None})
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
+    """Print the report as a table."""
     flow, errors = report["flow_loss"], list(report["attention_error"].values())
     rows: Sequence[tuple[str, str]] = [
         ("flow loss, teacher", f"{flow['teacher']:.5f}"),
         ("flow loss, student", f"{flow['student']:.5f} ({100 * (flow['student_over_teacher'] - 1):+.2f} %)"),
         ("prediction error", f"{report['prediction_error']:.2e}"),
         *_prompt_row(report.get("prompt_check")),
-        ("attention error, mean and worst layer", f"{np.mean(errors):.2e}, {max(errors):.2e}"),
+        ("attention error, mean and maximum over layers", f"{np.mean(errors):.2e}, {max(errors):.2e}"),
         *(
             (f"PSNR, SSIM: {row['prompt'][:50]}", f"{_figure(row['psnr'])} dB, {_figure(row['ssim'])}")
             for row in report["pictures"]
@@ -306,7 +314,7 @@ def _prompt_row(check: dict[str, Any] | None) -> Sequence[tuple[str, str]]:
     if check is None:
         return ()
     shares = f"{check['teacher']:.1%}, {check['student']:.1%} ({check['points']:+.1f} points)"
-    return ((f"captions drawn right of {check['captions']:,}, teacher, student", shares),)
+    return ((f"correctly drawn captions of {check['captions']:,}, teacher, student", shares),)
 
 
 def _figure(value: float | None) -> str:

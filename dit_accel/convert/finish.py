@@ -1,4 +1,4 @@
-"""After a conversion: the report against the teacher, the model card, the hub."""
+"""Steps after training: evaluation against the teacher, model card, upload to the hub."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from rich.console import Console
 
 from .card import REPORT, push_to_hub, write_card
 from .evaluate import evaluate
-from .prepare import only_run_in
+from .prepare import lock_for_run
 from .request import Request
 
 __all__ = ["finish"]
 
 _LEVELS, _PICTURES = 8, 2
-_OTHER_SEEDS = 1_000_000  # past those of the samples that were trained on
+_OTHER_SEEDS = 1_000_000  # beyond the seeds of the training samples
 
 
 def finish(request: Request, samples: int, repository: str | None, console: Console) -> None:
-    """Compare student and teacher on so many new samples of the teacher (0 = not), write the card, and upload.
+    """Evaluate the student on new samples of the teacher, write the model card and upload the result.
 
-    The first process alone does it. A second call does it anew.
+    Only the main process does this. A second call repeats it.
+
+    Args: samples: number of new samples; 0 skips the evaluation. repository: hub id to upload to; None: no upload.
     """
     if not PartialState().is_main_process:
         return
     source = request.source
-    with only_run_in(source.out, True, console):
+    with lock_for_run(source.out, True, console):
         if samples:
             other = replace(
                 source, data=None, fps=None, samples=samples, seed=source.seed + _OTHER_SEEDS, out=source.out / REPORT

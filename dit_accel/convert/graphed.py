@@ -1,4 +1,4 @@
-"""A batch's losses and gradients as CUDA graphs: where the host starts kernels more slowly than the GPU runs them."""
+"""Losses and gradients of a batch as CUDA graphs, for models whose kernels run faster than the host can launch them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from .objective import Batch
 
 __all__ = ["GraphedGradients"]
 
-_WARM_UP = 2  # runs before the capture: what they compile and allocate must not be captured
+_WARM_UP = 2  # runs before the capture, since compilation and lazy allocations must not be captured
 
 
 class GraphedGradients:
-    """Runs ``gradients``, which adds to the gradients of the parameters, as one CUDA graph for each kind of batch."""
+    """``gradients`` as one CUDA graph per kind of batch; it returns losses and adds to the parameters' gradients."""
 
     def __init__(self, gradients: Callable[[Batch], dict[str, Tensor]], parameters: Iterable[Tensor]) -> None:
         self.gradients, self.parameters = gradients, list(parameters)
         self.captured: dict[Hashable, _Captured] = {}
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses, and the gradients added to those that are there. Replayed: what it returned is overwritten by the
-        next call.
+        """Add the batch's gradients to the existing ones and return the losses.
 
-        Raises: BadInput: the model's forward or backward pass waits for the GPU somewhere, and cannot be captured.
+        The next call overwrites the returned tensors.
+
+        Raises: BadInput: the forward or backward pass synchronizes with the GPU, so it cannot be captured.
         """
         if batch.kind not in self.captured:
             self.captured[batch.kind] = self._capture(batch)
         return self.captured[batch.kind](batch)
 
     def _capture(self, batch: Batch) -> _Captured:
-        batch = batch.clone()  # the graph's own; that its warm-up has read what waits for the GPU: position ids
+        batch = batch.clone()  # the graph's inputs; position ids are read, with a synchronization, in the warm-up
         before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -50,11 +51,13 @@ class GraphedGradients:
             raise
         except RuntimeError as error:
             raise BadInput(
-                f"this model's step cannot be captured as a CUDA graph: leave --cuda-graph out ({error})"
+                f"a training step of this model cannot be captured as a CUDA graph: leave --cuda-graph out ({error})"
             ) from error
 
 
 class _Captured:
+    """A captured graph with its input batch and its losses."""
+
     def __init__(self, gradients: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> None:
         self.batch, self.graph = batch, torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):

@@ -14,34 +14,36 @@ __all__ = ["add_lora", "require_peft"]
 
 
 def require_peft() -> None:
-    """Raises: ValueError: peft is not installed."""
+    """Check that peft is installed. Raises: ValueError: it is not."""
     if find_spec("peft") is None:
         raise ValueError("LoRA needs peft: pip install 'dit-accel[train]'")
 
 
 def add_lora(model: Any, layers: list[str], where: str, rank: int, seed: int) -> list[str]:
-    """Put a LoRA of this rank around every linear layer of the attention modules, or of the blocks that they are in.
-    What it adds is 0 at first.
+    """Add a LoRA of this rank to every linear layer of the attention modules, or of their transformer blocks.
 
-    Returns: names of the parameters that it has.
+    The LoRA's initial update is 0.
+
+    Args: where: "attention" or "blocks".
+    Returns: names of the LoRA's parameters.
     """
     from peft import LoraConfig
 
-    parts = layers if where == "attention" else sorted({_block_of(model, layer) for layer in layers})
+    modules = layers if where == "attention" else sorted({_block_of(model, layer) for layer in layers})
     targets = [
-        f"{part}.{name}"
-        for part in parts
-        for name, module in model.get_submodule(part).named_modules()
+        f"{path}.{name}"
+        for path in modules
+        for name, module in model.get_submodule(path).named_modules()
         if isinstance(module, nn.Linear) and ".dit_accel." not in f".{name}"
     ]
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # the same in every process, and when a run goes on
+        torch.manual_seed(seed)  # the same in every process and after a resume
         model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
     return [name for name, _ in model.named_parameters() if ".lora_" in name]
 
 
 def _block_of(model: nn.Module, layer: str) -> str:
-    """The innermost member of a ModuleList that holds an attention module; else the module itself."""
+    """Name of the innermost ModuleList member that contains an attention module; else the module's own name."""
     path = layer.split(".")
     for i in range(len(path) - 1, 0, -1):
         if isinstance(model.get_submodule(".".join(path[: i - 1])), nn.ModuleList):

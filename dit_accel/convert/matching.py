@@ -21,19 +21,19 @@ def matching_loss(
     levels: Tensor,
     later: Tensor,
 ) -> Tensor:
-    """Kullback-Leibler divergence of the student's samples x̂_t to the teacher's at a level t, by its gradient alone.
+    """Surrogate whose gradient is that of the KL divergence between student's and teacher's samples x̂_t at level t.
 
-    Eq. 12: the gradient with respect to x̂_t is ``-(s_t(x̂_t) - ŝ_t(x̂_t))``; the score ŝ of the student's distribution is
-    estimated by the student itself, with no network more. Either is that of the noise ε which a model sees in x̂_t,
-    ``s = -ε/add``; for flow matching that makes eq. 13, ``s - ŝ = -(1 - t)/t (u - û)``.
+    Eq. 12: the gradient with respect to x̂_t is ``-(s_t(x̂_t) - ŝ_t(x̂_t))``. The student itself estimates the score ŝ of
+    its distribution, so no further network is needed. Each score follows from the noise ε that a model predicts for
+    x̂_t, ``s = -ε/add``; for flow matching this is eq. 13, ``s - ŝ = -(1 - t)/t (u - û)``.
 
-    Derived, since the paper was known from its abstract and others' notes only: x̂_t is one deterministic step of the
-    student from ``noisy`` at a higher level, its prediction there having a gradient; the expectation is a mean over
-    elements; and the same for noise and v prediction, which the paper does not treat.
+    The paper was known only from its abstract and secondary notes, so the following is derived: x̂_t is one
+    deterministic step of the student from ``noisy`` at a higher level, and the prediction there has a gradient; the
+    expectation is a mean over elements; noise and v prediction, which the paper does not treat, are handled alike.
 
     Args:
-        student: without wrappers that synchronise gradients; here it is called without any.
-        noisy: (B, …) at ``levels``. prediction: the student's of it, in its shape.
+        student: the model without wrappers that synchronize gradients; it is called without gradients here.
+        noisy: (B, …) at ``levels``. prediction: the student's prediction for it, same shape.
         levels, later: (B,), later ≤ levels.
     Returns: () float32, half the mean squared difference of the scores.
     """

@@ -1,4 +1,4 @@
-"""Pictures and clips read from files, in the size of their bucket."""
+"""Readers of picture and clip files that crop and resize to the size of a bucket."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ __all__ = ["CLIPS", "PICTURES", "TooShort", "Unreadable", "read_clip", "read_pic
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 CLIPS = frozenset((".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"))
 
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every clip that is stored on its side
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns about every clip with rotation metadata
 
-_NO_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's for what is no picture
-_NO_CLIP = (*_NO_PICTURE, RuntimeError, IndexError, KeyError, EOFError)  # imageio's
+_PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's for unreadable files
+_CLIP_ERRORS = (*_PICTURE_ERRORS, RuntimeError, IndexError, KeyError, EOFError)  # imageio's
 
 
 class Unreadable(ValueError):
-    """A file that is no picture or clip."""
+    """A file that cannot be read as a picture or clip. ``why`` completes "n clips that …" in the summary."""
 
     why = "cannot be read"
 
 
 class TooShort(Unreadable):
-    """A clip with fewer frames than every bucket has."""
+    """A clip with fewer frames than the shortest bucket."""
 
     why = "are too short"
 
 
 def read_picture(media: Path | bytes, name: str, buckets: Sequence[Bucket]) -> tuple[Bucket, Tensor]:
-    """The bucket, and (1, 3, height, width) float32 in [-1, 1]: the largest part in the middle that has the bucket's
-    proportions, resized.
+    """Read a picture, take the largest center crop of the bucket's aspect ratio and resize it.
 
-    Args: media: a file, or what is in it. name: for errors.
-    Raises: Unreadable: it cannot be read as a picture.
+    Args: media: path of a file, or the bytes of one. name: name for messages.
+    Returns: the bucket of the nearest aspect ratio; (1, 3, height, width) float32 in [-1, 1].
+    Raises: Unreadable: the file cannot be read as a picture.
     """
     try:
         with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media) as picture:
@@ -55,7 +55,7 @@ def read_picture(media: Path | bytes, name: str, buckets: Sequence[Bucket]) -> t
             bucket = nearest(buckets, upright.height, upright.width)
             assert bucket is not None
             fitted = _fit(upright, bucket)
-    except _NO_PICTURE as error:
+    except _PICTURE_ERRORS as error:
         raise Unreadable(f"{name} cannot be read as a picture: {error}") from error
     return bucket, torch.from_numpy(fitted).permute(2, 0, 1)[None].float() / 127.5 - 1
 
@@ -63,25 +63,28 @@ def read_picture(media: Path | bytes, name: str, buckets: Sequence[Bucket]) -> t
 def read_clip(
     media: Path | bytes, suffix: str, name: str, buckets: Sequence[Bucket], fps: float | None
 ) -> tuple[Bucket, Tensor]:
-    """The bucket, and (1, 3, T, height, width) float32 in [-1, 1], each frame cut and resized as a picture is.
+    """Read a clip; each frame is cropped and resized as in :func:`read_picture`.
 
     Args:
-        media: a file, or what is in it. suffix: of the file. name: for errors.
-        fps: frames a second that are taken, from the middle of the clip; None = evenly over the whole clip.
-    Raises: Unreadable: it cannot be read as a clip. TooShort: it has not enough frames for any bucket. CannotWrite: no
-        room for a temporary file.
+        media: path of a file, or the bytes of one. suffix: the file's suffix. name: name for messages.
+        fps: frames per second to sample, centered in the clip; None: frames evenly spaced over the whole clip.
+    Returns: the bucket; (1, 3, T, height, width) float32 in [-1, 1].
+    Raises:
+        Unreadable: the file cannot be read as a clip. TooShort: it has too few frames for every bucket.
+        CannotWrite: the temporary file cannot be written.
     """
     with _as_file(media, suffix) as path:
         try:
             return _read_clip(path, name, buckets, fps)
         except Unreadable:
             raise
-        except _NO_CLIP as error:
+        except _CLIP_ERRORS as error:
             first = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
             raise Unreadable(f"{name} cannot be read as a clip: {first}") from error
 
 
 def _read_clip(path: Path, name: str, buckets: Sequence[Bucket], fps: float | None) -> tuple[Bucket, Tensor]:
+    """As :func:`read_clip`. If the file's length proves wrong, the frames are counted and the clip is read again."""
     about, counted = _about(path), False
     count = about.frames
     while True:
@@ -90,7 +93,7 @@ def _read_clip(path: Path, name: str, buckets: Sequence[Bucket], fps: float | No
         bucket = nearest(buckets, about.height, about.width, available)
         if bucket is None and counted:
             least = min(bucket.size.frames or 1 for bucket in buckets)
-            at = f" at {fps:g} a second" if stride is not None else ""
+            at = f" at {fps:g} per second" if stride is not None else ""
             raise TooShort(f"{name} is too short: {available} frames{at}, expected {least} or more")
         if bucket is not None:
             wanted = _indices(count, bucket.size.frames or 1, stride)
@@ -100,11 +103,11 @@ def _read_clip(path: Path, name: str, buckets: Sequence[Bucket], fps: float | No
                 return bucket, pixels.float() / 127.5 - 1
         else:
             seen = sum(1 for _ in _frames(path))
-        count, counted = seen, True  # what the file says of its length need not be so
+        count, counted = seen, True  # the length in the file's header may be wrong
 
 
 def _indices(count: int, length: int, stride: float | None) -> list[int]:
-    """Of so many frames out of ``count``. stride: their distance; None = from the first to the last."""
+    """Indices of ``length`` of ``count`` frames: ``stride`` apart and centered, or from first to last if it is None."""
     if stride is None:
         return np.linspace(0, count - 1, length).round().astype(int).tolist()
     first = (count - 1 - (length - 1) * stride) / 2
@@ -112,7 +115,7 @@ def _indices(count: int, length: int, stride: float | None) -> list[int]:
 
 
 def _take(path: Path, wanted: list[int], bucket: Bucket) -> tuple[list[NDArray[np.uint8]], int]:
-    """The frames of these indices (ascending) that there are, fitted; and how many were read for it."""
+    """The existing frames of these ascending indices, cropped and resized; and the number of frames read."""
     taken: list[NDArray[np.uint8]] = []
     seen = 0
     with closing(_frames(path)) as frames:
@@ -132,7 +135,7 @@ def _fit(picture: Image.Image, bucket: Bucket) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _About:
-    """What a file says of itself. fps: 0 = nothing."""
+    """Properties in a clip's header. fps: 0 if it has none."""
 
     frames: int
     fps: float
@@ -149,13 +152,13 @@ def _about(path: Path) -> _About:
             fps = 1000 / milliseconds if milliseconds else 0.0
             return _About(getattr(picture, "n_frames", 1), fps, picture.height, picture.width)
     with imageio.v2.get_reader(path, format="FFMPEG") as reader:
-        told = reader.get_meta_data()
-    width, height = told["size"]
-    return _About(round(told["duration"] * told["fps"]), float(told["fps"]), height, width)
+        header = reader.get_meta_data()
+    width, height = header["size"]
+    return _About(round(header["duration"] * header["fps"]), float(header["fps"]), height, width)
 
 
 def _frames(path: Path) -> Generator[NDArray[np.uint8], None, None]:
-    """(H, W, 3) each, from the first on."""
+    """All frames in order, (H, W, 3) uint8 each."""
     import imageio.v2
     import imageio.v3
 
@@ -168,7 +171,10 @@ def _frames(path: Path) -> Generator[NDArray[np.uint8], None, None]:
 
 @contextmanager
 def _as_file(media: Path | bytes, suffix: str) -> Iterator[Path]:
-    """ffmpeg reads files. Raises: CannotWrite: there is no room for a temporary one, which is not the clip's fault."""
+    """Give a path of the clip, through a temporary file if it is in memory, since ffmpeg reads only files.
+
+    Raises: CannotWrite: the temporary file cannot be written; the clip itself may be readable.
+    """
     if isinstance(media, Path):
         yield media
         return

@@ -1,4 +1,4 @@
-"""Noise levels of a scheduler: how clean latents and noise are mixed, and what the denoiser is to predict of them."""
+"""Noise processes of schedulers: the mixture of clean latents and noise, and the denoiser's training target."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ LEAST = 0.02
 class NoiseProcess:
     """Latents at a timestep t: ``keep[t] · clean + add[t] · noise``.
 
-    prediction: "flow" (noise - clean), "epsilon" (noise) or "v_prediction" (keep · noise - add · clean).
-    keep, add: of diffusion models, (T,) float32 by timestep; None for flow matching, where they are 1 - σ and σ.
-    timesteps: T. shift: σ → shift·σ / (1 + (shift - 1) σ), as the scheduler spaces its own. sampling: how training
-    draws levels of flow matching: "shift" (logit-normal, then shifted [SD3, arXiv 2403.03206]), "uniform", or "mixed",
-    each for half of the samples.
+    Attributes:
+        prediction: "flow" (noise - clean), "epsilon" (noise) or "v_prediction" (keep · noise - add · clean).
+        timesteps: number of timesteps T.
+        keep, add: (T,) float32 by timestep for diffusion models; None for flow matching: 1 - σ and σ.
+        shift: the scheduler's shift of noise levels, σ → shift·σ / (1 + (shift - 1) σ).
+        sampling: distribution of training levels for flow matching: "shift" (logit-normal, then shifted [SD3, arXiv
+            2403.03206]), "uniform", or "mixed" (each of the two for half of the samples).
     """
 
     prediction: str
@@ -32,7 +34,7 @@ class NoiseProcess:
     sampling: str = "shift"
 
     def draw(self, generator: torch.Generator) -> float:
-        """A level in (0, 1) to train at; of diffusion models uniform."""
+        """Draw a training level in (0, 1); uniform for diffusion models."""
         if self.keep is not None:
             return float((torch.randint(self.timesteps, (), generator=generator) + 0.5) / self.timesteps)
         uniform = self.sampling == "uniform"
@@ -50,7 +52,7 @@ class NoiseProcess:
         return levels * self.timesteps
 
     def mix(self, clean: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents, and what the denoiser is to predict, both in the shape of ``clean``. levels: (B,)."""
+        """Noisy latents and the denoiser's target, both in the shape of ``clean``. levels: (B,)."""
         keep, add = self._shaped_weights(clean, levels)
         noisy = keep * clean + add * noise
         if self.prediction == "flow":
@@ -58,13 +60,12 @@ class NoiseProcess:
         return noisy, noise if self.prediction == "epsilon" else keep * noise - add * clean
 
     def draw_later(self, level: float, generator: torch.Generator) -> float:
-        """A level further along the trajectory: uniform between ``LEAST``, below which scores grow out of bounds, and
-        this one."""
+        """Draw a lower level on the same trajectory, uniform in [``LEAST``, level]; below ``LEAST`` scores diverge."""
         part = float(torch.rand((), generator=generator))
         return level if level <= LEAST else LEAST + part * (level - LEAST)
 
     def estimates(self, noisy: Tensor, prediction: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean latents and the noise that a prediction says are mixed in ``noisy``; all (B, …). levels: (B,)."""
+        """Estimates of the clean latents and the noise in ``noisy``, from a prediction; all (B, …). levels: (B,)."""
         keep, add = self._shaped_weights(noisy, levels)
         if self.prediction == "flow":
             return noisy - add * prediction, noisy + keep * prediction
@@ -73,14 +74,16 @@ class NoiseProcess:
         return keep * noisy - add * prediction, add * noisy + keep * prediction
 
     def step(self, noisy: Tensor, prediction: Tensor, levels: Tensor, later: Tensor) -> Tensor:
-        """The latents at another level, without new noise: Euler's step of flow matching, else that of DDIM [arXiv
-        2010.02502, eq. 12 with σ = 0]. levels, later: (B,)."""
+        """Latents at another level, without new noise: an Euler step for flow matching, else a DDIM step.
+
+        [DDIM, arXiv 2010.02502, eq. 12 with σ = 0] levels, later: (B,).
+        """
         clean, noise = self.estimates(noisy, prediction, levels)
         keep, add = self._shaped_weights(noisy, later)
         return keep * clean + add * noise
 
     def score(self, noisy: Tensor, prediction: Tensor, levels: Tensor) -> Tensor:
-        """∇ log p of the noisy latents, ``-noise / add``, as a prediction estimates it; (B, …)."""
+        """Estimate of the score ∇ log p of the noisy latents, ``-noise / add``, from a prediction; (B, …)."""
         return -self.estimates(noisy, prediction, levels)[1] / self._shaped_weights(noisy, levels)[1]
 
     def _shaped_weights(self, latents: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,16 +97,16 @@ class NoiseProcess:
         return self.keep[index].to(levels.device), self.add[index].to(levels.device)
 
     def to(self, device: torch.device) -> NoiseProcess:
-        """With its tables there, so that nothing waits where levels are there, too."""
+        """The process with its tables on a device, which avoids a synchronization if the levels are there, too."""
         if self.keep is None or self.add is None:
             return self
         return replace(self, keep=self.keep.to(device), add=self.add.to(device))
 
 
 def noise_process(scheduler: Any) -> NoiseProcess:
-    """The noise process that a diffusers scheduler samples from.
+    """Noise process of a diffusers scheduler.
 
-    Raises: ValueError: a scheduler whose training objective is not known.
+    Raises: ValueError: the scheduler's training objective is not supported.
     """
     config = scheduler.config
     timesteps = int(config.get("num_train_timesteps", 1000))

@@ -1,4 +1,4 @@
-"""What a step minimises: the pretraining objective, and distances to the teacher."""
+"""Training losses: the pretraining objective and distances to the teacher."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ __all__ = ["Batch", "attention_outputs", "copy_teacher", "losses_of", "transfer_
 
 @dataclass
 class Batch:
-    """latents, noise: (B, …). levels: (B,) of noise; later: (B,), lower ones on the same trajectories. conditions: of
-    the batch. All on one device. kind: equal for two batches whose steps are the same kernels; their shapes may agree
-    where their token grids do not."""
+    """A training batch; all tensors are on one device.
+
+    Attributes:
+        latents, noise: (B, …). levels: (B,) noise levels. later: (B,) lower levels on the same trajectories.
+        conditions: the denoiser's other arguments for the whole batch.
+        kind: equal for two batches that can replay the same CUDA graph; equal shapes are not enough, since their
+            token grids may differ.
+    """
 
     latents: Tensor
     noise: Tensor
@@ -47,7 +52,7 @@ class Batch:
 
 
 def copy_teacher(model: nn.Module, trained: set[str]) -> nn.Module:
-    """The model as it is now, frozen; what is not going to be trained is shared with it, not copied."""
+    """Frozen copy of the model in its current state; parameters that are not in ``trained`` are shared, not copied."""
     shared = {id(p): p for name, p in model.named_parameters() if name not in trained}
     teacher = copy.deepcopy(model, shared)
     return teacher.eval()
@@ -55,7 +60,7 @@ def copy_teacher(model: nn.Module, trained: set[str]) -> nn.Module:
 
 @contextmanager
 def attention_outputs(model: nn.Module, layers: list[str]) -> Iterator[dict[str, Tensor]]:
-    """What the attention modules of these names give, while inside; of several tensors the first, the grid's."""
+    """Record the outputs of the attention modules by name; of several outputs the first, which is the grid's."""
     found: dict[str, Tensor] = {}
 
     def note(name: str, output: Any) -> None:
@@ -75,41 +80,43 @@ def attention_outputs(model: nn.Module, layers: list[str]) -> Iterator[dict[str,
 def losses_of(
     stage: Stage, model: nn.Module, teacher: nn.Module | None, layers: list[str], process: NoiseProcess, batch: Batch
 ) -> dict[str, Tensor]:
-    """The stage's losses of one batch by name, unweighted; those of a forward of the whole model.
+    """Unweighted losses of a stage for one batch, by name, from a forward pass of the whole model.
 
     Args:
-        model, teacher: the student, and what it is distilled from where the stage has weights for that.
-        layers: names of the attention modules that were converted.
+        model: the student. teacher: needed only if the stage distils.
+        layers: names of the converted attention modules.
     """
     noisy, target = process.mix(batch.latents, batch.noise, batch.levels)
     arguments = batch.conditions.arguments(noisy, process.timestep(batch.levels))
     watched = layers if stage.attention else []
     with attention_outputs(unwrap(model), watched) as ours:
         prediction, variance = _split(model(**arguments)[0], target)
-    parts = {"flow": F.mse_loss(prediction.float(), target.float())} if stage.flow else {}
+    losses = {"flow": F.mse_loss(prediction.float(), target.float())} if stage.flow else {}
     if stage.matching:
         assert teacher is not None
-        parts["matching"] = matching_loss(
+        losses["matching"] = matching_loss(
             unwrap(model), teacher, process, batch.conditions, noisy, prediction, batch.levels, batch.later
         )
     if not (stage.prediction or stage.variance or stage.attention):
-        return parts
+        return losses
     assert teacher is not None
     with torch.no_grad(), attention_outputs(unwrap(teacher), watched) as theirs:
         wanted, wanted_variance = _split(teacher(**arguments)[0], target)
     if stage.prediction:
-        parts["prediction"] = F.mse_loss(prediction.float(), wanted.float())
+        losses["prediction"] = F.mse_loss(prediction.float(), wanted.float())
     if stage.variance and variance is not None and wanted_variance is not None:
-        parts["variance"] = F.mse_loss(variance.float(), wanted_variance.float())
+        losses["variance"] = F.mse_loss(variance.float(), wanted_variance.float())
     if stage.attention:
         each = [F.mse_loss(ours[name].float(), theirs[name].float()) for name in layers]
-        parts["attention"] = torch.stack(each).mean()
-    return parts
+        losses["attention"] = torch.stack(each).mean()
+    return losses
 
 
 def _split(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction, and the variance where the model gives that as well, in twice the channels [DiT, arXiv
-    2212.09748]."""
+    """Prediction and variance of a model output; None for the variance if the model predicts none.
+
+    A model that predicts a variance has twice as many output channels [DiT, arXiv 2212.09748].
+    """
     channels = target.shape[1]
     if output.shape[1] == 2 * channels and output.shape[2:] == target.shape[2:]:
         return output[:, :channels], output[:, channels:]
@@ -119,8 +126,10 @@ def _split(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
 def transfer_loss(
     forced: Callable[..., Tensor], teacher: nn.Module, layers: list[str], process: NoiseProcess, batch: Batch
 ) -> Tensor:
-    """Distance of attention modules that are fed what the teacher's are. forced: a :class:`.transfer.TeacherForced`,
-    maybe wrapped; () float32."""
+    """Attention-transfer loss: distance of the student's attention outputs, given the teacher's inputs; () float32.
+
+    Args: forced: a :class:`.transfer.TeacherForced`, possibly wrapped.
+    """
     noisy, _ = process.mix(batch.latents, batch.noise, batch.levels)
     with torch.no_grad(), recorded_calls(teacher, layers) as calls:
         teacher(**batch.conditions.arguments(noisy, process.timestep(batch.levels)))

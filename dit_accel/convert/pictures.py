@@ -1,4 +1,4 @@
-"""Pictures of the student beside the teacher's of the same prompt and seed, as training goes on."""
+"""Pictures of teacher and student side by side, same prompt and seed, drawn during training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..files import replacing
 
 __all__ = ["Pictures"]
 
-_FRAMES = 4  # of a clip, evenly from first to last
+_FRAMES = 4  # frames shown of a clip, evenly spaced from first to last
 
 
 class Pictures:
-    """Draws a few prompts; the teacher's are made first, before anything is installed on the pipeline."""
+    """Drawings of a few prompts. The teacher's are made in the constructor, before a mechanism is installed."""
 
     def __init__(
         self, folder: Path, pipe: Any, component: str, call: dict[str, Any], prompts: tuple[str, ...], seed: int
@@ -30,13 +30,15 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         self.teacher = [self._draw(i) for i in range(len(prompts))]
 
-    def lack(self, step: int) -> bool:
-        """Whether a picture of this step is not there."""
+    def is_missing(self, step: int) -> bool:
+        """Whether a picture of this step does not exist."""
         return not all(self._path(step, i).is_file() for i in range(len(self.teacher)))
 
     def against_teacher(self, step: int, writes: bool = True) -> Iterator[Path]:
-        """``step-000200-0.png`` and so on, each when it is there: teacher on the left, student on the right. writes: or
-        only draws, since the student is split among processes, and another writes."""
+        """Draw and write ``step-000200-0.png`` and so on, teacher left, student right; yield each path once written.
+
+        Args: writes: False only draws, for a process that holds a shard of the student while another process writes.
+        """
         model = getattr(self.pipe, self.component)
         device = model.device
         self._move(device)
@@ -56,7 +58,7 @@ class Pictures:
 
     @torch.no_grad()
     def _draw(self, i: int) -> NDArray[np.uint8]:
-        """(H, W, 3), frames of a clip beside one another."""
+        """Draw the i-th prompt: (H, W, 3) uint8, the frames of a clip side by side."""
         generator = torch.Generator().manual_seed(self.seed + i)
         drawn = self.pipe(prompt=self.prompts[i], generator=generator, output_type="np", **self.call)[0][0]
         frames = drawn[None] if drawn.ndim == 3 else drawn
@@ -64,7 +66,7 @@ class Pictures:
         return (np.concatenate(list(chosen), 1).clip(0, 1) * 255).round().astype(np.uint8)
 
     def _move(self, device: torch.device) -> None:
-        """All but the denoiser, which stays."""
+        """Move all components except the denoiser."""
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module) and name != self.component:
                 part.to(device)

@@ -1,4 +1,4 @@
-"""What a conversion and its evaluation begin with: its samples, and progress."""
+"""Set-up shared by conversion and evaluation: the folder's lock, the denoiser, samples and the progress bar."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .data import Folder, Shards, find_data
 from .request import Source
 from .samples import SampleCache, Samples
 
-__all__ = ["make_samples", "offload_unused_components", "only_denoiser", "only_run_in", "progress_bar"]
+__all__ = ["lock_for_run", "make_samples", "offload_unused_components", "only_denoiser", "progress_bar"]
 
 
 @contextmanager
-def only_run_in(folder: Path, main_process: bool, console: Console) -> Iterator[None]:
-    """Lock the folder for this run, in its first process for all of them, and remove what killed runs left there.
+def lock_for_run(folder: Path, main_process: bool, console: Console) -> Iterator[None]:
+    """Lock the folder for this run and remove temporary files of killed runs; the main process does both.
 
-    Raises: BadInput: another run holds it.
+    Raises: BadInput: another run holds the lock.
     """
     with ExitStack() as stack:
         if main_process:
@@ -40,13 +40,15 @@ def only_run_in(folder: Path, main_process: bool, console: Console) -> Iterator[
 
 
 def only_denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    """The pipeline's denoiser and the name of its component.
+    """Name and module of the pipeline's denoiser.
 
-    Raises: ValueError: it has several.
+    Raises: ValueError: the pipeline has several.
     """
     found = denoisers(pipe)
     if len(found) != 1:
-        raise ValueError(f"{type(pipe).__name__} has several denoisers ({', '.join(found)}): one is expected here")
+        raise ValueError(
+            f"expected a pipeline with one denoiser, got {type(pipe).__name__} with {len(found)}: {', '.join(found)}"
+        )
     return next(iter(found.items()))
 
 
@@ -54,19 +56,20 @@ def make_samples(
     source: Source, accelerator: Accelerator, pipe: Any, model: nn.Module, buckets: Sequence[Bucket], console: Console,
     tell: Callable[[int, int | None], None] | None = None,
 ) -> Samples:  # fmt: skip
-    """The samples; the first process makes what is not in the folder yet, and tells how many of how many (None: not
-    known) are there.
+    """The samples of a source; the main process makes those that are not in the folder yet.
 
-    Raises: ValueError: there is no data that the pipeline takes.
+    Args: tell: called after each sample with the number of samples so far and the total (None: unknown).
+    Raises: ValueError: there is no data that the pipeline can use.
     """
     files: list[Path] = []
     clips, fps = buckets[0].size.frames is not None, frame_rate(source, pipe)
     data = None if source.data is None else find_data(source.data, clips, type(pipe).__name__)
     cache = SampleCache(source.out / "samples", pipe, model, buckets, {"pipeline": source.pipeline, "fps": fps})
-    alone = not (distributed.is_available() and distributed.is_initialized())  # so is the first one in its last report
+    # The evaluation after training also runs in the main process alone.
+    alone = not (distributed.is_available() and distributed.is_initialized())
     with nullcontext() if alone else accelerator.main_process_first(), progress_bar(console, accelerator) as progress:
         total = source.samples if data is None else data.total
-        task = progress.add_task("samples", total=total, told="")
+        task = progress.add_task("samples", total=total, figures="")
 
         def note() -> None:
             progress.advance(task)
@@ -78,34 +81,34 @@ def make_samples(
         else:
             files = cache.from_teacher(source.prompts, source.samples, source.seed, note)
     if data is not None and accelerator.is_main_process:
-        for line in _left_out(data, cache):
+        for line in _skipped_lines(data, cache):
             console.print(line, highlight=False)
     return Samples(files)
 
 
-def _left_out(data: Folder | Shards, cache: SampleCache) -> Iterator[str]:
-    """A line for each reason that there was."""
+def _skipped_lines(data: Folder | Shards, cache: SampleCache) -> Iterator[str]:
+    """One line per reason for which examples were skipped."""
     kind, other = ("clips", "pictures") if data.clips else ("pictures", "clips")
     if data.others:
-        yield f"{data.others} {other} are left out: {data.drawer} draws {kind}"
+        yield f"Skipped {data.others} {other}: {data.drawer} draws {kind}"
     if data.without:
-        yield f"{data.without} {kind} without a caption are left out"
+        yield f"Skipped {data.without} {kind} without a caption"
     for why, count in cache.why.items():
-        yield f"{count} {kind} that {why} are left out: samples/skipped.json says which"
+        yield f"Skipped {count} {kind} that {why}, listed in samples/skipped.json"
     if data.broken:
-        yield f"{len(data.broken)} shards or samples in them cannot be read: samples/skipped.json says which"
+        yield f"Skipped {len(data.broken)} shards or samples that cannot be read, listed in samples/skipped.json"
 
 
 def offload_unused_components(pipe: Any, component: str) -> None:
-    """What is not needed any more makes room."""
+    """Move every component except the denoiser to the CPU, which frees device memory for training."""
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name != component:
             part.to("cpu")
 
 
 def progress_bar(console: Console, accelerator: Accelerator) -> Progress:
-    """Steps done, time taken and left, and a line of figures (``told``); on the first process."""
+    """Progress bar with counts, elapsed and remaining time and the field ``figures``; only on the main process."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"), console=console, disable=not accelerator.is_main_process,
+        TextColumn("{task.fields[figures]}"), console=console, disable=not accelerator.is_main_process,
     )  # fmt: skip

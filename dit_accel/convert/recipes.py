@@ -1,9 +1,12 @@
-"""Recipes: what is minimised and what is trained, in which stages, each from its paper and named after it.
+"""Training recipes from papers: losses, trained parameters and learning rates per stage.
 
-What is not the papers': LinVideo, known here from its abstract and others' notes, has its rate, the training of the
-whole model and the start of its scores from us; its selection ends half way, while the paper trains scores to the last
-step. LoLCATs' rates are those of the authors' configurations, which also have LoRA of rank 8. LiT draws the projections
-of its attention anew; ours are the host's, and inherited; its rate is that of the authors' text-to-image configuration.
+Deviations from the papers:
+
+- LinVideo was known only from its abstract and secondary notes. The learning rate, training of the whole model and
+  the initial scores are this project's. Selection ends half way; the paper trains the scores to the last step.
+- LoLCATs: the learning rates are those of the authors' configurations, which also use LoRA of rank 8.
+- LiT reinitializes the projections of its attention; here they are inherited from the pretrained model. The learning
+  rate is that of the authors' text-to-image configuration.
 """
 
 from __future__ import annotations
@@ -19,16 +22,21 @@ WEIGHTS = ("flow", "prediction", "variance", "attention")
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the steps: weights of the losses, and what is trained at which rate where nothing else is asked for.
+    """A stage of a recipe: default trained parameters and learning rate, share of the steps, and loss weights.
 
-    train: "full", "attention", "new" or "lora" as ``--train`` has them, or "adapter": LoRA without the mechanism's own
-    parameters. share: of the steps.
-
-    flow: the pretraining objective (flow matching, or noise or v prediction). prediction: distance to the teacher's
-    prediction. variance: to its predicted variance, of models that have one. attention: to its attention outputs, mean
-    over layers. transfer: the same of layers that are fed what the teacher's are (:mod:`.transfer`), alone in its
-    stage. matching: of the distributions along the trajectory (:mod:`.matching`). selection: of the two losses by which
-    layers are chosen (:mod:`.selection`).
+    Attributes:
+        train: "full", "attention", "new" or "lora" as in ``--train``, or "adapter": LoRA without the mechanism's own
+            parameters.
+        lr: default learning rate.
+        share: share of all steps.
+        flow: weight of the pretraining objective (flow matching, noise or v prediction).
+        prediction: weight of the distance to the teacher's prediction.
+        variance: weight of the distance to the teacher's predicted variance, for models that predict one.
+        attention: weight of the distance to the teacher's attention outputs, mean over layers.
+        transfer: weight of the same distance for layers that get the teacher's inputs (:mod:`.transfer`); the only
+            loss of its stage.
+        matching: weight of the distance between distributions along the trajectory (:mod:`.matching`).
+        selection: weight of the two losses that select layers (:mod:`.selection`).
     """
 
     name: str
@@ -47,14 +55,14 @@ class Stage:
     def needs_teacher(self) -> bool:
         return bool(self.prediction or self.variance or self.attention or self.transfer or self.matching)
 
-    def weight(self, part: str) -> float:
-        """Of a loss by its name; the selection's two, "count" and "binary", share one."""
-        return float(getattr(self, "selection" if part in ("count", "binary") else part))
+    def weight(self, loss: str) -> float:
+        """Weight of a loss by name; "count" and "binary" of the selection share one weight."""
+        return float(getattr(self, "selection" if loss in ("count", "binary") else loss))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages, one after the other."""
+    """A named sequence of training stages. source: the paper, and what is trained."""
 
     name: str
     source: str
@@ -66,12 +74,12 @@ class Recipe:
 
     @property
     def fixes_train(self) -> bool:
-        """Whether what is trained belongs to the recipe, since it differs between stages."""
+        """Whether the recipe determines the trained parameters, since they differ between its stages."""
         return len({stage.train for stage in self.stages}) > 1
 
 
 def parse_weight(text: str) -> tuple[str, float]:
-    """Of ``NAME=WEIGHT``. Raises: ValueError: it is not so, or the weight is below 0."""
+    """Parse ``NAME=WEIGHT``. Raises: ValueError: an unknown loss, or the weight is not a number of at least 0."""
     name, _, number = text.partition("=")
     try:
         weight = float(number)
@@ -79,27 +87,27 @@ def parse_weight(text: str) -> tuple[str, float]:
         weight = math.nan
     if name not in WEIGHTS or not 0 <= weight < math.inf:
         names = ", ".join(WEIGHTS)
-        raise ValueError(f"--loss-weight takes one of {names} with a number from 0, as prediction=1, got {text!r}")
+        raise ValueError(f"--loss-weight takes NAME=WEIGHT with NAME one of {names} and WEIGHT >= 0, got {text!r}")
     return name, weight
 
 
 def reweighted(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
-    """The recipe with other weights of these losses.
+    """Copy of the recipe with these loss weights.
 
-    Raises: ValueError: a recipe of several stages, or no loss would be left.
+    Raises: ValueError: the recipe has several stages, or no loss would be left.
     """
     if not weights:
         return recipe
     if len(recipe.stages) > 1:
         raise ValueError(
-            f"--recipe {recipe.name} has stages with losses of their own, so --loss-weight cannot be given: leave it "
-            "out, or choose another recipe"
+            f"--recipe {recipe.name} sets the losses of each of its stages: leave --loss-weight out, or choose another "
+            "recipe"
         )
     stage = replace(recipe.stages[0], **weights)  # type: ignore[arg-type]
     if not any(stage.weight(name) for name in ("flow", "prediction", "attention")):
-        raise ValueError("--loss-weight leaves no loss to train with: flow, prediction or attention must be above 0")
-    told = ", ".join(f"{name} {value:g}" for name, value in weights.items())
-    return replace(recipe, source=f"{recipe.source}; weights of losses: {told}", stages=(stage,))
+        raise ValueError("--loss-weight leaves no loss to train with: set flow, prediction or attention above 0")
+    changes = ", ".join(f"{name} {value:g}" for name, value in weights.items())
+    return replace(recipe, source=f"{recipe.source}; loss weights: {changes}", stages=(stage,))
 
 
 RECIPES = {

@@ -1,4 +1,4 @@
-"""What a conversion is asked to do."""
+"""Settings of a conversion: the source of its samples and the training options."""
 
 from __future__ import annotations
 
@@ -21,9 +21,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples come from. ``pipeline``: folder or hub id. ``data``: folder or shards of pictures or clips with
-    captions; None = the pipeline draws ``samples`` of them itself from ``prompts``. ``sizes``: buckets; none = one, of
-    ``height``, ``width`` and ``frames``, None = the pipeline's own. ``fps``: of clips. ``out``: where everything goes.
+    """Pipeline and data that samples are made from.
+
+    Attributes:
+        pipeline: folder or hub id.
+        data: folder or shards of pictures or clips with captions; None: the pipeline draws ``samples`` samples from
+            ``prompts``.
+        height, width, frames: the size if ``sizes`` is empty; None: the pipeline's default.
+        sizes: size buckets.
+        fps: frame rate of clips; None: the pipeline's default.
+        seed: seed of the samples and of the training.
+        device: "cpu", or None for the device that accelerate selects.
+        out: output folder.
     """
 
     pipeline: str
@@ -42,12 +51,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversion. ``batch``: samples a process and step. ``lr``, ``train``: None = the recipe's. rank: of LoRA.
-    lora_layers: linear layers of what have one. convert_layers: so many layers are chosen; None = the recipe's number.
-    schedule: of the learning rate after its warm-up, in each stage: "cosine" ends at 0. save_dtype: of the file.
-    sampling: of noise levels, as :class:`.noise.NoiseProcess` has it. weights: of losses, by name, instead of the
-    recipe's. cuda_graph: whether the gradients of a batch are captured, and replayed. caption_dropout: share of samples
-    that are trained on with an empty caption."""
+    """Settings of a conversion.
+
+    Attributes:
+        train: trained parameters, one of ``TRAINABLE``; None: the recipe's.
+        rank: rank of LoRA.
+        batch: samples per process and micro-batch. accumulate: micro-batches per step.
+        lr: learning rate; None: the recipe's. warmup: steps of linear warm-up in each stage.
+        convert_layers: number of layers that a selecting recipe converts; None: the recipe's default.
+        lora_layers: modules whose linear layers get a LoRA, one of ``LORA_LAYERS``.
+        schedule: learning-rate schedule of each stage after the warm-up; "cosine" ends at 0.
+        save_dtype: dtype of the saved file.
+        sampling: distribution of noise levels, see :class:`.noise.NoiseProcess`.
+        weights: loss weights by name that replace the recipe's.
+        cuda_graph: whether the gradients of a batch are captured as a CUDA graph and replayed.
+        caption_dropout: share of samples that are trained with an empty caption.
+    """
 
     source: Source
     attention: AttentionSpec
@@ -74,12 +93,12 @@ class Request:
     caption_dropout: float = 0.0
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run must have in common with the one that it goes on with."""
+        """Settings that must be equal for a run to resume an earlier one, as JSON values."""
         fixed = asdict(self)
         fixed |= fixed.pop("source")
         for free in ("out", "save_every", "sample_every", "tracker", "device", "save_dtype", "cuda_graph"):
             del fixed[free]
-        if len(RECIPES[self.recipe].stages) == 1 and self.schedule == "constant":  # else the end is known beforehand
+        if len(RECIPES[self.recipe].stages) == 1 and self.schedule == "constant":  # else the schedule depends on it
             del fixed["steps"]
         exceptions = {layers: dict(options) for layers, options in self.attention.exceptions}
         fixed["attention"] = {"name": self.attention.name, "options": dict(self.attention.options)}
@@ -88,7 +107,7 @@ class Request:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value as it is after a round trip through JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

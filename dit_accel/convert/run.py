@@ -1,4 +1,4 @@
-"""Convert a pipeline: prepare samples, train the student, write what was learned."""
+"""Conversion of a pipeline: prepare samples, train the student, save the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .card import REPORT
 from .checkpoint import check_steps, load_checkpoint
 from .noise import noise_process
 from .pictures import Pictures
-from .prepare import make_samples, offload_unused_components, only_denoiser, only_run_in, progress_bar
+from .prepare import lock_for_run, make_samples, offload_unused_components, only_denoiser, progress_bar
 from .recipes import RECIPES, Recipe, reweighted
 from .request import Request
 from .sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
@@ -37,12 +37,15 @@ ABOUT = "convert.json"
 
 
 def run(request: Request, console: Console, watch: Watch | None = None) -> int:
-    """The whole conversion, from where an earlier run of the same request stopped; ``watch`` is told how it goes.
+    """Run a conversion; it resumes from the last checkpoint of the same request in the output folder.
 
+    Args: watch: callbacks for progress.
     Returns: exit status 0.
-    Raises: BadInput: something that cannot be done, before any work. Diverged: the loss became NaN or infinite.
-        CannotWrite: a full disk, or another reason not to write a file; the last checkpoint is kept.
-        KeyboardInterrupt: stopped; a checkpoint holds what was done.
+    Raises:
+        BadInput: the request cannot be carried out; raised before any work is done.
+        Diverged: the loss became NaN or infinite.
+        CannotWrite: a file cannot be written (full disk); the last checkpoint is kept.
+        KeyboardInterrupt: the run was stopped; its state is in a checkpoint.
     """
     watch = watch or Watch()
     try:
@@ -62,13 +65,13 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         check_graph(request, accelerator)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    with only_run_in(request.source.out, accelerator.is_main_process, console):
+    with lock_for_run(request.source.out, accelerator.is_main_process, console):
         _convert(request, recipe, accelerator, console, watch)
     return 0
 
 
 def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console: Console, watch: Watch) -> None:
-    sharded = is_sharded(accelerator)  # then every process draws and gathers, and the first one writes
+    sharded = is_sharded(accelerator)  # if so, every process draws and gathers, and the main process writes
     if accelerator.is_main_process:
         _claim(request, accelerator.num_processes, console)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
@@ -79,7 +82,7 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
         model.register_forward_pre_hook(lambda *_: watch.check())
         choose_blocks(accelerator, model)
         choices = processors_for(request.attention, buckets, accelerator.print)
-        processors_by_layer({component: model}, choices)  # layers that are not there are told before any work
+        processors_by_layer({component: model}, choices)  # raises for layers that do not exist, before any work
         stages = plan(request, recipe, model, choices[0][1])
         samples = make_samples(request.source, accelerator, pipe, model, buckets, console, watch.sample)
         if request.caption_dropout:
@@ -110,52 +113,54 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
 
     accelerator.init_trackers("dit_accel_convert")
     watch.begin(trainer.step, trainer.history)
-    lacks = pictures is not None and (trainer.step == 0 or pictures.lack(trainer.step))
-    if accelerator.gather(torch.tensor(lacks, device=accelerator.device)).any():  # a run was killed while it drew them
+    missing = pictures is not None and (trainer.step == 0 or pictures.is_missing(trainer.step))
+    if accelerator.gather(torch.tensor(missing, device=accelerator.device)).any():  # a run was killed while drawing
         draw(trainer.step)
     with progress_bar(console, accelerator) as progress:
         trainer.train(progress, after)
     if accelerator.is_main_process and read_json(request.source.out / ABOUT).get("steps") != trainer.step:
-        (request.source.out / REPORT / "evaluate.json").unlink(missing_ok=True)  # a report on other weights
+        (request.source.out / REPORT / "evaluate.json").unlink(missing_ok=True)  # it describes earlier weights
     if accelerator.is_main_process or sharded:
         path = save_attention(pipe, request.source.out, getattr(torch, request.save_dtype))
-    accelerator.wait_for_everyone()  # so that nobody leaves while another still gathers
+    accelerator.wait_for_everyone()  # no process may leave while another still gathers
     accelerator.end_training()
     if accelerator.is_main_process:
-        _about(request, accelerator, trainer, "complete")
+        _write_about(request, accelerator, trainer, "complete")
         console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
 
 
 def _tracker(request: Request) -> str | None:
-    """Raises: BadInput: a tracker that is not installed."""
+    """Name of the requested tracker. Raises: BadInput: it is not installed."""
     from accelerate.tracking import get_available_trackers
 
     there = [str(name) for name in get_available_trackers()]
     if request.tracker is not None and request.tracker not in there:
-        raise BadInput(f"--tracker {request.tracker} is not installed; there are: {', '.join(there) or 'none'}")
+        raise BadInput(f"--tracker {request.tracker} is not installed; installed are: {', '.join(there) or 'none'}")
     return request.tracker
 
 
 def _claim(request: Request, processes: int, console: Console) -> None:
-    """Make the folder this request's.
+    """Claim the output folder for this request by writing ``convert.json``, or check that it is this request's.
 
-    Raises: BadInput: it is another's, which must not be gone on with, or damaged.
+    Raises: BadInput: the folder holds another conversion, or is damaged.
     """
     out = request.source.out
     path = out / ABOUT
     ours = {**request.fingerprint(), "processes": processes}
     try:
         if path.exists():
-            told = read_json(path)
-            if not isinstance(told.get("request"), dict):
+            about = read_json(path)
+            if not isinstance(about.get("request"), dict):
                 raise ValueError(f"{path} has no request of a conversion: restore it, or choose another --out")
-            earlier = {**told["request"], "processes": told.get("processes")}
+            earlier = {**about["request"], "processes": about.get("processes")}
             other = [key for key in ours if earlier.get(key) != ours[key]]
             if other:
                 changes = "; ".join(f"{key} {earlier.get(key)!r}, now {ours[key]!r}" for key in other[:4])
-                raise ValueError(f"{out} holds another conversion ({changes}): choose another --out, or remove it")
+                raise ValueError(
+                    f"{out} holds another conversion ({changes}): choose another --out, or remove the folder"
+                )
         tell = partial(console.print, highlight=False, soft_wrap=True)
-        state = load_checkpoint(out, mapped=True, tell=tell)  # looked at before the model is loaded
+        state = load_checkpoint(out, mapped=True, tell=tell)  # checked before the model is loaded
         if state is not None:
             check_steps(out, state["step"], request.steps)
     except ValueError as error:
@@ -164,13 +169,14 @@ def _claim(request: Request, processes: int, console: Console) -> None:
         write_json(path, {"status": "running", "request": request.fingerprint(), "processes": processes})
 
 
-def _about(request: Request, accelerator: Accelerator, trainer: Trainer, status: str) -> None:
+def _write_about(request: Request, accelerator: Accelerator, trainer: Trainer, status: str) -> None:
+    """Write ``convert.json``."""
     named = dict(trainer.host.named_parameters())
     write_json(request.source.out / ABOUT, {
         "status": status,
         "request": request.fingerprint(),
         "recipe": asdict(trainer.plan.recipe),
-        "stages": [part.about() for part in trainer.plan.parts],
+        "stages": [stage.about() for stage in trainer.plan.stages],
         "layers": trainer.layers,
         "scores": trainer.scores,
         "steps": trainer.step,

@@ -1,6 +1,6 @@
-"""Training samples: latents and what the denoiser is told about them, made once and kept as files.
+"""Cache of training samples: latents and conditions, computed once and stored as one file per sample.
 
-A sample is a file, whole or not at all; what is there is not made again, so an interrupted preparation goes on.
+Files are written atomically and existing samples are reused, so an interrupted preparation resumes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,25 @@ from .media import Unreadable, read_clip, read_picture
 
 __all__ = ["Sample", "SampleCache", "Samples", "batches", "read_sample"]
 
-_READERS = 4  # files that are read at a time
-_ANEW = "remove it and run the same command again, which makes it anew"
+_READERS = 4  # threads that read files
+_REMAKE = "remove it and run the same command again, which makes the sample again"
 
 
 @dataclass
 class Sample:
-    """latents: as the denoiser takes them, with a batch of one."""
+    """Latents in the denoiser's layout, for a batch of one, and the denoiser's other arguments."""
 
     latents: Tensor
     conditions: Conditions
 
 
 class Samples:
-    """Samples of these files, read when they are asked for. kinds: samples of one kind can be in one batch.
-    empty: conditions of the empty prompt by size, where some samples are to be trained on with them."""
+    """Samples in files, read on access.
+
+    Attributes:
+        kinds: kind of each sample; samples of the same kind can be in one batch.
+        empty: conditions of the empty prompt by size, if captions are dropped.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -62,42 +66,44 @@ class Samples:
         return map(read_sample, self.paths)
 
     def drop_captions(self, conditions: dict[str, Conditions]) -> None:
-        """Let samples be trained on with these. Raises: ValueError: they have other shapes than a caption's."""
+        """Set the conditions of the empty prompt, by size. Raises: ValueError: their shapes differ from a caption's."""
         for size, shapes, _ in set(self.kinds):
             there = {key.removeprefix("conditions/"): tuple(shape) for key, shape, _ in shapes if key != "latents"}
             ours = {key: tuple(x.shape) for key, x in conditions[size].tensors.items()}
             if ours != there:
                 raise ValueError(
-                    f"--caption-dropout: the empty prompt's conditions are {ours}, captions' {there}, and they cannot "
-                    "be in one batch: leave it out"
+                    f"--caption-dropout: conditions of the empty prompt have the shapes {ours}, those of captions "
+                    f"{there}, so they do not fit into one batch: leave --caption-dropout out"
                 )
         self.empty = conditions
 
     def without_caption(self, i: int) -> Conditions:
-        """What the denoiser is told instead of the i-th sample's caption."""
+        """Conditions of the empty prompt for the size of the i-th sample."""
         return self.empty[self.kinds[i][0]]
 
 
 class SampleCache:
-    """Samples in a folder, numbered; ``skipped.json`` says what could not be read, and why.
+    """Numbered samples in a folder; ``skipped.json`` lists the examples that cannot be read, with the reasons.
 
-    skipped: the same by name. why: how many for which reason.
+    Attributes:
+        skipped: reason by name of the example. why: number of skipped examples by kind of reason.
     """
 
     def __init__(self, folder: Path, pipe: Any, model: nn.Module, buckets: Sequence[Bucket], about: dict[str, Any]):
-        """about: what else samples depend on, as JSON: a sample of another pipeline or rate is made anew."""
+        """Args: about: settings that samples depend on, as JSON; samples of other settings are made again."""
         self.folder, self.pipe, self.model, self.buckets = folder, pipe, model, buckets
         self.about = {**about, "calls": [bucket.call for bucket in buckets]}
         self.skipped: dict[str, str] = {}
         self.why: dict[str, int] = {}
-        self._usual: dict[str, Conditions] = {}  # by size, of some caption
+        self._reference: dict[str, Conditions] = {}  # by size, for any caption
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
 
     def from_data(self, data: Folder | Shards, fps: float | None, note: Callable[[], None]) -> list[Path]:
-        """Files of the pictures or clips that can be read. fps: of clips. note: called after each.
+        """Files of the samples of all readable pictures or clips.
 
-        Raises: ValueError: none can.
+        Args: fps: frame rate of clips. note: called after each example.
+        Raises: ValueError: no example can be read.
         """
         made, read = [], 0
         for example, pending in self._read_ahead(data, fps):
@@ -115,12 +121,14 @@ class SampleCache:
         kind = "clips" if data.clips else "pictures"
         write_json(self.folder / "skipped.json", {**data.broken, **self.skipped})
         if not made:
-            raise ValueError(f"none of {read} {kind} can be read, the first: {next(iter(self.skipped.values()))}")
+            raise ValueError(f"none of {read} {kind} can be read, first error: {next(iter(self.skipped.values()))}")
         return made
 
     def from_teacher(self, prompts: tuple[str, ...], count: int, seed: int, note: Callable[[], None]) -> list[Path]:
-        """Files of what the pipeline itself draws, prompt after prompt and size after size, each with a seed of its
-        own; in the long run every prompt in every size."""
+        """Files of ``count`` samples that the pipeline draws, each with its own seed.
+
+        Prompts and sizes are cycled so that every combination occurs.
+        """
         made = []
         both = math.lcm(len(prompts), len(self.buckets))
         for i in range(count):
@@ -136,7 +144,7 @@ class SampleCache:
     def _read_ahead(
         self, data: Folder | Shards, fps: float | None
     ) -> Iterator[tuple[Example, Future[tuple[Bucket, Tensor]] | None]]:
-        """Examples in order; those whose sample is not there yet are read while others are being encoded."""
+        """Examples in order, each with its pixels; None if its sample exists. Files are read ahead by threads."""
         waiting: deque[tuple[Example, Future[tuple[Bucket, Tensor]] | None]] = deque()
         with ThreadPoolExecutor(_READERS) as pool:
             for example in data:
@@ -160,45 +168,50 @@ class SampleCache:
         return self.folder / f"{number}.safetensors"
 
     def _there(self, path: Path, origin: dict[str, str]) -> bool:
-        """Whether the file is the sample of this origin, made as it would be now."""
+        """Whether the file is a sample of this origin and of the current settings."""
         try:
             about = json.loads(json.dumps({**self.about, **origin}))
             return path.is_file() and _about(path).get("origin") == about and self._fits(path, origin["caption"])
-        except (SafetensorError, AttributeError, LookupError, TypeError, ValueError):  # a file of another kind
+        except (SafetensorError, AttributeError, LookupError, TypeError, ValueError):  # not a sample
             return False
 
     def _fits(self, path: Path, caption: str) -> bool:
-        """Whether its tensors are of the kind and shape that the denoiser takes; captions may differ in length."""
+        """Whether the file's tensors have the names and shapes of the denoiser's; captions may differ in length."""
         size, shapes, _ = _kind(path)
         bucket = next((bucket for bucket in self.buckets if str(bucket.size) == size), None)
         if bucket is None:
             return False
-        if size not in self._usual:
-            self._usual[size] = capture(self.pipe, self.model, {**bucket.call, "prompt": caption})
-        usual, found = self._usual[size], {key: (shape, dtype) for key, shape, dtype in shapes}
-        if found.pop("latents", None) != (usual.shape, "F32"):
+        if size not in self._reference:
+            self._reference[size] = capture(self.pipe, self.model, {**bucket.call, "prompt": caption})
+        expected, found = self._reference[size], {key: (shape, dtype) for key, shape, dtype in shapes}
+        if found.pop("latents", None) != (expected.shape, "F32"):
             return False
         there = {key.removeprefix("conditions/"): shape for key, (shape, _) in found.items()}
-        return there.keys() == usual.tensors.keys() and all(
-            len(shape) == usual.tensors[key].dim() and (len(shape) < 3 or shape[-1] == usual.tensors[key].shape[-1])
+        return there.keys() == expected.tensors.keys() and all(
+            len(shape) == expected.tensors[key].dim()
+            and (len(shape) < 3 or shape[-1] == expected.tensors[key].shape[-1])
             for key, shape in there.items()
         )
 
     def _write(
         self, path: Path, bucket: Bucket, origin: dict[str, str], latents: Callable[[tuple[int, ...]], Tensor]
     ) -> None:
+        """Make a sample and write it. latents: called with the shape that the denoiser takes.
+
+        Raises: ValueError: latents or conditions are not finite, or the latents have another shape.
+        """
         conditions = capture(self.pipe, self.model, {**bucket.call, "prompt": origin["caption"]})
         made = latents(conditions.shape).cpu()
         if tuple(made.shape) != conditions.shape:
             raise ValueError(
-                f"{type(self.pipe).__name__} gives latents {tuple(made.shape)}, its denoiser takes {conditions.shape}"
+                f"{type(self.pipe).__name__} gives latents {tuple(made.shape)}, its denoiser expects {conditions.shape}"
             )
         tensors = {"latents": made} | {f"conditions/{key}": x for key, x in conditions.tensors.items()}
         wrong = _not_finite(tensors)
         if wrong is not None:
             raise ValueError(
-                f"{type(self.pipe).__name__} gives {wrong} that are not finite for {origin['name']}: leave it "
-                "out, or see whether the pipeline draws at all"
+                f"{type(self.pipe).__name__} gives {wrong} that are not finite for {origin['name']}: leave this "
+                "example out, or check that the pipeline works"
             )
         about = {
             "origin": {**self.about, **origin}, "size": str(bucket.size), "latents": conditions.latents,
@@ -213,12 +226,16 @@ def _origin(example: Example) -> dict[str, str]:
 
 
 def _about(path: Path) -> dict[str, Any]:
+    """Metadata of a sample file."""
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["sample"])
 
 
 def _kind(path: Path) -> tuple[Any, ...]:
-    """From the file's header. The size is in it: what positions are told by may differ where all shapes agree."""
+    """Kind of a sample, from the file's header: size, tensors and plain arguments.
+
+    The size is part of it because position arguments may differ between two sizes whose shapes are all equal.
+    """
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["sample"])
         slices = {key: file.get_slice(key) for key in sorted(file.keys())}
@@ -227,7 +244,7 @@ def _kind(path: Path) -> tuple[Any, ...]:
 
 
 def read_sample(path: Path) -> Sample:
-    """A sample that the cache wrote.
+    """Read a sample that the cache has written.
 
     Raises: BadInput: the file is damaged.
     """
@@ -236,10 +253,10 @@ def read_sample(path: Path) -> Sample:
             about = json.loads(file.metadata()["sample"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is no sample of a conversion ({error}): {_ANEW}") from error
+        raise BadInput(f"{path} is not a sample of a conversion ({error}): {_REMAKE}") from error
     wrong = _not_finite(tensors)
     if wrong is not None:
-        raise BadInput(f"{path}: its {wrong} are not finite: {_ANEW}")
+        raise BadInput(f"{path}: its {wrong} are not finite: {_REMAKE}")
     latents = tensors.pop("latents")
     conditions = {key.removeprefix("conditions/"): x for key, x in tensors.items()}
     return Sample(
@@ -248,7 +265,10 @@ def read_sample(path: Path) -> Sample:
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of a tensor that nothing can be learned from; masks of conditions may have infinities."""
+    """Name of the first tensor with NaN (or, for latents, infinity); None if all are usable.
+
+    Conditions may be infinite, since additive masks are.
+    """
     for key, x in tensors.items():
         if x.is_floating_point() and bool(x.isnan().any() or (key == "latents" and x.isinf().any())):
             return key
@@ -256,8 +276,10 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def batches(kinds: list[tuple[Any, ...]], size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices of samples of one kind, each epoch in another order; the last of a kind is filled up
-    from its beginning."""
+    """Endless batches of sample indices, each batch of one kind, in another order in each epoch.
+
+    The last batch of a kind is filled up from the beginning of its order.
+    """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(i)

@@ -1,4 +1,4 @@
-"""A recipe's stages as a run goes through them, and what of a model each of them trains."""
+"""Schedule of a recipe's stages for one run, and the parameters that each stage trains."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..install import new_layer
 from .lora import require_peft
 from .recipes import Recipe, Stage
 from .request import Request
-from .selection import usual_number
+from .selection import default_layer_count
 from .zero import is_zero
 
-__all__ = ["Part", "Plan", "check_request", "host_parameters", "plan"]
+__all__ = ["Plan", "ScheduledStage", "check_graph", "check_request", "host_parameters", "plan"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stage from step ``first`` to before step ``end``; scope: what it trains, as :class:`.recipes.Stage` has it."""
+class ScheduledStage:
+    """A stage for the steps in [``first``, ``end``). scope: trained parameters, see :class:`.recipes.Stage`."""
 
     stage: Stage
     first: int
@@ -32,11 +32,11 @@ class Part:
     lr: float
 
     def done(self, step: int) -> float:
-        """From 0 at the first step to 1 at the last."""
+        """Progress of the stage: 0 at its first step, 1 at its last."""
         return (step - self.first) / max(1, self.end - self.first - 1)
 
     def about(self) -> dict[str, Any]:
-        """For ``convert.json``."""
+        """The stage's entry in ``convert.json``."""
         return {
             "name": self.stage.name,
             "first_step": self.first + 1,
@@ -46,7 +46,10 @@ class Part:
         }
 
     def trains(self, host: Mapping[str, nn.Parameter], pretrained: set[str]) -> dict[str, nn.Parameter]:
-        """Of a student's parameters those that it trains; pretrained: :func:`host_parameters` of its scope."""
+        """The student's parameters that the stage trains, by name.
+
+        Args: host: all parameters of the student. pretrained: :func:`host_parameters` of the stage's scope.
+        """
         own, lora = self.scope != "adapter", self.scope in ("lora", "adapter")
         return {
             name: parameter
@@ -57,15 +60,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """parts: one a stage. number: of layers that will be converted, where a stage selects them."""
+    """A recipe with its scheduled stages. number: number of layers to convert if a stage selects them, else None."""
 
     recipe: Recipe
-    parts: tuple[Part, ...]
+    stages: tuple[ScheduledStage, ...]
     number: int | None
 
     @property
     def needs_lora(self) -> bool:
-        return any(part.scope in ("lora", "adapter") for part in self.parts)
+        return any(stage.scope in ("lora", "adapter") for stage in self.stages)
 
     @property
     def needs_teacher(self) -> bool:
@@ -73,40 +76,41 @@ class Plan:
 
 
 def check_request(request: Request, recipe: Recipe) -> None:
-    """What can be told without the model.
+    """Check the options that do not depend on the model.
 
-    Raises: ValueError: options that do not go together with the recipe.
+    Raises: ValueError: an option is incompatible with the recipe or with another option.
     """
     if request.steps < len(recipe.stages):
         names = ", ".join(stage.name for stage in recipe.stages)
         raise ValueError(
-            f"--recipe {recipe.name} has {len(recipe.stages)} stages ({names}), and --steps {request.steps} is not "
-            "even one step for each: give more"
+            f"--recipe {recipe.name} has {len(recipe.stages)} stages ({names}), got --steps {request.steps}: give at "
+            "least one step per stage"
         )
     if request.train is not None and recipe.fixes_train:
         raise ValueError(
-            f"--recipe {recipe.name} says itself what each stage trains, so --train {request.train} cannot be given: "
-            "leave it out, or choose another recipe"
+            f"--recipe {recipe.name} sets what each of its stages trains: leave --train {request.train} out, or choose "
+            "another recipe"
         )
     if request.lora_layers != "attention" and request.train != "lora":
-        raise ValueError(f"--lora-layers {request.lora_layers} is for --train lora")
+        raise ValueError(f"--lora-layers {request.lora_layers} needs --train lora")
     if request.cuda_graph and recipe.selects:
-        raise ValueError(f"--recipe {recipe.name} changes its losses from step to step, so leave --cuda-graph out")
+        raise ValueError(f"--recipe {recipe.name} changes its losses at every step: leave --cuda-graph out")
     if request.convert_layers is not None and not recipe.selects:
         raise ValueError(
-            f"--convert-layers is for --recipe linvideo, which chooses layers; --recipe {recipe.name} converts all"
+            f"--convert-layers needs --recipe linvideo, which selects layers; --recipe {recipe.name} converts all of "
+            "them"
         )
 
 
 def check_graph(request: Request, accelerator: Accelerator) -> None:
-    """What a captured step does not go together with.
+    """Check the options that a captured training step does not support; does nothing without ``--cuda-graph``.
 
-    Raises: ValueError: no CUDA GPU, several processes, or something that changes from step to step.
+    Raises: ValueError: there is no CUDA GPU, or an option that does not work in a CUDA graph.
     """
     if not request.cuda_graph:
         return
     if accelerator.device.type != "cuda":
-        raise ValueError(f"--cuda-graph needs a CUDA GPU; accelerate found {accelerator.device}: leave it out")
+        raise ValueError(f"--cuda-graph needs a CUDA GPU, accelerate found {accelerator.device}: leave it out")
     if (
         accelerator.num_processes > 1
         or is_zero(accelerator)
@@ -114,28 +118,28 @@ def check_graph(request: Request, accelerator: Accelerator) -> None:
         or request.mixed_precision == "fp16"
     ):
         raise ValueError(
-            "--cuda-graph is for one process without DeepSpeed, --mixed-precision no or bf16 and no "
-            "--gradient-checkpointing: such a step cannot be captured, leave one of them out"
+            "--cuda-graph needs one process without DeepSpeed, --mixed-precision no or bf16, and no "
+            "--gradient-checkpointing: change these options, or leave --cuda-graph out"
         )
 
 
 def plan(request: Request, recipe: Recipe, model: nn.Module, processor: Any) -> Plan:
-    """The stages with their steps, rates and scopes for a model and a mechanism; nothing is changed.
+    """Schedule the recipe's stages, with steps, learning rates and scopes, for a model and a processor.
 
-    ``--lr`` is the rate of the last stage; those before keep their proportion to it. Where the mechanism adds no
-    parameters, attention transfer trains in its first stage the LoRA of the second already.
+    ``--lr`` is the learning rate of the last stage; earlier stages keep their ratio to it. If the mechanism adds no
+    parameters, the first stage of attention transfer already trains the LoRA of the second. The model is not changed.
 
-    Raises: ValueError: a stage would train nothing, or layers are to be chosen that are not there.
+    Raises: ValueError: a stage would train nothing, or more layers are requested than the model has.
     """
     layers = [name for group in attention_groups_of(model) for name in group.layers]
     with torch.device("meta"):
         added = new_layer(processor, model.get_submodule(layers[0]), layers[0])
     if recipe.selects and added.input_projections:
         raise ValueError(
-            f"{processor.name} changes what query and key are made from, so its attention cannot be mixed with the "
-            f"dense one as --recipe {recipe.name} does: choose another recipe or mechanism"
+            f"{processor.name} changes the inputs of query and key, so it cannot be mixed with dense attention as "
+            f"--recipe {recipe.name} does: choose another recipe or mechanism"
         )
-    last, parts, first, share = recipe.stages[-1].lr, [], 0, 0.0
+    last, stages, first, share = recipe.stages[-1].lr, [], 0, 0.0
     for stage in recipe.stages:
         share += stage.share
         scope = request.train or stage.train
@@ -148,20 +152,26 @@ def plan(request: Request, recipe: Recipe, model: nn.Module, processor: Any) -> 
                 )
             scope, lr = "adapter", request.lr or last
         end = request.steps if stage is recipe.stages[-1] else max(first + 1, int(share * request.steps))
-        parts.append(Part(stage, first, end, scope, lr))
+        stages.append(ScheduledStage(stage, first, end, scope, lr))
         first = end
-    found = Plan(recipe, tuple(parts), _number(request, recipe, len(layers)))
+    found = Plan(recipe, tuple(stages), _layer_count(request, recipe, len(layers)))
     if found.needs_lora:
         require_peft()
     return found
 
 
-def _number(request: Request, recipe: Recipe, layers: int) -> int | None:
+def _layer_count(request: Request, recipe: Recipe, layers: int) -> int | None:
+    """Number of layers to convert; None if the recipe does not select layers.
+
+    Raises: ValueError: the request has more than the model.
+    """
     if not recipe.selects:
         return None
-    number = usual_number(layers) if request.convert_layers is None else request.convert_layers
+    number = default_layer_count(layers) if request.convert_layers is None else request.convert_layers
     if number > layers:
-        raise ValueError(f"--convert-layers {number}: the model has {layers} self-attention layers; give at most those")
+        raise ValueError(
+            f"--convert-layers {number}: the model has {layers} self-attention layers, give at most {layers}"
+        )
     return number
 
 

@@ -1,7 +1,7 @@
-"""Attention transfer: each converted layer is fed what the teacher's was fed. [LoLCATs, arXiv 2410.10254]
+"""Attention transfer: train each converted layer on the teacher's inputs and outputs. [LoLCATs, arXiv 2410.10254]
 
-The mean over layers is that of the authors' trainer, which compares the heads' outputs. Here the modules' are compared,
-after their output projection: all that can be seen of a diffusers attention module from outside.
+The mean over layers is that of the authors' trainer, which compares the outputs of the heads. Here the outputs of the
+modules are compared, after their output projection, since a diffusers attention module exposes nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Call", "TeacherForced", "recorded_calls"]
 
 @dataclass
 class Call:
-    """Of one attention module: the token layout, its arguments, and the tensors that it gave."""
+    """A call of an attention module: token layout, arguments and output tensors."""
 
     layout: TokenLayout
     args: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Call:
 
 @contextmanager
 def recorded_calls(teacher: nn.Module, layers: list[str]) -> Iterator[dict[str, Call]]:
-    """What the teacher's attention modules of these names are given, and give, while inside."""
+    """Record the calls of the teacher's attention modules, by name, inside the context."""
     calls: dict[str, Call] = {}
     teacher = unwrap(teacher)
     handles = [handle for group in attention_groups_of(teacher) for handle in _record(teacher, group, layers, calls)]
@@ -47,7 +47,7 @@ def recorded_calls(teacher: nn.Module, layers: list[str]) -> Iterator[dict[str, 
 
 
 def _record(teacher: nn.Module, group: AttentionGroup, layers: list[str], calls: dict[str, Call]) -> Iterator[Any]:
-    """The hooks of one group: its owner's forward tells the layout, which comes first."""
+    """Hooks of one attention group; the forward pass of the group's owner, which runs first, gives the layout."""
     owner = teacher.get_submodule(group.owner)
     names, layout = forward_parameters(owner), list[TokenLayout]()
 
@@ -70,8 +70,10 @@ def _tensors(output: Any) -> tuple[Tensor, ...]:
 
 
 class TeacherForced(nn.Module):
-    """The student's attention modules alone, without the rest of the network. Called as a module of its own, so that
-    DistributedDataParallel around it averages the gradients of what its forward uses."""
+    """The student's attention modules without the rest of the network.
+
+    It is a module of its own so that DistributedDataParallel averages the gradients of the parameters it uses.
+    """
 
     def __init__(self, host: nn.Module, layers: list[str]) -> None:
         super().__init__()
@@ -79,8 +81,10 @@ class TeacherForced(nn.Module):
         self.layers = layers
 
     def forward(self, calls: dict[str, Call]) -> Tensor:
-        """() float32: mean over layers of the mean squared distance of all that the module gives (with joint attention
-        also the text's) to what the teacher's gave for the same arguments."""
+        """Mean squared distance between student's and teacher's outputs for the same arguments; () float32.
+
+        The mean is over all outputs of a module (with joint attention also the text's), then over layers.
+        """
         installed = installed_layers(self.host)
         return torch.stack([self._distance(name, installed[name], calls[name]) for name in self.layers]).mean()
 

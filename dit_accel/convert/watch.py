@@ -1,4 +1,4 @@
-"""What a run tells whoever started it from Python, as it goes on."""
+"""Callbacks for progress of a conversion that is started from Python."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ __all__ = ["Watch"]
 
 
 class Watch:
-    """Does nothing; made to be subclassed. Any method may raise ``KeyboardInterrupt``: the run then stops as by a
-    signal, and goes on when it is called again. Of several processes each has its own.
+    """Base class for callbacks; its methods do nothing.
+
+    Any method may raise ``KeyboardInterrupt``: the run then stops as after a signal, and resumes when it is started
+    again. Each process has its own instance.
     """
 
     def check(self) -> None:
-        """Before every forward of the denoiser, teacher's and student's; of captured steps at the capture alone."""
+        """Called before every forward pass of teacher and student; for CUDA graphs only during the capture."""
 
     def sample(self, made: int, total: int | None) -> None:
-        """So many samples are there, of how many where that is known."""
+        """Called after each sample. made: number of samples so far. total: None if it is unknown."""
 
     def ready(self, model: nn.Module, process: NoiseProcess, samples: Samples) -> None:
-        """All samples are; the denoiser is still the teacher."""
+        """Called when all samples exist and the denoiser is still the teacher."""
 
     def begin(self, step: int, history: Sequence[Mapping[str, float]]) -> None:
-        """Training begins, or goes on after this step, whose losses are the last of ``history``."""
+        """Called when training begins or resumes after ``step``. history: losses of all steps so far."""
 
     def picture(self, step: int, path: Path) -> None:
-        """A picture of teacher and student was written; at step 0 the student is not trained yet."""
+        """Called when a picture of teacher and student was written; at step 0 the student is untrained."""
 
     def step(self, step: int, losses: Mapping[str, float]) -> None:
-        """The step is done, and so are its pictures and checkpoint."""
+        """Called after each step, once its pictures and its checkpoint are written."""

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: each process holds a part of the optimizer's state, of stage 2 also of the
-gradients; parameters stay whole in all. [arXiv 1910.02054, as accelerate's configuration has it]
+"""DeepSpeed ZeRO stages 1 and 2, as accelerate is configured. [arXiv 1910.02054]
 
-DeepSpeed takes the step itself, in the backward pass of a step's last batch, and clips there.
+The optimizer state is sharded among the processes, in stage 2 also the gradients; every process has all parameters.
+DeepSpeed clips the gradients and takes the optimizer step itself, in the backward pass of a step's last batch.
 """
 
 from __future__ import annotations
@@ -15,58 +15,63 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from .sharding import asked, check_split
+from .sharding import check_split, env_flag
 
-__all__ = ["all_parts", "autocast", "check_zero", "is_zero", "restore_part", "set_up_zero"]
+__all__ = ["autocast", "check_zero", "gather_optimizer_state", "is_zero", "restore_optimizer_state", "set_up_zero"]
 
-_ASKED = "ACCELERATE_USE_DEEPSPEED"
-_INSTEAD = "choose FSDP of version 2 with accelerate config, which splits parameters as well"
+_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_INSTEAD = "choose FSDP of version 2 with accelerate config, which also shards parameters"
 
 
 def check_zero(mixed_precision: str, selects: bool) -> None:
-    """What can be told before DeepSpeed starts.
+    """Check the options before DeepSpeed starts; does nothing without it.
 
-    Raises: ValueError: it is not installed, or something that does not go together with it.
+    Args: selects: whether the recipe selects layers.
+    Raises: ValueError: DeepSpeed is not installed, or an option is not supported with it.
     """
-    if not asked(_ASKED):
+    if not env_flag(_USE_DEEPSPEED):
         return
     if find_spec("deepspeed") is None:
-        raise ValueError("accelerate is configured to DeepSpeed, which is not installed: pip install deepspeed")
+        raise ValueError("accelerate is configured for DeepSpeed, which is not installed: pip install deepspeed")
     check_split("DeepSpeed", mixed_precision)
     if selects:
-        raise ValueError(f"--recipe linvideo chooses layers while it trains, which DeepSpeed does not know: {_INSTEAD}")
+        raise ValueError(
+            f"--recipe linvideo selects layers during training, which DeepSpeed does not support: {_INSTEAD}"
+        )
 
 
 def set_up_zero(accelerator: Accelerator, batch: int, precision: str) -> None:
-    """Complete DeepSpeed's configuration; does nothing without it. precision: "no" or "bf16", which is autocast of
-    float32 parameters as everywhere else, not parameters in bfloat16.
+    """Complete DeepSpeed's configuration; does nothing without DeepSpeed.
 
-    Raises: ValueError: a stage or section of the configuration that a conversion does not run with.
+    Args: precision: "no" or "bf16"; "bf16" is autocast of float32 parameters as elsewhere, not bfloat16 parameters.
+    Raises: ValueError: a stage or section of the configuration that ``convert`` does not support.
     """
     if not is_zero(accelerator):
-        if asked(_ASKED):  # accelerate leaves it out without a word
+        if env_flag(_USE_DEEPSPEED):  # accelerate silently ignores it
             raise ValueError(
-                "DeepSpeed does not go with --device cpu, nor without accelerate launch: leave one of them out"
+                "DeepSpeed needs accelerate launch, without --device cpu: leave --device out, or configure accelerate "
+                "without DeepSpeed"
             )
         return
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) not in (1, 2):
-        raise ValueError(
-            f"convert runs with ZeRO of stage 1 or 2, and zero_stage is {zero.get('stage', 0)}: {_INSTEAD}"
-        )
+        raise ValueError(f"convert supports ZeRO of stage 1 or 2, got zero_stage {zero.get('stage', 0)}: {_INSTEAD}")
     for what in ("offload_optimizer", "offload_param"):
         if zero.get(what, {}).get("device", "none") != "none":
-            raise ValueError(f"convert does not run with ZeRO's {what}: set its device to none, or {_INSTEAD}")
+            raise ValueError(f"convert does not support ZeRO's {what}: set its device to none, or {_INSTEAD}")
     for section in ("optimizer", "scheduler"):
         if section in config:
-            raise ValueError(f"take the section {section} out of DeepSpeed's configuration: convert has its own")
+            raise ValueError(f"convert has its own {section}: remove this section from DeepSpeed's configuration")
     if config.get("fp16", {}).get("enabled") is True:
-        raise ValueError("take the section fp16 out of DeepSpeed's configuration: use --mixed-precision bf16 or no")
+        raise ValueError(
+            "convert does not support fp16 with DeepSpeed: remove this section from its configuration and use "
+            "--mixed-precision bf16 or no"
+        )
     config.update(
         train_micro_batch_size_per_gpu=batch,
         train_batch_size=batch * accelerator.num_processes,
-        gradient_accumulation_steps=1,  # the trainer divides and says which batch is the last
+        gradient_accumulation_steps=1,  # the trainer accumulates and marks the last batch of a step
         gradient_clipping=1.0,
         bf16={"enabled": False},
         torch_autocast={"enabled": precision == "bf16", "dtype": "bfloat16"},
@@ -78,14 +83,17 @@ def is_zero(accelerator: Accelerator) -> bool:
 
 
 def autocast(accelerator: Accelerator, precision: str) -> AbstractContextManager[Any]:
-    """As ``accelerator.autocast()``, which does nothing under DeepSpeed."""
+    """``accelerator.autocast()``, but also with DeepSpeed, for which accelerate's does nothing."""
     if is_zero(accelerator) and precision == "bf16":
         return torch.autocast(accelerator.device.type, torch.bfloat16)
     return accelerator.autocast()
 
 
-def all_parts(optimizer: Any, keep: bool) -> dict[str, Any]:
-    """The state of AdamW in each process, on the CPU, where it is to be kept. Every process has to call it."""
+def gather_optimizer_state(optimizer: Any, keep: bool) -> dict[str, Any]:
+    """Gather each process's shard of AdamW's state on the CPU; a collective call, so every process must make it.
+
+    Args: keep: whether this process needs the result.
+    """
     ours = _base(optimizer).state_dict()
     state = {i: {key: x.cpu() for key, x in values.items()} for i, values in ours["state"].items()}
     groups = [{key: x for key, x in group.items() if key != "params"} for group in ours["param_groups"]]
@@ -94,18 +102,18 @@ def all_parts(optimizer: Any, keep: bool) -> dict[str, Any]:
     return {"parts": parts}
 
 
-def restore_part(optimizer: Any, state: dict[str, Any], rank: int) -> None:
-    """What :func:`all_parts` gave, into the optimizer; parameters have been put back before."""
+def restore_optimizer_state(optimizer: Any, state: dict[str, Any], rank: int) -> None:
+    """Load this rank's shard of a result of :func:`gather_optimizer_state`; parameters must be restored before."""
     base, part = _base(optimizer), state["parts"][rank]
     groups = base.state_dict()["param_groups"]
     base.load_state_dict({
         "state": part["state"],
         "param_groups": [{**group, **kept} for group, kept in zip(groups, part["groups"], strict=True)],
     })  # fmt: skip
-    optimizer.optimizer.refresh_fp32_params()  # the parts that are stepped, from the parameters
+    optimizer.optimizer.refresh_fp32_params()  # copies the parameters to the shards that the optimizer steps
 
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:
-    """AdamW in DeepSpeed's optimizer in accelerate's."""
+    """The AdamW inside DeepSpeed's optimizer inside accelerate's."""
     found: torch.optim.Optimizer = optimizer.optimizer.optimizer
     return found

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The kernel of ``block_linear_bwd_triton.py``."""
+"""Kernel of ``block_linear_bwd_triton.py``."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def linear_rows_bwd_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of a box of one head.
+    """Gradients of BLOCK_M rows of a tile of one head.
 
-    Of queries (x = q, y = the gradient before the projection g, STATE = A, NORM = z): u = φ(q) A / t with
-    t = φ(q)·z + eps to PRODUCT, g / t to QUOTIENT, -g·u / t to D_TOTAL, g·u to SHARE, and
+    Queries (x = q, y = the gradient before the projection g, STATE = A, NORM = z): u = φ(q) A / t with
+    t = φ(q)·z + eps to PRODUCT, g / t to QUOTIENT, -g·u / t to D_TOTAL, g·u to DELTA, and
     φ'(q) (g Aᵀ / t - z g·u / t) to DX.
-    Of keys (x = k, y = v, STATE = dA, NORM = dz): φ(k) dA to PRODUCT and φ'(k) (v dAᵀ + dz) to DX; 0 for hidden ones.
+    Keys (x = k, y = v, STATE = dA, NORM = dz): φ(k) dA to PRODUCT and φ'(k) (v dAᵀ + dz) to DX; 0 for masked keys.
     """
     i_part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS % n_tiles
@@ -52,7 +52,7 @@ def linear_rows_bwd_kernel(
         live = live & (tl.load(REAL + b * srb + row * srs, mask=inside, other=0) != 0)
     m_x = live[:, None] & (dims < D)[None, :]
     p_y = Y + b * syb + h * syh + row[:, None] * syr
-    if BLOCK_E == BLOCK_D:  # under way while φ(x) is computed
+    if BLOCK_E == BLOCK_D:  # the load overlaps the computation of φ(x)
         y = tl.load(p_y + dims[None, :], mask=m_x, other=0.0)
     x = tl.load(X + b * sxb + h * sxh + row[:, None] * sxr + dims[None, :], mask=m_x, other=0.0)
     dtype = x.dtype
@@ -67,7 +67,7 @@ def linear_rows_bwd_kernel(
     share = tl.zeros([BLOCK_M], tl.float32)
     if OF_QUERIES:
         total = tl.sum(phi.to(tl.float32) * norm[None, :], 1)
-        # 0 where no sum has what φ(q) asks for: then all that is divided here meets a zero
+        # 0 if φ(q) and all summed φ(k) have disjoint support: every numerator is then 0 as well
         total = tl.where(total == 0, 1.0, total + tl.load(EPS + bh))
     p_out = b * sob + h * soh + row[:, None] * sor
     d_phi = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -90,7 +90,7 @@ def linear_rows_bwd_kernel(
         tl.store(PRODUCT + p_out + cols[None, :], product.to(PRODUCT.dtype.element_ty), mask=m_out)
         d_phi = tl.dot(y.to(state.dtype), tl.trans(state), d_phi, input_precision=PRECISION)
     if OF_QUERIES:
-        d_phi = d_phi / total[:, None]  # after the product: g / t may be more than float16 holds
+        d_phi = d_phi / total[:, None]  # after the product: g / t may overflow float16
         d_total = -share / total
         tl.store(D_TOTAL + bh * length + row, d_total, mask=inside)
         d_phi += d_total[:, None] * norm[None, :]

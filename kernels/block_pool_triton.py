@@ -1,4 +1,4 @@
-"""Means of boxes of tokens, in Triton: bound by the memory that is read."""
+"""Means of tiles of tokens, in Triton; memory bound."""
 
 # mypy: allow-incomplete-defs
 
@@ -17,14 +17,14 @@ __all__ = ["mask_arguments", "pool_blocks", "pool_pair"]
 
 
 def pool_blocks(x: Tensor, tiling: Tiling, before: int, real: Tensor | None = None) -> Tensor:
-    """Mean over the real tokens of each box. [SLA, arXiv 2509.24006: Q_i, K_j pooled]
+    """Mean over the valid tokens of each tile. [SLA, arXiv 2509.24006: Q_i, K_j pooled]
 
     Args:
         x: (B, H, S, D), any floating dtype, any strides, D at most 256.
-        tiling: the boxes; token i of the grid stands in row ``before + i``.
-        before: rows ahead of the grid.
-        real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
-    Returns: (B, H, M, D) float32; a box without a real token is 0.
+        tiling: the tiles; grid token i is row ``before + i``.
+        before: rows in front of the grid.
+        key_mask: (B, S) bool, True = valid; masked rows are never read. None = all are valid.
+    Returns: (B, H, M, D) float32; a tile without a valid token is 0.
     """
     return _launch_pool(x, x, tiling, None, before, real)[0]
 
@@ -36,10 +36,10 @@ def pool_pair(
 
     Args:
         query, key: (B, H, S, D) of one shape; any floating dtype, any strides.
-        q_tiling, k_tiling: boxes of one grid.
-        before, real: as in :func:`pool_blocks`.
+        q_tiling, k_tiling: tilings of the same grid.
+        before, key_mask: as in :func:`pool_blocks`.
     Returns: (B, H, Mq, D) and (B, H, Mk, D) float32.
-    Raises: ValueError: tilings of two grids.
+    Raises: ValueError: tilings of different grids.
     """
     if q_tiling.grid != k_tiling.grid:
         raise ValueError(f"q_tiling and k_tiling must cut one grid, got {q_tiling.grid} and {k_tiling.grid}")
@@ -47,9 +47,10 @@ def pool_pair(
 
 
 def mask_arguments(real: Tensor | None, like: Tensor) -> tuple[Tensor, int, int, bool]:
-    """What a kernel is told of a (1|B, S) bool mask: bytes to read, the strides of its two axes, whether there is one.
+    """Kernel arguments of a (1|B, S) bool mask: a uint8 tensor, the strides of its two axes, whether there is a mask.
 
-    ``like`` gives B, and stands in for the bytes where there is no mask."""
+    ``like`` gives B, and is a placeholder for the tensor if there is no mask.
+    """
     if real is None:
         return like, 0, 0, False
     real = real.expand(like.shape[0], -1).view(torch.uint8)
@@ -93,7 +94,7 @@ def _launch_pool(
         BLOCK_D=block_d,
         num_warps=max(
             1, block_n * block_d // 4096
-        ),  # 16 loads of 16 bytes a thread: few threads, for each finds its rows
+        ),  # 16 loads of 16 bytes per thread: few threads, because each computes its rows
     )
     return pooled_q, pooled_k
 
@@ -134,8 +135,8 @@ def _pool_pair_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program makes the mean of one box of one head: those of the query first, then those of the key. HEADS_LAST:
-    heads lie beside one another in memory, and programs that run at the same time take one box of each."""
+    """Mean of one tile of one head per program: query tiles first, then key tiles. HEADS_LAST: heads are adjacent in
+    memory, so that concurrent programs process the same tile of different heads."""
     n_tiles = n_q + n_k
     if HEADS_LAST:
         i_h = (tl.program_id(0) % n_heads).to(tl.int64)
@@ -187,7 +188,7 @@ def _box_mean(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Mean of the real tokens of a box, (BLOCK_D,) float32; 0 where it has none."""
+    """Mean of the valid tokens of a tile, (BLOCK_D,) float32; 0 if it has none."""
     cols = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     count = tile_size(tile, G0, G1, G2, B0, B1, B2)

@@ -1,6 +1,6 @@
-"""Gradients of the attention of ``block_sparse_triton.py``, by two Triton kernels over a plan and the plan turned over.
+"""Gradients of the attention of ``block_sparse_triton.py``, in two Triton kernels over a plan and its transpose.
 
-Deterministic: no program adds to what another wrote.
+Deterministic: no two programs write to the same location.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["Gradients", "block_sparse_attention_backward", "row_statistics"]
 
 
 class Gradients(NamedTuple):
-    """Of query, key, value, of the extra keys and values where there are any, and (D,) float32 of the bias if there is
-    one."""
+    """Gradients of query, key, value, of the pooled keys and values if there are any, and (D,) float32 of the bias if
+    there is one."""
 
     query: Tensor
     key: Tensor
@@ -43,7 +43,7 @@ class Gradients(NamedTuple):
 
 
 class _Build(NamedTuple):
-    """Rows of the tile that a program stays with, and of those that it goes through; warps, stages."""
+    """Launch parameters: rows of the tile held by a program, rows per step of its loop, warps, stages."""
 
     own: int
     other: int
@@ -72,13 +72,13 @@ def block_sparse_attention_backward(
 
     Args:
         grad: (B, H, Sq, D) gradient of the output.
-        out, lse: what the forward gave.
-        query, key, value, plan, scale, before, real, extra: as there.
-        share: (B, H, Sq) float32, Σ over the head dim of ``grad`` times what in ``out`` is not the softmax's; None = 0.
-        bias: (D,) what ``out`` has at grid queries beside the softmax's and that share; None = 0.
-        added: gradients of query, key and value by another way, in rows as :func:`empty_rows` makes them, to which
-            those of grid tokens are added (what stands there for other tokens is overwritten).
-    Returns: gradients in the dtypes of what they belong to; those of hidden keys are 0.
+        out, lse: outputs of the forward pass.
+        query, key, value, plan, scale, before, key_mask, pooled: as there.
+        linear_delta: (B, H, Sq) float32, the part of Σ grad · out over the head dim due to the linear branch; None = 0.
+        bias: (D,) added to ``out`` at grid queries, besides softmax and linear branch; None = 0.
+        added: other gradients of query, key and value, in rows as returned by :func:`empty_rows`; the gradients of grid
+            tokens are added to them (rows of global tokens are overwritten).
+    Returns: gradients in the dtypes of their tensors; those of masked keys are 0.
     """
     check_inputs(query)
     check_plan(plan, extra and extra[2])
@@ -165,9 +165,12 @@ def row_statistics(
     before: int = 0,
     n_grid: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """(B, H, S, 2) float32: of each row the log-sum-exp in units of log2, +inf where it saw no key, so that its weights
-    are 0, and Σ grad · out over the head dim, less the share and, in the n_grid rows after the first ``before``, less
-    the bias's part. And the bias's gradient."""
+    """Preprocess the rows of the backward pass.
+
+    Returns: (B, H, S, 2) float32: per row the log-sum-exp in units of log2, +inf for a row without a visible key so
+        that its weights are 0, and delta = Σ grad · out over the head dim, less linear_delta and, in the n_grid rows
+        after the first ``before``, less the bias's part; and the gradient of the bias.
+    """
     batch, heads, length, dim = grad.shape
     check_contiguous(lse=lse, share=share)
     out = out if out.stride(-1) == 1 else out.contiguous()
@@ -184,8 +187,8 @@ def row_statistics(
 
 
 def _builds(query: Tensor, has_ball: bool) -> tuple[_Build, _Build]:
-    """Of the queries' kernel and of the keys': what fits the shared memory and registers of every GPU of its kind, and
-    of those what an H100 was quickest with."""
+    """Launch parameters of the dQ and the dK/dV kernel: the fastest on an H100 of those that fit the shared memory and
+    registers of each class of GPU."""
     dim, half = query.shape[-1], query.element_size() == 2
     if half and dim <= 128 and has_large_shared_memory(query):
         return _Build(128, 64, 8, 2) if has_ball else _Build(64, 64, 4, 2), _Build(64, 64, 4, 2)

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The kernels of ``block_sparse_bwd_triton.py``.
+"""Kernels of ``block_sparse_bwd_triton.py``.
 
 With S = scale q kᵀ, P = exp(S - lse) and Δ = Σ dO O over the head dim: dV = Pᵀ dO, dS = P (dO vᵀ - Δ),
-dQ = scale dS k, dK = scale dSᵀ q. One kernel goes with the queries through the keys, one with the keys through the
-queries; neither adds to what another program wrote, so sums have one order.
+dQ = scale dS k, dK = scale dSᵀ q. One kernel loops over the keys of each query tile, the other over the queries of
+each key tile; each program writes its own rows, so the order of summation is fixed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-BLIND = tl.constexpr(float("inf"))  # stands for the log-sum-exp of a row that sees no key: its weights are then 0
+BLIND = tl.constexpr(float("inf"))  # log-sum-exp of a row without a visible key: its weights are then 0
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def statistics_bwd_kernel(
     DO, OUT, LSE, SHARE, BIAS, STATISTICS, D_BIAS, sgb, sgh, sgr, sob, soh, sor, n_heads, length, before, n_grid,
     D: tl.constexpr, HAS_SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of each row its log-sum-exp in units of log2, and Δ less what of it is not the softmax's: SHARE, and on the grid
-    that of the bias, whose gradient from these rows goes to D_BIAS."""
+    """Preprocess kernel: per row the log-sum-exp in units of log2, and Δ less LINEAR_DELTA and, on the grid, less the
+    part of the bias. The partial gradients of the bias go to D_BIAS."""
     n_tiles = tl.cdiv(length, BLOCK_M)
     bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     b, h = bh // n_heads, bh % n_heads
@@ -56,15 +56,15 @@ def statistics_bwd_kernel(
 
 @triton.jit
 def load_statistics(STATISTICS, row, valid):
-    """Log-sum-exp in units of log2, and Δ, of rows: both at once, for then each thread loads one number, and not all
-    that it will need of them."""
+    """Log-sum-exp in units of log2 and Δ of rows. One load for both: each thread then loads one number, instead of all
+    numbers that it needs later."""
     p_rows = STATISTICS + 2 * row.to(tl.int64)[:, None] + tl.arange(0, 2)[None, :]
     return tl.split(tl.load(p_rows, mask=valid[:, None], other=0.0))
 
 
 @triton.jit
 def weights(x):
-    """2**x, which is no more than 1: with logits of 1e9, where float32 counts in steps of 64, x may say otherwise."""
+    """2**x, at most 1: with logits of 1e9, where float32 has a resolution of 64, rounding may give x > 0."""
     return tl.exp2(tl.minimum(x, 0.0))
 
 
@@ -72,7 +72,7 @@ def weights(x):
 def _add_dq(
     dq, q, do, lse, delta, k, v, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """dS k of a tile of keys. seen: (queries, keys), or (1, keys)."""
+    """Add dS k of a tile of keys. mask: (queries, keys), or (1, keys)."""
     p = weights(logits(q, k, NEGATE, PRECISION) * scale - lse[:, None])
     if MASKED:
         p = tl.where(seen, p, 0.0)
@@ -85,7 +85,7 @@ def _run_dq(
     dq, q, do, lse, delta, K, V, REAL, row, valid, skr, svr, scale, d,
     D: tl.constexpr, HAS_REAL: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys at the given rows, seen by every query where they are valid and real."""
+    """Add dS k of keys at the given rows, visible to all queries if valid and not masked."""
     if HAS_REAL:
         valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
     k = load_rows(K, row, valid, skr, d, D, True)
@@ -108,11 +108,11 @@ def block_sparse_bwd_dq_kernel(
     OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_ADD: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, in the order of the forward kernel. HAS_ADD: to that of grid queries is added
-    what stands in DQ."""
+    """Gradient of a tile of queries, in the order of the forward kernel. HAS_ADD: add the content of DQ to the gradient
+    of grid queries."""
     pid = tl.program_id(0)
     w0, w1, w2, limit = ball_weights(BALL, w0, w1, w2, limit, COST)
-    if HAS_TEXT_QUERIES:  # they come first: they take longest
+    if HAS_TEXT_QUERIES:  # first, because they take longest
         is_text = pid < n_text_tiles * n_batch_heads
         local = tl.where(is_text, pid, pid - n_text_tiles * n_batch_heads)
         per_head = tl.where(is_text, n_text_tiles, n_items)
@@ -235,8 +235,8 @@ def _add_dkv(
     dk, dv, k, v, q, do, STATISTICS, row, valid, seen, scale, MASKED: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dSᵀ q and Pᵀ dO of queries at the given rows. Keys are the rows of all products, so that weights go from one to
-    the next in registers. seen: (keys, queries)."""
+    """Add dSᵀ q and Pᵀ dO of queries at the given rows. Keys are the rows of all products, so that the weights stay in
+    registers from one product to the next. mask: (keys, queries)."""
     lse, delta = load_statistics(STATISTICS, row, valid)
     p = weights(logits(k, q, NEGATE, PRECISION) * scale - lse[None, :])
     if MASKED:
@@ -261,8 +261,8 @@ def block_sparse_bwd_dkv_kernel(
     OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_ADD: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values. Keys off the grid come first, then the extra ones: they take longest.
-    HAS_ADD: to those of grid keys is added what stands in DK and DV."""
+    """Gradients of a tile of keys and values. Global keys come first, then the pooled ones, because they take longest.
+    HAS_ADD: add the content of DK and DV to the gradients of grid keys."""
     pid = tl.program_id(0)
     w0, w1, w2, limit = ball_weights(BALL, w0, w1, w2, limit, COST)
     n_off = n_text_tiles + n_extra_tiles
@@ -278,7 +278,7 @@ def block_sparse_bwd_dkv_kernel(
     lane_k = tl.arange(0, BN)
     n_grid_q = Q0 * Q1 * Q2
     n_grid_k = K0 * K1 * K2_
-    # the keys: on the grid, off it, or extra
+    # keys: grid, global or pooled
     tile_k = item // K_PARTS
     k0, k1, k2, valid_k = tile_places(tile_k, item % K_PARTS * BN + lane_k, K0, K1, K2_, KB0, KB1, KB2)
     row_k = k_before + token_at(TABLES, k0, k1, k2, valid_k, longest, K1, K2_, OR0, OR1, OR2)
@@ -316,7 +316,7 @@ def block_sparse_bwd_dkv_kernel(
         p_q = Q + b * sqb + h * sqh
         p_do = DO + b * sgb + h * sgh
         p_statistics = STATISTICS + bhq * length_q * 2
-        # queries that see all of these keys, in the order in which they lie: those off the grid, all, or the grid's
+        # queries that attend to all of these keys: the global ones, all, or those of the grid
         begin = tl.where(is_extra, q_before, 0)
         n_rows = tl.where(is_extra, n_grid_q, tl.where(is_off, length_q, length_q - n_grid_q))
         if HAS_TEXT_QUERIES or is_off:
@@ -375,7 +375,7 @@ def block_sparse_bwd_dkv_kernel(
                     dk, dv = _add_dkv(
                         dk, dv, k, v, q, do, p_statistics, row, valid, seen, scale, True, NEGATE, PRECISION
                     )
-    # a hidden key was not seen: zeros were read for it, and what they gave is dropped
+    # masked keys were loaded as zeros: their gradients are 0
     dk = tl.where(real[:, None], dk * grad_scale, 0.0)
     dv = tl.where(real[:, None], dv, 0.0)
     offset = row_k.to(tl.int64)[:, None] * dr + d[None, :]

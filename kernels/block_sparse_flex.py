@@ -1,8 +1,9 @@
-"""The attention of ``block_sparse_triton.py`` by torch's FlexAttention: a portable path, and a check of the kernels.
+"""The attention of ``block_sparse_triton.py`` with torch's FlexAttention: a portable backend, and a check of the
+kernels.
 
-FlexAttention's blocks are runs of the sequence. So queries and keys are put in the order of the plan's boxes, padded to
-whole boxes, with the tokens off the grid behind them and the pooled ones last; the result is put back. Boxes of a
-volume that its compiled kernel cannot cut into tiles are padded to the next one that it can.
+FlexAttention's blocks are consecutive tokens. Queries and keys are therefore permuted to the order of the plan's tiles,
+padded to full tiles, followed by the global tokens and the pooled ones; the output is permuted back. Tiles of a volume
+that the compiled kernel cannot divide are padded to the next one that it can.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from .tiling import Tiling
 
 __all__ = ["FlexMask", "block_sparse_flex", "flex_mask"]
 
-OFF_GRID, POOLED, NOTHING = -1, -2, -3  # in the place of a place
-LEAST_SIDE, SIDE = 16, 64  # of the compiled kernel's tiles; and of what blocks are a multiple of, where they are larger
-TORCHS_SIDE = 128  # what all of torch's own tile sizes divide
-TILE_BYTES = 2**14  # of keys in a tile, where torch's own tile does not fit the blocks
+OFF_GRID, POOLED, NOTHING = -1, -2, -3  # kinds of token, in place of a position on the grid
+LEAST_SIDE, SIDE = 16, 64  # of the compiled kernel's tiles; larger blocks are multiples of the latter
+TORCHS_SIDE = 128  # a multiple of all of torch's own tile sizes
+TILE_BYTES = 2**14  # bytes of keys per tile, if torch's own tile does not fit the blocks
 MOST_COMPILED = 256  # shapes that a process may compile for; torch's own limit is 8
 
 
 @dataclass(frozen=True, eq=False)
 class FlexMask:
-    """A block mask, and the order that it is for.
+    """Block mask and the permutation that it applies to.
 
     block_mask: over queries and keys in that order.
     query_rows, key_rows: (Lq,), (Lk,) row in the sequence of each token in order; pooled tokens come after the
@@ -54,12 +55,12 @@ def block_sparse_flex(
     real: Tensor | None = None,
     extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """As :func:`~dit_accel.kernels.block_sparse_triton.block_sparse_attention`, without a linear branch.
+    """Same as :func:`~dit_accel.kernels.block_sparse_triton.block_sparse_attention`, without a linear branch.
 
-    On a GPU compiled, once for each window and shape, or once for each shape where blocks are listed (SLA); elsewhere
-    torch's eager FlexAttention, which holds all logits.
+    On a GPU it is compiled once per window and shape, or once per shape if the plan lists blocks (SLA). Elsewhere it is
+    torch's eager FlexAttention, which holds all logits in memory.
 
-    Raises: ValueError: on a GPU, a dtype or head dim that the compiled kernel does not take.
+    Raises: ValueError: on a GPU, a dtype or head dim that the compiled kernel does not support.
     """
     if query.device.type == "cuda":
         check_compiled(query.dtype, query.shape[-1])
@@ -103,8 +104,8 @@ def _block_sparse_flex(
 
 @contextmanager
 def _transforms() -> Iterator[None]:
-    """vmap inside an operator, which FlexAttention uses: where a compiled graph calls the operator for the first time,
-    torch looks on and has all that lies above itself in the dispatcher shut off."""
+    """Enable vmap inside an operator, which FlexAttention needs: when a compiled graph calls the operator for the first
+    time, torch traces it with the dispatch keys above its own excluded."""
     above = ("FuncTorchBatched", "FuncTorchVmapMode", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode")
     with ExitStack() as stack:
         for key in (*above, "FuncTorchGradWrapper", "Functionalize", "PythonTLSSnapshot", "PreDispatch"):
@@ -114,12 +115,12 @@ def _transforms() -> Iterator[None]:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # fullgraph: where it cannot be compiled it raises; without, it would go on in eager mode and hold all logits
+    # fullgraph raises if compilation fails; otherwise eager mode would run and hold all logits
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def check_compiled(dtype: torch.dtype, dim: int) -> None:
-    """Raises: ValueError: what compiled FlexAttention does not take."""
+    """Raises: ValueError: a dtype or head dim that compiled FlexAttention does not support."""
     if dtype == torch.float64:
         raise ValueError(
             "FlexAttention on a GPU takes float16, bfloat16 and float32, got float64: "
@@ -133,28 +134,28 @@ def check_compiled(dtype: torch.dtype, dim: int) -> None:
 
 
 def kernel_options(sides: tuple[int, int], dtype: torch.dtype, dim: int) -> dict[str, Any] | None:
-    """The compiled kernel's tiles for blocks of these sides, powers of two that divide them; None = torch's choice."""
+    """Tile sizes of the compiled kernel: powers of two that divide these block sizes; None = torch's choice."""
     if not any(side % TORCHS_SIDE for side in sides):
         return None
     row = dtype.itemsize * max(LEAST_SIDE, 1 << (dim - 1).bit_length())
     most = min(SIDE, max(LEAST_SIDE, TILE_BYTES // row))
     tiles = [min(side & -side, most) for side in sides]
-    # another kernel, for few queries, would choose tiles of its own
+    # the other kernel, for few queries, would choose its own tile sizes
     return {"BLOCK_M": tiles[0], "BLOCK_N": tiles[1], "num_stages": 2, "FORCE_USE_FLEX_ATTENTION": True}
 
 
 def _side(volume: int) -> int:
-    """The least block of FlexAttention's that holds a box: the compiled kernel must be able to cut it into tiles."""
+    """Smallest FlexAttention block that holds a tile and that the compiled kernel can divide."""
     return -(-volume // SIDE) * SIDE if volume > SIDE else max(LEAST_SIDE, 1 << (volume - 1).bit_length())
 
 
 def _hide(x: Tensor, real: Tensor | None) -> Tensor:
-    """(B, H, L, D), 0 where ``real`` (B, L) is False: what lies there (NaN, maybe) would leak through a weight of 0."""
+    """Zero the masked rows of (B, H, L, D): NaN in the padding would survive a weight of 0."""
     return x if real is None else x.masked_fill(~real[:, None, :, None], 0)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, H, L, D) in order; padding is 0."""
+    """Permute to (B, H, L, D) in tile order; padding is 0."""
     return x[:, :, rows.clamp(min=0)].masked_fill((rows < 0)[:, None], 0)
 
 
@@ -167,16 +168,16 @@ def flex_mask(
     extra_real: Tensor | None = None,
     heads: int | None = None,
 ) -> FlexMask:
-    """The block mask of a plan.
+    """Block mask of a plan.
 
     Args:
-        plan: boxes and lists, one list for all heads or one for each batch element and head.
-        lengths: of queries and keys, tokens off the grid included.
+        plan: tiles and lists, one list for all heads or one per batch element and head.
+        lengths: of queries and keys, global tokens included.
         before: tokens in front of the grid, among queries and among keys.
-        n_extra: pooled tokens, which grid queries see.
-        real, extra_real: (B, lengths[1]) and (B, n_extra) bool, False hides a key.
-        heads: of queries; needed where lists differ by head.
-    Raises: ValueError: lists that differ by head, and no number of heads that divides theirs, or a window besides.
+        n_pooled: pooled tokens, visible to grid queries.
+        key_mask, pooled_mask: (B, lengths[1]) and (B, n_pooled) bool, True = attend.
+        heads: of queries; required if lists differ by head.
+    Raises: ValueError: lists that differ by head, without a number of heads that divides theirs or with a window.
     """
     groups = len(plan.tiles)
     if groups > 1 and (heads is None or groups % heads):
@@ -215,8 +216,8 @@ def _kept_mask(plan: BlockPlan, lengths: tuple[int, int], before: tuple[int, int
 
 
 def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: int) -> tuple[Tensor, Tensor]:
-    """(L,) rows in the sequence in the order of the boxes, and (3, L) places along the axes, or what there is instead
-    of a token of the grid."""
+    """Rows in the sequence in tile order, (L,), and positions along the axes, (3, L), or the kind of a token off the
+    grid."""
     device = plan.tiles.device
     axes = [torch.arange(count * side, device=device) for count, side in zip(tiling.counts, tiling.box, strict=True)]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
@@ -228,7 +229,7 @@ def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: i
     sides = torch.tensor(tiling.grid, device=device)[:, None]
     inside = ((places >= 0) & (places < sides)).all(0)
     coordinates = places.clamp(min=0).minimum(sides - 1)
-    if plan.mask is not None:  # under dilation a place is not a coordinate
+    if plan.mask is not None:  # with dilation a position is not a coordinate
         coordinates = torch.stack([table[0, x] for table, x in zip(plan.mask.tables, coordinates, strict=True)])
     x0, x1, x2 = coordinates
     rows = torch.where(inside, before + (x0 * tiling.grid[1] + x1) * tiling.grid[2] + x2, -1)
@@ -244,9 +245,10 @@ def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: i
 
 
 def _visits(plan: BlockPlan, queries: Tensor, keys: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Which key blocks a query block sees at all, and which in full: (1|B, 1|H, query blocks, key blocks) bool each.
+    """Key blocks that each query block attends to, and those among them that need no mask: (1|B, 1|H, query blocks, key
+    blocks) bool each.
 
-    queries, keys: places along the first axis, or what there is instead; a block holds one kind, and padding behind it.
+    queries, keys: positions along the first axis, or kinds; a block contains one kind, then padding.
     """
     queries, keys = (x.view(-1, _side(tiling.volume)) for x, tiling in ((queries, plan.q), (keys, plan.kv)))
     whole = (keys != NOTHING).all(1)
@@ -264,13 +266,13 @@ def _visits(plan: BlockPlan, queries: Tensor, keys: Tensor, heads: int) -> tuple
 
 
 def _lists(kind: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks are marked in each row, and all blocks, those first."""
+    """Number of marked blocks per row, and the indices of all blocks, marked ones first."""
     order = torch.argsort(kind.to(torch.uint8), dim=-1, descending=True, stable=True)
     return kind.sum(-1, dtype=torch.int32), order.int()
 
 
 def _listed_rule(listed: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
-    """FlexAttention's ``mask_mod`` where a block that is seen is seen whole, but for padding."""
+    """FlexAttention's ``mask_mod`` if listed blocks are visible as a whole, except for padding."""
     q_side, k_side = len(queries) // listed.shape[2], len(keys) // listed.shape[3]
     by_batch, by_head = (n > 1 for n in listed.shape[:2])
     token = keys != NOTHING
@@ -283,7 +285,7 @@ def _listed_rule(listed: Tensor, queries: Tensor, keys: Tensor, real: Tensor | N
 
 
 def _window_rule(mask: WindowMask, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
-    """FlexAttention's ``mask_mod`` of a window; places are looked up in the order of the boxes."""
+    """FlexAttention's ``mask_mod`` of a window; positions are looked up in tile order."""
     q_kind, k_kind = queries[0], keys[0]
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

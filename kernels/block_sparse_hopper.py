@@ -1,5 +1,5 @@
-"""The attention of ``block_sparse_triton.py`` on Hopper GPUs by a kernel of their own: 16-bit, head dims 64 and 128,
-boxes of 128 queries. Which program takes which tile of queries is settled here."""
+"""The attention of ``block_sparse_triton.py`` in a separate kernel for Hopper GPUs: 16-bit, head dims 64 and 128, tiles
+of 128 queries. This module launches it and assigns query tiles to programs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .launch import check_contiguous
 
 __all__ = ["VOLUMES", "block_sparse_hopper", "suits", "takes"]
 
-QUERIES = 128  # of a program, halved between two groups of warps
-KEYS = 128  # of a step: one box of 128 or two of 64
-VOLUMES = ((QUERIES, 64), (QUERIES, KEYS))  # of boxes to choose from
-STAGES = 2  # steps' keys and values in shared memory with heads of 128; twice as many with heads of 64
-IDLE_STEPS = 2  # as long a tile takes beside its steps
-REGISTERS = (240, 24)  # a thread's, where attention is computed and where boxes are fetched
+QUERIES = 128  # per program, split between two groups of warps
+KEYS = 128  # per step: one tile of 128 or two of 64
+VOLUMES = ((QUERIES, 64), (QUERIES, KEYS))  # supported volumes of query and key tiles
+STAGES = 2  # steps in shared memory for head dim 128; twice that for head dim 64
+IDLE_STEPS = 2  # cost of a tile in addition to its steps, in steps
+REGISTERS = (240, 24)  # per thread, in the warps that compute and in the warp that loads
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 ROWS_LAYOUT, BOXES_LAYOUT = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayout(128, 16, 5)
@@ -32,7 +32,7 @@ ROWS_LAYOUT, BOXES_LAYOUT = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayo
 
 @lru_cache(maxsize=64)
 def _even_schedule(items: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Items that take equally long, in order: (turns, programs) items and (programs,) turns."""
+    """Schedule of items of equal cost, in order: (turns, programs) items and (programs,) number of turns."""
     n_turns = -(-items // programs)
     order = torch.arange(n_turns * programs, dtype=torch.int32).view(n_turns, programs)
     return order.to(device), (order < items).sum(0, dtype=torch.int32).to(device)
@@ -49,9 +49,10 @@ def _uneven_schedule(
     programs: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """As `_even_schedule`, where queries off the grid take longer: each item goes to whom has least to do.
+    """Schedule of items of unequal cost (global queries take longer): each item goes to the program with the least
+    work.
 
-    steps: of each tile of the grid through its list, or the plan that has them. more: those after the list.
+    steps: of the list of each grid tile, or the plan with the lists. more: steps after the list.
     """
     if isinstance(steps, int):
         costs = [steps] * n_q_tiles
@@ -72,18 +73,18 @@ def _uneven_schedule(
 
 
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU, which run a program each; without a GPU, when building for one, an H100's."""
+    """Multiprocessors of the GPU, each of which runs one program; 132 (H100) without a GPU, for offline compilation."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _rows(x: Tensor, n: int) -> TensorDescriptor:
-    """Of (H, S, D), n rows at a time."""
+    """Tensor descriptor of (H, S, D) with blocks of n rows."""
     stride_h, stride_r, _ = x.stride()
     return TensorDescriptor(x, list(x.shape), [stride_h, stride_r, 1], [1, n, 64], ROWS_LAYOUT)
 
 
 def _boxes(x: Tensor, grid: tuple[int, int, int], box: tuple[int, ...], before: int) -> TensorDescriptor:
-    """Of the grid in (H, S, D), a box at a time."""
+    """Tensor descriptor of the grid in (H, S, D) with blocks of one tile."""
     heads, _, dim = x.shape
     stride_h, row, _ = x.stride()
     strides = [stride_h, grid[1] * grid[2] * row, grid[2] * row, row, 1]
@@ -96,7 +97,7 @@ def _half(box: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def _static(plan: BlockPlan, full_mode: int, has_text: bool, has_extra: bool, linear: Any, has_lse: bool) -> Static:
-    """What is compiled in for a plan."""
+    """Compile-time parameters of a plan."""
     q, kv, mask = plan.q, plan.kv, plan.mask
     weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
     state = linear.state if linear else None
@@ -107,7 +108,7 @@ def _static(plan: BlockPlan, full_mode: int, has_text: bool, has_extra: bool, li
         FLAT=q.grid[:2] == (1, 1) == kv.grid[:2],
         SHORT=(kv.grid[0] % kv.box[0] != 0, kv.grid[1] % kv.box[1] != 0, kv.grid[2] % kv.box[2] != 0),
         FULL=full_mode,
-        HAS_PARTIAL=not all_full or kv.volume < KEYS,  # two boxes a step: the last may be alone
+        HAS_PARTIAL=not all_full or kv.volume < KEYS,  # two tiles per step: the last may be alone
         HAS_TEXT=has_text,
         HAS_EXTRA=has_extra,
         STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
@@ -134,8 +135,8 @@ def block_sparse_hopper(
     linear: Any,
     full_mode: int,
 ) -> None:
-    """`block_sparse_attention` into ``out`` and ``lse``, for what `takes` takes; it has checked plan and linear branch.
-    ``scale`` in units of log2."""
+    """`block_sparse_attention` into ``out`` and ``lse``, for calls with `supports_call`; the caller has checked plan
+    and linear branch. ``scale`` is in units of log2."""
     check_contiguous(lse=lse)
     batch, heads, length_q, dim = query.shape
     kv_heads, length_k = key.shape[1:3]
@@ -159,7 +160,7 @@ def block_sparse_hopper(
         own = slice(i * heads, (i + 1) * heads)
 
         def of(x: Tensor | None, own: slice = own) -> Tensor | None:
-            """What belongs to this batch element, where there is one for each."""
+            """Slice of this batch element, if there is one per element."""
             return x if x is None or x.shape[0] == 1 else x[own]
 
         tiles, n_full, n_tiles = of(plan.tiles), of(plan.n_full), of(plan.n_tiles)
@@ -195,7 +196,7 @@ def takes(
     extra: Any,
     linear: Any,
 ) -> bool:
-    """Whether this kernel computes it; what it does not take, the plain kernel does."""
+    """Whether the kernel supports this call; otherwise the portable kernel runs."""
     mask = plan.mask
     descriptors = (query, key, value, *(extra[:2] if extra else ()))
     return (
@@ -212,10 +213,10 @@ def takes(
 
 
 def suits(query: Tensor) -> bool:
-    """Whether dtype and head dim are this kernel's."""
+    """Whether the kernel supports the dtype and head dim."""
     return query.dtype in DTYPES and query.shape[-1] in (64, 128)
 
 
 def _has_aligned_rows(x: Tensor) -> bool:
-    """Descriptors take strides in multiples of 16 bytes."""
+    """Whether strides are multiples of 16 bytes, as descriptors require."""
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(x.stride(i) * 2 % 16 == 0 < x.stride(i) for i in (1, 2))

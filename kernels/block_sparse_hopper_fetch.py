@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The warp of the Hopper kernel that copies boxes of queries, keys and values into the rings in shared memory, by
-tensor descriptor, as their slots become free."""
+"""Producer warp of the Hopper kernel: copies tiles of queries, keys and values to rings in shared memory, by tensor
+descriptor, as their slots become free."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def _view(x, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _copy(DESC, h, x0, x1, x2, bar, slot, FIRST: gl.constexpr, BOX: gl.constexpr):
-    """A box of a grid (or, three long, rows) to the rows from FIRST on of a slot (rows, D), 64 columns at a time."""
+    """Copy a tile of the grid (or rows, with a BOX of length 3) to the rows from FIRST on of a slot (rows, D), 64
+    columns at a time."""
     N: gl.constexpr = slot.shape[0]
     PARTS: gl.constexpr = slot.shape[1] // 64
     TWO: gl.constexpr = slot.layout
@@ -44,7 +45,7 @@ def _copy(DESC, h, x0, x1, x2, bar, slot, FIRST: gl.constexpr, BOX: gl.constexpr
 
 @gluon.jit
 def _copy_step(DESC, h, x0, x1, x2, z0, z1, z2, bar, slot, BOX: gl.constexpr):
-    """One box or two fill a slot."""
+    """Fill a slot with one tile or two."""
     VOLUME: gl.constexpr = BOX[1] * BOX[2] * BOX[3]
     _copy(DESC, h, x0, x1, x2, bar, slot, 0, BOX)
     if slot.shape[0] > VOLUME:
@@ -53,7 +54,7 @@ def _copy_step(DESC, h, x0, x1, x2, z0, z1, z2, bar, slot, BOX: gl.constexpr):
 
 @gluon.jit
 def _claim(count, full, free, SLOTS: gl.constexpr, BYTES: gl.constexpr):
-    """The next slot of a ring, once it is free, and its barrier, which waits for so many bytes."""
+    """Wait until the next slot of a ring is free; return it and its barrier, set to expect BYTES."""
     slot = count % SLOTS
     mbarrier.wait(free.index(slot), (count // SLOTS & 1) ^ 1)
     mbarrier.expect(full.index(slot), BYTES)
@@ -62,8 +63,7 @@ def _claim(count, full, free, SLOTS: gl.constexpr, BYTES: gl.constexpr):
 
 @gluon.jit
 def _copy_run(ROWS, ROWS_2, h, row, run, n1, bar, slot, S: gl.constexpr):
-    """Tokens off the grid, from a row on; the runs from n1 on are those of the second keys. What is not there at all
-    has no descriptor."""
+    """Copy global keys from a row on; intervals from n1 on are pooled keys. Absent tensors have no descriptor."""
     N: gl.constexpr = slot.shape[0]
     BOX: gl.constexpr = [1, N, 64]
     if not S.HAS_TEXT:
@@ -85,14 +85,14 @@ def fetch(
     v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before, length_k, length_2, n_q_tiles,
     Q0, Q1, Q2, K0, K1, K2, S: gl.constexpr,
 ):  # fmt: skip
-    """What the fetching warp does."""
+    """Main loop of the producer warp."""
     D: gl.constexpr = k_ring.shape[2]
     N: gl.constexpr = k_ring.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
     BOX: gl.constexpr = [1, S.KB[0], S.KB[1], S.KB[2], 64]
     PER_STEP: gl.constexpr = N // (S.KB[0] * S.KB[1] * S.KB[2])
     BYTES: gl.constexpr = N * D * 2
-    # half of a box of queries, along its first axis that is longer than one
+    # half of a query tile, along its first axis longer than one
     H0: gl.constexpr = S.QB[0] // 2 if S.QB[0] > 1 else 1
     H1: gl.constexpr = S.QB[1] if S.QB[0] > 1 else (S.QB[1] // 2 if S.QB[1] > 1 else 1)
     H2: gl.constexpr = S.QB[2] if S.QB[0] * S.QB[1] > 1 else S.QB[2] // 2
@@ -104,11 +104,11 @@ def fetch(
     n_grid_q, n_grid_k = Q0 * Q1 * Q2, K0 * K1 * K2
     kc = 0
     vc = 1
-    # values for the weights before the first, which are zero
+    # placeholder values for the weights before the first step, which are zero
     slot, bar = _claim(0, v_full, v_free, SLOTS, BYTES)
     _copy_step(V_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, v_ring.index(slot), BOX)
     turns = gl.load(TURNS + gl.program_id(0))
-    # what a turn or a step needs is loaded in the one before: a load takes as long as half a step
+    # prefetched one turn or one step ahead: a load takes as long as half a step
     item, next_item = item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
     n_tiles, _n_full = counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
     lists = list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
@@ -168,7 +168,7 @@ def fetch(
                     v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
                     _copy_run(V_ROWS, V2_ROWS, hk, row, run, n1, v_bar, v_ring.index(v_slot), S)
             vc += 1
-            # the linear branch's matrix comes as one more step of keys, behind the next tile's first
+            # the linear branch's matrix is loaded as an extra step of keys, after the next tile's first step
             if S.STATE_MODE > 0:  # noqa: SIM102
                 if (i == 0) & has_state:
                     slot, bar = _claim(kc, k_full, k_free, SLOTS, D * D * 2)
@@ -180,7 +180,7 @@ def fetch(
             state = h * n_q_tiles + tile
         item, next_item = next_item, after_next
         n_tiles, lists = next_n_tiles, next_lists
-    # keys whose weights nobody will use, so that the last tile is finished as all are
+    # placeholder keys, so that the last tile is finished like all others
     slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
     _copy_step(K_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, k_ring.index(slot), BOX)
     kc += 1

@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The kernel of ``block_sparse_hopper.py``, in Gluon.
+"""Kernel of ``block_sparse_hopper.py``, in Gluon.
 
-One warp copies boxes of queries, keys and values into rings in shared memory by tensor descriptor. Two groups of four
-warps take 64 queries each through the same keys: the products of the last weights with their values run while a group
-works out the weights of the next keys. Programs stay, one on each multiprocessor, and take one tile of queries after
-the other in the order that they are given. Steps go on from one tile to the next: with the first keys of a tile the
-last weights of the tile before meet their values, and then that one is finished. So there is one loop, with one copy of
-all that a step may need: instructions, too, must fit their cache (as straight code for first steps, last steps and
-ends of lists, most of the time beside the products went into fetching instructions).
+A producer warp copies tiles of queries, keys and values to rings in shared memory by tensor descriptor. Two groups of
+four warps process 64 queries each with the same keys: the products of the previous weights with their values run while
+a group computes the weights of the next keys. Programs are persistent, one per multiprocessor, and process their query
+tiles in the scheduled order. The pipeline continues across tiles: the first step of a tile multiplies the last weights
+of the previous tile with their values, and then the previous tile is finished. There is therefore a single loop with
+one copy of the code of a step, because the instructions must fit their cache (with separate code for first steps, last
+steps and ends of lists, most of the time outside the products was spent fetching instructions).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 
 @gluon.jit
 def _softmax(s, m, l, scale):
-    """Weights of logits (without their scale, in units of log2), and what the online softmax keeps."""
+    """Weights of logits (without their scale, in units of log2), and the updated state of the online softmax."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a visible key so far
     p = gl.exp2(s * scale - shift[:, None])
     alpha = gl.exp2(m - shift)
     own = _own_sum(p)
@@ -44,13 +44,13 @@ def _softmax(s, m, l, scale):
 
 @gluon.jit
 def _own_sum(p):
-    """(rows, 4): of each row what a thread holds, summed up. Threads are asked for their sums once, at the end."""
+    """Partial sums per thread, (rows, 4). The threads' sums are added once, at the end."""
     return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
 def _part(lane, a, b, SPLIT: gl.constexpr):
-    """a for the keys of a step's first box, b for those of its second."""
+    """a for the keys of a step's first tile, b for those of its second."""
     if SPLIT == 1:
         return a + lane * 0
     return gl.where(lane < 64, a, b)
@@ -58,7 +58,7 @@ def _part(lane, a, b, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _away(lane, inner, x, z, y, SPLIT: gl.constexpr):
-    """(queries, keys) how far the keys of a step are from y along an axis; x, z: where its boxes begin."""
+    """Distance (queries, keys) of the keys of a step from y along an axis; x, z: origins of its tiles."""
     origin = (x.to(gl.float32) - y)[:, None]
     if SPLIT == 2:
         origin = gl.where((lane < 64)[None, :], origin, (z.to(gl.float32) - y)[:, None])
@@ -77,10 +77,11 @@ def apply_mask(
     s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
-    """Logits, -inf where a key is not seen. All that depends on one axis alone is worked out once for its few places
-    in a box; what is left to do for a key is to compare, and to choose.
+    """Mask logits with -inf. Terms that depend on one axis only are computed once per position of a tile; per key, only
+    a comparison and a select remain.
 
-    x, z: where the step's boxes begin. y: a query's place, or the middle of its run; far: half of the run's length.
+    x, z: origins of the step's tiles. y: position of a query, or the centre of its interval; far: half the length of
+    the interval.
     """
     N: gl.constexpr = s.shape[1]
     VOLUME: gl.constexpr = S.KB[0] * S.KB[1] * S.KB[2]
@@ -95,7 +96,7 @@ def apply_mask(
     LEAST: gl.constexpr = float("-inf")
     MOST: gl.constexpr = float("inf")
     zero = gl.full([1, N], 0.0, gl.float32, LOGITS)
-    if S.BALL[0] or S.BALL[1] or S.BALL[2]:  # what axes 0 and 1 leave of the limit, and what axis 2 costs
+    if S.BALL[0] or S.BALL[1] or S.BALL[2]:  # budget left by axes 0 and 1, and cost of axis 2
         left = zero + limit
         if S.SHORT[0] or SPLIT == 2:
             left = gl.where(on0, left, LEAST)
@@ -111,7 +112,7 @@ def apply_mask(
         if S.BALL[2]:
             cost = cost + _square(_away(lane, i2, x2, z2, y2, SPLIT), w2, S)
         return gl.where(cost < left, s, LEAST)
-    # the least of the logit and, for each axis, of ±inf
+    # minimum of the logit and, for each axis, of ±inf
     if S.IN[0]:
         seen = gl.abs(_away(lane, i0, x0, z0, y0, SPLIT)) <= far0[:, None]
         s = gl.minimum(s, gl.where(seen & on0, MOST, LEAST))
@@ -132,7 +133,7 @@ def apply_mask(
 
 @gluon.jit
 def _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
-    """Logits, -inf past the end of a run of rows."""
+    """Mask logits past the end of an interval of rows with -inf."""
     N: gl.constexpr = s.shape[1]
     left = end0 - i * N
     if i >= n0:
@@ -146,7 +147,7 @@ def _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
 
 @gluon.jit
 def _run_of(TABLES, AXIS: gl.constexpr, place, length, longest):
-    """Middle and half length of the run of places that queries see along an axis (halves are exact)."""
+    """Centre and half length of the interval of positions visible to queries along an axis (halves are exact)."""
     first = gl.load(TABLES + (3 * AXIS + 1) * longest + place, mask=place < length, other=0).to(gl.float32)
     last = gl.load(TABLES + (3 * AXIS + 2) * longest + place, mask=place < length, other=0).to(gl.float32)
     return (first + last) * 0.5, (last - first) * 0.5
@@ -160,7 +161,7 @@ def _places(tile, lane, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.con
 
 @gluon.jit
 def _feature(x, S: gl.constexpr):
-    """φ of the rows of x times a number for each row, and that number: the quotient of two sums of φ needs no other."""
+    """φ of the rows of x up to a factor per row, and that factor: it cancels in the quotient of two sums of φ."""
     if S.FEATURE_MAP == "softmax":
         most = gl.max(x, 1) * LOG2E
         powers = gl.exp2(x * LOG2E - most[:, None])
@@ -174,7 +175,8 @@ def _feature(x, S: gl.constexpr):
 
 @gluon.jit
 def rematerialize(x):
-    """x; what is worked out from it is worked out here, not kept in registers through a loop around."""
+    """Opaque copy of x: stops the compiler from hoisting values derived from it out of the loop and holding them in
+    registers."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -184,11 +186,12 @@ def _finish(
     n_text_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
     OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """Add the linear branch to half a tile's sum of weighted values, and write it. Returns the registers of the sum, of
-    which nothing is needed any more, and the count of keys taken.
+    """Add the linear branch to the accumulator of half a tile and store it. Returns the accumulator, whose content is
+    no longer needed, and the count of key slots consumed.
 
-    The linear branch is added up in the same registers: the sum is multiplied by share / total before, and by 1 / share
-    after."""
+    The linear branch is accumulated in the same registers: the accumulator is multiplied by linear_norm / total before,
+    and by 1 / linear_norm after.
+    """
     D: gl.constexpr = acc.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
@@ -244,7 +247,7 @@ def _attend(
     v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before, length_q, length_k,
     length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """What a group of four warps does: one half of the queries of each tile."""
+    """Main loop of a consumer group of four warps: one half of the queries of each tile."""
     D: gl.constexpr = k_ring.shape[2]
     N: gl.constexpr = k_ring.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
@@ -259,16 +262,16 @@ def _attend(
     kc = 0
     vc = 0
     turns = gl.load(TURNS + gl.program_id(0))
-    # what a turn needs is loaded in the turn before and not touched until then: a load takes as long as half a step
-    # (Variables of a loop must not begin as one object: Gluon would take them for one. So 0 is turns * 0, i * 0.)
+    # prefetched one turn ahead and not used until then: a load takes as long as half a step
+    # (Loop variables must not start as one object, or Gluon would alias them. Hence turns * 0 and i * 0 for 0.)
     last_item, item, next_item = turns * 0, item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
     n_tiles, n_full = counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
     acc = gl.zeros([64, D], gl.float32, OUTPUT)
     p = gl.zeros([64, N], k_ring.dtype, WEIGHTS)
     m = gl.full([64], float("-inf"), gl.float32, ROW)
     l = _own_sum(gl.zeros([64, N], gl.float32, LOGITS))
-    goes_on = turns < 0  # whether the next product adds to a sum: the first of a tile does not
-    for turn in range(turns + 1):  # the last finishes the tile before, and is none itself
+    goes_on = turns < 0  # whether the next product accumulates: the first of a tile does not
+    for turn in range(turns + 1):  # the last turn only finishes the previous tile
         _h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
         next_n_tiles, next_n_full = counts(N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
         after_next = item_of(ORDER, turn + 2, turns)
@@ -296,7 +299,7 @@ def _attend(
             z0, z1, z2 = i * 0, i * 0, i * 0
             at = serpentine_step(i, n_steps, turn)
             partial = (at >= n_clean) & (i < n_steps)
-            if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before the logits are waited for
+            if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before waiting for the logits
                 if partial:
                     box = listed(lists, at * PER_STEP, n_tiles)
                     x0, x1, x2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
@@ -304,8 +307,8 @@ def _attend(
                     if PER_STEP == 2:
                         box = listed(lists, at * 2 + 1, n_tiles)
                         z0, z1, z2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
-                        z0 = gl.where(at * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
-            # the products of these keys and, behind them, of the last weights with their values
+                        z0 = gl.where(at * 2 + 1 < n_tiles, z0, K0)  # past the end of the list: off the grid
+            # the products of these keys and, queued behind them, of the previous weights with their values
             slot, last = kc % SLOTS, vc % SLOTS
             mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
             mbarrier.wait(v_full.index(last), vc // SLOTS & 1)
@@ -359,7 +362,7 @@ def block_sparse_hopper_kernel(
     LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, FETCHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ring = gl.allocate_shared_memory(DTYPE, [4, 64, D], LAYOUT)  # two tiles of queries in halves
+    q_ring = gl.allocate_shared_memory(DTYPE, [4, 64, D], LAYOUT)  # two query tiles in halves
     k_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, N, D], LAYOUT)
     v_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, N, D], LAYOUT)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)

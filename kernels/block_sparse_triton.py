@@ -1,8 +1,8 @@
-"""Softmax attention over lists of key tiles, in one Triton kernel: windows, selected blocks, text, pooled tokens.
+"""Softmax attention over lists of key tiles in one Triton kernel: windows, selected blocks, global and pooled tokens.
 
-A sequence is ``[before | grid | after]``. A program takes one box of grid queries through the key boxes of its list,
-then through the tokens off the grid and, where there are any, through pooled tokens; the first programs take the
-queries off the grid, which see everything. Boxes are fetched from where they lie in the sequence: nothing is permuted.
+A sequence is ``[before | grid | after]``. A program loops over the key tiles in the list of one tile of grid queries,
+then over the global tokens and, if there are any, over pooled tokens; the first programs process the global queries,
+which attend to all keys. Tiles are loaded directly from the sequence: nothing is permuted.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ __all__ = [
 ]
 
 LOG2E = 1.4426950408889634
-TINY_SCALE = 1e-30  # stands for 0: -inf times 0 would be NaN
+TINY_SCALE = 1e-30  # replaces 0: -inf times 0 would be NaN
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class LinearBranch:
-    """What the linear branch adds to a grid query q: φ(q)·state / (φ(q)·norm + eps) + bias.
+    """Linear branch of a grid query q: φ(q)·state / (φ(q)·norm + eps) + bias, added to the softmax attention.
 
     state: (G, 1 or q tiles, D, D) in the queries' dtype, projection folded in. norm: (G, 1 or q tiles, D) float32.
-    eps: (G,) float32. bias: (D,) or None. G = B*H. state None = the bias alone.
+    eps: (G,) float32. bias: (D,) or None. G = B*H. state None = the bias only.
     """
 
     state: Tensor | None
@@ -66,24 +66,24 @@ def block_sparse_attention(
     return_lse: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of each box of grid queries over its list of key boxes and over every key off the grid;
-    queries off the grid see every key.
+    """Softmax attention of each tile of grid queries over its list of key tiles and over all global keys; global
+    queries attend to all keys.
 
     Args:
         query: (B, H, Sq, D) float16, bfloat16 or float32, D at most 256, any strides.
         key, value: (B, Hk, Sk, D), H a multiple of Hk.
-        plan: boxes and lists, on the same device.
+        plan: tiles and lists, on the same device.
         scale: factor on the logits.
         before: tokens in front of the grid, among queries and among keys.
-        real: (B, Sk) bool, False hides a key; what lies there is not read.
-        extra: more keys and values (B, Hk, P, D) that grid queries see, and which of them are real (B, P) or None.
+        key_mask: (B, Sk) bool, True = attend; masked keys are not read.
+        pooled: pooled_key and pooled_value (B, Hk, P, D), visible to grid queries, and pooled_mask (B, P) or None.
         linear: the linear branch, added to grid queries.
-        return_lse: whether to give the log-sum-exp, too.
-        config: how the kernel is built; None = as `tuning` knows or finds out, and on Hopper GPUs with a kernel of
-            their own where it can.
+        return_lse: whether to return the log-sum-exp, too.
+        config: launch parameters; None = from the table or the autotuner in `tuning`, and the Hopper kernel if it
+            supports the call.
     Returns: (B, H, Sq, D) in query.dtype, dense in the order (B, Sq, H, D); (B, H, Sq) float32 log-sum-exp of the
-        softmax part, natural log, -inf where a query sees no key; such a row is 0 in the output.
-    Raises: ValueError: a dtype, head dim or device that the kernel does not take, or lists or states that are not
+        softmax part, natural log, -inf for a query without a visible key; such a row is 0 in the output.
+    Raises: ValueError: a dtype, head dim or device that the kernel does not support, or lists or states that are not
         contiguous; OutOfResources: the GPU has too little shared memory for it.
     """
     check_inputs(query)
@@ -160,7 +160,7 @@ def block_sparse_attention(
 
 @cache
 def _hopper(device: torch.device) -> Any:
-    """The module with the kernel for this GPU, or None if it is another GPU or Triton is too old to build it."""
+    """Module of the kernel for this GPU, or None for another GPU or if Triton is too old to build it."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
         return None
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
@@ -171,26 +171,26 @@ def _hopper(device: torch.device) -> Any:
 
 
 def _state_columns(query: Tensor) -> int:
-    """Columns of the linear branch's state at a time: all where that fits a processor of any kind."""
+    """Columns per step of the linear branch's state: all if that fits the registers of any supported GPU."""
     columns = next_pow2_min16(query.shape[-1])
     most = 32 if query.element_size() > 2 else columns if columns <= 128 else 64
     return min(columns, most)
 
 
 def log2_scale(scale: float) -> float:
-    """The magnitude of a scale, in units of log2."""
+    """Magnitude of a scale, in units of log2."""
     return max(abs(scale) * LOG2E, TINY_SCALE)
 
 
 def cost_mode(mask: WindowMask | None) -> int:
-    """How the kernel compares distances with a ball; see `in_ball`."""
+    """Mode of comparing distances with a ball; see `in_ball`."""
     if mask is None or mask.weights is None or (mask.exact and set(mask.weights) <= {0.0, 1.0}):
         return 0
     return 1 if mask.exact else 2
 
 
 def _full_mode(plan: BlockPlan, real: Tensor | None) -> int:
-    """How the kernel knows which tiles of a list need no mask: 0 none, 1 the plan counts, 2 all, 3 all but the last."""
+    """Tiles of a list that need no mask: 0 none, 1 the first ``n_full``, 2 all, 3 all but the last tile of the grid."""
     if real is not None:
         return 0
     if plan.n_full is not None:
@@ -201,7 +201,7 @@ def _full_mode(plan: BlockPlan, real: Tensor | None) -> int:
 
 
 def check_inputs(query: Tensor) -> None:
-    """Raises: ValueError: a dtype, head dim or device that the kernels do not take."""
+    """Raises: ValueError: a dtype, head dim or device that the kernels do not support."""
     if query.dtype not in DTYPES:
         raise ValueError(f"Triton kernels take float16, bfloat16 and float32, got {query.dtype}: use backend='torch'")
     if query.shape[-1] > 256:
@@ -211,8 +211,9 @@ def check_inputs(query: Tensor) -> None:
 
 
 def check_plan(plan: BlockPlan, extra_real: Tensor | None = None) -> None:
-    """Raises: ValueError: lists, counts, tables or rows of the extra keys' mask that are not contiguous; the kernels do
-    not read their strides."""
+    """Raises: ValueError: lists, counts, tables or rows of the pooled mask that are not contiguous; the kernels do not
+    read their strides.
+    """
     tables = plan.mask.tables if plan.mask else None
     check_contiguous(tiles=plan.tiles, n_full=plan.n_full, n_tiles=plan.n_tiles, tables=tables)
     if extra_real is not None:
@@ -220,7 +221,7 @@ def check_plan(plan: BlockPlan, extra_real: Tensor | None = None) -> None:
 
 
 def tile_volumes(query: Tensor, kind: str) -> tuple[tuple[int, int], ...]:
-    """Tokens of the boxes of queries and keys that suit a head dim, a dtype and a kind of plan; see `tuning`."""
+    """Volumes of query and key tiles for a head dim, a dtype and a kind of plan; see `tuning`."""
     if (hopper := _hopper(query.device)) and hopper.suits(query):
         return hopper.VOLUMES
     config = choose_config(query, kind)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The kernel of ``block_sparse_triton.py``."""
+"""Kernel of ``block_sparse_triton.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows (n, BLOCK_D) of x; zeros where not valid and past D."""
+    """Load rows (n, BLOCK_D) of x; zeros if not valid and past D."""
     p_x = x + row.to(tl.int64)[:, None] * stride + d[None, :]
     if MASKED:
         return tl.load(p_x, mask=valid[:, None] & (d < D)[None, :], other=0.0)
@@ -33,7 +33,7 @@ def load_pair(
     B1: tl.constexpr, B2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BOXES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Part of a box of two tensors, such as keys and values: by descriptor, or the given rows by pointers."""
+    """Load part of a tile of two tensors, such as keys and values: by descriptor, or the given rows by pointers."""
     if BOXES > 0:
         b, h = b.to(tl.int32), h.to(tl.int32)
         x = load_box(X_BOXES, BOXES, b, h, n_heads, tile, part, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D)
@@ -54,10 +54,10 @@ def logits(q, k, NEGATE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _update(acc, m, l, s, v, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the online softmax; s are logits without their scale, which is in units of log2 and positive."""
+    """One step of the online softmax; s are logits without their scale, which is positive and in units of log2."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     shift = m_new
-    if MASKED:  # a row that has seen no key yet must not give -inf - -inf
+    if MASKED:  # a row without a visible key so far must not give -inf - -inf
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * scale - shift[:, None])
     alpha = tl.exp2(m - shift)
@@ -71,7 +71,7 @@ def _run(
     acc, m, l, q, K, V, REAL, row, valid, skr, svr, scale, d,
     D: tl.constexpr, HAS_REAL: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys at the given rows, seen by every query where they are valid and real."""
+    """Attend to keys at the given rows, visible to all queries if valid and not masked."""
     if HAS_REAL:
         valid = valid & (tl.load(REAL + row, mask=valid, other=0) != 0)
     k = load_rows(K, row, valid, skr, d, D, MASKED)
@@ -87,8 +87,8 @@ def _store_linear(
     p_o, m_rows, q, STATE, NORM, EPS, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     FEATURE_MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ(q) state / (φ(q)·norm + eps) to rows (BM,) of the output, BLOCK_E columns at a time: the whole state of a long
-    head is more than a processor holds."""
+    """Store φ(q) state / (φ(q)·norm + eps) to rows (BM,) of the output, BLOCK_E columns at a time: the whole state of a
+    large head exceeds the shared memory."""
     d = tl.arange(0, BLOCK_D)
     phi = feature(q.to(tl.float32), FEATURE_MAP, D)
     norm = tl.load(NORM + d, mask=d < D, other=0.0)
@@ -121,10 +121,10 @@ def block_sparse_fwd_kernel(
     HAS_BIAS: tl.constexpr, FEATURE_MAP: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
     BOXES: tl.constexpr,
 ):  # fmt: skip
-    # which tile of queries, and whose
+    # query tile, batch element and head
     pid = tl.program_id(0)
     w0, w1, w2, limit = ball_weights(BALL, w0, w1, w2, limit, COST)
-    if HAS_TEXT_QUERIES:  # they come first: they take longest
+    if HAS_TEXT_QUERIES:  # first, because they take longest
         is_text = pid < n_text_tiles * n_batch_heads
         local = tl.where(is_text, pid, pid - n_text_tiles * n_batch_heads)
         per_head = tl.where(is_text, n_text_tiles, n_items)
@@ -162,7 +162,7 @@ def block_sparse_fwd_kernel(
     p_o = p_rows[:, None] + d[None, :]
     m_o = valid_q[:, None] & (d < D)[None, :]
     if STATE_MODE > 0:  # noqa: SIM102
-        if not is_text:  # kept where the output will stand: the registers are needed for the softmax
+        if not is_text:  # kept in the output until the end: the softmax needs the registers
             which = bh.to(tl.int64)
             if STATE_MODE == 2:
                 which = which * n_q_tiles + tile_q
@@ -195,11 +195,11 @@ def block_sparse_fwd_kernel(
         n_tiles = tl.load(N_TILES + g_list)
         if FULL == 0:  # none
             n_full = n_tiles * 0
-        elif FULL == 1:  # as the plan counts
+        elif FULL == 1:  # counted by the plan
             n_full = tl.load(N_FULL + g_list)
         elif FULL == 2:  # all
             n_full = n_tiles
-        else:  # all but the very last tile of the grid, which can only stand last in an ascending list
+        else:  # all but the very last tile of the grid, which can only be the last entry of an ascending list
             n_full = n_tiles
             if n_tiles > 0:
                 n_full = n_tiles - (tl.load(p_list + n_tiles - 1) == tl.cdiv(K0, KB0) * n1 * n2 - 1).to(tl.int32)
@@ -218,14 +218,14 @@ def block_sparse_fwd_kernel(
                 acc, m, l = _update(acc, m, l, s, v, scale, K_PARTS > 1, PRECISION)
 
         if HAS_PARTIAL:
-            # (BM,) the middle and half the length of the run that a query sees along each axis
+            # (BM,) centre and half length of each query's interval along each axis
             if IN0:
                 middle0, half0 = query_run(TABLES, 0, q0, Q0, longest)
             if IN1:
                 middle1, half1 = query_run(TABLES, 1, q1, Q1, longest)
             if IN2:
                 middle2, half2 = query_run(TABLES, 2, q2, Q2, longest)
-            # small whole numbers, in a type that holds them and their squares: from the first query of the box on
+            # relative to the first query of the tile: small integers, in a type that represents them and their squares
             o0, o1, o2, _ = tile_places(tile_q, 0, Q0, Q1, Q2, QB0, QB1, QB2)
             TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32
             y0, y1, y2 = (q0 - o0).to(TYPE), (q1 - o1).to(TYPE), (q2 - o2).to(TYPE)

@@ -1,7 +1,7 @@
-"""Gradients of LLSA's attention, by Triton: queries through the keys, keys through the queries that list them, pooled
-tokens down to the tokens that they stand for. [LLSA, arXiv 2512.16615]
+"""Gradients of LLSA's attention, in Triton: dQ by looping over keys, dK and dV by looping over the queries that list a
+key block, and gradients of pooled tokens propagated down to the tokens that they cover. [LLSA, arXiv 2512.16615]
 
-Deterministic: no program adds to what another wrote. Selection has no gradient.
+Deterministic: no two programs write to the same location. The selection has no gradient.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .llsa_triton import Build, Pooled, check_tree
 
 __all__ = ["llsa_blocks_attention_backward"]
 
-PROGRAMS = 528  # that share a walk through all queries, four for each processor of an H100 or H200
+PROGRAMS = 528  # programs that share a loop over all queries: four per multiprocessor of an H100 or H200
 
 
 class _Builds(NamedTuple):
-    """Of the kernels, by what they stay with: queries in tiles of many and in one block, and keys: the tokens of a
-    block, the pooled tokens under one of level 2, and a run that all queries see."""
+    """Launch parameters of the kernels, by the tile held by a program: queries of the coarse and the fine kernel; keys
+    of a block, pooled keys under one level-2 token, and an interval of keys visible to all queries."""
 
     many: Build
     block: Build
@@ -36,7 +36,7 @@ class _Builds(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What all launches of one backward pass are given."""
+    """Arguments shared by all launches of one backward pass."""
 
     grad: Tensor
     query: Tensor
@@ -53,8 +53,8 @@ class _Call(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Keys and values (B, H, n, D), where their gradients go (splits, B, H, m, D), and which of them are real (B, n);
-    weight: (1|B, n) of pooled ones."""
+    """Keys and values (B, H, n, D), their gradients (splits, B, H, m, D) and mask (B, n); weight: (1|B, n) of pooled
+    keys."""
 
     key: Tensor
     value: Tensor
@@ -84,14 +84,15 @@ def llsa_blocks_attention_backward(
     real: Tensor | None = None,
     whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`llsa_blocks_attention` with respect to query, key and value, through pooled ones, too.
+    """Gradients of :func:`llsa_blocks_attention` with respect to query, key and value, including the path through
+    pooled tokens.
 
     Args:
         grad: (B, H, S, D) gradient of the output.
-        out, lse: what the forward gave.
-        kept: of each level l = 1 … L (B*H, n_l, k) int32, tokens of that level that each of them keeps, -1 for none.
+        out, lse: outputs of the forward pass.
+        kept: for each level l = 1 … L (B*H, n_l, k) int32, tokens of that level kept by each of its tokens, -1 = none.
         children, places, number, rows: of the tree, as in ``llsa_tree_triton``.
-        query, key, value, scale, before, n_grid, pooled, real, whole: as in the forward.
+        query, key, value, scale, before, n_grid, pooled, key_mask, whole: as in the forward pass.
     """
     check_inputs(query)
     check_tree(children, pooled)
@@ -165,14 +166,15 @@ def _queries(
 def _pooled(
     call: _Call, kept: Sequence[Tensor], places: Sequence[Tensor], pooled: Pooled, rows: Sequence[int], whole: bool
 ) -> Tensor:
-    """(2, B, H, P + 1, D) float32 gradients of pooled keys and values; of the last, which stands for nothing, unset."""
+    """Gradients of pooled keys and values, (2, B, H, P + 1, D) float32; those of the last, empty token are
+    uninitialized."""
     batch, heads = call.query.shape[:2]
     key, value = (x.unflatten(0, (batch, heads)) for x in (pooled.keys, pooled.values))
     d_pooled = torch.empty(2, 1, *key.shape, dtype=torch.float32, device=key.device)
     keys = _Keys(key, value, d_pooled[0], d_pooled[1], None, pooled.weight)
     block = call.children[0].shape[1]
-    ancestor: Tensor | None = None  # of the tokens of level 2; None = themselves
-    for level in range(1, len(call.children)):  # seen by whose ancestor kept the token over them
+    ancestor: Tensor | None = None  # of the level-2 tokens; None = themselves
+    for level in range(1, len(call.children)):  # visible if the ancestor of the query kept the parent
         if level > 1:
             ancestor = (places[level] if ancestor is None else places[level][ancestor]) // block
         n = len(call.children[level])
@@ -187,15 +189,15 @@ def _pooled(
 
 
 def _turn_over(kept: Tensor, n: int, whole: bool) -> tuple[Tensor, Tensor]:
-    """Who kept each of n tokens; see :func:`transpose_block_lists`."""
+    """Rows that kept each of n tokens; see :func:`transpose_block_lists`."""
     return transpose_block_lists(kept if whole else torch.where(kept < 0, n, kept), n)
 
 
 def _whole_run(
     call: _Call, keys: _Keys, n_keys: int, key_run: tuple[int, int], n_rows: int, row_run: tuple[int, int]
 ) -> None:
-    """Keys that all queries of a run see: the run is split between programs, whose sums are added up in order. Runs:
-    (cut, rows left out from there on)."""
+    """Gradients of keys that a whole interval of queries attends to: the interval is split between programs, and their
+    sums are added in order. Intervals: (cut, rows to skip from the cut on)."""
     batch, heads, _, dim = call.query.shape
     build = call.builds.run
     n_tiles = cdiv(n_keys, build.block_k)
@@ -232,7 +234,7 @@ def _launch_dkv(
     row_skip: int = 0,
     split_rows: int | None = None,
 ) -> None:
-    """See the kernel."""
+    """Launch the dK/dV kernel; see there."""
     query, grad, children = call.query, call.grad, call.children
     batch, heads, length, dim = query.shape
     block = children[0].shape[1]
@@ -258,8 +260,8 @@ def _launch_dkv(
 
 
 def _builds(query: Tensor, block: int) -> _Builds:
-    """What suits registers and shared memory of every GPU, and of that what an H100 was quickest with: mostly a warp
-    for every 16 rows of a block, so that what a warp computes never leaves it."""
+    """Launch parameters: the fastest on an H100 of those that fit registers and shared memory of every GPU. In most of
+    them a warp owns 16 rows of a block, so that its results need no exchange between warps."""
     half, dim = query.element_size() == 2, query.shape[-1]
     if not half or dim > 128:
         tile = 16 if dim > 128 and not half else 32
@@ -281,8 +283,8 @@ def _builds(query: Tensor, block: int) -> _Builds:
 def _spread(
     d_pooled: Tensor, number: Tensor, children: Sequence[Tensor], places: Sequence[Tensor], rows: Sequence[int]
 ) -> Tensor:
-    """(2, B, H, n_1, D) float32 what each real token of a level-1 block has through all pooled tokens over it: a mean
-    gives each of the tokens that it covers its share."""
+    """Gradient of each valid token of a level-1 block through all pooled tokens that cover it, (2, B, H, n_1, D)
+    float32: a mean distributes its gradient evenly among the tokens that it covers."""
     block = children[0].shape[1]
     share = d_pooled[..., :-1, :] / number[:, None, :-1, None].clamp(min=1)
     total: Tensor | None = None

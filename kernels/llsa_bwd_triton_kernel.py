@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The kernels of ``llsa_bwd_triton.py``; the formulas are those of ``block_sparse_bwd_triton_kernel.py``, the logits of
-pooled tokens with their weight."""
+"""Kernels of ``llsa_bwd_triton.py``; the formulas are those of ``block_sparse_bwd_triton_kernel.py``, with weights
+added to the logits of pooled tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["llsa_coarse_bwd_dq_kernel", "llsa_dkv_kernel", "llsa_fine_bwd_dq_ker
 
 @triton.jit
 def _add_dq(dq, q, do, lse, delta, k, v, bias, scale, PRECISION: tl.constexpr):
-    """dS k of a tile of keys; bias (BN,) hides by -inf."""
+    """Add dS k of a tile of keys; bias (BN,) is -inf for masked keys."""
     p = weights(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :] - lse[:, None])
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -30,8 +30,8 @@ def llsa_coarse_bwd_dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, HAS_NODES: tl.constexpr, HAS_POOLED: tl.constexpr,
     HAS_TEXT: tl.constexpr, HAS_REAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What queries have from pooled tokens and from keys off the grid, in the tiles of the forward's coarse kernel; of
-    queries off the grid it is all that they have."""
+    """Gradient of queries from pooled and global keys, in the tiles of the forward's coarse kernel; complete for global
+    queries."""
     pid = tl.program_id(0)
     if HAS_TEXT:
         is_text = pid < n_text_tiles * n_groups
@@ -75,7 +75,7 @@ def llsa_coarse_bwd_dq_kernel(
                 v = load_rows(V_POOL, row, row >= 0, D, d, D, False)
                 dq = _add_dq(dq, q, do, lse, delta, k, v, tl.load(WEIGHT + row), scale, PRECISION)
     if HAS_TEXT:
-        # queries off the grid see every key, the grid's those off it
+        # global queries attend to all keys, grid queries to the global ones
         n_seen = tl.where(is_text, length, length - n_grid)
         for start in range(0, n_seen, BN):
             row = start + lane_k
@@ -98,8 +98,8 @@ def llsa_fine_bwd_dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, N_KEPT: tl.constexpr, HAS_REAL: tl.constexpr,
     HAS_COARSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What BM queries of a block have from the tokens of the blocks that it kept. HAS_COARSE: what the coarse kernel
-    left in DQ is added."""
+    """Gradient of BM queries of a block from the tokens of its kept blocks. HAS_COARSE: add the coarse kernel's result
+    in DQ."""
     PARTS: tl.constexpr = (BLOCK + BM - 1) // BM
     part = tl.program_id(0) % PARTS
     i_q = tl.program_id(0) // PARTS % n_blocks
@@ -137,7 +137,7 @@ def llsa_fine_bwd_dq_kernel(
 def _add_dkv(
     dk, dv, k, v, bias, Q, DO, STATISTICS, row, valid, sqr, sgr, scale, d, D: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """dSᵀ q and Pᵀ dO (BK, BLOCK_D) of queries at the given rows; keys are the rows of all products."""
+    """Add dSᵀ q and Pᵀ dO (BK, BLOCK_D) of queries at the given rows; keys are the rows of all products."""
     q = load_rows(Q, row, valid, sqr, d, D, True)
     do = load_rows(DO, row, valid, sgr, d, D, True).to(q.dtype)
     lse, delta = load_statistics(STATISTICS, row, valid)
@@ -159,10 +159,10 @@ def llsa_dkv_kernel(
 ):  # fmt: skip
     """Gradients of a tile of BK keys of one head.
 
-    Which keys: BY_TABLE those at a row of TABLE, of BLOCK entries; else a run of n_keys rows. Queries: HAS_LISTS those
-    of the blocks (HAS_NODES: of the tokens of level 2) that LISTS names for the tile; HAS_ROWS a run of n_rows of them,
-    split_rows a program. Runs leave out skip rows from the cut on. HAS_ABOVE: what a token has through the pooled
-    tokens over it is added. Gradients of a run stand one after the other.
+    Keys: with BY_TABLE those at a row of TABLE, of BLOCK entries; otherwise an interval of n_keys rows. Queries: with
+    HAS_LISTS those of the blocks (HAS_NODES: of the level-2 tokens) that LISTS holds for the tile; with HAS_ROWS an
+    interval of n_rows rows, split_rows per program. Intervals skip key_skip or row_skip rows from the cut on.
+    HAS_ABOVE: add the gradient through the pooled tokens above. Gradients of an interval are stored contiguously.
     """
     PARTS: tl.constexpr = (BLOCK + BK - 1) // BK if BY_TABLE else 1
     part = tl.program_id(0) % PARTS
@@ -224,7 +224,7 @@ def llsa_dkv_kernel(
         above = (g * n_tiles + tile) * D + d
         dk += tl.load(ABOVE_K + above, mask=d < D, other=0.0)[None, :]
         dv += tl.load(ABOVE_V + above, mask=d < D, other=0.0)[None, :]
-    dk = tl.where(seen[:, None], dk, 0.0)  # a hidden key was not seen
+    dk = tl.where(seen[:, None], dk, 0.0)  # masked keys have no gradient
     dv = tl.where(seen[:, None], dv, 0.0)
     offset = split.to(tl.int64) * sds + b * sdb + h * sdh + row_o.to(tl.int64)[:, None] * sdr + d[None, :]
     m_o = valid_k[:, None] & (d < D)[None, :]

@@ -1,6 +1,6 @@
-"""Which blocks each block of LLSA keeps, from the top of the tree down, in Triton.
+"""Selection of the blocks that each block of LLSA keeps, from the top of the tree down, in Triton.
 
-The children of a pooled token all choose among the children of what it kept: a program reads those candidates once.
+All children of a pooled token select among the children of what it kept: a program reads those candidates once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,26 +20,26 @@ from .llsa_tree_triton import PooledTree
 
 __all__ = ["MAX_CANDIDATES", "select_tree"]
 
-MAX_CANDIDATES = 16384  # of one block, whose scores the registers of one program hold
-SCORES_A_WARP = 512  # 16 a thread
-MAX_TILE = 1024  # candidates that 16 blocks at a time are scored against; where there are more, one block at a time
+MAX_CANDIDATES = 16384  # of one block, whose scores must fit the registers of one program
+SCORES_A_WARP = 512  # 16 per thread
+MAX_TILE = 1024  # maximum number of candidates for which 16 blocks are scored together; with more, one block at a time
 
 
 def select_tree(
     pooled: PooledTree, children: Sequence[Tensor], places: Sequence[Tensor], topk: int, want_met: bool = True
 ) -> tuple[list[Tensor], Tensor | None]:
-    """What every pooled token keeps, and the pooled tokens met on the way to them. [LLSA, arXiv 2512.16615]
+    """Tokens kept by each pooled token, and the pooled tokens visible on the way to them. [LLSA, arXiv 2512.16615]
 
-    Scores are as accurate as in float32. Nothing here has (S/block)² entries where there are two levels or more.
+    Scores have float32 precision. With two levels or more, no tensor has (S/block)² entries.
 
     Args:
         pooled: of the tree. children: as in ``pool_tree``.
-        places: of each level (n_below,) int64, where each token of the level below stands in children, flattened.
+        places: for each level (n_below,) int64, flat position of each token of the level below in children.
         topk: blocks to keep at each level.
-        want_met: whether to list the pooled tokens met.
-    Returns: of each level (B*H, n_l, k) int32, tokens of that level kept, -1 for none; (B*H, n_2, m) int32, of each
-        token of level 2 the candidates at level 1 and those of its ancestors at the levels above but for the top, as
-        places among all pooled tokens, P where there is none, or none with a real token. None for a tree of one level.
+        want_indices: whether to return the indices of the visible pooled tokens.
+    Returns: for each level (B*H, n_l, k) int32, tokens of that level kept, -1 = none; (B*H, n_2, m) int32, for each
+        level-2 token the candidates at level 1 and those of its ancestors at the levels above except the top, as
+        indices into all pooled tokens, P for none and for a token without valid tokens. None for a tree of one level.
     Raises: ValueError: more than MAX_CANDIDATES candidates at a level, or tables that are not contiguous.
     """
     for name, tables in (("children", children), ("places", places), ("query", pooled.query), ("key", pooled.key)):
@@ -55,7 +55,7 @@ def select_tree(
 
 
 def _select_top(pooled: PooledTree, topk: int) -> Tensor:
-    """What the tokens of the top level keep of all of it."""
+    """Tokens of the top level kept by each of its tokens."""
     query, key = pooled.query[-1], pooled.key[-1]
     topk = min(topk, key.shape[2])
     if key.shape[2] <= min(MAX_TILE, MAX_CANDIDATES):
@@ -78,8 +78,8 @@ def _launch_select(
     topk: int,
     want_met: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the tokens of this level keep, and what each token of the level above has met down to here. None above: of
-    the whole level."""
+    """Tokens of this level kept by each of its tokens, and the pooled tokens visible to each token of the level above,
+    down to this level. above None: select among the whole level."""
     query, key, first = pooled.query[level], pooled.key[level], pooled.rows[level]
     batch, heads, n, dim = query.shape
     if above is None or kept_above is None:
@@ -120,7 +120,8 @@ def llsa_select_fwd_kernel(
     LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, HAS_EMPTY: tl.constexpr,
     WANT_MET: tl.constexpr, INHERITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS children of one token of the level above; BLOCK 0: of the top level, which all choose among all."""
+    """Selection of ROWS children of one token of the level above; BLOCK 0: of the top level, where all are
+    candidates."""
     lane = tl.arange(0, LANES)
     slots = tl.arange(0, ROWS)
     if BLOCK == 0:
@@ -142,7 +143,7 @@ def llsa_select_fwd_kernel(
         found = tl.load(p_found, mask=node >= 0, other=-1)  # (LANES,) candidates
         slot = part * ROWS + slots
         p_own = ABOVE + parent.to(tl.int64) * BLOCK + slot
-        own = tl.load(p_own, mask=slot < BLOCK, other=-1)  # (ROWS,) tokens that choose
+        own = tl.load(p_own, mask=slot < BLOCK, other=-1)  # (ROWS,) tokens of the selection
     if HAS_EMPTY:
         p_number = NUMBER + g // n_heads * n_all + first + found
         found = tl.where(tl.load(p_number, mask=found >= 0, other=0.0) > 0, found, -1)
@@ -186,13 +187,14 @@ def llsa_select_fwd_kernel(
 
 @triton.jit
 def _highest_of_rows(image, n: tl.constexpr):
-    """Which elements of each row are its n highest, equal ones in the order of their index; 0 stands for no element.
+    """Mask of the n highest elements of each row, ties broken by index; 0 = no element.
 
-    The n-th is found by going down from the highest where they are few, else bit by bit, as ``block_select_triton``
-    does it for one row, with all 32 bits, for the rows need different ones."""
+    The n-th value is found by removing the maximum n - 1 times if n is small, otherwise by a binary search over its
+    bits as in ``block_select_triton`` for one row, with all 32 bits, because the rows need different ones.
+    """
     if n <= 16:
         after = image.shape[1] - 1 - tl.arange(0, image.shape[1])
-        key = tl.where(image > 0, (image.to(tl.uint64) << 32) | after.to(tl.uint64)[None, :], 0)  # all different
+        key = tl.where(image > 0, (image.to(tl.uint64) << 32) | after.to(tl.uint64)[None, :], 0)  # distinct keys
         least = tl.max(key, 1)
         for _ in range(n - 1):
             least = tl.max(tl.where(key < least[:, None], key, 0), 1)

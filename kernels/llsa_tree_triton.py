@@ -1,4 +1,4 @@
-"""Means of LLSA's pooled tokens, level by level, in Triton: the first level is bound by the memory that is read."""
+"""Means of LLSA's pooled tokens, level by level, in Triton; the first level is memory bound."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -17,19 +17,19 @@ from .launch import cdiv, check_contiguous, next_power_of_2
 
 __all__ = ["PooledTree", "pool_tree"]
 
-WARPS = 1  # small programs leave no processor idle at the end
-UNROLL = 16  # loads that are under way at once, times three
+WARPS = 1  # small programs leave no multiprocessor idle at the end
+UNROLL = 16  # loads in flight at once, times three
 
 
 class PooledTree(NamedTuple):
-    """Means over the real tokens that each pooled token covers; 0 where there is none. P tokens in all, level 1 first,
-    and one more, that covers nothing: whoever has to name a pooled token and has none names it.
+    """Means over the valid tokens that each pooled token covers; 0 if there is none. P tokens in total, level 1 first,
+    and an empty one at index P, which index lists use as padding.
 
-    query, key: of each level, (B, H, n, D) float32.
-    number: (1|B, P + 1) float32, the real tokens that each covers; its first axis is 1 where there is no mask.
+    query, key: for each level, (B, H, n, D) float32.
+    number: (1|B, P + 1) float32, valid tokens covered by each; the first axis is 1 without a mask.
     weight: (1|B, P + 1) float32, log2 of the number.
-    masked: whether there is a mask, and so perhaps pooled tokens that cover nothing real.
-    rows: where the tokens of each level begin among all.
+    masked: whether there is a mask, so that a pooled token may cover no valid token.
+    rows: index of the first token of each level.
     all_keys, all_values: (B*H, P + 1, D) in the keys' dtype; None if no values were given.
     """
 
@@ -51,15 +51,15 @@ def pool_tree(
     before: int,
     real: Tensor | None = None,
 ) -> PooledTree:
-    """Pool query, key and value to the levels of a tree, one launch a level. [LLSA, arXiv 2512.16615]
+    """Pool query, key and value to the levels of a tree, one launch per level. [LLSA, arXiv 2512.16615]
 
     Args:
-        query, key, value: (B, H, S, D) of one shape, any floating dtype, any strides, D at most 256; value None = only
-            what the selection needs.
-        children: of each level (n, block) int64, tokens of the level below (below the first: places on the grid), -1
-            where there is none.
-        before: rows ahead of the grid.
-        real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
+        query, key, value: (B, H, S, D) of one shape, any floating dtype, any strides, D at most 256; value None = pool
+            only the inputs of the selection.
+        children: for each level (n, block) int64, tokens of the level below (for the first: positions on the grid), -1
+            = none.
+        before: rows in front of the grid.
+        key_mask: (B, S) bool, True = valid; masked rows are never read. None = all are valid.
     """
     check_contiguous(**{f"children[{i}]": table for i, table in enumerate(children)})
     batch, heads, _, dim = query.shape
@@ -103,7 +103,7 @@ def _launch_pool(
     mask, mask_b, mask_s, has_real = mask_arguments(real if is_first else None, query)
     given = key if value is None else value
     block_d = next_power_of_2(dim)
-    nodes = max(1, 512 * WARPS // query.element_size() // block_d)  # a node and 16 bytes of its rows a thread
+    nodes = max(1, 512 * WARPS // query.element_size() // block_d)  # each thread handles 16 bytes of the rows of a node
     n_made = n + is_last
     nodes = min(nodes, next_power_of_2(n_made))
     llsa_pool_fwd_kernel[(batch * heads * cdiv(n_made, nodes),)](
@@ -126,9 +126,9 @@ def llsa_pool_fwd_kernel(
     HEADS_LAST: tl.constexpr, IS_FIRST: tl.constexpr, HAS_REAL: tl.constexpr, HAS_VALUE: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
-    """A program makes NODES pooled tokens of one head. HEADS_LAST: heads lie beside one another in memory, and programs
-    that run at the same time take the same tokens of each. SHARED: the numbers are those of every batch element.
-    n_made: one more than n at the top, the one that covers nothing."""
+    """NODES pooled tokens of one head per program. HEADS_LAST: heads are adjacent in memory, so that concurrent
+    programs process the same tokens of different heads. SHARED: all batch elements have the same numbers. n_made: n
+    plus, at the top level, the empty token."""
     if HEADS_LAST:
         h = (tl.program_id(0) % n_heads).to(tl.int64)
         rest = tl.program_id(0) // n_heads
@@ -146,7 +146,7 @@ def llsa_pool_fwd_kernel(
     count = tl.zeros((NODES,), tl.float32)
     for start in range(0, BLOCK, UNROLL):
         for i in tl.static_range(UNROLL):
-            # (NODES,): a row of the level below, and how much it weighs
+            # (NODES,): a row of the level below, and its weight
             inside = (node < n) & (start + i < BLOCK)
             child = tl.load(CHILDREN + node.to(tl.int64) * BLOCK + start + i, mask=inside, other=-1)
             inside = child >= 0
@@ -185,7 +185,7 @@ def llsa_pool_fwd_kernel(
 def _weighted(
     x, stride_r, stride_d, row, inside, weight, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_FIRST: tl.constexpr
 ):
-    """Rows (NODES, BLOCK_D) float32 times their weights: on the first level 1, and 0 where nothing is read."""
+    """Rows (NODES, BLOCK_D) float32 times their weights: 1 on the first level, and 0 for masked entries."""
     d = tl.arange(0, BLOCK_D)
     p_x = x + row[:, None] * stride_r + d[None, :].to(tl.int64) * stride_d
     b_x = tl.load(p_x, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)

@@ -1,10 +1,10 @@
 """LLSA's attention in two Triton kernels that share one softmax.
 
-The coarse kernel takes tiles of queries through what all of them see: pooled tokens and tokens off the grid. The fine
-kernel takes one block of queries at a time through the tokens of the blocks that it alone kept, and merges what the
-first left where the output goes, by their log-sum-exps. Tokens are fetched from where they lie: nothing is permuted.
+The coarse kernel processes tiles of queries with the keys that all of them attend to: pooled and global tokens. The
+fine kernel processes one block of queries at a time with the tokens of its kept blocks, and merges its result with the
+coarse one in the output by their log-sum-exps. Tokens are loaded directly from the sequence: nothing is permuted.
 
-Queries are the rows of every product, also where a tile has 16: with these as columns, Triton 3.6 gave wrong sums and
+Queries are the rows of every product, also in tiles of 16: with these as columns, Triton 3.6 gave wrong sums and
 illegal accesses on an H100, and it was no faster.
 """
 
@@ -26,11 +26,11 @@ __all__ = ["Build", "Pooled", "check_tree", "llsa_blocks_attention"]
 
 @dataclass(frozen=True)
 class Pooled:
-    """Pooled tokens to attend to, in the weight of the tokens that each stands for; the last one stands for nothing.
+    """Pooled tokens to attend to, weighted by the number of tokens that each covers; the last one is empty.
 
-    keys, values: (B*H, P + 1, D) dense, of all levels. weight: (1|B, P + 1) float32, log2 of the real tokens of each.
-    met: (B*H, n_2, m) int32, places of those seen from each token of level 2, P for none; None = one level alone.
-    top: where the tokens of the top level begin, which everything on the grid sees.
+    keys, values: (B*H, P + 1, D) dense, of all levels. weight: (1|B, P + 1) float32, log2 of the valid tokens of each.
+    indices: (B*H, n_2, m) int32, pooled tokens visible from each level-2 token, P for none; None = only one level.
+    top: index of the first token of the top level; all grid queries attend to that level.
     """
 
     keys: Tensor
@@ -42,7 +42,7 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Build:
-    """How a kernel is built: queries and keys of a tile, warps, stages of the pipeline, registers a thread at most."""
+    """Launch parameters: queries and keys of a tile, warps, stages of the pipeline, maximum registers per thread."""
 
     block_q: int
     block_k: int
@@ -68,24 +68,24 @@ def llsa_blocks_attention(
     coarse: Build | None = None,
     fine: Build | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of each block of grid queries over the blocks that it kept, the pooled tokens met on the way to
-    them and the tokens off the grid; queries off the grid see every token. [LLSA, arXiv 2512.16615]
+    """Softmax attention of each block of grid queries over the blocks that it kept, its visible pooled tokens and the
+    global tokens; global queries attend to every token. [LLSA, arXiv 2512.16615]
 
     Args:
         query, key, value: (B, H, S, D) float16, bfloat16 or float32, D at most 256, any strides.
-        kept: (B*H, n_1, k) int32, blocks kept by each block, -1 for none.
-        children: of each level (n, block) int64, tokens of the level below (below the first: places on the grid), -1
-            where there is none.
+        kept: (B*H, n_1, k) int32, blocks kept by each block, -1 = none.
+        children: for each level (n, block) int64, tokens of the level below (for the first: positions on the grid), -1
+            = none.
         scale: factor on the logits.
-        before, n_grid: the grid's tokens stand in rows before to before + n_grid - 1.
-        pooled: pooled tokens; None = they are not attended to.
-        real: (B, S) bool, False hides a key; what lies there is not read.
-        whole: known to have no -1 in kept and children, and no P in pooled.met.
-        return_lse: whether to give the log-sum-exp, too.
-        coarse, fine: how the kernels are built; None = as suits the GPU.
+        before, n_grid: the grid tokens are rows before to before + n_grid - 1.
+        pooled: pooled tokens; None = attend to none.
+        key_mask: (B, S) bool, True = attend; masked keys are not read.
+        whole: known to have no -1 in kept and children, and no P in pooled.indices.
+        return_lse: whether to return the log-sum-exp, too.
+        coarse, fine: launch parameters of the two kernels; None = choose by GPU.
     Returns: (B, H, S, D) in query.dtype, dense in the order (B, S, H, D); (B, H, S) float32 log-sum-exp, natural log,
-        -inf where a query sees no key; such a row is 0 in the output.
-    Raises: ValueError: a dtype, head dim or device that the kernels do not take, or tables that are not contiguous;
+        -inf for a query without a visible key; such a row is 0 in the output.
+    Raises: ValueError: a dtype, head dim or device that the kernels do not support, or tables that are not contiguous;
         OutOfResources: the GPU has too little shared memory for them.
     """
     check_inputs(query)
@@ -185,7 +185,7 @@ def _launch_fine(
 
 
 def _fitting(build: Build, n_slots: int) -> Build:
-    """With half the queries a tile, where that leaves fewer places empty."""
+    """Halve the queries per tile if that leaves fewer slots empty."""
     half = build.block_q // 2
     if half < 16 or cdiv(n_slots, half) * half >= cdiv(n_slots, build.block_q) * build.block_q:
         return build
@@ -197,8 +197,8 @@ def _precision(query: Tensor) -> str:
 
 
 def _coarse_build(query: Tensor, uniform: bool) -> Build:
-    """With 128 registers a thread two programs or more share a processor of Hopper's; weights that differ from key to
-    key need so many that tiles must be smaller."""
+    """Launch parameters of the coarse kernel. At 128 registers per thread, two programs or more share a multiprocessor
+    on Hopper; weights that differ between keys need so many registers that tiles must be smaller."""
     dim = query.shape[-1]
     if query.dtype == torch.float32:
         return Build(32, 32, 8, 1) if dim > 64 else Build(64, 32, 8, 1)
@@ -212,7 +212,8 @@ def _coarse_build(query: Tensor, uniform: bool) -> Build:
 
 
 def _fine_build(query: Tensor, block: int) -> Build:
-    """A warp for every 16 queries, so that what it computes never leaves it: many programs share a processor."""
+    """Launch parameters of the fine kernel: a warp per 16 queries, so that its results need no exchange between warps,
+    and many programs share a multiprocessor."""
     dim = query.shape[-1]
     if query.dtype == torch.float32:
         return Build(min(16 if dim > 64 else 32, next_pow2_min16(block)), 32, 4, 1)

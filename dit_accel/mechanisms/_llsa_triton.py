@@ -1,4 +1,4 @@
-"""LLSA on the Triton kernels: pool the levels, select from the top down, attend to what is coarse and what is fine."""
+"""LLSA with the Triton kernels: pool the levels, select from the top down, attend to coarse and fine tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def llsa_attention_triton(
     levels: int | None,
     enrich: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf where a row sees nothing."""
+    """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf for a row without a visible key."""
     from dit_accel.kernels.llsa_triton import llsa_blocks_attention
 
     real = key_mask
@@ -67,8 +67,8 @@ def llsa_attention_triton_backward(
     levels: int | None,
     enrich: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. Pooling and selection, which cost little, are made once more; two runs of them
-    are alike to the bit."""
+    """Gradients of query, key and value. Pooling and selection are cheap and are recomputed, bitwise equal to the
+    forward pass."""
     from dit_accel.kernels.llsa_bwd_triton import llsa_blocks_attention_backward
 
     real = key_mask
@@ -95,7 +95,7 @@ def llsa_attention_triton_backward(
 
 
 class _Selection(NamedTuple):
-    """The tree, its pooled tokens, what each of them keeps, level by level, and those that are attended to."""
+    """The tree, its pooled tokens, the tokens kept at each level, and the pooled tokens to attend to."""
 
     tree: tuple[Level, ...]
     pool: PooledTree
@@ -104,7 +104,7 @@ class _Selection(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether every pooled token is full, and so nothing is missing in any list."""
+        """Whether every pooled token is full, so that no list has gaps."""
         return not self.pool.masked and all(level.full for level in self.tree)
 
 

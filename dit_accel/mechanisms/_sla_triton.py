@@ -1,4 +1,4 @@
-"""SLA on the Triton kernels: pool and select, sum up the linear branch, then one pass over the critical blocks."""
+"""SLA with the Triton kernels: pool and select, sum the linear branch, then one pass over the critical blocks."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def sla_attention_triton_backward(
     linear_over: str,
     **cut: Any,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, and of weight and bias where they are given. The selection, which costs little,
-    is made once more; two runs of it are alike to the bit."""
+    """Gradients of query, key, value, and of weight and bias if they are given. The selection is cheap and is
+    recomputed, bitwise equal to the forward pass."""
     from dit_accel.kernels.block_linear_bwd_triton import linear_backward
     from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
 
     real, before = key_mask, layout.before
-    if real is not None:  # a row that sees no key has no linear part
+    if real is not None:  # a row without a visible key has no linear part
         grad = torch.where((lse > -torch.inf)[..., None], grad, 0)
     marginal_only = weight is not None and linear_over == "marginal"
     chosen = _make_selection(query, key, real, layout, marginal_only, **cut)
@@ -98,7 +98,7 @@ def sla_attention_triton_backward(
 
 
 class _Selection(NamedTuple):
-    """The plan of the critical blocks, a map of the marginal ones where it is wanted, about how many a row has."""
+    """Plan of the critical blocks, map of the marginal ones if requested, and their approximate number per row."""
 
     plan: BlockPlan
     marginal: Tensor | None
@@ -119,7 +119,8 @@ def _make_selection(
     smooth_key: bool,
     tile_order: bool,
 ) -> _Selection:
-    """``smooth_key`` moves all scores of a query block alike, so it changes no choice."""
+    """Select critical and marginal blocks. ``smooth_key`` has no effect: it moves all scores of a query block by the
+    same amount."""
     from dit_accel.kernels.block_plan import BlockPlan
     from dit_accel.kernels.block_pool_triton import pool_pair
     from dit_accel.kernels.block_select_triton import select_blocks
@@ -157,8 +158,8 @@ def _sums(
     feature_map: str,
     weight: Tensor | None,
 ) -> LinearState:
-    """The linear branch's sums, with the projection where it is given: (B, H, 1, D, D) over all keys, or (B*H, query
-    blocks, D, D) over marginal blocks, in the keys' dtype."""
+    """Sums of the linear branch, with the projection if it is given, in the keys' dtype: (B, H, 1, D, D) over all keys,
+    or (B*H, query blocks, D, D) over marginal blocks."""
     from dit_accel.kernels.block_linear_triton import LinearState, linear_state, marginal_linear_state
 
     more = (feature_map, weight, real)
@@ -170,7 +171,7 @@ def _sums(
 
 
 def block_tilings(layout: TokenLayout, block_q: int, block_kv: int, tile_order: bool) -> tuple[Tiling, Tiling]:
-    """The grid in blocks of queries, and in blocks of keys."""
+    """Tilings of the grid for queries and for keys."""
     from dit_accel.kernels.tiling import Tiling
 
     grid = layout.grid if tile_order else (layout.grid_len,)
@@ -178,7 +179,7 @@ def block_tilings(layout: TokenLayout, block_q: int, block_kv: int, tile_order: 
 
 
 def _filled_blocks(real: Tensor, kv: Tiling) -> Tensor:
-    """(B, M) bool: blocks that hold a real token, of a mask (B, N) of the grid."""
+    """Blocks with a valid token, (B, M) bool, for a mask (B, N) of the grid."""
     grid = kv.grid if kv.grid[:2] != (1, 1) else kv.grid[2:]
     box = kv.box[-len(grid) :]
     table, _ = box_blocks(grid, box, real.device)

@@ -1,4 +1,4 @@
-"""Attention in a window by any backend: what CLEAR and GNA share."""
+"""Window attention with any backend, shared by CLEAR and GNA."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def window_attention(
     scale: float,
     extra: Extra | None = None,
 ) -> Any:
-    """Attention in the window that the axes describe; grid queries see the keys of ``extra``, too (keys, values, and
-    which are real or None where there is no padding mask). By Triton: the log-sum-exp, too."""
+    """Attention in the window described by the axes. Grid queries also attend to the keys of ``pooled``: pooled_key,
+    pooled_value and pooled_mask, which is None without a padding mask. Triton also returns the log-sum-exp."""
     if backend == "torch":
         return _by_tiles(query, key, value, key_mask, axes, limit, layout, scale, extra)
     from dit_accel.kernels.block_plan import cheapest_window_plan
@@ -67,7 +67,7 @@ def window_attention_backward(
     scale: float,
     extra: Extra | None = None,
 ) -> Gradients:
-    """Of :func:`window_attention` by Triton, from its output and log-sum-exp."""
+    """Gradients of :func:`window_attention` with Triton, from its output and log-sum-exp."""
     from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
 
     plan, before = _triton_plan(query, axes, limit), (layout.before, layout.before)

@@ -1,4 +1,4 @@
-"""CLEAR: circular local windows, with pooled tokens for what lies beyond (arXiv 2412.16112)."""
+"""CLEAR: circular local windows, with pooled tokens for the keys outside (arXiv 2412.16112)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from ._windows import window_attention, window_attention_backward
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
 
 Radius = float | Sequence[float]
-UNBOUNDED = 2.0**32  # an axis with a larger radius is seen whole: no squares overflow
-EXACT_LIMIT = 2**51  # whole costs about this limit are exact in float64
-BORDER = 1e-15  # costs closer to a limit of 1 than this count as on it: float64 may be wrong by half as much
+UNBOUNDED = 2.0**32  # an axis with a larger radius is visible as a whole, so that no square overflows
+EXACT_LIMIT = 2**51  # integer costs up to about this limit are exact in float64
+BORDER = 1e-15  # costs closer to a limit of 1 than this count as on it: float64 may be off by half as much
 
 
 def clear_attention(
@@ -53,20 +53,20 @@ def clear_attention(
 ) -> Tensor:
     """Attention within a circle (ball, ellipsoid) of grid tokens. [CLEAR, arXiv 2412.16112]
 
-    A key is seen iff Σ (Δ_a / radius_a)² < 1 over the axes a, or if either token is off the grid. With
-    ``down_factor`` f > 1 grid queries also see keys and values pooled over f×f patches, in the same softmax.
+    A query attends to a key iff Σ (Δ_a / radius_a)² < 1 over the axes a, or if either is a global token. With
+    ``down_factor`` f > 1 grid queries also attend to keys and values pooled over f×f tiles, in the same softmax.
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: where the grid lies in the sequence.
-        radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf sees the whole axis. A key
-            exactly on the border is not seen, also with a radius such as 2.6.
-        down_factor: side f of the patches on the last two axes; 1 = no pooled tokens.
-        pool_weight: (f, f) learned weights of a patch; None = 1 / f².
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
+        layout: position of the grid in the sequence.
+        radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf = the whole axis. A key
+            exactly on the border is outside, also with a radius such as 2.6.
+        down_factor: side f of the pooled tiles on the last two axes; 1 = no pooled tokens.
+        pool_weight: (f, f) learned weights of a tile; None = 1 / f².
+        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
     Raises: ValueError: radius <= 0 or NaN, wrong number of axes, pooling on a 1-D grid, a layout that does not match,
         tensors that do not match each other.
     """
@@ -99,7 +99,7 @@ def _attend(
     down_factor: int = 1,
     train_tokens: int | None = None,
 ) -> Tensor:
-    """:func:`clear_attention`; with ``fit`` for a layout that the options were not chosen for.
+    """:func:`clear_attention`; ``fit`` adapts the options to a layout that they were not chosen for.
 
     ``train_tokens`` sets the high-resolution scale in place of ``scale``.
     """
@@ -130,7 +130,7 @@ def _attend(
 def check_options(
     *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None, backend: str | None = None
 ) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     check_backend(backend)
     radii = as_tuple(radius)
     if not 1 <= len(radii) <= 3:
@@ -146,8 +146,8 @@ def check_options(
 def fit(
     layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
 ) -> dict[str, Any]:
-    """The options, with one radius per axis, for this layout. Nothing shrinks: a circle may be larger than the grid,
-    and a patch over the edge is what is left of it. A grid without a patch to pool (1-D) is not pooled.
+    """Options for this layout, with one radius per axis. Nothing shrinks: a circle may be larger than the grid, and a
+    tile over the edge is cut off. A 1-D grid is not pooled.
 
     Raises: ValueError: another number of radii than axes.
     """
@@ -162,7 +162,7 @@ def fit(
 def count_logits(
     layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
 ) -> float:
-    """Logits of one batch element and head, text and pooled tokens included; dense would be ``seq_len ** 2``."""
+    """Logits per batch element and head, global and pooled tokens included; dense would be ``seq_len ** 2``."""
     axes, limit = _axes(layout, radius)
     cost = torch.zeros(1, dtype=torch.float64, device="cpu")
     pairs = torch.ones(1, dtype=torch.float64, device="cpu")
@@ -176,12 +176,13 @@ def count_logits(
 
 
 def _radii(layout: TokenLayout, radius: Radius) -> list[float]:
-    """One an axis. Below 1 only a distance of 0 is seen, as with 1, and the square of a tiny radius would be 0."""
+    """One radius per axis, at least 1: below 1 only a distance of 0 is inside, as with 1, but the square of a tiny
+    radius would underflow."""
     return [max(1.0, float(r)) for r in per_axis("radius", radius, layout)]
 
 
 def _axes(layout: TokenLayout, radius: Radius) -> tuple[tuple[BallAxis, ...], float]:
-    """Costs along the axes, and the limit under which their sum is seen.
+    """Costs along the axes, and the limit of their sum (exclusive).
 
     Raises: ValueError: another number of radii than axes.
     """
@@ -197,8 +198,9 @@ def _axes(layout: TokenLayout, radius: Radius) -> tuple[tuple[BallAxis, ...], fl
 
 @lru_cache(maxsize=256)
 def _whole_costs(radii: tuple[float, ...]) -> tuple[list[int], int]:
-    """Whole numbers w and m with Σ w Δ² < m iff Σ (Δ / r)² < 1, for whole distances Δ. A radius counts as the decimal
-    number that it is written as: 2.6 is 13/5."""
+    """Integers w and m with Σ w Δ² < m iff Σ (Δ / r)² < 1, for integer distances Δ. A radius counts as the decimal
+    number
+    that it is written as: 2.6 is 13/5."""
     squares = [Fraction(repr(r)) ** 2 if r < UNBOUNDED else None for r in radii]
     most = math.lcm(*(s.numerator for s in squares if s))
     weights = [most * s.denominator // s.numerator if s else 0 for s in squares]
@@ -219,12 +221,12 @@ def _n_pooled(layout: TokenLayout, down_factor: int) -> int:
 
 
 def _resolution_scale(layout: TokenLayout, train_tokens: int, pooled: bool, dim: int) -> float:
-    """sqrt(log(S, S_train) / D); ten times S where pooled tokens are seen too."""
+    """High-resolution scale sqrt(log(S, S_train) / D), with ten times S if there are pooled tokens."""
     return math.sqrt(math.log(layout.seq_len * (10 if pooled else 1), train_tokens) / dim)
 
 
 def _patches(x: Tensor, layout: TokenLayout, f: int) -> Tensor:
-    """(..., N) on the grid → (..., frames * patches, f * f), zero (False) off the grid."""
+    """Split (..., N) on the grid into tiles (..., frames * tiles, f * f), zero (False) off the grid."""
     height, width = layout.grid[-2:]
     x = x.unflatten(-1, (-1, height, width))
     x = torch.nn.functional.pad(x, (0, -width % f, 0, -height % f))
@@ -235,8 +237,8 @@ def _patches(x: Tensor, layout: TokenLayout, f: int) -> Tensor:
 def _patch_weights(
     layout: TokenLayout, f: int, pool_weight: Tensor | None, key_mask: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B or 1, P, f²) weights, 0 off the grid and on padding and the rest scaled to the same sum, and which of the P
-    patches hold a real token (B or 1, P)."""
+    """Weights of the tokens of each tile, (B or 1, P, f²): 0 off the grid and on padding, the rest scaled to the same
+    sum; and the tiles with a valid token, (B or 1, P)."""
     acc = torch.promote_types(like.dtype, torch.float32)
     if pool_weight is None:
         pool_weight = torch.full((f, f), 1 / f**2, dtype=acc, device=like.device)
@@ -249,12 +251,12 @@ def _patch_weights(
     kept = weight * real
     left = kept.sum(-1, keepdim=True)
     scaled = kept * (weight.sum() / torch.where(left == 0, 1, left))
-    # A whole patch keeps its weights as they are, whatever their sum.
+    # a full tile keeps its weights as they are, whatever their sum
     return torch.where(real.all(-1, keepdim=True), kept, scaled), real.any(-1)
 
 
 def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
-    """(B, H, S, D) → (B, H, P, D): weighted sums over patches."""
+    """Pool (B, H, S, D) → (B, H, P, D): weighted sums over tiles."""
     f = math.isqrt(weights.shape[-1])
     patches = _patches(x[:, :, layout.grid_slice].transpose(-1, -2), layout, f)  # (B, H, D, P, f²)
     return (patches.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
@@ -294,7 +296,7 @@ def _pooled_tokens(
     layout: TokenLayout,
     down_factor: int,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Pooled keys and values, and which hold a real token (None: all do)."""
+    """Pooled keys and values, and the mask of those with a valid token (None: all)."""
     if not _n_pooled(layout, down_factor):
         return None
     key, value = hide(key, key_mask), hide(value, key_mask)
@@ -357,7 +359,7 @@ def reference(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`clear_attention` through the full weights: slow, and the specification."""
+    """:func:`clear_attention` through the full weights: slow; the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     acc = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
@@ -385,7 +387,7 @@ def _sees(a: tuple[int, ...] | None, b: tuple[int, ...] | None, weights: list[in
 def _pool_matrix(
     layout: TokenLayout, f: int, pool_weight: Tensor | None, real: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(B, P, S) weights of the tokens in the pooled ones, and (B, P) whether a pooled one holds a real token."""
+    """Weights of the tokens in the pooled tokens, (B, P, S), and the pooled tokens with a valid token, (B, P)."""
     if pool_weight is None:
         pool_weight = torch.full((f, f), 1 / f**2, dtype=dtype, device=real.device)
     patches: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}

@@ -49,21 +49,21 @@ def llsa_attention(
 ) -> Tensor:
     """Log-linear hierarchical sparse attention. [LLSA, arXiv 2512.16615]
 
-    Tokens are pooled block by block to a tree; from its top down every query block keeps the ``topk`` pooled keys of
-    the highest dot product. A token attends to the tokens of what its block kept and, enriched, to the pooled tokens
-    met on the way, whose logits get + log(number of tokens that they stand for).
+    Tokens are pooled block by block to a tree; from its top down each query block keeps the ``topk`` pooled keys with
+    the highest dot product. A token attends to the tokens of the blocks that its block kept and, with ``enrich``, to
+    the pooled tokens considered on the way, with log(number of tokens that they cover) added to their logits.
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: where the grid lies in the sequence; None = the whole sequence is the grid, 1-D.
+        layout: position of the grid in the sequence; None = the whole sequence is the grid, 1-D.
         block_size: tokens in a block, and pooled tokens in a block of the next level.
-        topk: blocks that a query block keeps at each level; more than there are keeps all.
+        topk: blocks that a query block keeps at each level; all if there are fewer.
         levels: levels of pooled tokens; None = the fewest that leave at most 64·topk tokens at the top.
-        enrich: whether pooled tokens are attended to.
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
+        enrich: whether to attend to pooled tokens.
+        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
         scale: factor on the logits; default D**-0.5.
         backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
     Raises: ValueError: block_size < 2, topk < 1, levels < 1, a layout that does not match, tensors that do not match
         each other.
     """
@@ -97,7 +97,7 @@ def _attend(
     levels: int | None = None,
     enrich: bool = True,
 ) -> Tensor:
-    """:func:`llsa_attention`; with ``fit`` the options are first shrunk to what the layout allows."""
+    """:func:`llsa_attention`; ``fit`` first shrinks the options to the layout."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale, default=True)
@@ -125,7 +125,7 @@ def _attend(
 def check_options(
     *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True, backend: str | None = None
 ) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     check_backend(backend)
     check_positive_int("block_size", block_size, least=2)
     check_positive_int("topk", topk)
@@ -138,7 +138,7 @@ def check_options(
 def fit(
     layout: TokenLayout, *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True
 ) -> dict[str, Any]:
-    """The options with no more levels than lead to a single token at the top."""
+    """Options for this layout: at most as many levels as lead to a single token at the top."""
     if levels is not None:
         grids = level_grids(layout.grid, patch_shapes(layout.grid, block_size, levels))
         levels = next((i for i, grid in enumerate(grids[1:], 1) if math.prod(grid) == 1), levels)
@@ -148,12 +148,13 @@ def fit(
 def count_logits(
     layout: TokenLayout, *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True
 ) -> float:
-    """Logits of one batch element and head, text and pooled tokens included; dense would be ``seq_len ** 2``. Which
-    blocks are kept depends on the data: a short block counts as an average one."""
+    """Logits per batch element and head, global and pooled tokens included; dense would be ``seq_len ** 2``. The kept
+    blocks
+    depend on the data: a short block counts as an average one."""
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     sizes = [math.prod(grid) for grid in level_grids(layout.grid, patch_shapes(layout.grid, block_size, levels))]
     keys = 0.0
-    for level in range(levels):  # what was kept at level + 1, in tokens of this level
+    for level in range(levels):  # kept at level + 1, in tokens of this level
         kept = min(topk, sizes[level + 1]) / sizes[level + 1] * sizes[level]
         keys += kept if level == 0 or enrich else 0
     keys += sizes[levels] if enrich else 0
@@ -161,7 +162,7 @@ def count_logits(
 
 
 class _Pooled(NamedTuple):
-    """Sums (B, H, n, D) over the real tokens that each token of a level covers, and their number (1|B, n)."""
+    """Sums (B, H, n, D) over the valid tokens that each token of a level covers, and their number (1|B, n)."""
 
     total: Tensor
     number: Tensor
@@ -171,7 +172,7 @@ class _Pooled(NamedTuple):
 
 
 def _pool(x: Tensor, tree: tuple[Level, ...], real: Tensor) -> list[_Pooled]:
-    """x: (B, H, N, D) on the grid; real: (1|B, N). Levels 1 … L."""
+    """Pool x (B, H, N, D) on the grid to levels 1 … L; valid: (1|B, N)."""
     acc = torch.promote_types(x.dtype, torch.float32)
     total, count = torch.where(real[:, None, :, None], x, 0).to(acc), real.to(acc)
     pooled = []
@@ -188,8 +189,8 @@ def _pool(x: Tensor, tree: tuple[Level, ...], real: Tensor) -> list[_Pooled]:
 def _select(
     query: list[_Pooled], key: list[_Pooled], tree: tuple[Level, ...], topk: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The level-1 blocks kept by every level-1 block (B*H, n_1, k), -1 for none, and for l = L-1 … 1 the candidates at
-    level l, (B*H, n_{l+1}, k·block): the children of what the token's ancestor at level l + 1 kept."""
+    """Level-1 blocks kept by each level-1 block (B*H, n_1, k), -1 = none, and for l = L-1 … 1 the candidates at level
+    l, (B*H, n_{l+1}, k·block): the children of the tokens kept by the ancestor at level l + 1."""
     heads = query[0].total.shape[1]
     q, k = ([level.mean().flatten(0, 1) for level in side] for side in (query, key))
     empty = [(level.number == 0).expand(len(query[0].total), -1).repeat_interleave(heads, 0) for level in key]
@@ -252,8 +253,8 @@ def _compute_torch(
 def _tiles(
     layout: TokenLayout, tree: tuple[Level, ...], kept: Tensor, candidates: list[Tensor], enrich: bool, whole: bool
 ) -> Tiles:
-    """One tile a level-1 block: the tokens of the blocks that it kept, the pooled tokens that it met (rows after the
-    sequence, level by level), and the tokens off the grid. ``whole``: no list has a gap."""
+    """Tiles of one level-1 block each: the tokens of its kept blocks, its visible pooled tokens (rows after the
+    sequence, level by level), and the global tokens. ``whole``: no list has a gap."""
     blocks, text = tree[0].children, global_index(layout, kept.device)
     groups, n_blocks, _ = kept.shape
     queries = torch.where(blocks < 0, layout.seq_len, blocks + layout.before)[None]
@@ -310,7 +311,7 @@ def reference(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`llsa_attention` through the full (S, S + pooled) weights: slow, and the specification."""
+    """:func:`llsa_attention` through the full (S, S + pooled) weights: slow; the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     layout = flat_layout(layout, query)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
@@ -321,7 +322,7 @@ def reference(
     covered = _covered(layout, patch_shapes(layout.grid, block_size, levels))
     out = []
     for b in range(len(q)):
-        inside = [[[t for t in node if real[b, t]] for node in level] for level in covered]  # the real tokens
+        inside = [[[t for t in node if real[b, t]] for node in level] for level in covered]  # the valid tokens
         columns = [(l, i) for l in range(1, levels + 1) for i in range(len(covered[l]))]  # of the pooled tokens
         average = torch.zeros(len(columns), q.shape[2], dtype=acc, device=q.device)
         for row, (l, i) in enumerate(columns):
@@ -344,7 +345,7 @@ def reference(
 
 
 def _covered(layout: TokenLayout, shapes: Sequence[tuple[int, ...]]) -> list[list[list[int]]]:
-    """The tokens that each token of each level stands for, level 0 first."""
+    """Tokens covered by each token of each level, level 0 first."""
     size = (1,) * len(layout.grid)
     levels = [[[t] for t in range(layout.before, layout.before + layout.grid_len)]]
     for shape in shapes:
@@ -365,7 +366,7 @@ def _choices(
     covered: list[list[list[int]]],
     topk: int,
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """For every level-1 block: its tokens, those of the blocks it keeps, the columns of the pooled tokens it sees."""
+    """For each level-1 block: its tokens, those of the blocks it keeps, the columns of its visible pooled tokens."""
     column = {name: i for i, name in enumerate(columns)}
     levels = len(covered) - 1
     parents: list[dict[int, int]] = [{}]

@@ -67,7 +67,7 @@ def sla_attention(
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: where the grid lies in the sequence; None = the whole sequence is the grid, 1-D.
+        layout: position of the grid in the sequence; None = the whole sequence is the grid, 1-D.
         critical: share of key blocks in the softmax, at least one block; in (0, 1].
         negligible: share of key blocks that are left out; critical + negligible <= 1.
         block_q: tokens in a block of queries.
@@ -75,12 +75,12 @@ def sla_attention(
         feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu".
         linear_over: "marginal" (the paper), or "all" key blocks (the authors' later release).
         smooth_key: subtract the mean key before pooling.
-        tile_order: blocks are compact tiles of the grid in place of runs of raster order.
+        tile_order: blocks are compact tiles of the grid instead of consecutive tokens in raster order.
         weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
+        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
     Raises: ValueError: shares out of range, an unknown feature_map or linear_over, a layout that does not match,
         tensors that do not match each other.
     """
@@ -126,7 +126,7 @@ def _attend(
     smooth_key: bool = False,
     tile_order: bool = False,
 ) -> Tensor:
-    """:func:`sla_attention`; ``fit`` changes nothing, for these options suit any layout."""
+    """:func:`sla_attention`; ``fit`` has no effect, because these options suit any layout."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale, default=True)
@@ -181,7 +181,7 @@ def check_options(
     tile_order: bool = False,
     backend: str | None = None,
 ) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     check_backend(backend)
     if not 0 < check_number("critical", critical) <= 1:
         raise ValueError(f"critical must be in (0, 1], got {critical}")
@@ -200,7 +200,7 @@ def check_options(
 
 
 def fit(layout: TokenLayout, **options: Any) -> dict[str, Any]:
-    """The options as they are: a short block at the end is allowed, and one block is always critical."""
+    """Options for this layout: unchanged. A short block at the end is allowed, and one block is always critical."""
     return options
 
 
@@ -213,8 +213,8 @@ def count_logits(
     tile_order: bool = False,
     **options: Any,
 ) -> float:
-    """Softmax logits of one batch element and head, text included, the linear part not; dense would be
-    ``seq_len ** 2``. Which blocks are critical depends on the data: a short block counts as an average one."""
+    """Softmax logits per batch element and head, global tokens included, without the linear part; dense would be
+    ``seq_len ** 2``. The critical blocks depend on the data: a short block counts as an average one."""
     n_blocks = len(_blocks(layout, block_kv, tile_order, torch.device("cpu"))[0])
     share = _n_critical(critical, n_blocks) / n_blocks
     return share * layout.grid_len**2 + text_logits(layout)
@@ -225,7 +225,8 @@ def _n_critical(critical: float, n_blocks: int) -> int:
 
 
 def _blocks(layout: TokenLayout, block: int, tile_order: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(M, block) grid tokens of each block, -1 where it is short; and where each grid token stands there, flattened."""
+    """Grid tokens of each block, (M, block), -1 where a block is short; and the flat position of each grid token
+    there."""
     if tile_order:
         return box_blocks(layout.grid, box_shape(block, layout.grid), device)
     return box_blocks((layout.grid_len,), (block,), device)
@@ -251,7 +252,8 @@ def _compute(
     smooth_key: bool,
     tile_order: bool,
 ) -> Tensor:
-    """Selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical blocks."""
+    """SLA with selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical
+    blocks."""
     key, value = hide(key, key_mask), hide(value, key_mask)
     q_table, place = _blocks(layout, block_q, tile_order, query.device)
     k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
@@ -288,7 +290,7 @@ def _critical_by_tiles(
     block_kv: int,
     tile_order: bool,
 ) -> Tensor:
-    """As :func:`critical_by_flex`, by gathered tiles."""
+    """Same as :func:`critical_by_flex`, by gathered tiles."""
     q_table, _ = _blocks(layout, block_q, tile_order, query.device)
     k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
     whole = key_mask is None and k_table.numel() == layout.grid_len
@@ -300,7 +302,7 @@ def _critical_by_tiles(
 
 
 def _pool(x: Tensor, table: Tensor, real: Tensor) -> Tensor:
-    """Means of (B, H, N, D) over the real tokens of each block, (B, H, M, D), at least float32."""
+    """Means of (B, H, N, D) over the valid tokens of each block, (B, H, M, D), at least float32."""
     inside = (table >= 0) & real[:, table]  # (1|B, M, block)
     blocks = gather_blocks(x, table)
     total = torch.where(inside[:, None, :, :, None], blocks, 0).to(_acc(x)).sum(3)
@@ -322,7 +324,8 @@ def _select(
     negligible: float,
     smooth_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The critical blocks (B*H, Mq, n), which of these n count (1|B, n), the 0/1 map of marginal ones (B*H, Mq, Mk)."""
+    """Critical blocks (B*H, Mq, n), the mask of their valid entries (1|B, n), the 0/1 map of marginal blocks (B*H, Mq,
+    Mk)."""
     grid_key = key[:, :, layout.grid_slice]
     pooled_key = _pool(grid_key, k_table, real)
     if smooth_key:
@@ -336,7 +339,7 @@ def _select(
     filled = filled[:, None, None]
     chosen = scores.masked_fill(~filled, -torch.inf).topk(_n_critical(critical, most), sorted=True).indices
     kept = torch.arange(chosen.shape[-1], device=key.device) < n_critical[:, None]
-    rest = filled & ~_marked(chosen, kept, most)  # where scores are equal, no block is critical and negligible at once
+    rest = filled & ~_marked(chosen, kept, most)  # with equal scores, no block may be both critical and negligible
     lowest = scores.masked_fill(~rest, torch.inf).topk(int(negligible * most), largest=False, sorted=True).indices
     dropped = torch.arange(lowest.shape[-1], device=key.device) < n_negligible[:, None]
     marginal = rest & ~_marked(lowest, dropped, most)
@@ -344,7 +347,7 @@ def _select(
 
 
 def _marked(index: Tensor, counts: Tensor, n_blocks: int) -> Tensor:
-    """(B, H, Mq, n_blocks) bool: the blocks of ``index`` (B, H, Mq, n) that ``counts`` (1|B, n)."""
+    """Mask (B, H, Mq, n_blocks) of the blocks ``index`` (B, H, Mq, n) with valid entries ``counts`` (1|B, n)."""
     marked = torch.zeros(*index.shape[:-1], n_blocks, dtype=torch.bool, device=index.device)
     return marked.scatter_(-1, index, counts[:, None, None].expand(index.shape))
 
@@ -352,8 +355,8 @@ def _marked(index: Tensor, counts: Tensor, n_blocks: int) -> Tensor:
 def _critical_tiles(
     layout: TokenLayout, q_table: Tensor, k_table: Tensor, chosen: Tensor, kept: Tensor, whole: bool
 ) -> Tiles:
-    """One tile a query block: the tokens of its critical blocks, and the tokens off the grid. ``whole``: every block is
-    full, and all that were chosen count."""
+    """Tiles of one query block each: the tokens of its critical blocks, and the global tokens. ``whole``: all blocks
+    are full, and all entries of the lists are valid."""
     text = global_index(layout, chosen.device)
     n_rows, block_kv = layout.seq_len, k_table.shape[1]
     queries = torch.where(q_table < 0, n_rows, q_table + layout.before)[None]
@@ -387,12 +390,12 @@ def _linear_part(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """The projected linear attention of the grid tokens, (B, H, N, D); ``marginal`` None = over all keys."""
+    """Projected linear attention of the grid tokens, (B, H, N, D); ``marginal`` None = over all keys."""
     q, k, v = (x[:, :, layout.grid_slice].to(_acc(query)) for x in (query, key, value))
     out = torch.zeros_like(q)
     if weight is not None:
         phi_k = torch.where(real[:, None, :, None], feature(k, feature_map), 0)
-        v_and_one = F.pad(v, (0, 1), value=1.0)  # the last column adds up the features themselves
+        v_and_one = F.pad(v, (0, 1), value=1.0)  # the last column sums the features themselves
         phi_q = feature(q, feature_map)
         if marginal is None:
             total = phi_q @ (phi_k.mT @ v_and_one)
@@ -440,7 +443,7 @@ def reference(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`sla_attention` through the full (S, S) weights: slow, and the specification."""
+    """:func:`sla_attention` through the full (S, S) weights: slow; the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     layout = flat_layout(layout, query)
     acc = _acc(query)
@@ -450,8 +453,8 @@ def reference(
     real = real if key_mask is None else key_mask
     out = []
     for b in range(len(q)):
-        seen = real[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): which keys the softmax sees
-        linear = torch.zeros_like(seen)  # and which the linear part
+        seen = real[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): keys in the softmax
+        linear = torch.zeros_like(seen)  # keys in the linear part
         k_real = [[t for t in block if real[b, t]] for block in k_blocks]
         k_real = [block for block in k_real if block]
         every = [t for block in k_real for t in block]
@@ -484,7 +487,7 @@ def reference(
 
 
 def _block_lists(layout: TokenLayout, block: int, tile_order: bool) -> list[list[int]]:
-    """The tokens of each block."""
+    """Tokens of each block."""
     first = layout.before
     if not tile_order:
         return [

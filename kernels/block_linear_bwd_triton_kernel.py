@@ -25,11 +25,11 @@ def _feature_backward(x, phi, d_phi, FEATURE_MAP: tl.constexpr):
 
 @triton.jit
 def linear_rows_bwd_kernel(
-    X, Y, STATE, NORM, EPS, REAL, DX, PRODUCT, QUOTIENT, D_TOTAL, SHARE,
-    sxb, sxh, sxr, syb, syh, syr, sob, soh, sor, srb, srs,
+    X, Y, STATE, NORM, EPS, KEY_MASK, DX, PRODUCT, QUOTIENT, D_TOTAL, DELTA,
+    sxb, sxh, sxr, syb, syh, syr, sob, soh, sor, smb, sms,
     n_heads, n_tiles, length, before, G0, G1, G2,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, OF_QUERIES: tl.constexpr, BY_TILE: tl.constexpr, HAS_REAL: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, OF_QUERIES: tl.constexpr, BY_TILE: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -47,10 +47,10 @@ def linear_rows_bwd_kernel(
     dims = tl.arange(0, BLOCK_D)
     index, inside = tile_tokens(tile, i_part * BLOCK_M + tl.arange(0, BLOCK_M), G0, G1, G2, B0, B1, B2)
     row = (before + index).to(tl.int64)
-    live = inside
-    if HAS_REAL:
-        live = live & (tl.load(REAL + b * srb + row * srs, mask=inside, other=0) != 0)
-    m_x = live[:, None] & (dims < D)[None, :]
+    valid = inside
+    if HAS_KEY_MASK:
+        valid = valid & (tl.load(KEY_MASK + b * smb + row * sms, mask=inside, other=0) != 0)
+    m_x = valid[:, None] & (dims < D)[None, :]
     p_y = Y + b * syb + h * syh + row[:, None] * syr
     if BLOCK_E == BLOCK_D:  # the load overlaps the computation of φ(x)
         y = tl.load(p_y + dims[None, :], mask=m_x, other=0.0)
@@ -64,7 +64,7 @@ def linear_rows_bwd_kernel(
     STATE += which * D * D
     norm = tl.load(NORM + which * D + dims, mask=dims < D, other=0.0)
     total = tl.full([BLOCK_M], 1.0, tl.float32)
-    share = tl.zeros([BLOCK_M], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
     if OF_QUERIES:
         total = tl.sum(phi.to(tl.float32) * norm[None, :], 1)
         # 0 if φ(q) and all summed φ(k) have disjoint support: every numerator is then 0 as well
@@ -73,7 +73,7 @@ def linear_rows_bwd_kernel(
     d_phi = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, BLOCK_D, BLOCK_E):
         cols = start + tl.arange(0, BLOCK_E)
-        m_y = live[:, None] & (cols < D)[None, :]
+        m_y = valid[:, None] & (cols < D)[None, :]
         m_out = inside[:, None] & (cols < D)[None, :]
         if BLOCK_E < BLOCK_D:
             y = tl.load(p_y + cols[None, :], mask=m_y, other=0.0)
@@ -82,22 +82,22 @@ def linear_rows_bwd_kernel(
         product = tl.dot(phi.to(state.dtype), state, input_precision=PRECISION)
         if OF_QUERIES:
             product = product / total[:, None]
-            share += tl.sum(product * y.to(tl.float32), 1)
+            delta += tl.sum(product * y.to(tl.float32), 1)
             factor = y.to(tl.float32) / total[:, None]
             tl.store(QUOTIENT + p_out + cols[None, :], factor.to(QUOTIENT.dtype.element_ty), mask=m_out)
         else:
-            product = tl.where(live[:, None], product, 0.0)
+            product = tl.where(valid[:, None], product, 0.0)
         tl.store(PRODUCT + p_out + cols[None, :], product.to(PRODUCT.dtype.element_ty), mask=m_out)
         d_phi = tl.dot(y.to(state.dtype), tl.trans(state), d_phi, input_precision=PRECISION)
     if OF_QUERIES:
         d_phi = d_phi / total[:, None]  # after the product: g / t may overflow float16
-        d_total = -share / total
+        d_total = -delta / total
         tl.store(D_TOTAL + bh * length + row, d_total, mask=inside)
         d_phi += d_total[:, None] * norm[None, :]
-        tl.store(SHARE + bh * length + row, share, mask=inside)
+        tl.store(DELTA + bh * length + row, delta, mask=inside)
     else:
         d_phi += norm[None, :]
     dx = _feature_backward(x, phi.to(tl.float32), d_phi, FEATURE_MAP)
-    dx = tl.where(live[:, None], dx, 0.0)
+    dx = tl.where(valid[:, None], dx, 0.0)
     m_dx = inside[:, None] & (dims < D)[None, :]
     tl.store(DX + p_out + dims[None, :], dx.to(DX.dtype.element_ty), mask=m_dx)

@@ -61,9 +61,9 @@ def linear_state(
     n_grid: int,
     feature_map: str,
     weight: Tensor | None,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    shares: Tensor | None = None,
+    norm_weights: Tensor | None = None,
 ) -> LinearState:
     """Means over all valid grid keys. The order of the tokens does not matter, so there is no tiling.
 
@@ -80,9 +80,9 @@ def linear_state(
         keys of each batch element (eps = 1e-5 / count; without a valid key: 0, 0, and 1e-5).
     """
     parts, states, norms = _parts(key, n_grid)
-    _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0, shares)
+    _launch_block_states(key, value, parts, before, feature_map, None, key_mask, states, norms, 0, norm_weights)
     weight = torch.eye(key.shape[-1], device=key.device) if weight is None else weight
-    return _finish_state(states, norms, len(key), before, n_grid, parts.volume, weight, real, dtype)
+    return _finish_state(states, norms, len(key), before, n_grid, parts.volume, weight, key_mask, dtype)
 
 
 def _parts(key: Tensor, n_grid: int) -> tuple[Tiling, Tensor, Tensor]:
@@ -104,14 +104,16 @@ def _finish_state(
     n_grid: int,
     volume: int,
     weight: Tensor,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     dtype: torch.dtype | None,
 ) -> LinearState:
     """Add the partial sums (G, parts, D, D) and (G, parts, D), divide by the count and apply the projection."""
     check_contiguous(states=states, norms=norms)
     groups, n_parts, dim, _ = states.shape
     heads, device = groups // batch, states.device
-    counts = None if real is None else real[:, before : before + n_grid].sum(-1).expand(batch).int().contiguous()
+    counts = (
+        None if key_mask is None else key_mask[:, before : before + n_grid].sum(-1).expand(batch).int().contiguous()
+    )
     state = torch.empty(batch, heads, dim, dim, dtype=dtype or torch.float32, device=device)
     norm = torch.empty(batch, heads, dim, dtype=torch.float32, device=device)
     eps = torch.empty(groups, dtype=torch.float32, device=device)
@@ -149,8 +151,8 @@ def block_states(
     feature_map: str,
     weight: Tensor | None,
     out_dtype: torch.dtype,
-    real: Tensor | None = None,
-    shares: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    norm_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums of φ(k)ᵀ v Wᵀ and φ(k) over the valid tokens of each tile, divided by the volume of a full tile.
 
@@ -164,7 +166,7 @@ def block_states(
     batch, heads, _, dim = key.shape
     states = torch.empty(batch * heads, tiling.n_tiles, dim, dim, dtype=out_dtype, device=key.device)
     norms = torch.empty(batch * heads, tiling.n_tiles, dim, dtype=torch.float32, device=key.device)
-    _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms, 0, shares)
+    _launch_block_states(key, value, tiling, before, feature_map, weight, key_mask, states, norms, 0, norm_weights)
     return states.unflatten(0, (batch, heads)), norms.unflatten(0, (batch, heads))
 
 
@@ -198,7 +200,7 @@ def marginal_linear_state(
     before: int,
     feature_map: str,
     weight: Tensor | None,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
     n_marginal: int | None = None,
 ) -> LinearState:
     """:func:`block_states` and :func:`marginal_states` for a chunk of heads at a time, to bound the scratch memory.
@@ -221,7 +223,7 @@ def marginal_linear_state(
     for first in range(0, batch * heads, step):
         run = slice(first, min(first + step, batch * heads))
         states = scratch[: run.stop - first]
-        _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms[run], first)
+        _launch_block_states(key, value, tiling, before, feature_map, weight, key_mask, states, norms[run], first)
         _add_marginal(marginal[run], states, out.state[run], n_marginal)
     _launch_marginal_norms(marginal[..., : tiling.n_tiles], norms, out.norm, n_marginal)
     return out
@@ -248,15 +250,15 @@ def _launch_block_states(
     before: int,
     feature_map: str,
     weight: Tensor | None,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     states: Tensor,
     norms: Tensor,
     first: int,
-    shares: Tensor | None = None,
+    norm_weights: Tensor | None = None,
 ) -> None:
     """Write states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = no
     projection."""
-    check_contiguous(states=states, norms=norms, shares=shares)
+    check_contiguous(states=states, norms=norms, norm_weights=norm_weights)
     heads, dim = key.shape[1], key.shape[3]
     half = value.element_size() == 2
     block_d = max(16, next_power_of_2(dim))
@@ -265,10 +267,10 @@ def _launch_block_states(
     big = block_d * block_e >= 128 * 64
     fold = half and weight is not None and dim <= 128
     weight = None if weight is None else weight.to(key.dtype).contiguous()
-    mask, mask_b, mask_s, has_real = mask_arguments(real, key)
+    mask, mask_b, mask_s, has_key_mask = mask_arguments(key_mask, key)
     n_items = len(states) * tiling.n_tiles
     in_one = tiling.volume <= block_n
-    boxes = _boxes(key, value, tiling, before) if fold and real is None and tiling.volume == block_n else None
+    boxes = _boxes(key, value, tiling, before) if fold and key_mask is None and tiling.volume == block_n else None
     # programs loop over the tiles that fit one step, so that the next tile is loaded while one is summed
     n_programs = min(n_items, PROGRAMS // 2 if boxes else PROGRAMS) if in_one else n_items
     block_state_fwd_kernel[(n_programs, cdiv(dim, block_e))](
@@ -280,7 +282,7 @@ def _launch_block_states(
         norms,
         *(boxes[:2] if boxes else (None, None)),
         _rows(states, dim) if boxes else None,
-        shares,
+        norm_weights,
         first,
         heads,
         tiling.n_tiles,
@@ -298,8 +300,8 @@ def _launch_block_states(
         D=dim,
         FEATURE_MAP=feature_map,
         FOLD=fold,
-        HAS_REAL=has_real,
-        HAS_SHARES=shares is not None,
+        HAS_KEY_MASK=has_key_mask,
+        HAS_NORM_WEIGHTS=norm_weights is not None,
         IN_ONE=in_one,
         BOXES=boxes[2] if boxes else 0,
         BLOCK_N=block_n,

@@ -124,15 +124,15 @@ class BlockPlan:
         self,
         lengths: tuple[int, int],
         before: tuple[int, int] = (0, 0),
-        n_extra: int = 0,
-        real: Tensor | None = None,
-        extra_real: Tensor | None = None,
+        n_pooled: int = 0,
+        key_mask: Tensor | None = None,
+        pooled_mask: Tensor | None = None,
         heads: int | None = None,
     ) -> FlexMask:
         """Block mask for torch's FlexAttention, which needs the tokens in tile order; see `flex_mask`."""
         from .block_sparse_flex import flex_mask
 
-        return flex_mask(self, lengths, before, n_extra, real, extra_real, heads)
+        return flex_mask(self, lengths, before, n_pooled, key_mask, pooled_mask, heads)
 
     def describe(self) -> str:
         """Summary in one line: the tile shapes, tiles visited per query tile, and the fraction of all logits in visited
@@ -142,7 +142,7 @@ class BlockPlan:
         logits = self.n_tiles.double().mean(0).sum().item() * self.q.volume * self.kv.volume
         share = logits / (self.q.n_tokens * self.kv.n_tokens)
         return (
-            f"query boxes {_short(self.q)}, key boxes {_short(self.kv)}: {self.q.n_tiles} query tiles visit "
+            f"query tiles {_short(self.q)}, key tiles {_short(self.kv)}: {self.q.n_tiles} query tiles visit "
             f"{visited:.1f} of {self.kv.n_tiles} key tiles each ({full:.1f} full), {share:.2%} of the logits"
         )
 
@@ -158,12 +158,12 @@ def _short(tiling: Tiling) -> str:
 class _Reach:
     """Interval of key tiles for each tile of queries along one axis, (tiles, longest interval) each.
 
-    tile: the key tile. seen: it belongs to the interval. full: complete, and visible to every query. near, far: least
-    and greatest weighted squared distance between their coordinates.
+    tile: the key tile. visible: it belongs to the interval. full: complete, and visible to every query. near, far:
+    least and greatest weighted squared distance between their coordinates.
     """
 
     tile: np.ndarray
-    seen: np.ndarray
+    visible: np.ndarray
     full: np.ndarray
     near: np.ndarray
     far: np.ndarray
@@ -172,7 +172,7 @@ class _Reach:
     def middle(self) -> _Reach:
         """Reach of the middle query tile only."""
         i = slice(len(self.tile) // 2, len(self.tile) // 2 + 1)
-        return _Reach(self.tile[i], self.seen[i], self.full[i], self.near[i], self.far[i])
+        return _Reach(self.tile[i], self.visible[i], self.full[i], self.near[i], self.far[i])
 
 
 def _reach(g: Geometry, weight: float, q_side: int, k_side: int) -> _Reach:
@@ -182,7 +182,7 @@ def _reach(g: Geometry, weight: float, q_side: int, k_side: int) -> _Reach:
     first, last, place = first[queries], last[queries], order[queries]
     low, high = first.min(1) // k_side, last.max(1) // k_side
     tile = low[:, None] + np.arange((high - low).max() + 1)
-    seen = tile <= high[:, None]
+    visible = tile <= high[:, None]
     full = (tile * k_side >= first.max(1, keepdims=True)) & ((tile + 1) * k_side <= last.min(1, keepdims=True) + 1)
     keys = order[_tiled(np.arange(n), k_side)]
     k_low, k_high = keys.min(1), keys.max(1)
@@ -190,7 +190,7 @@ def _reach(g: Geometry, weight: float, q_side: int, k_side: int) -> _Reach:
     q_low, q_high = place.min(1, keepdims=True), place.max(1, keepdims=True)
     near = np.maximum(k_low[kept] - q_high, q_low - k_high[kept]).clip(min=0).astype(np.float64)
     far = np.maximum(k_high[kept] - q_low, q_high - k_low[kept]).astype(np.float64)
-    return _Reach(tile, seen, full & seen, weight * near**2, weight * far**2)
+    return _Reach(tile, visible, full & visible, weight * near**2, weight * far**2)
 
 
 def _tiled(places: np.ndarray, side: int) -> np.ndarray:
@@ -216,9 +216,9 @@ def window_plan(
     grid = tuple(axis.length for axis in axes)
     q, kv = Tiling(grid, q_box), Tiling(grid, k_box)  # type: ignore[arg-type]
     reaches = [_reach(*of) for of in zip(geometries, weights or (0.0,) * 3, q_box, k_box, strict=True)]
-    tiles, seen, full = (torch.from_numpy(x) for x in _combine(reaches, kv.counts, weights is not None, mask.limit))
-    place = torch.argsort(2 - seen.int() - full.int(), dim=1, stable=True)
-    n_tiles, n_full = seen.sum(1, dtype=torch.int32), full.sum(1, dtype=torch.int32)
+    tiles, visible, full = (torch.from_numpy(x) for x in _combine(reaches, kv.counts, weights is not None, mask.limit))
+    place = torch.argsort(2 - visible.int() - full.int(), dim=1, stable=True)
+    n_tiles, n_full = visible.sum(1, dtype=torch.int32), full.sum(1, dtype=torch.int32)
     listed = tiles.gather(1, place[:, : int(n_tiles.max())]).int()
     all_full = bool((n_full == n_tiles).all())
     partial = (n_tiles - n_full) * PARTIAL_COST_OF.get(kv.volume, PARTIAL_COST)
@@ -241,15 +241,15 @@ def cheapest_window_plan(
 def _combine(
     reaches: Sequence[_Reach], counts: Sequence[int], is_ball: bool, limit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Key tiles of each query tile, (query tiles, interval): index, seen, full."""
+    """Key tiles of each query tile, (query tiles, interval): index, visible, full."""
     first, *others = reaches
-    tile, seen, full, near, far = first.tile, first.seen, first.full, first.near, first.far
+    tile, visible, full, near, far = first.tile, first.visible, first.full, first.near, first.far
     for r, count in zip(others, counts[1:], strict=True):
         tile = _outer(tile * count, r.tile, np.add)
-        seen, full = _outer(seen, r.seen, np.logical_and), _outer(full, r.full, np.logical_and)
+        visible, full = _outer(visible, r.visible, np.logical_and), _outer(full, r.full, np.logical_and)
         if is_ball:
             near, far = _outer(near, r.near, np.add), _outer(far, r.far, np.add)
-    return (tile, seen & (near < limit), full & (far < limit)) if is_ball else (tile, seen, full)
+    return (tile, visible & (near < limit), full & (far < limit)) if is_ball else (tile, visible, full)
 
 
 def _outer(a: np.ndarray, b: np.ndarray, op: Callable[..., np.ndarray]) -> np.ndarray:
@@ -314,11 +314,11 @@ def _choose_boxes(
     @cache
     def reach(axis: int, q_side: int, k_side: int) -> tuple[_Reach, int, int, int]:
         r = _reach(geometries[axis], weights[axis] if weights else 0.0, q_side, k_side)
-        return r.middle, len(r.tile), int(r.seen.sum()), int(r.full.sum())
+        return r.middle, len(r.tile), int(r.visible.sum()), int(r.full.sum())
 
     def cost(q_box: tuple[int, ...], k_box: tuple[int, ...]) -> float:
-        middles, counts, seen, full = zip(*map(reach, range(3), q_box, k_box), strict=True)
-        visits, whole = math.prod(seen), math.prod(full)
+        middles, counts, visible, full = zip(*map(reach, range(3), q_box, k_box), strict=True)
+        visits, whole = math.prod(visible), math.prod(full)
         if weights is not None:
             _, in_reach, inside = _combine(middles, (1, 1, 1), True, limit)
             visits, whole = (math.prod(counts) * int(x.sum()) for x in (in_reach, inside))

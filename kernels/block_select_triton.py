@@ -27,7 +27,7 @@ def select_blocks(
     pooled_k: Tensor,
     n_critical: int | Tensor,
     n_negligible: int | Tensor,
-    filled: Tensor | None = None,
+    valid_blocks: Tensor | None = None,
     want_marginal: bool = True,
     *,
     map_dtype: torch.dtype = torch.float32,
@@ -43,7 +43,8 @@ def select_blocks(
     Args:
         pooled_q, pooled_k: (B, H, Mq, D), (B, H, Mk, D) float32, D at most 256.
         n_critical, n_negligible: blocks to select and to leave out; int, or (B,) int32 on the same device.
-        valid: (1|B, Mk) bool, key blocks with at least one valid token: others are neither critical nor marginal.
+        valid_blocks: (1|B, Mk) bool, key blocks with at least one valid token: others are neither critical nor
+            marginal.
         want_marginal: whether to return the map.
         map_dtype: dtype of the map.
         n_max: length of the lists if the counts are tensors; None = their maximum, which synchronizes the device.
@@ -61,8 +62,8 @@ def select_blocks(
     marginal = None
     if want_marginal:
         marginal = torch.empty(batch * heads, n_q, pitch, dtype=map_dtype, device=queries.device)
-    if filled is not None:
-        filled = filled.expand(batch, -1)
+    if valid_blocks is not None:
+        valid_blocks = valid_blocks.expand(batch, -1)
     if isinstance(n_critical, Tensor) or isinstance(n_negligible, Tensor):
         n_critical, n_negligible = (
             torch.as_tensor(n, dtype=torch.int32, device=queries.device).expand(batch).contiguous()
@@ -76,7 +77,7 @@ def select_blocks(
         scores = scratch[: run.stop - first]
         _launch_scores(queries[run], keys[run], scores)
         picked = None if marginal is None else marginal[run]
-        pick(scores, first, heads, n_k, n_critical, n_negligible, filled, lists[run], picked)
+        pick(scores, first, heads, n_k, n_critical, n_negligible, valid_blocks, lists[run], picked)
     return lists, marginal
 
 
@@ -141,18 +142,18 @@ def _launch_pick(
     n_k: int,
     n_critical: int | Tensor,
     n_negligible: int | Tensor,
-    filled: Tensor | None,
+    valid_blocks: Tensor | None,
     lists: Tensor,
     marginal: Tensor | None,
 ) -> None:
     """Write ``lists`` and ``marginal`` of the heads from ``first`` on."""
     check_contiguous(scores=scores, lists=lists, marginal=marginal)
     groups, n_q, pitch = scores.shape
-    filled = None if filled is None else filled.view(torch.uint8)
+    valid_blocks = None if valid_blocks is None else valid_blocks.view(torch.uint8)
     block = next_power_of_2(pitch)
     _pick_blocks_fwd_kernel[(groups * n_q,)](
         scores,
-        scores if filled is None else filled,
+        scores if valid_blocks is None else valid_blocks,
         lists,
         scores if marginal is None else marginal,
         n_critical,
@@ -163,10 +164,10 @@ def _launch_pick(
         n_k,
         pitch,
         lists.shape[2],
-        0 if filled is None else filled.stride(0),
-        0 if filled is None else filled.stride(1),
+        0 if valid_blocks is None else valid_blocks.stride(0),
+        0 if valid_blocks is None else valid_blocks.stride(1),
         PER_BATCH=isinstance(n_critical, Tensor),
-        HAS_FILLED=filled is not None,
+        HAS_VALID=valid_blocks is not None,
         WANT_MARGINAL=marginal is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 1024)),  # 32 scores per thread; one warp counts without a barrier
@@ -176,7 +177,7 @@ def _launch_pick(
 @triton.jit(do_not_specialize=["n_critical", "n_negligible", "first", "n_max"])
 def _pick_blocks_fwd_kernel(
     scores_ptr,
-    filled_ptr,
+    valid_ptr,
     lists_ptr,
     marginal_ptr,
     n_critical,
@@ -187,10 +188,10 @@ def _pick_blocks_fwd_kernel(
     n_k,
     pitch,
     n_max,
-    stride_fb,
-    stride_fm,
+    stride_vb,
+    stride_vm,
     PER_BATCH: tl.constexpr,
-    HAS_FILLED: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     WANT_MARGINAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -198,15 +199,15 @@ def _pick_blocks_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     i_b = (first + row // n_q) // n_heads
     cols = tl.arange(0, BLOCK)
-    live = cols < n_k
+    valid = cols < n_k
     # loaded up to a multiple of 16, so that the mask allows vector loads of four
     b_scores = tl.load(scores_ptr + row * pitch + cols, mask=cols < pitch, other=0.0)
-    if HAS_FILLED:
-        live = live & (tl.load(filled_ptr + i_b * stride_fb + cols * stride_fm, mask=live, other=0) != 0)
+    if HAS_VALID:
+        valid = valid & (tl.load(valid_ptr + i_b * stride_vb + cols * stride_vm, mask=valid, other=0) != 0)
     if PER_BATCH:
         n_critical = tl.load(n_critical + i_b)
         n_negligible = tl.load(n_negligible + i_b)
-    image = tl.where(live, tl.maximum(ordered(b_scores), 1), 0)
+    image = tl.where(valid, tl.maximum(ordered(b_scores), 1), 0)
     critical = _highest(image, n_critical)
     place = tl.cumsum(critical.to(tl.int32), 0) - 1
     n_chosen = tl.sum(critical.to(tl.int32), 0)
@@ -216,8 +217,8 @@ def _pick_blocks_fwd_kernel(
         for start in range(0, n_max, BLOCK):  # one iteration, because a row has at least as many blocks as its list
             tl.store(p_lists + start + cols, 0, mask=(start + cols >= n_chosen) & (start + cols < n_max))
     if WANT_MARGINAL:
-        n_live = tl.sum(live.to(tl.int32), 0)
-        marginal = _highest(image, tl.maximum(n_live - n_negligible, 0)) & ~critical
+        n_valid = tl.sum(valid.to(tl.int32), 0)
+        marginal = _highest(image, tl.maximum(n_valid - n_negligible, 0)) & ~critical
         b_map = marginal.to(marginal_ptr.dtype.element_ty)
         tl.store(marginal_ptr + row * pitch + cols, b_map, mask=cols < pitch)
 
@@ -260,22 +261,22 @@ def _sort_and_pick(
     n_k: int,
     n_critical: int | Tensor,
     n_negligible: int | Tensor,
-    filled: Tensor | None,
+    valid_blocks: Tensor | None,
     lists: Tensor,
     marginal: Tensor | None,
 ) -> None:
     """Same as :func:`_launch_pick` for any number of key blocks: one head at a time, because a sort needs memory."""
     for i, head_scores in enumerate(scores[..., :n_k]):
         i_b = (first + i) // heads
-        live = torch.ones(n_k, dtype=torch.bool, device=scores.device) if filled is None else filled[i_b]
+        valid = torch.ones(n_k, dtype=torch.bool, device=scores.device) if valid_blocks is None else valid_blocks[i_b]
         critical_n, negligible_n = (n[i_b] if isinstance(n, Tensor) else n for n in (n_critical, n_negligible))
-        ranked = torch.where(live, head_scores, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        ranked = torch.where(valid, head_scores, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
         rank = torch.empty_like(ranked)
         rank.scatter_(-1, ranked, torch.arange(n_k, device=scores.device).expand(ranked.shape))
-        critical = live & (rank < critical_n)
+        critical = valid & (rank < critical_n)
         index = torch.where(critical, torch.arange(n_k, device=scores.device), n_k).sort(-1).values
         index = index[:, : lists.shape[2]]
         lists[i] = torch.where(index < n_k, index, 0)
         if marginal is not None:
-            marginal[i, :, :n_k] = live & ~critical & (rank < live.sum() - negligible_n)
+            marginal[i, :, :n_k] = valid & ~critical & (rank < valid.sum() - negligible_n)
             marginal[i, :, n_k:] = 0

@@ -62,7 +62,7 @@ def tile_attention(
     *,
     scale: float,
     key_bias: Tensor | None = None,
-    hides: bool = False,
+    may_have_empty_rows: bool = False,
     per_head: bool = False,
 ) -> Tensor:
     """Softmax attention over the key list of each query tile; the tiles of ``plan`` contain each query once.
@@ -83,7 +83,7 @@ def tile_attention(
     if key_bias is not None and key_bias.shape[0] > 1 and per_head:
         key_bias = key_bias.repeat_interleave(heads, 0)
     q, k, v = (_to_rows(x, per_head) for x in (query, key, value))
-    out = _TileAttention.apply(q, k, v, key_bias, plan, scale, hides)
+    out = _TileAttention.apply(q, k, v, key_bias, plan, scale, may_have_empty_rows)
     return out.view(batch, heads, *out.shape[1::2]) if per_head else out.transpose(1, 2)
 
 
@@ -96,26 +96,26 @@ class _TileAttention(torch.autograd.Function):
     """Attention over tensors (G, S, W, D): W heads side by side in a row, G groups with a list each."""
 
     @staticmethod
-    def forward(query, key, value, key_bias, plan, scale, hides):
+    def forward(query, key, value, key_bias, plan, scale, may_have_empty_rows):
         # one row more than there are queries, as the target of padding entries
         groups, n_rows, heads, dim = query.shape
         out = query.new_empty(groups, n_rows + 1, heads, dim)
         scratch = _Scratch(query)
         for tiles, rows in _chunks(plan, query, backward=False):
             q, k, v = _read(rows, tiles, query, key, value, scratch)
-            mask, seen = _mask(rows, tiles, key_bias, query, hides)
+            mask, nonempty = _mask(rows, tiles, key_bias, query, may_have_empty_rows)
             if mask is not None and mask.dtype != q.dtype and q.device.type != "cpu":
                 q, k, v = q.to(mask.dtype), k.to(mask.dtype), v.to(mask.dtype)  # only the CPU accepts mixed dtypes
             o = _softmax_attention(q, k, v, mask, scale)
-            if seen is not None:
-                o = o.masked_fill(~seen, 0)
+            if nonempty is not None:
+                o = o.masked_fill(~nonempty, 0)
             flat = _flat_index(rows.queries, groups, n_rows + 1)
             out.view(-1, heads * dim).index_copy_(0, flat, o.transpose(1, 2).reshape(-1, heads * dim).to(out.dtype))
         return out[:, :n_rows]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        query, key, value, key_bias, ctx.plan, ctx.scale, ctx.hides = inputs
+        query, key, value, key_bias, ctx.plan, ctx.scale, ctx.may_have_empty_rows = inputs
         ctx.save_for_backward(query, key, value, key_bias)
 
     @staticmethod
@@ -128,10 +128,10 @@ class _TileAttention(torch.autograd.Function):
         for tiles, rows in _chunks(ctx.plan, query, backward=True):
             q, k, v = (x.to(acc) for x in _read(rows, tiles, query, key, value, scratch))
             g = _gather(grad, rows.queries, scratch, 3).to(acc)
-            filled = (rows.queries < grad.shape[1]).expand(len(grad), -1, -1)
-            g = g * filled.flatten(0, 1)[:, None, :, None]
-            mask, seen = _mask(rows, tiles, key_bias, query, ctx.hides)
-            d_q, d_k, d_v = _softmax_backward(q, k, v, g, mask, seen, ctx.scale)
+            valid = (rows.queries < grad.shape[1]).expand(len(grad), -1, -1)
+            g = g * valid.flatten(0, 1)[:, None, :, None]
+            mask, nonempty = _mask(rows, tiles, key_bias, query, ctx.may_have_empty_rows)
+            d_q, d_k, d_v = _softmax_backward(q, k, v, g, mask, nonempty, ctx.scale)
             _add(sums[0], rows.queries, d_q)
             _add(sums[1], rows.keys, d_k)
             _add(sums[2], rows.keys, d_v)
@@ -149,11 +149,11 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
 
 
 def _softmax_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None, seen: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None, nonempty: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of softmax(q kᵀ scale + mask) v."""
-    if seen is not None:
-        grad = grad.masked_fill(~seen, 0)
+    if nonempty is not None:
+        grad = grad.masked_fill(~nonempty, 0)
     logits = (q @ k.mT) * scale
     p = torch.softmax(logits if mask is None else logits + mask, -1)
     d_p = grad @ v.mT
@@ -216,7 +216,7 @@ def _read(
 
 
 def _mask(
-    rows: Rows, tiles: Tiles, key_bias: Tensor | None, query: Tensor, hides: bool
+    rows: Rows, tiles: Tiles, key_bias: Tensor | None, query: Tensor, may_have_empty_rows: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Additive mask of the logits, (1|G*n, 1, 1|nq, nk), and the queries with a visible key (None: all)."""
     if key_bias is None and rows.visible is None:
@@ -228,12 +228,12 @@ def _mask(
         mask = found[:, :, None].to(torch.promote_types(query.dtype, torch.float32))
     if rows.visible is not None:
         mask = torch.where(rows.visible, mask, -torch.inf)
-    seen = None
-    if hides:
-        seen = (mask > -torch.inf).any(-1, keepdim=True)
-        mask = mask.masked_fill(~seen, 0)
-        seen = _batched(seen, query, rows)
-    return _batched(mask, query, rows), seen
+    nonempty = None
+    if may_have_empty_rows:
+        nonempty = (mask > -torch.inf).any(-1, keepdim=True)
+        mask = mask.masked_fill(~nonempty, 0)
+        nonempty = _batched(nonempty, query, rows)
+    return _batched(mask, query, rows), nonempty
 
 
 def _bias_of(key_bias: Tensor, keys: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def block_sparse_flex(
     *,
     scale: float,
     before: tuple[int, int] = (0, 0),
-    real: Tensor | None = None,
-    extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    key_mask: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Same as :func:`~dit_accel.kernels.block_sparse_triton.block_sparse_attention`, without a linear branch.
 
@@ -65,7 +65,7 @@ def block_sparse_flex(
     if query.device.type == "cuda":
         check_compiled(query.dtype, query.shape[-1])
     with _transforms():
-        return _block_sparse_flex(query, key, value, plan, scale, before, real, extra)
+        return _block_sparse_flex(query, key, value, plan, scale, before, key_mask, pooled)
 
 
 def _block_sparse_flex(
@@ -75,18 +75,20 @@ def _block_sparse_flex(
     plan: BlockPlan,
     scale: float,
     before: tuple[int, int],
-    real: Tensor | None,
-    extra: tuple[Tensor, Tensor, Tensor | None] | None,
+    key_mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor, Tensor | None] | None,
 ) -> Tensor:
-    n_extra, extra_real = (extra[0].shape[2], extra[2]) if extra else (0, None)
+    n_pooled, pooled_mask = (pooled[0].shape[2], pooled[2]) if pooled else (0, None)
     lengths = (query.shape[2], key.shape[2])
-    if plan.mask is not None and real is None and extra_real is None:
-        mask = _kept_mask(plan, lengths, before, n_extra)
+    if plan.mask is not None and key_mask is None and pooled_mask is None:
+        mask = _kept_mask(plan, lengths, before, n_pooled)
     else:
-        mask = flex_mask(plan, lengths, before, n_extra, real, extra_real, heads=query.shape[1])
-    key, value = _hide(key, real), _hide(value, real)
-    if extra:
-        key, value = (torch.cat([x, _hide(y, extra_real)], 2) for x, y in ((key, extra[0]), (value, extra[1])))
+        mask = flex_mask(plan, lengths, before, n_pooled, key_mask, pooled_mask, heads=query.shape[1])
+    key, value = _zero_masked(key, key_mask), _zero_masked(value, key_mask)
+    if pooled:
+        key, value = (
+            torch.cat([x, _zero_masked(y, pooled_mask)], 2) for x, y in ((key, pooled[0]), (value, pooled[1]))
+        )
     q, k, v = (_take(x, rows) for x, rows in ((query, mask.query_rows), (key, mask.key_rows), (value, mask.key_rows)))
     grouped = q.shape[1] != k.shape[1]
     options: Any = {"block_mask": mask.block_mask, "scale": scale, "enable_gqa": grouped}
@@ -123,13 +125,13 @@ def check_compiled(dtype: torch.dtype, dim: int) -> None:
     """Raises: ValueError: a dtype or head dim that compiled FlexAttention does not support."""
     if dtype == torch.float64:
         raise ValueError(
-            "FlexAttention on a GPU takes float16, bfloat16 and float32, got float64: "
+            "FlexAttention on a GPU supports float16, bfloat16 and float32, got float64: "
             'convert query, key and value, or choose backend="torch"'
         )
     if dim < LEAST_SIDE:
         raise ValueError(
-            f"FlexAttention on a GPU takes head dims from {LEAST_SIDE}, got {dim}: pad query, key and value with zeros "
-            'to it and give scale, or choose backend="torch"'
+            f"FlexAttention on a GPU supports head dims from {LEAST_SIDE}, got {dim}: pad query, key and value with "
+            'zeros to it and give scale, or choose backend="torch"'
         )
 
 
@@ -149,9 +151,9 @@ def _side(volume: int) -> int:
     return -(-volume // SIDE) * SIDE if volume > SIDE else max(LEAST_SIDE, 1 << (volume - 1).bit_length())
 
 
-def _hide(x: Tensor, real: Tensor | None) -> Tensor:
+def _zero_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """Zero the masked rows of (B, H, L, D): NaN in the padding would survive a weight of 0."""
-    return x if real is None else x.masked_fill(~real[:, None, :, None], 0)
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
@@ -163,9 +165,9 @@ def flex_mask(
     plan: BlockPlan,
     lengths: tuple[int, int],
     before: tuple[int, int] = (0, 0),
-    n_extra: int = 0,
-    real: Tensor | None = None,
-    extra_real: Tensor | None = None,
+    n_pooled: int = 0,
+    key_mask: Tensor | None = None,
+    pooled_mask: Tensor | None = None,
     heads: int | None = None,
 ) -> FlexMask:
     """Block mask of a plan.
@@ -185,25 +187,25 @@ def flex_mask(
     if groups > 1 and plan.mask is not None:
         raise ValueError(f"a plan with {groups} lists and the mask of a window: make one plan for each list")
     query_rows, query_places = _order(plan, plan.q, lengths[0], before[0], 0)
-    key_rows, key_places = _order(plan, plan.kv, lengths[1], before[1], n_extra)
-    if real is not None or extra_real is not None:
-        batch = len(real if real is not None else extra_real)  # type: ignore[arg-type]
+    key_rows, key_places = _order(plan, plan.kv, lengths[1], before[1], n_pooled)
+    if key_mask is not None or pooled_mask is not None:
+        batch = len(key_mask if key_mask is not None else pooled_mask)  # type: ignore[arg-type]
         parts = [
             torch.ones(batch, n, dtype=torch.bool, device=key_rows.device) if x is None else x.expand(batch, -1)
-            for x, n in ((real, lengths[1]), (extra_real, n_extra))
+            for x, n in ((key_mask, lengths[1]), (pooled_mask, n_pooled))
         ]
-        real = torch.cat(parts, 1)[:, key_rows.clamp(min=0)]
-    seen, full = _visits(plan, query_places[0], key_places[0], heads if groups > 1 and heads else 1)
-    full &= real is None
+        key_mask = torch.cat(parts, 1)[:, key_rows.clamp(min=0)]
+    visible, full = _visits(plan, query_places[0], key_places[0], heads if groups > 1 and heads else 1)
+    full &= key_mask is None
     if plan.mask is None:
-        sees = _listed_rule(seen, query_places[0], key_places[0], real)
+        mask_mod = _listed_mask_mod(visible, query_places[0], key_places[0], key_mask)
     else:
-        sees = _window_rule(plan.mask, query_places, key_places, real)
+        mask_mod = _window_mask_mod(plan.mask, query_places, key_places, key_mask)
     mask = BlockMask.from_kv_blocks(
-        *_lists(seen & ~full),
+        *_lists(visible & ~full),
         *_lists(full),
         BLOCK_SIZE=(_side(plan.q.volume), _side(plan.kv.volume)),
-        mask_mod=sees,
+        mask_mod=mask_mod,
         seq_lengths=(len(query_rows), len(key_rows)),
     )
     return FlexMask(mask, query_rows, key_rows)
@@ -211,11 +213,11 @@ def flex_mask(
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _kept_mask(plan: BlockPlan, lengths: tuple[int, int], before: tuple[int, int], n_extra: int) -> FlexMask:
-    return flex_mask(plan, lengths, before, n_extra)
+def _kept_mask(plan: BlockPlan, lengths: tuple[int, int], before: tuple[int, int], n_pooled: int) -> FlexMask:
+    return flex_mask(plan, lengths, before, n_pooled)
 
 
-def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: int) -> tuple[Tensor, Tensor]:
+def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_pooled: int) -> tuple[Tensor, Tensor]:
     """Rows in the sequence in tile order, (L,), and positions along the axes, (3, L), or the kind of a token off the
     grid."""
     device = plan.tiles.device
@@ -236,7 +238,7 @@ def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: i
     places = places.masked_fill(~inside, NOTHING)
     own = torch.arange(length, device=device)
     off_grid = torch.cat([own[:before], own[before + tiling.n_tokens :]])
-    for more, kind in ((off_grid, OFF_GRID), (length + torch.arange(n_extra, device=device), POOLED)):
+    for more, kind in ((off_grid, OFF_GRID), (length + torch.arange(n_pooled, device=device), POOLED)):
         short = -len(more) % side
         rows = torch.cat([rows, more, more.new_full((short,), -1)])
         kinds = torch.cat([torch.full_like(more, kind), more.new_full((short,), NOTHING)])
@@ -254,15 +256,15 @@ def _visits(plan: BlockPlan, queries: Tensor, keys: Tensor, heads: int) -> tuple
     whole = (keys != NOTHING).all(1)
     q, k = queries[:, :1], keys[None, :, 0]
     off_grid = (k == OFF_GRID) | ((q == OFF_GRID) & (k != POOLED)) | ((q >= 0) & (k == POOLED))
-    seen = off_grid.repeat(len(plan.tiles), 1, 1)
-    full = seen & whole
+    visible = off_grid.repeat(len(plan.tiles), 1, 1)
+    full = visible & whole
     place = torch.arange(plan.tiles.shape[2], device=plan.tiles.device)
-    for kind, counts in ((seen, plan.n_tiles), (full, plan.n_tiles if plan.n_full is None else plan.n_full)):
+    for kind, counts in ((visible, plan.n_tiles), (full, plan.n_tiles if plan.n_full is None else plan.n_full)):
         group, tile, at = (place < counts[..., None]).nonzero(as_tuple=True)
         kind[group, tile, plan.tiles[group, tile, at].long()] = True
     if plan.n_full is None:
         full &= whole
-    return seen.unflatten(0, (-1, heads)), full.unflatten(0, (-1, heads))
+    return visible.unflatten(0, (-1, heads)), full.unflatten(0, (-1, heads))
 
 
 def _lists(kind: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,24 +273,24 @@ def _lists(kind: Tensor) -> tuple[Tensor, Tensor]:
     return kind.sum(-1, dtype=torch.int32), order.int()
 
 
-def _listed_rule(listed: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
+def _listed_mask_mod(listed: Tensor, queries: Tensor, keys: Tensor, key_mask: Tensor | None) -> Callable[..., Tensor]:
     """FlexAttention's ``mask_mod`` if listed blocks are visible as a whole, except for padding."""
     q_side, k_side = len(queries) // listed.shape[2], len(keys) // listed.shape[3]
     by_batch, by_head = (n > 1 for n in listed.shape[:2])
     token = keys != NOTHING
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = listed[b if by_batch else b * 0, h if by_head else h * 0, q // q_side, k // k_side] & token[k]
-        return seen if real is None else seen & real[b, k]
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        visible = listed[b if by_batch else b * 0, h if by_head else h * 0, q // q_side, k // k_side] & token[k]
+        return visible if key_mask is None else visible & key_mask[b, k]
 
-    return sees
+    return mask_mod
 
 
-def _window_rule(mask: WindowMask, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
+def _window_mask_mod(mask: WindowMask, queries: Tensor, keys: Tensor, key_mask: Tensor | None) -> Callable[..., Tensor]:
     """FlexAttention's ``mask_mod`` of a window; positions are looked up in tile order."""
     q_kind, k_kind = queries[0], keys[0]
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         near = (q_kind[q] >= 0) & (k_kind[k] >= 0)
         for axis, (inside, table) in enumerate(zip(mask.intervals, mask.tables, strict=True)):
             if inside:
@@ -298,8 +300,8 @@ def _window_rule(mask: WindowMask, queries: Tensor, keys: Tensor, real: Tensor |
             cost = sum(w * (queries[i][q] - keys[i][k]).double() ** 2 for i, w in enumerate(mask.weights) if w)
             near = near & (cost < mask.limit)
         off_grid = (q_kind[q] == OFF_GRID) & (k_kind[k] != POOLED)
-        seen = near | off_grid | (k_kind[k] == OFF_GRID) | ((k_kind[k] == POOLED) & (q_kind[q] >= 0))
-        seen = seen & (k_kind[k] != NOTHING)
-        return seen if real is None else seen & real[b, k]
+        visible = near | off_grid | (k_kind[k] == OFF_GRID) | ((k_kind[k] == POOLED) & (q_kind[q] >= 0))
+        visible = visible & (k_kind[k] != NOTHING)
+        return visible if key_mask is None else visible & key_mask[b, k]
 
-    return sees
+    return mask_mod

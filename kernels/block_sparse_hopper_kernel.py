@@ -22,7 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .block_sparse_hopper_fetch import fetch
-from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, runs, serpentine_step, text_row, tile_of
+from .block_sparse_hopper_walk import (
+    corner,
+    counts,
+    global_row,
+    item_of,
+    key_intervals,
+    list_of,
+    listed,
+    serpentine_step,
+    tile_of,
+)
 
 __all__ = ["block_sparse_hopper_kernel"]
 
@@ -114,25 +124,25 @@ def apply_mask(
         return gl.where(cost < left, s, LEAST)
     # minimum of the logit and, for each axis, of ±inf
     if S.IN[0]:
-        seen = gl.abs(_away(lane, i0, x0, z0, y0, SPLIT)) <= far0[:, None]
-        s = gl.minimum(s, gl.where(seen & on0, MOST, LEAST))
+        inside = gl.abs(_away(lane, i0, x0, z0, y0, SPLIT)) <= far0[:, None]
+        s = gl.minimum(s, gl.where(inside & on0, MOST, LEAST))
     elif S.SHORT[0] or SPLIT == 2:
         s = gl.minimum(s, gl.where(on0, MOST, LEAST))
     if S.IN[1]:
-        seen = gl.abs(_away(lane, i1, x1, z1, y1, SPLIT)) <= far1[:, None]
-        s = gl.minimum(s, gl.where(seen & on1, MOST, LEAST))
+        inside = gl.abs(_away(lane, i1, x1, z1, y1, SPLIT)) <= far1[:, None]
+        s = gl.minimum(s, gl.where(inside & on1, MOST, LEAST))
     elif S.SHORT[1]:
         s = gl.minimum(s, gl.where(on1, MOST, LEAST))
     if S.IN[2]:
-        seen = gl.abs(_away(lane, i2, x2, z2, y2, SPLIT)) <= far2[:, None]
-        s = gl.minimum(s, gl.where(seen & on2, MOST, LEAST))
+        inside = gl.abs(_away(lane, i2, x2, z2, y2, SPLIT)) <= far2[:, None]
+        s = gl.minimum(s, gl.where(inside & on2, MOST, LEAST))
     elif S.SHORT[2]:
         s = gl.minimum(s, gl.where(on2, MOST, LEAST))
     return s
 
 
 @gluon.jit
-def _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
+def _mask_interval(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
     """Mask logits past the end of an interval of rows with -inf."""
     N: gl.constexpr = s.shape[1]
     left = end0 - i * N
@@ -146,7 +156,7 @@ def _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
 
 
 @gluon.jit
-def _run_of(TABLES, AXIS: gl.constexpr, place, length, longest):
+def _interval_of(TABLES, AXIS: gl.constexpr, place, length, longest):
     """Centre and half length of the interval of positions visible to queries along an axis (halves are exact)."""
     first = gl.load(TABLES + (3 * AXIS + 1) * longest + place, mask=place < length, other=0).to(gl.float32)
     last = gl.load(TABLES + (3 * AXIS + 2) * longest + place, mask=place < length, other=0).to(gl.float32)
@@ -182,8 +192,8 @@ def rematerialize(x):
 
 @gluon.jit
 def _finish(
-    acc, m, l, q, OUT, LSE, NORM, EPS, BIAS, soh, sor, kc, k_ring, k_full, k_free, q_free, item, n_text_tiles,
-    n_text_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
+    acc, m, l, q, OUT, LSE, NORM, EPS, BIAS, soh, sor, kc, k_ring, k_full, k_free, q_free, item, n_global_tiles,
+    n_global_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
     OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """Add the linear branch to the accumulator of half a tile and store it. Returns the accumulator, whose content is
@@ -195,22 +205,22 @@ def _finish(
     D: gl.constexpr = acc.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    h, tile, is_text = tile_of(rematerialize(item), n_text_tiles, n_heads, n_q_tiles)
+    h, tile, is_global = tile_of(rematerialize(item), n_global_tiles, n_heads, n_q_tiles)
     FEATURES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
     total = gl.convert_layout(gl.sum(l, 1), OUT_ROW)
     factor = 1.0 / gl.where(total > 0, total, 1.0)
     if S.STATE_MODE > 0:  # noqa: SIM102
-        if is_text == 0:
+        if is_global == 0:
             which = h
             if S.STATE_MODE == 2:
                 which = h * n_q_tiles + tile
             norm = gl.load(NORM + which.to(gl.int64) * D + d)
             phi, times = _feature(q.load(OUTPUT).to(gl.float32), S)
-            share = gl.sum(phi * norm[None, :], 1) + gl.load(EPS + h) * times
-            share = gl.where(share == 0, 1.0, share)
-            acc = acc * (factor * share)[:, None]
-            factor = 1.0 / share
+            linear_norm = gl.sum(phi * norm[None, :], 1) + gl.load(EPS + h) * times
+            linear_norm = gl.where(linear_norm == 0, 1.0, linear_norm)
+            acc = acc * (factor * linear_norm)[:, None]
+            factor = 1.0 / linear_norm
             phi = gl.convert_layout(phi.to(k_ring.dtype), FEATURES)
             slot = kc % SLOTS
             mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
@@ -220,18 +230,18 @@ def _finish(
     mbarrier.arrive(q_free, count=1)
     acc = acc * factor[:, None]
     if S.HAS_BIAS:  # noqa: SIM102
-        if is_text == 0:
+        if is_global == 0:
             acc += gl.load(BIAS + d).to(gl.float32)[None, :]
     lane = HALF * 64 + gl.arange(0, 64, OUT_ROW)
     qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
     p0, p1, p2 = _places(tile, lane, qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
     valid = (p0 < Q0) & (p1 < Q1) & (p2 < Q2)
     row = q_before + (p0 * Q1 + p1) * Q2 + p2
-    if S.HAS_TEXT:
-        end = gl.where(tile < n_text_before, q_before, length_q)
-        off_row = text_row(tile, n_text_before, q_before, Q0 * Q1 * Q2) + lane
-        row = gl.where(is_text, off_row, row)
-        valid = gl.where(is_text, off_row < end, valid)
+    if S.HAS_GLOBAL:
+        end = gl.where(tile < n_global_before, q_before, length_q)
+        off_row = global_row(tile, n_global_before, q_before, Q0 * Q1 * Q2) + lane
+        row = gl.where(is_global, off_row, row)
+        valid = gl.where(is_global, off_row < end, valid)
     p_o = OUT + h.to(gl.int64) * soh + row.to(gl.int64)[:, None] * sor + d[None, :]
     gl.store(p_o, acc.to(OUT.dtype.element_ty), mask=valid[:, None])
     if S.HAS_LSE:
@@ -244,8 +254,8 @@ def _finish(
 def _attend(
     OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
     ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free,
-    v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before, length_q, length_k,
-    length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S: gl.constexpr, HALF: gl.constexpr,
+    v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before, length_q, length_k,
+    n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Main loop of a consumer group of four warps: one half of the queries of each tile."""
     D: gl.constexpr = k_ring.shape[2]
@@ -265,33 +275,35 @@ def _attend(
     # prefetched one turn ahead and not used until then: a load takes as long as half a step
     # (Loop variables must not start as one object, or Gluon would alias them. Hence turns * 0 and i * 0 for 0.)
     last_item, item, next_item = turns * 0, item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
-    n_tiles, n_full = counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+    n_tiles, n_full = counts(N_FULL, N_TILES, item, n_global_tiles, n_heads, list_stride, n_q_tiles, S)
     acc = gl.zeros([64, D], gl.float32, OUTPUT)
     p = gl.zeros([64, N], k_ring.dtype, WEIGHTS)
     m = gl.full([64], float("-inf"), gl.float32, ROW)
     l = _own_sum(gl.zeros([64, N], gl.float32, LOGITS))
     goes_on = turns < 0  # whether the next product accumulates: the first of a tile does not
     for turn in range(turns + 1):  # the last turn only finishes the previous tile
-        _h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
-        next_n_tiles, next_n_full = counts(N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+        _h, tile, is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
+        next_n_tiles, next_n_full = counts(
+            N_FULL, N_TILES, next_item, n_global_tiles, n_heads, list_stride, n_q_tiles, S
+        )
         after_next = item_of(ORDER, turn + 2, turns)
-        lists = list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
+        lists = list_of(TILES, item, n_global_tiles, n_heads, n_q_tiles, list_stride, n_list)
         n_clean = n_full // PER_STEP
         n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
-        end0, end1, end2, n0, n1, n_runs = runs(is_text, length_k, k_before, n_grid_k, length_2, N)
+        end0, end1, end2, n0, n1, n_interval_steps = key_intervals(is_global, length_k, k_before, n_grid_k, n_pooled, N)
         n_all = n_steps
-        if S.HAS_TEXT or S.HAS_EXTRA:
-            n_all = n_steps + n_runs
+        if S.HAS_GLOBAL or S.HAS_POOLED:
+            n_all = n_steps + n_interval_steps
         n_all = gl.where(turn < turns, n_all, 1)
         p0, p1, p2 = _places(tile, HALF * 64 + gl.arange(0, 64, ROW), qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
         y0, y1, y2 = p0.to(gl.float32), p1.to(gl.float32), p2.to(gl.float32)
         far0, far1, far2 = y0, y1, y2
         if S.IN[0]:
-            y0, far0 = _run_of(TABLES, 0, p0, Q0, longest)
+            y0, far0 = _interval_of(TABLES, 0, p0, Q0, longest)
         if S.IN[1]:
-            y1, far1 = _run_of(TABLES, 1, p1, Q1, longest)
+            y1, far1 = _interval_of(TABLES, 1, p1, Q1, longest)
         if S.IN[2]:
-            y2, far2 = _run_of(TABLES, 2, p2, Q2, longest)
+            y2, far2 = _interval_of(TABLES, 2, p2, Q2, longest)
         q = q_ring.index(turn % 2 * 2 + HALF)
         mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1, pred=turn < turns)
         for i in range(n_all):
@@ -324,9 +336,9 @@ def _attend(
                         s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS,
                         S,
                     )  # fmt: skip
-            if S.HAS_TEXT or S.HAS_EXTRA:  # noqa: SIM102
+            if S.HAS_GLOBAL or S.HAS_POOLED:  # noqa: SIM102
                 if i >= n_steps:
-                    s = _hide_run(s, i - n_steps, end0, end1, end2, n0, n1, LOGITS)
+                    s = _mask_interval(s, i - n_steps, end0, end1, end2, n0, n1, LOGITS)
             first = i == 0
             weights, m_new, l_new, alpha = _softmax(
                 s, gl.where(first, float("-inf"), m), gl.where(first, l * 0.0, l), scale
@@ -343,8 +355,8 @@ def _attend(
                 if turn > 0:
                     acc, kc = _finish(
                         acc, m, l, q_ring.index((turn + 1) % 2 * 2 + HALF), OUT, LSE, NORM, EPS, BIAS, soh, sor, kc,
-                        k_ring, k_full, k_free, q_free.index((turn + 1) % 2), last_item, n_text_tiles, n_text_before,
-                        n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT,
+                        k_ring, k_full, k_free, q_free.index((turn + 1) % 2), last_item, n_global_tiles,
+                        n_global_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT,
                     )  # fmt: skip
             else:
                 acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
@@ -353,13 +365,13 @@ def _attend(
         n_tiles, n_full = next_n_tiles, next_n_full
 
 
-@gluon.jit(do_not_specialize=["n_text_tiles", "n_text_before", "length_2"])
+@gluon.jit(do_not_specialize=["n_global_tiles", "n_global_before", "n_pooled"])
 def block_sparse_hopper_kernel(
-    Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, K2_ROWS, V2_ROWS, STATE, OUT, LSE, NORM, EPS, BIAS, TABLES, soh,
-    sor, longest, ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, n_text_tiles, n_text_before, n_heads,
-    group, q_before, k_before, length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2,
-    limit, D: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, S: gl.constexpr, DTYPE: gl.constexpr,
-    LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, FETCHER_REGISTERS: gl.constexpr,
+    Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, POOLED_K_ROWS, POOLED_V_ROWS, STATE, OUT, LSE, NORM, EPS, BIAS,
+    TABLES, soh, sor, longest, ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, n_global_tiles,
+    n_global_before, n_heads, group, q_before, k_before, length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1,
+    K2, scale, w0, w1, w2, limit, D: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, S: gl.constexpr,
+    DTYPE: gl.constexpr, LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, FETCHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_ring = gl.allocate_shared_memory(DTYPE, [4, 64, D], LAYOUT)  # two query tiles in halves
@@ -386,20 +398,20 @@ def block_sparse_hopper_kernel(
             (_attend, (
                 OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
-                length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 0,
+                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
+                length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 0,
             )),
             (_attend, (
                 OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
-                length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 1,
+                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
+                length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 1,
             )),
             (fetch, (
-                Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, K2_ROWS, V2_ROWS, STATE,
+                Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, POOLED_K_ROWS, POOLED_V_ROWS, STATE,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
-                length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, S,
+                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
+                length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, S,
             )),
         ],
         [4, 1],

@@ -12,12 +12,12 @@ __all__ = [
     "Static",
     "corner",
     "counts",
+    "global_row",
     "item_of",
+    "key_intervals",
     "list_of",
     "listed",
-    "runs",
     "serpentine_step",
-    "text_row",
     "tile_of",
 ]
 
@@ -34,8 +34,8 @@ class Static:
     SHORT: tuple[bool, bool, bool]
     FULL: int
     HAS_PARTIAL: bool
-    HAS_TEXT: bool
-    HAS_EXTRA: bool
+    HAS_GLOBAL: bool
+    HAS_POOLED: bool
     STATE_MODE: int
     HAS_BIAS: bool
     HAS_LSE: bool
@@ -81,53 +81,53 @@ def item_of(ORDER, turn, turns):
 
 
 @gluon.jit
-def tile_of(item, n_text_tiles, n_heads, n_q_tiles):
+def tile_of(item, n_global_tiles, n_heads, n_q_tiles):
     """Head, index within the head, and whether the tile has global queries."""
-    n_text_items = n_text_tiles * n_heads
-    is_text = item < n_text_items
-    local = gl.where(is_text, item, item - n_text_items)
-    per_head = gl.where(is_text, n_text_tiles, n_q_tiles)
+    n_global_items = n_global_tiles * n_heads
+    is_global = item < n_global_items
+    local = gl.where(is_global, item, item - n_global_items)
+    per_head = gl.where(is_global, n_global_tiles, n_q_tiles)
     h = local // per_head
-    return h, local - h * per_head, is_text
+    return h, local - h * per_head, is_global
 
 
 @gluon.jit
-def list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list):
+def list_of(TILES, item, n_global_tiles, n_heads, n_q_tiles, list_stride, n_list):
     """Start of the list of a tile."""
-    h, tile, _is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+    h, tile, _is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
     return TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
 
 
 @gluon.jit
-def counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S: gl.constexpr):
+def counts(N_FULL, N_TILES, item, n_global_tiles, n_heads, list_stride, n_q_tiles, S: gl.constexpr):
     """Number of key tiles listed for a tile, and of those that need no mask."""
-    h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+    h, tile, is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
     g = gl.where(list_stride > 0, h, 0) * n_q_tiles + tile
-    n_tiles = gl.load(N_TILES + g, mask=is_text == 0, other=0)
+    n_tiles = gl.load(N_TILES + g, mask=is_global == 0, other=0)
     n_full = n_tiles
     if S.FULL == 0:
         n_full = n_tiles * 0
     elif S.FULL == 1:
-        n_full = gl.load(N_FULL + g, mask=is_text == 0, other=0)
+        n_full = gl.load(N_FULL + g, mask=is_global == 0, other=0)
     elif S.FULL == 3:  # all but the very last tile of the grid, which can only be the last entry
         n_full = gl.maximum(n_tiles - 1, 0)
     return n_tiles, n_full
 
 
 @gluon.jit
-def text_row(tile, n_text_before, q_before, n_grid_q):
+def global_row(tile, n_global_before, q_before, n_grid_q):
     """First row of a tile of global queries."""
-    row = gl.where(tile < n_text_before, tile, tile - n_text_before) * 128
-    return gl.where(tile < n_text_before, row, row + q_before + n_grid_q)
+    row = gl.where(tile < n_global_before, tile, tile - n_global_before) * 128
+    return gl.where(tile < n_global_before, row, row + q_before + n_grid_q)
 
 
 @gluon.jit
-def runs(is_text, length_k, k_before, n_grid_k, length_2, N: gl.constexpr):
+def key_intervals(is_global, length_k, k_before, n_grid_k, n_pooled, N: gl.constexpr):
     """Intervals of consecutive keys: lengths of the one before the grid (the whole sequence, for global queries), the
     one after it, and the pooled tokens; then the cumulative number of steps through them."""
-    end0 = gl.where(is_text, length_k, k_before)
-    end1 = gl.where(is_text, 0, length_k - k_before - n_grid_k)
-    end2 = gl.where(is_text, 0, length_2)
+    end0 = gl.where(is_global, length_k, k_before)
+    end1 = gl.where(is_global, 0, length_k - k_before - n_grid_k)
+    end2 = gl.where(is_global, 0, n_pooled)
     n0 = (end0 + N - 1) // N
     n1 = n0 + (end1 + N - 1) // N
     return end0, end1, end2, n0, n1, n1 + (end2 + N - 1) // N

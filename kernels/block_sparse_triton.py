@@ -60,8 +60,8 @@ def block_sparse_attention(
     *,
     scale: float,
     before: tuple[int, int] = (0, 0),
-    real: Tensor | None = None,
-    extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    key_mask: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor, Tensor | None] | None = None,
     linear: LinearBranch | None = None,
     return_lse: bool = False,
     config: Config | None = None,
@@ -87,36 +87,36 @@ def block_sparse_attention(
         contiguous; OutOfResources: the GPU has too little shared memory for it.
     """
     check_inputs(query)
-    check_plan(plan, extra and extra[2])
+    check_plan(plan, pooled and pooled[2])
     if linear:
         check_contiguous(state=linear.state, norm=linear.norm, eps=linear.eps)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    real = real if real is None or real.stride(-1) == 1 else real.contiguous()
+    key_mask = key_mask if key_mask is None or key_mask.stride(-1) == 1 else key_mask.contiguous()
     batch, heads, length_q, dim = query.shape
     kv_heads, length_k = key.shape[1:3]
     q, kv, mask = plan.q, plan.kv, plan.mask
     out = empty_rows(query)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=query.device) if return_lse else None
-    if extra:
-        extra = (extra[0].contiguous(), extra[1].contiguous(), extra[2])
-    full_mode, magnitude = _full_mode(plan, real), log2_scale(scale)
+    if pooled:
+        pooled = (pooled[0].contiguous(), pooled[1].contiguous(), pooled[2])
+    full_mode, magnitude = _full_mode(plan, key_mask), log2_scale(scale)
     hopper = None if config else _hopper(query.device)
-    if hopper and hopper.takes(query, key, value, plan, scale, real, extra, linear):
+    if hopper and hopper.supports_call(query, key, value, plan, scale, key_mask, pooled, linear):
         hopper.block_sparse_hopper(
-            query, key, value, plan, out, lse, scale=magnitude, before=before, extra=extra and extra[:2], linear=linear,
-            full_mode=full_mode,
+            query, key, value, plan, out, lse, scale=magnitude, before=before, pooled=pooled and pooled[:2],
+            linear=linear, full_mode=full_mode,
         )  # fmt: skip
         return out, lse
     kind = _kind(plan)
     suited = config or choose_config(query, kind)
     block_q, block_k = min(suited.block_q, next_pow2_min16(q.volume)), min(suited.block_k, next_pow2_min16(kv.volume))
     q_parts, k_parts = cdiv(q.volume, block_q), cdiv(kv.volume, block_k)
-    n_text_q, n_text_k = length_q - q.n_tokens, length_k - kv.n_tokens
-    n_text_tiles, n_items = cdiv(n_text_q, block_q), q.n_tiles * q_parts
-    k2, v2, real2 = extra if extra else (key, value, None)
+    n_global_q, n_global_k = length_q - q.n_tokens, length_k - kv.n_tokens
+    n_global_tiles, n_items = cdiv(n_global_q, block_q), q.n_tiles * q_parts
+    pooled_key, pooled_value, pooled_mask = pooled if pooled else (key, value, None)
     ordered = mask.ordered if mask else (False,) * 3
     boxes: Boxes | None = None
-    if real is None and not any(ordered) and kv.volume == block_k:
+    if key_mask is None and not any(ordered) and kv.volume == block_k:
         boxes = box_descriptors(key, value, kv, before[1])
     intervals = mask.intervals if mask else (False,) * 3
     weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
@@ -125,21 +125,21 @@ def block_sparse_attention(
 
     def launch(config: Config) -> None:
         found = boxes if config.boxes else None
-        block_sparse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
-            query, key, value, out, lse, real, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
-            mask.ball if mask else None, k2, v2, real2, state, linear.norm if linear else None,
+        block_sparse_fwd_kernel[((n_global_tiles + n_items) * batch * heads,)](
+            query, key, value, out, lse, key_mask, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
+            mask.ball if mask else None, pooled_key, pooled_value, pooled_mask, state, linear.norm if linear else None,
             linear.eps if linear else None, bias, *(found[:2] if found else (None, None)),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-            0 if real is None else real.stride(0), *k2.stride()[:3], 0 if real2 is None else real2.stride(0),
+            0 if key_mask is None else key_mask.stride(0), *pooled_key.stride()[:3],
+            0 if pooled_mask is None else pooled_mask.stride(0),
             plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
-            k2.shape[2], *before, batch * heads, n_text_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
-            mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0,
-            *q.grid, *kv.grid, D=dim, BLOCK_D=next_pow2_min16(dim),
-            BLOCK_E=_state_columns(query), BM=block_q, BN=block_k,
+            pooled_key.shape[2], *before, batch * heads, n_global_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
+            mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0, *q.grid, *kv.grid,
+            D=dim, BLOCK_D=next_pow2_min16(dim), BLOCK_E=_state_columns(query), BM=block_q, BN=block_k,
             QB0=q.box[0], QB1=q.box[1], QB2=q.box[2], KB0=kv.box[0], KB1=kv.box[1], KB2=kv.box[2],
-            Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_REAL=real is not None,
-            HAS_PARTIAL=full_mode != 2 and not (full_mode == 1 and plan.all_full), HAS_TEXT_QUERIES=n_text_q > 0,
-            HAS_TEXT_KEYS=n_text_k > 0, HAS_EXTRA=extra is not None, HAS_REAL2=real2 is not None,
+            Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_KEY_MASK=key_mask is not None,
+            HAS_PARTIAL=full_mode != 2 and not (full_mode == 1 and plan.all_full), HAS_GLOBAL_QUERIES=n_global_q > 0,
+            HAS_GLOBAL_KEYS=n_global_k > 0, HAS_POOLED=pooled is not None, HAS_POOLED_MASK=pooled_mask is not None,
             IN0=intervals[0], IN1=intervals[1], IN2=intervals[2], BALL0=bool(weights[0]), BALL1=bool(weights[1]),
             BALL2=bool(weights[2]), COST=cost_mode(mask), OR0=ordered[0], OR1=ordered[1], OR2=ordered[2],
             HAS_LSE=return_lse, STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
@@ -152,7 +152,7 @@ def block_sparse_attention(
     if config or measured(query, kind):
         launch(suited)
     else:
-        traits = {"boxes": boxes is not None, "masked": real is not None, "state": state is not None}
+        traits = {"boxes": boxes is not None, "masked": key_mask is not None, "state": state is not None}
         what = " ".join([kind, f"{block_q}x{block_k}", *(name for name, has in traits.items() if has)])
         launch_tuned(launch, query, what, suited, boxes is not None)
     return out, lse
@@ -189,9 +189,9 @@ def cost_mode(mask: WindowMask | None) -> int:
     return 1 if mask.exact else 2
 
 
-def _full_mode(plan: BlockPlan, real: Tensor | None) -> int:
+def _full_mode(plan: BlockPlan, key_mask: Tensor | None) -> int:
     """Tiles of a list that need no mask: 0 none, 1 the first ``n_full``, 2 all, 3 all but the last tile of the grid."""
-    if real is not None:
+    if key_mask is not None:
         return 0
     if plan.n_full is not None:
         return 1
@@ -203,26 +203,26 @@ def _full_mode(plan: BlockPlan, real: Tensor | None) -> int:
 def check_inputs(query: Tensor) -> None:
     """Raises: ValueError: a dtype, head dim or device that the kernels do not support."""
     if query.dtype not in DTYPES:
-        raise ValueError(f"Triton kernels take float16, bfloat16 and float32, got {query.dtype}: use backend='torch'")
+        raise ValueError(f"Triton kernels support float16, bfloat16, float32, got {query.dtype}: use backend='torch'")
     if query.shape[-1] > 256:
-        raise ValueError(f"Triton kernels take head dims up to 256, got {query.shape[-1]}: use backend='torch'")
+        raise ValueError(f"Triton kernels support head dims up to 256, got {query.shape[-1]}: use backend='torch'")
     if query.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"Triton kernels run on CUDA and ROCm GPUs, got a tensor on {query.device}")
 
 
-def check_plan(plan: BlockPlan, extra_real: Tensor | None = None) -> None:
+def check_plan(plan: BlockPlan, pooled_mask: Tensor | None = None) -> None:
     """Raises: ValueError: lists, counts, tables or rows of the pooled mask that are not contiguous; the kernels do not
     read their strides.
     """
     tables = plan.mask.tables if plan.mask else None
     check_contiguous(tiles=plan.tiles, n_full=plan.n_full, n_tiles=plan.n_tiles, tables=tables)
-    if extra_real is not None:
-        check_contiguous(extra_real=extra_real[:1])
+    if pooled_mask is not None:
+        check_contiguous(pooled_mask=pooled_mask[:1])
 
 
 def tile_volumes(query: Tensor, kind: str) -> tuple[tuple[int, int], ...]:
     """Volumes of query and key tiles for a head dim, a dtype and a kind of plan; see `tuning`."""
-    if (hopper := _hopper(query.device)) and hopper.suits(query):
+    if (hopper := _hopper(query.device)) and hopper.supports(query):
         return hopper.VOLUMES
     config = choose_config(query, kind)
     return ((config.block_q, config.block_k),)

@@ -26,7 +26,7 @@ MAX_TILE = 1024  # maximum number of candidates for which 16 blocks are scored t
 
 
 def select_tree(
-    pooled: PooledTree, children: Sequence[Tensor], places: Sequence[Tensor], topk: int, want_met: bool = True
+    pooled: PooledTree, children: Sequence[Tensor], places: Sequence[Tensor], topk: int, want_indices: bool = True
 ) -> tuple[list[Tensor], Tensor | None]:
     """Tokens kept by each pooled token, and the pooled tokens visible on the way to them. [LLSA, arXiv 2512.16615]
 
@@ -46,12 +46,12 @@ def select_tree(
         check_contiguous(**{f"{name}[{i}]": x for i, x in enumerate(tables)})
     check_contiguous(number=pooled.number)
     kept = [_select_top(pooled, topk)]
-    met = None
+    indices = None
     for level in reversed(range(len(children) - 1)):
         above, place = children[level + 1], places[level + 2] if level + 2 < len(places) else None
-        below, met = _launch_select(pooled, level, kept[-1], above, met, place, topk, want_met)
+        below, indices = _launch_select(pooled, level, kept[-1], above, indices, place, topk, want_indices)
         kept.append(below)
-    return kept[::-1], met
+    return kept[::-1], indices
 
 
 def _select_top(pooled: PooledTree, topk: int) -> Tensor:
@@ -62,9 +62,9 @@ def _select_top(pooled: PooledTree, topk: int) -> Tensor:
         return _launch_select(pooled, len(pooled.key) - 1, None, None, None, None, topk, False)[0]
     if not pooled.masked:
         return select_blocks(query, key, topk, 0, want_marginal=False)[0]
-    filled = pooled.number[:, pooled.rows[-1] : -1] > 0
-    lists, _ = select_blocks(query, key, topk, 0, filled, want_marginal=False)
-    missing = torch.arange(topk, device=lists.device) >= filled.sum(-1)[:, None]  # (B, k)
+    valid_blocks = pooled.number[:, pooled.rows[-1] : -1] > 0
+    lists, _ = select_blocks(query, key, topk, 0, valid_blocks, want_marginal=False)
+    missing = torch.arange(topk, device=lists.device) >= valid_blocks.sum(-1)[:, None]  # (B, k)
     return lists.masked_fill_(missing.repeat_interleave(query.shape[1], 0)[:, None], -1)
 
 
@@ -73,10 +73,10 @@ def _launch_select(
     level: int,
     kept_above: Tensor | None,
     above: Tensor | None,
-    met_above: Tensor | None,
+    indices_above: Tensor | None,
     place: Tensor | None,
     topk: int,
-    want_met: bool,
+    want_indices: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Tokens of this level kept by each of its tokens, and the pooled tokens visible to each token of the level above,
     down to this level. above None: select among the whole level."""
@@ -87,38 +87,38 @@ def _launch_select(
     else:
         (n_above, block), n_kept = above.shape, kept_above.shape[2]
         n_candidates = n_kept * block
-    n_inherited = 0 if met_above is None else met_above.shape[2]
+    n_inherited = 0 if indices_above is None else indices_above.shape[2]
     topk = min(topk, n_candidates)
     kept = torch.empty(batch * heads, n, topk, dtype=torch.int32, device=query.device)
-    met = None
-    if want_met:
+    indices = None
+    if want_indices:
         shape = (batch * heads, n_above, n_candidates + n_inherited)
-        met = torch.empty(shape, dtype=torch.int32, device=query.device)
+        indices = torch.empty(shape, dtype=torch.int32, device=query.device)
     lanes = max(16, next_power_of_2(n_candidates))
     if n_candidates > MAX_CANDIDATES:
         raise ValueError(
-            f"topk blocks of the level above hold {n_candidates} candidates, and the Triton kernel takes "
+            f"topk blocks of the level above hold {n_candidates} candidates, and the Triton kernel supports "
             f"{MAX_CANDIDATES}: make topk or block_size smaller, or use backend='torch'"
         )
     rows = 16 if lanes <= MAX_TILE else 1
     number = pooled.number
     llsa_select_fwd_kernel[(batch * heads * n_above * cdiv(block, rows),)](
-        query, key, number, kept_above, above, kept, met, met_above, place, heads, n, n_above, number.shape[1], first,
-        0 if place is None or met_above is None else met_above.shape[1], n_inherited,
+        query, key, number, kept_above, above, kept, indices, indices_above, place, heads, n, n_above, number.shape[1],
+        first, 0 if place is None or indices_above is None else indices_above.shape[1], n_inherited,
         TOPK=topk, N_KEPT=n_kept, BLOCK=0 if above is None else block, D=dim, ROWS=rows, LANES=lanes,
         BLOCK_D=min(next_power_of_2(max(dim, 16)), 16 if rows > 1 else max(1, 65536 // lanes)),
-        BLOCK_K=next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_MET=want_met, INHERITS=n_inherited > 0,
+        BLOCK_K=next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_INDICES=want_indices, INHERITS=n_inherited > 0,
         PRECISION=exact_products(), num_warps=min(16, max(1, rows * lanes // SCORES_A_WARP)),
     )  # fmt: skip
-    return kept, met
+    return kept, indices
 
 
 @triton.jit
 def llsa_select_fwd_kernel(
-    Q, K, NUMBER, KEPT_ABOVE, ABOVE, KEPT, MET, MET_ABOVE, PLACE, n_heads, n, n_above, n_all, first, n_above2,
+    Q, K, NUMBER, KEPT_ABOVE, ABOVE, KEPT, INDICES, INDICES_ABOVE, PLACE, n_heads, n, n_above, n_all, first, n_above2,
     n_inherited, TOPK: tl.constexpr, N_KEPT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, HAS_EMPTY: tl.constexpr,
-    WANT_MET: tl.constexpr, INHERITS: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_INDICES: tl.constexpr, INHERITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Selection of ROWS children of one token of the level above; BLOCK 0: of the top level, where all are
     candidates."""
@@ -171,18 +171,18 @@ def llsa_select_fwd_kernel(
     none = tl.full((ROWS, BLOCK_K), -1, tl.int32)
     tl.store(p_row[:, None] + room[None, :], none, mask=missing & (room < TOPK)[None, :] & (own >= 0)[:, None])
 
-    if WANT_MET:  # noqa: SIM102
+    if WANT_INDICES:  # noqa: SIM102
         if part == 0:
-            p_met = MET + (g * n_above + parent) * (N_KEPT * BLOCK + n_inherited)
-            b_met = tl.where(found < 0, n_all - 1, found + first).to(tl.int32)
-            tl.store(p_met + lane, b_met, mask=lane < N_KEPT * BLOCK)
+            p_indices = INDICES + (g * n_above + parent) * (N_KEPT * BLOCK + n_inherited)
+            b_indices = tl.where(found < 0, n_all - 1, found + first).to(tl.int32)
+            tl.store(p_indices + lane, b_indices, mask=lane < N_KEPT * BLOCK)
             if INHERITS:
                 ancestor = tl.load(PLACE + parent) // BLOCK
-                p_from = MET_ABOVE + (g * n_above2 + ancestor) * n_inherited
+                p_from = INDICES_ABOVE + (g * n_above2 + ancestor) * n_inherited
                 for start in range(0, n_inherited, LANES):
                     m = start + lane < n_inherited
-                    b_met = tl.load(p_from + start + lane, mask=m, other=0)
-                    tl.store(p_met + N_KEPT * BLOCK + start + lane, b_met, mask=m)
+                    b_indices = tl.load(p_from + start + lane, mask=m, other=0)
+                    tl.store(p_indices + N_KEPT * BLOCK + start + lane, b_indices, mask=m)
 
 
 @triton.jit

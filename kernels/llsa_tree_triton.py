@@ -49,7 +49,7 @@ def pool_tree(
     value: Tensor | None,
     children: Sequence[Tensor],
     before: int,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> PooledTree:
     """Pool query, key and value to the levels of a tree, one launch per level. [LLSA, arXiv 2512.16615]
 
@@ -65,7 +65,7 @@ def pool_tree(
     batch, heads, _, dim = query.shape
     sizes = [len(x) for x in children]
     rows = [sum(sizes[:i]) for i in range(len(sizes))]
-    shape: tuple[int, ...] = (2, 1 if real is None else batch, sum(sizes) + 1)
+    shape: tuple[int, ...] = (2, 1 if key_mask is None else batch, sum(sizes) + 1)
     numbers = torch.empty(shape, dtype=torch.float32, device=query.device)
     all_keys = all_values = None
     if value is not None:
@@ -78,11 +78,11 @@ def pool_tree(
         shape = (2 if value is None else 3, batch, heads, n, dim)
         means = torch.empty(shape, dtype=torch.float32, device=query.device)
         firsts = (-1 if level == 0 else rows[level - 1], rows[level])
-        _launch_pool(below, means, table, numbers, firsts, before, real, all_keys, all_values)
+        _launch_pool(below, means, table, numbers, firsts, before, key_mask, all_keys, all_values)
         queries.append(means[0])
         keys.append(means[1])
         below = (means[0], means[1], None if value is None else means[2])
-    return PooledTree(queries, keys, numbers[0], numbers[1], real is not None, rows, all_keys, all_values)
+    return PooledTree(queries, keys, numbers[0], numbers[1], key_mask is not None, rows, all_keys, all_values)
 
 
 def _launch_pool(
@@ -92,7 +92,7 @@ def _launch_pool(
     numbers: Tensor,
     firsts: tuple[int, int],
     before: int,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     all_keys: Tensor | None,
     all_values: Tensor | None,
 ) -> None:
@@ -100,7 +100,7 @@ def _launch_pool(
     batch, heads, _, dim = query.shape
     n, block = table.shape
     is_first, is_last = firsts[0] < 0, firsts[1] + n + 1 == numbers.shape[2]
-    mask, mask_b, mask_s, has_real = mask_arguments(real if is_first else None, query)
+    mask, mask_b, mask_s, has_key_mask = mask_arguments(key_mask if is_first else None, query)
     given = key if value is None else value
     block_d = next_power_of_2(dim)
     nodes = max(1, 512 * WARPS // query.element_size() // block_d)  # each thread handles 16 bytes of the rows of a node
@@ -113,17 +113,17 @@ def _launch_pool(
         numbers.shape[2], batch * heads,
         BLOCK=block, UNROLL=min(UNROLL, next_power_of_2(block)), NODES=nodes, D=dim, BLOCK_D=block_d,
         HEADS_LAST=query.stride(1) < query.stride(2),
-        IS_FIRST=is_first, HAS_REAL=has_real, HAS_VALUE=value is not None, SHARED=numbers.shape[1] == 1,
+        IS_FIRST=is_first, HAS_KEY_MASK=has_key_mask, HAS_VALUE=value is not None, SHARED=numbers.shape[1] == 1,
         num_warps=WARPS,
     )  # fmt: skip
 
 
 @triton.jit
 def llsa_pool_fwd_kernel(
-    Q, K, V, REAL, CHILDREN, MEANS, NUMBER, WEIGHT, ALL_KEYS, ALL_VALUES, sqb, sqh, sqr, sqd, skb, skh, skr, skd,
-    svb, svh, svr, svd, srb, srr, snb, n_heads, n, n_made, before, first_below, first, n_all, n_groups,
+    Q, K, V, KEY_MASK, CHILDREN, MEANS, NUMBER, WEIGHT, ALL_KEYS, ALL_VALUES, sqb, sqh, sqr, sqd, skb, skh, skr, skd,
+    svb, svh, svr, svd, smb, smr, snb, n_heads, n, n_made, before, first_below, first, n_all, n_groups,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, NODES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    HEADS_LAST: tl.constexpr, IS_FIRST: tl.constexpr, HAS_REAL: tl.constexpr, HAS_VALUE: tl.constexpr,
+    HEADS_LAST: tl.constexpr, IS_FIRST: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_VALUE: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
     """NODES pooled tokens of one head per program. HEADS_LAST: heads are adjacent in memory, so that concurrent
@@ -152,8 +152,8 @@ def llsa_pool_fwd_kernel(
             inside = child >= 0
             row = child + before
             if IS_FIRST:
-                if HAS_REAL:
-                    inside = inside & (tl.load(REAL + b * srb + row * srr, mask=inside, other=0) != 0)
+                if HAS_KEY_MASK:
+                    inside = inside & (tl.load(KEY_MASK + b * smb + row * smr, mask=inside, other=0) != 0)
                 weight = inside.to(tl.float32)
             else:
                 weight = tl.load(NUMBER + b * snb + first_below + child, mask=inside, other=0.0)
@@ -166,19 +166,19 @@ def llsa_pool_fwd_kernel(
         tl.store(NUMBER + b * snb + first + node, count, mask=node < n_made)
         weight = tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), float("-inf"))
         tl.store(WEIGHT + b * snb + first + node, weight, mask=node < n_made)
-    share = 1.0 / tl.maximum(count, 1.0)[:, None]
+    factor = 1.0 / tl.maximum(count, 1.0)[:, None]
     d = tl.arange(0, BLOCK_D)
     m_o = (node < n)[:, None] & (d < D)[None, :]
     o_mean = (g * n + node)[:, None] * D + d[None, :]
     whole = tl.cast(n_groups, tl.int64) * n * D
-    tl.store(MEANS + o_mean, total_q * share, mask=m_o)
-    tl.store(MEANS + whole + o_mean, total_k * share, mask=m_o)
+    tl.store(MEANS + o_mean, total_q * factor, mask=m_o)
+    tl.store(MEANS + whole + o_mean, total_k * factor, mask=m_o)
     if HAS_VALUE:
-        tl.store(MEANS + 2 * whole + o_mean, total_v * share, mask=m_o)
+        tl.store(MEANS + 2 * whole + o_mean, total_v * factor, mask=m_o)
         o_all = (g * n_all + first + node)[:, None] * D + d[None, :]
         m_all = (node < n_made)[:, None] & (d < D)[None, :]
-        tl.store(ALL_KEYS + o_all, (total_k * share).to(ALL_KEYS.dtype.element_ty), mask=m_all)
-        tl.store(ALL_VALUES + o_all, (total_v * share).to(ALL_VALUES.dtype.element_ty), mask=m_all)
+        tl.store(ALL_KEYS + o_all, (total_k * factor).to(ALL_KEYS.dtype.element_ty), mask=m_all)
+        tl.store(ALL_VALUES + o_all, (total_v * factor).to(ALL_VALUES.dtype.element_ty), mask=m_all)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from .launch import has_large_shared_memory
 __all__ = ["Config", "choose_config", "launch_tuned", "measured"]
 
 KERNEL = 1  # increase it when the kernel changes: older measurements are then ignored
-MOST_WAYS = 6
+MAX_CONFIGS = 6
 BUDGET_S = 20.0  # no further candidate is started after this
 RUNS = 5  # timed runs per candidate
 GAIN = 0.97  # a candidate must stay under this fraction of the guess's time: the rest is noise
@@ -98,18 +98,36 @@ def choose_config(query: Tensor, kind: str) -> Config:
     return HOPPER[kind] if has_large_shared_memory(query) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
 
 
-def ways_to_build(guess: Config, itemsize: int, boxes: bool) -> list[Config]:
+def candidate_configs(guess: Config, itemsize: int, boxes: bool) -> list[Config]:
     """The guess and alternatives with the same tile sizes; ``boxes``: whether descriptors are supported."""
-    ways: list[tuple[int, int, bool, int | None]]
+    candidates: list[tuple[int, int, bool, int | None]]
     if torch.version.hip:
-        ways = [(4, 1, False, None), (8, 1, False, None), (4, 2, False, None), (8, 2, False, None), (2, 1, False, None)]
+        candidates = [
+            (4, 1, False, None),
+            (8, 1, False, None),
+            (4, 2, False, None),
+            (8, 2, False, None),
+            (2, 1, False, None),
+        ]
     elif itemsize > 2:
-        ways = [(4, 1, False, None), (4, 2, False, None), (8, 1, False, None), (8, 2, False, None), (2, 1, False, None)]
+        candidates = [
+            (4, 1, False, None),
+            (4, 2, False, None),
+            (8, 1, False, None),
+            (8, 2, False, None),
+            (2, 1, False, None),
+        ]
     else:
-        ways = [(8, 2, boxes, 128), (8, 3, boxes, 128), (4, 2, boxes, None), (8, 2, boxes, None), (4, 3, boxes, None)]
-        ways += [(8, 2, False, 128), (4, 1, boxes, None)]
-    found = [replace(guess, num_warps=w, num_stages=s, boxes=b, max_registers=r) for w, s, b, r in ways]
-    return list(dict.fromkeys([guess, *found]))[:MOST_WAYS]
+        candidates = [
+            (8, 2, boxes, 128),
+            (8, 3, boxes, 128),
+            (4, 2, boxes, None),
+            (8, 2, boxes, None),
+            (4, 3, boxes, None),
+        ]
+        candidates += [(8, 2, False, 128), (4, 1, boxes, None)]
+    found = [replace(guess, num_warps=w, num_stages=s, boxes=b, max_registers=r) for w, s, b, r in candidates]
+    return list(dict.fromkeys([guess, *found]))[:MAX_CONFIGS]
 
 
 def launch_tuned(launch: Callable[[Config], None], query: Tensor, what: str, guess: Config, boxes: bool) -> None:
@@ -131,7 +149,7 @@ def launch_tuned(launch: Callable[[Config], None], query: Tensor, what: str, gue
     guess = replace(guess, boxes=guess.boxes and boxes)
     case = f"{what}, {str(query.dtype).removeprefix('torch.')}, head dim {query.shape[-1]}"
     key = f"{gpu}, triton {triton.__version__}, kernel {KERNEL}: {case}"
-    config = _chosen.get(key) or _choose(launch, key, ways_to_build(guess, query.element_size(), boxes))
+    config = _chosen.get(key) or _choose(launch, key, candidate_configs(guess, query.element_size(), boxes))
     try:
         launch(config)
     except OutOfResources:
@@ -149,30 +167,30 @@ def _gpu(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device)
 
 
-def _choose(launch: Callable[[Config], None], key: str, ways: list[Config]) -> Config:
+def _choose(launch: Callable[[Config], None], key: str, candidates: list[Config]) -> Config:
     """Configuration from memory, else from disk, else by a search, whose result is stored in both."""
     with _lock:  # concurrent searches would slow one another down
         if key in _chosen:
             return _chosen[key]
         file = _cache_file()
         entry = _read(file).get(key)
-        kept = [way for way in ways if isinstance(entry, dict) and entry.get("config") == asdict(way)]
+        kept = [config for config in candidates if isinstance(entry, dict) and entry.get("config") == asdict(config)]
         if kept:
             return _chosen.setdefault(key, kept[0])
         if torch.cuda.is_current_stream_capturing():
-            return ways[0]
+            return candidates[0]
         LOG.warning(
-            "Trying %d ways to build an attention kernel, once, for about %.0f s at most (%s). The best is kept in %s; "
-            "%s=0 switches this off.", len(ways), BUDGET_S, key, file, SWITCH,
+            "Autotuning an attention kernel: measuring %d launch configurations once, for at most about %.0f s (%s). "
+            "The fastest is stored in %s; %s=0 turns this off.", len(candidates), BUDGET_S, key, file, SWITCH,
         )  # fmt: skip
         start = perf_counter()
-        times = _search(launch, ways)
+        times = _search(launch, candidates)
         best = min(times, key=times.__getitem__)
-        if times[best] > GAIN * times.get(ways[0], float("inf")):
-            best = ways[0]
-        untuned = f"{times[ways[0]]:.3g} ms" if ways[0] in times else "does not fit"
+        if times[best] > GAIN * times.get(candidates[0], float("inf")):
+            best = candidates[0]
+        untuned = f"{times[candidates[0]]:.3g} ms" if candidates[0] in times else "does not fit"
         LOG.warning(
-            "Tried %d in %.1f s; taken: %s, %.3g ms a call (untuned: %s).",
+            "Measured %d in %.1f s; fastest: %s, %.3g ms per call (untuned: %s).",
             len(times), perf_counter() - start, best, times[best], untuned,
         )  # fmt: skip
         _chosen[key] = best
@@ -180,7 +198,7 @@ def _choose(launch: Callable[[Config], None], key: str, ways: list[Config]) -> C
         return best
 
 
-def _search(launch: Callable[[Config], None], ways: list[Config]) -> dict[Config, float]:
+def _search(launch: Callable[[Config], None], candidates: list[Config]) -> dict[Config, float]:
     """Milliseconds of each configuration that fits, until the budget is spent.
 
     Raises: OutOfResources, PTXASError: none fits; the error of the first.
@@ -188,11 +206,11 @@ def _search(launch: Callable[[Config], None], ways: list[Config]) -> dict[Config
     start = perf_counter()
     times: dict[Config, float] = {}
     refusals: list[Exception] = []
-    for way in ways:
+    for config in candidates:
         if times and perf_counter() - start > BUDGET_S:
             break
         try:
-            times[way] = _milliseconds(partial(launch, way))
+            times[config] = _milliseconds(partial(launch, config))
         except (OutOfResources, PTXASError) as error:
             refusals.append(error)
     if not times:
@@ -226,7 +244,7 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _warn_once(f"Ignoring {file}, where tuned kernels are kept: {error}")
+        _warn_once(f"Ignoring {file}, the cache of tuned kernels: {error}")
         return {}
     return content
 
@@ -245,7 +263,7 @@ def _write(file: Path, key: str, entry: dict[str, Any]) -> None:
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        _warn_once(f"Cannot keep tuned kernels in {file}, so each process tunes by itself: {error}")
+        _warn_once(f"Cannot store tuned kernels in {file}, so each process autotunes again: {error}")
 
 
 @cache

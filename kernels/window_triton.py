@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["ball_weights", "in_ball", "in_run", "query_run", "token_at"]
+__all__ = ["ball_weights", "in_ball", "in_interval", "query_interval", "token_at"]
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def token_at(
 
 
 @triton.jit
-def query_run(TABLES, axis: tl.constexpr, place, length, longest):
+def query_interval(TABLES, axis: tl.constexpr, place, length, longest):
     """Centre and half length of the interval of positions visible to queries along an axis (halves are exact)."""
     first = tl.load(TABLES + (3 * axis + 1) * longest + place, mask=place < length, other=0).to(tl.float32)
     last = tl.load(TABLES + (3 * axis + 2) * longest + place, mask=place < length, other=0).to(tl.float32)
@@ -32,7 +32,7 @@ def query_run(TABLES, axis: tl.constexpr, place, length, longest):
 
 
 @triton.jit
-def in_run(k, middle, half, KEYS_FIRST: tl.constexpr):
+def in_interval(k, middle, half, KEYS_FIRST: tl.constexpr):
     """Whether the position of a key lies in the interval of a query: (queries, keys), transposed with KEYS_FIRST."""
     k = k.to(tl.float32)
     if KEYS_FIRST:

@@ -69,7 +69,7 @@ def box_blocks(grid: tuple[int, ...], box: tuple[int, ...], device: torch.device
     """:func:`box_table`, and the flat position of each cell of the grid in it, (cells,)."""
     table = box_table(grid, box, device)
     flat = table.flatten()
-    filled = (flat >= 0).nonzero()[:, 0]
-    place = torch.empty_like(filled)
-    place[flat[filled]] = filled
+    on_grid = (flat >= 0).nonzero()[:, 0]
+    place = torch.empty_like(on_grid)
+    place[flat[on_grid]] = on_grid
     return table, place

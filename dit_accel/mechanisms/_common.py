@@ -21,13 +21,13 @@ __all__ = [
     "check_tensors",
     "flat_layout",
     "global_index",
+    "global_logits",
     "global_rows",
     "global_tiles",
-    "hidden_bias",
-    "hide",
+    "mask_bias",
     "per_axis",
     "softmax_rows",
-    "text_logits",
+    "zero_masked",
 ]
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | 
     expected = (query.shape[0], query.shape[2])
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         kind = getattr(key_mask, "dtype", type(key_mask).__name__)
-        raise TypeError(f"key_mask must be a bool tensor, True = real token, got {kind}")
+        raise TypeError(f"key_mask must be a bool tensor, True = attend, got {kind}")
     if tuple(key_mask.shape) != expected:
         raise ValueError(f"key_mask must have shape (B, S) = {expected}, got {tuple(key_mask.shape)}")
     if key_mask.device != query.device:
@@ -155,12 +155,12 @@ def global_tiles(layout: TokenLayout, device: torch.device) -> tuple[Tiles, ...]
     return (every_key(index, layout.seq_len),) if len(index) else ()
 
 
-def hide(x: Tensor, key_mask: Tensor | None) -> Tensor:
+def zero_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """Zero the masked keys of (B, H, S, D): NaN in the padding would survive a product with zero."""
     return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, 0)
 
 
-def hidden_bias(key_mask: Tensor | None) -> Tensor | None:
+def mask_bias(key_mask: Tensor | None) -> Tensor | None:
     """Bias of the logits, (B, S) float32: -inf for masked keys."""
     if key_mask is None:
         return None
@@ -170,11 +170,11 @@ def hidden_bias(key_mask: Tensor | None) -> Tensor | None:
 def softmax_rows(logits: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the visible keys, 0 for a row without one; used by the references."""
     logits = logits.masked_fill(~visible, -torch.inf)
-    seen = visible.any(-1, keepdim=True)
-    return torch.softmax(logits.masked_fill(~seen, 0), -1).masked_fill(~seen, 0)
+    nonempty = visible.any(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(~nonempty, 0), -1).masked_fill(~nonempty, 0)
 
 
-def text_logits(layout: TokenLayout) -> float:
+def global_logits(layout: TokenLayout) -> float:
     """Number of logits in the rows and columns of the global tokens."""
-    text = layout.before + layout.after
-    return float(text * text + 2 * text * layout.grid_len)
+    n_global = layout.before + layout.after
+    return float(n_global * n_global + 2 * n_global * layout.grid_len)

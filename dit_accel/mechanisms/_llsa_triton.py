@@ -33,8 +33,7 @@ def llsa_attention_triton(
     """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf for a row without a visible key."""
     from dit_accel.kernels.llsa_triton import llsa_blocks_attention
 
-    real = key_mask
-    chosen = _make_selection(query, key, value, real, layout, block_size, topk, levels, enrich)
+    chosen = _make_selection(query, key, value, key_mask, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention(
         query,
         key,
@@ -45,7 +44,7 @@ def llsa_attention_triton(
         before=layout.before,
         n_grid=layout.grid_len,
         pooled=chosen.pooled,
-        real=real,
+        key_mask=key_mask,
         whole=chosen.whole,
         return_lse=True,
     )  # type: ignore[return-value]
@@ -71,8 +70,7 @@ def llsa_attention_triton_backward(
     forward pass."""
     from dit_accel.kernels.llsa_bwd_triton import llsa_blocks_attention_backward
 
-    real = key_mask
-    chosen = _make_selection(query, key, value, real, layout, block_size, topk, levels, enrich)
+    chosen = _make_selection(query, key, value, key_mask, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention_backward(
         grad,
         out,
@@ -89,7 +87,7 @@ def llsa_attention_triton_backward(
         pooled=chosen.pooled,
         number=chosen.pool.number,
         rows=chosen.pool.rows,
-        real=real,
+        key_mask=key_mask,
         whole=chosen.whole,
     )
 
@@ -112,7 +110,7 @@ def _make_selection(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     layout: TokenLayout,
     block_size: int,
     topk: int,
@@ -128,9 +126,9 @@ def _make_selection(
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     tree = make_tree(layout.grid, block_size, levels, query.device)
     children, places = [level.children for level in tree], [level.place for level in tree]
-    pool = pool_tree(query, key, value if enrich else None, children, layout.before, real)
-    kept, met = select_tree(pool, children, places, topk, enrich)
+    pool = pool_tree(query, key, value if enrich else None, children, layout.before, key_mask)
+    kept, indices = select_tree(pool, children, places, topk, enrich)
     pooled = None
     if pool.all_keys is not None and pool.all_values is not None:
-        pooled = Pooled(pool.all_keys, pool.all_values, pool.weight, met, pool.rows[-1])
+        pooled = Pooled(pool.all_keys, pool.all_values, pool.weight, indices, pool.rows[-1])
     return _Selection(tree, pool, kept, pooled)

@@ -27,7 +27,7 @@ def define_operator(
     *,
     learned: tuple[str, ...],
     options: str,
-    derive: dict[str, Callable[..., Sequence[Tensor]]] | None = None,
+    backward: dict[str, Callable[..., Sequence[Tensor]]] | None = None,
 ) -> None:
     """Register ``dit_accel::<name>`` and ``dit_accel::<name>_backward``.
 
@@ -47,7 +47,7 @@ def define_operator(
             key, value and of the learned tensors that were given; their compute returns (output, log-sum-exp). For
             other backends the backward pass recomputes the output and differentiates it by autograd.
     """
-    derive = derive or {}
+    backward = backward or {}
     n_tensors = 4 + len(learned)
     tensors = ", ".join([_TENSORS, *(f"Tensor? {x}" for x in learned)])
     option_names = [x.split()[-1] for x in options.split(", ")]
@@ -68,13 +68,13 @@ def define_operator(
         if layout.seq_len != query.shape[2]:
             raise ValueError(
                 f"layout {layout} has {layout.seq_len} tokens but query has {query.shape[2]}: "
-                "pass the layout of this sequence, with every token off the grid in before or after"
+                "pass the layout of this sequence, with all global tokens in before or after"
             )
         chosen = dict(zip(option_names, values, strict=True))
         if shrink:
             chosen = fit(layout, **chosen)
         backend = resolve(backend, query.device, mechanism)
-        if forward is not None and backend not in derive:
+        if forward is not None and backend not in backward:
             backend = "torch"
         _check_gpu(mechanism, backend, query)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -87,8 +87,8 @@ def define_operator(
             given = {"layout": layout, "scale": scale, **chosen}
             if forward is None:
                 return compute[backend](*tensors, **given)
-            if backend in derive:
-                return derive[backend](*forward, *tensors, **given)
+            if backend in backward:
+                return backward[backend](*forward, *tensors, **given)
             return _by_autograd(compute[backend], forward[0], tensors, given)
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -101,10 +101,10 @@ def define_operator(
 
     def fake(*args: Any) -> tuple[Tensor, Tensor]:
         query, backend = args[0], args[-1] if len(args) == n_tensors + n_rest else None
-        has_lse = resolve(backend, query.device, mechanism) in derive
+        has_lse = resolve(backend, query.device, mechanism) in backward
         return _empty(query), query.new_empty(query.shape[:3] if has_lse else (0,), dtype=torch.float32)
 
-    def backward(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+    def compute_gradients(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
         tensors, rest = args[:n_tensors], args[n_tensors:]
         if grad.numel() == 0:
             return [torch.zeros_like(tensors[i]) for i in _differentiable(tensors)]
@@ -129,7 +129,7 @@ def define_operator(
     forward_op.register_fake(fake)
     backward_op = torch.library.custom_op(
         f"dit_accel::{name}_backward",
-        backward,
+        compute_gradients,
         mutates_args=(),
         schema=f"(Tensor grad, Tensor out, Tensor lse, {arguments}) -> Tensor[]",
     )
@@ -157,14 +157,14 @@ def _by_autograd(
     compute: Callable[..., Tensor], grad: Tensor, tensors: tuple[Tensor | None, ...], given: dict[str, Any]
 ) -> Sequence[Tensor]:
     """Gradients of the differentiable tensors, by recomputing the output in plain torch."""
-    filled = list(tensors)
+    arguments = list(tensors)
     leaves = []
     for i in _differentiable(tensors):
-        leaf = filled[i].detach().requires_grad_()  # type: ignore[union-attr]
-        filled[i] = leaf
+        leaf = arguments[i].detach().requires_grad_()  # type: ignore[union-attr]
+        arguments[i] = leaf
         leaves.append(leaf)
     with autograd_inside_op():
-        out = compute(*filled, **given)
+        out = compute(*arguments, **given)
         return torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
 
 

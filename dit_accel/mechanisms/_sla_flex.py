@@ -40,4 +40,4 @@ def critical_by_flex(
     counts = kept.sum(-1, dtype=torch.int32).repeat_interleave(len(chosen) // len(kept))
     plan = BlockPlan(q, kv, chosen.int(), None, counts[:, None].expand(-1, q.n_tiles))
     before = (layout.before, layout.before)
-    return block_sparse_flex(query, key, value, plan, scale=scale, before=before, real=key_mask)
+    return block_sparse_flex(query, key, value, plan, scale=scale, before=before, key_mask=key_mask)

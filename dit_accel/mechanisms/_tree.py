@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ._boxes import box_blocks, box_grid, factorisations
 
-__all__ = ["Level", "default_levels", "level_grids", "make_tree", "patch_shapes"]
+__all__ = ["Level", "default_levels", "level_grids", "make_tree", "tile_shapes"]
 
 
-def _patch_shape(grid: Sequence[int], size: Sequence[int], block: int) -> tuple[int, ...]:
+def _tile_shape(grid: Sequence[int], size: Sequence[int], block: int) -> tuple[int, ...]:
     """Sides of a tile of ``block`` cells on a grid of cells that are ``size`` tokens large: as full as the grid allows,
     then as compact as possible, then longer along the faster axes."""
 
@@ -27,12 +27,12 @@ def _patch_shape(grid: Sequence[int], size: Sequence[int], block: int) -> tuple[
     return min(factorisations(block, len(grid)), key=rank)
 
 
-def patch_shapes(grid: Sequence[int], block: int, levels: int) -> tuple[tuple[int, ...], ...]:
+def tile_shapes(grid: Sequence[int], block: int, levels: int) -> tuple[tuple[int, ...], ...]:
     """Tile shape of each level, in cells of the level below."""
     shapes: list[tuple[int, ...]] = []
     size = (1,) * len(grid)
     for _ in range(levels):
-        shape = _patch_shape(grid, size, block)
+        shape = _tile_shape(grid, size, block)
         shapes.append(shape)
         grid = box_grid(grid, shape)
         size = tuple(a * b for a, b in zip(size, shape, strict=True))
@@ -51,7 +51,7 @@ def level_grids(grid: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[
 def default_levels(grid: Sequence[int], block: int, topk: int) -> int:
     """Smallest L >= 1 with at most 64·topk tokens at level L."""
     levels = 1
-    while math.prod(level_grids(grid, patch_shapes(grid, block, levels))[-1]) > 64 * topk:
+    while math.prod(level_grids(grid, tile_shapes(grid, block, levels))[-1]) > 64 * topk:
         levels += 1
     return levels
 
@@ -76,6 +76,6 @@ class Level:
 @lru_cache(maxsize=64)
 def make_tree(grid: tuple[int, ...], block: int, levels: int, device: torch.device) -> tuple[Level, ...]:
     """Build levels 1 … L."""
-    shapes = patch_shapes(grid, block, levels)
+    shapes = tile_shapes(grid, block, levels)
     grids = level_grids(grid, shapes)[:-1]
     return tuple(Level(*box_blocks(below, shape, device)) for below, shape in zip(grids, shapes, strict=True))

@@ -19,10 +19,10 @@ from ._common import (
     check_layout_and_scale,
     check_positive_int,
     check_tensors,
-    hide,
+    global_logits,
     per_axis,
     softmax_rows,
-    text_logits,
+    zero_masked,
 )
 from ._operator import check_no_tangents, define_operator
 from ._windows import window_attention, window_attention_backward
@@ -135,7 +135,7 @@ def check_options(
             )
     for w, s in zip(*(x * (axes // len(x)) for x in (values["window"], values["stride"])), strict=True):
         if s > w:
-            raise ValueError(f"stride {s} is larger than window {w}: tokens would see windows that they are not in")
+            raise ValueError(f"stride {s} is larger than window {w}: tokens would lie outside their own windows")
 
 
 def fit(
@@ -165,7 +165,7 @@ def count_logits(
     """Logits per batch element and head, global tokens included; dense would be ``seq_len ** 2``."""
     axes = _axes(layout, window=window, stride=stride, dilation=dilation, is_causal=is_causal)
     geometries = [axis.geometry() for axis in axes]
-    return math.prod(float((g.last - g.first + 1).sum()) for g in geometries) + text_logits(layout)
+    return math.prod(float((g.last - g.first + 1).sum()) for g in geometries) + global_logits(layout)
 
 
 def _axes(
@@ -207,7 +207,7 @@ def _compute(
     return window_attention(backend, query, key, value, key_mask, axes, 1.0, layout, scale)
 
 
-def _derive(
+def _backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -234,7 +234,7 @@ define_operator(
     fit,
     learned=(),
     options="int[] window, int[] stride, int[] dilation, bool[] is_causal",
-    derive={"triton": _derive},
+    backward={"triton": _backward},
 )
 
 
@@ -256,7 +256,7 @@ def reference(
     columns = [per_axis("option", x, layout) for x in (window, stride, dilation, is_causal)]
     grid_visible = torch.ones(1, 1, dtype=torch.bool)
     for n, w, s, d, causal in zip(layout.grid, *columns, strict=True):
-        along = torch.tensor([[_sees(x, y, n, w, s, d, causal) for y in range(n)] for x in range(n)])
+        along = torch.tensor([[_is_visible(x, y, n, w, s, d, causal) for y in range(n)] for x in range(n)])
         grid_visible = torch.kron(grid_visible, along)
     visible = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
     visible[layout.grid_slice, layout.grid_slice] = grid_visible
@@ -264,11 +264,11 @@ def reference(
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
     return (softmax_rows(q @ k.mT * scale, visible.expand(len(q), 1, -1, -1)) @ v).to(query.dtype)
 
 
-def _sees(x: int, y: int, n: int, window: int, stride: int, dilation: int, causal: bool) -> bool:
+def _is_visible(x: int, y: int, n: int, window: int, stride: int, dilation: int, causal: bool) -> bool:
     """Whether the query at x attends to the key at y on an axis of n tokens."""
     if x % dilation != y % dilation:
         return False

@@ -11,7 +11,7 @@ from dit_accel.backend import resolve
 from dit_accel.kernels.block_linear import feature
 from dit_accel.layout import TokenLayout
 
-from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, hide
+from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, zero_masked
 
 __all__ = ["check_options", "count_logits", "fit", "input_projection", "linfusion_attention", "reference"]
 
@@ -65,10 +65,10 @@ def _attend(
         resolve(backend, query.device, "linfusion")
     acc = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = _feature(query.to(acc)), _feature(hide(key, key_mask).to(acc))
-        v, count = hide(value, key_mask).to(acc), torch.full((), k.shape[2], dtype=acc, device=k.device)
+        q, k = _feature(query.to(acc)), _feature(zero_masked(key, key_mask).to(acc))
+        v, count = zero_masked(value, key_mask).to(acc), torch.full((), k.shape[2], dtype=acc, device=k.device)
         if key_mask is not None:
-            k = hide(k, key_mask)
+            k = zero_masked(k, key_mask)
             count = key_mask.sum(-1).clamp(min=1).to(acc)[:, None, None, None]
         k = k / count  # before the product, so that no sum over the keys grows with their number
         out = (q @ (k.mT @ v)) / (q @ k.sum(2)[..., None] + EPSILON)
@@ -83,8 +83,8 @@ def _check_sequence(layout: TokenLayout, query: Tensor, scale: float | None) -> 
     """Raises: ValueError: global tokens, another length, or a scale, which linear attention cannot use."""
     if layout.before or layout.after:
         raise ValueError(
-            f"LinFusion's attention has no text in its sequence, and layout {layout} has "
-            f"{layout.before + layout.after} tokens off the grid: it is for U-Nets"
+            f"LinFusion does not support global tokens, got {layout.before + layout.after} in layout {layout}: "
+            "use it in U-Nets, whose sequence is the grid alone"
         )
     if layout.seq_len != query.shape[2]:
         raise ValueError(
@@ -149,7 +149,7 @@ def reference(
 ) -> Tensor:
     """:func:`linfusion_attention` through the full (S, S) weights: slow; the specification."""
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
     weights = _feature(q) @ _feature(k).mT
     count: Tensor | int = query.shape[2]
     if key_mask is not None:

@@ -20,15 +20,15 @@ from ._common import (
     check_tensors,
     flat_layout,
     global_index,
+    global_logits,
     global_tiles,
-    hidden_bias,
-    hide,
+    mask_bias,
     softmax_rows,
-    text_logits,
+    zero_masked,
 )
 from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
 from ._operator import check_no_tangents, define_operator
-from ._tree import Level, default_levels, level_grids, make_tree, patch_shapes
+from ._tree import Level, default_levels, level_grids, make_tree, tile_shapes
 
 __all__ = ["check_options", "count_logits", "fit", "llsa_attention", "reference"]
 
@@ -140,7 +140,7 @@ def fit(
 ) -> dict[str, Any]:
     """Options for this layout: at most as many levels as lead to a single token at the top."""
     if levels is not None:
-        grids = level_grids(layout.grid, patch_shapes(layout.grid, block_size, levels))
+        grids = level_grids(layout.grid, tile_shapes(layout.grid, block_size, levels))
         levels = next((i for i, grid in enumerate(grids[1:], 1) if math.prod(grid) == 1), levels)
     return {"block_size": block_size, "topk": topk, "levels": levels, "enrich": enrich}
 
@@ -149,16 +149,15 @@ def count_logits(
     layout: TokenLayout, *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True
 ) -> float:
     """Logits per batch element and head, global and pooled tokens included; dense would be ``seq_len ** 2``. The kept
-    blocks
-    depend on the data: a short block counts as an average one."""
+    blocks depend on the data: a short block counts as an average one."""
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
-    sizes = [math.prod(grid) for grid in level_grids(layout.grid, patch_shapes(layout.grid, block_size, levels))]
+    sizes = [math.prod(grid) for grid in level_grids(layout.grid, tile_shapes(layout.grid, block_size, levels))]
     keys = 0.0
     for level in range(levels):  # kept at level + 1, in tokens of this level
         kept = min(topk, sizes[level + 1]) / sizes[level + 1] * sizes[level]
         keys += kept if level == 0 or enrich else 0
     keys += sizes[levels] if enrich else 0
-    return keys * layout.grid_len + text_logits(layout)
+    return keys * layout.grid_len + global_logits(layout)
 
 
 class _Pooled(NamedTuple):
@@ -171,10 +170,10 @@ class _Pooled(NamedTuple):
         return self.total / self.number.clamp(min=1)[:, None, :, None]
 
 
-def _pool(x: Tensor, tree: tuple[Level, ...], real: Tensor) -> list[_Pooled]:
+def _pool(x: Tensor, tree: tuple[Level, ...], valid: Tensor) -> list[_Pooled]:
     """Pool x (B, H, N, D) on the grid to levels 1 … L; valid: (1|B, N)."""
     acc = torch.promote_types(x.dtype, torch.float32)
-    total, count = torch.where(real[:, None, :, None], x, 0).to(acc), real.to(acc)
+    total, count = torch.where(valid[:, None, :, None], x, 0).to(acc), valid.to(acc)
     pooled = []
     for level in tree:
         inside = level.children >= 0
@@ -204,8 +203,8 @@ def _select(
         children = gather_rows(q[level], above.children[None].clamp(min=0))  # (B*H, n_above, block, D)
         index = found.clamp(min=0)
         scores = children @ gather_rows(k[level], index).mT  # (B*H, n_above, block, k·block)
-        hidden = (found < 0) | empty[level].gather(1, index.flatten(1)).view(index.shape)
-        scores = scores.masked_fill(hidden[:, :, None], -torch.inf)
+        masked = (found < 0) | empty[level].gather(1, index.flatten(1)).view(index.shape)
+        scores = scores.masked_fill(masked[:, :, None], -torch.inf)
         best = scores.topk(min(topk, scores.shape[-1]))
         chosen = found[:, :, None].expand(scores.shape).gather(-1, best.indices)
         kept = torch.where(best.values > -torch.inf, chosen, -1).flatten(1, 2)[:, above.place]
@@ -226,18 +225,18 @@ def _compute_torch(
     levels: int | None,
     enrich: bool,
 ) -> Tensor:
-    key, value = hide(key, key_mask), hide(value, key_mask)
+    key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     tree = make_tree(layout.grid, block_size, levels, query.device)
-    real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
+    valid = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
     if key_mask is not None:
-        real = key_mask[:, layout.grid_slice]
+        valid = key_mask[:, layout.grid_slice]
     q, k, v = (x[:, :, layout.grid_slice] for x in (query, key, value))
     with torch.no_grad():
-        kept, candidates = _select(_pool(q.detach(), tree, real), _pool(k.detach(), tree, real), tree, topk)
-    bias = hidden_bias(key_mask)
+        kept, candidates = _select(_pool(q.detach(), tree, valid), _pool(k.detach(), tree, valid), tree, topk)
+    bias = mask_bias(key_mask)
     if enrich:
-        pooled_k, pooled_v = (_pool(x, tree, real) for x in (k, v))
+        pooled_k, pooled_v = (_pool(x, tree, valid) for x in (k, v))
         key = torch.cat([key, *(level.mean().to(key.dtype) for level in pooled_k)], 2)
         value = torch.cat([value, *(level.mean().to(value.dtype) for level in pooled_v)], 2)
         counts = torch.cat([level.number for level in pooled_k], 1).log()
@@ -246,7 +245,7 @@ def _compute_torch(
     whole = key_mask is None and all(level.full for level in tree)
     plan = (_tiles(layout, tree, kept, candidates, enrich, whole), *global_tiles(layout, query.device))
     return tile_attention(
-        query, key, value, plan, scale=scale, key_bias=bias, hides=key_mask is not None, per_head=True
+        query, key, value, plan, scale=scale, key_bias=bias, may_have_empty_rows=key_mask is not None, per_head=True
     )
 
 
@@ -255,24 +254,26 @@ def _tiles(
 ) -> Tiles:
     """Tiles of one level-1 block each: the tokens of its kept blocks, its visible pooled tokens (rows after the
     sequence, level by level), and the global tokens. ``whole``: no list has a gap."""
-    blocks, text = tree[0].children, global_index(layout, kept.device)
+    blocks, global_tokens = tree[0].children, global_index(layout, kept.device)
     groups, n_blocks, _ = kept.shape
     queries = torch.where(blocks < 0, layout.seq_len, blocks + layout.before)[None]
     sizes = [len(level.children) for level in tree]
     firsts = [layout.seq_len + sum(sizes[:i]) for i in range(len(sizes))]  # row of each level's first pooled token
     ancestor = torch.arange(n_blocks, device=kept.device)
-    met: list[tuple[int, Tensor, Tensor]] = []  # first row of level l, candidates at l, ancestor of each block at l + 1
+    pooled_lists: list[
+        tuple[int, Tensor, Tensor]
+    ] = []  # first row of level l, candidates at l, ancestor of each block at l + 1
     for i, above in enumerate(tree[1:]):
         ancestor = above.place[ancestor] // above.children.shape[1]
-        met.append((firsts[i], candidates[len(tree) - 2 - i], ancestor))
+        pooled_lists.append((firsts[i], candidates[len(tree) - 2 - i], ancestor))
     top = torch.arange(firsts[-1], firsts[-1] + sizes[-1], device=kept.device)
-    everywhere = torch.cat([text, top]) if enrich else text
+    everywhere = torch.cat([global_tokens, top]) if enrich else global_tokens
 
     def rows(start: int, stop: int) -> Rows:
         own = kept[:, start:stop]
         tokens = blocks[own] if whole else torch.where(own[..., None] < 0, -1, blocks[own.clamp(min=0)])
         lists = [(layout.before, tokens.flatten(2))]
-        lists += [(first, found[:, parent[start:stop]]) for first, found, parent in met] if enrich else []
+        lists += [(first, found[:, parent[start:stop]]) for first, found, parent in pooled_lists] if enrich else []
         places = [x + first if whole else torch.where(x < 0, -1, x + first) for first, x in lists]
         keys = torch.cat([*places, everywhere.expand(groups, stop - start, -1)], -1)
         if whole:
@@ -281,7 +282,7 @@ def _tiles(
 
     block = blocks.shape[1]
     n_keys = kept.shape[2] * block + len(everywhere)
-    n_keys += sum(found.shape[2] for _, found, _ in met) if enrich else 0
+    n_keys += sum(found.shape[2] for _, found, _ in pooled_lists) if enrich else 0
     return Tiles(count=n_blocks, n_queries=block, n_keys=n_keys, rows=rows)
 
 
@@ -294,7 +295,7 @@ define_operator(
     fit,
     learned=(),
     options="int block_size, int topk, int? levels, bool enrich",
-    derive={"triton": llsa_attention_triton_backward},
+    backward={"triton": llsa_attention_triton_backward},
 )
 
 
@@ -316,31 +317,31 @@ def reference(
     layout = flat_layout(layout, query)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
-    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    real = real if key_mask is None else key_mask
-    covered = _covered(layout, patch_shapes(layout.grid, block_size, levels))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
+    valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    valid = valid if key_mask is None else key_mask
+    covered = _covered(layout, tile_shapes(layout.grid, block_size, levels))
     out = []
     for b in range(len(q)):
-        inside = [[[t for t in node if real[b, t]] for node in level] for level in covered]  # the valid tokens
+        inside = [[[t for t in node if valid[b, t]] for node in level] for level in covered]  # the valid tokens
         columns = [(l, i) for l in range(1, levels + 1) for i in range(len(covered[l]))]  # of the pooled tokens
         average = torch.zeros(len(columns), q.shape[2], dtype=acc, device=q.device)
         for row, (l, i) in enumerate(columns):
             average[row, inside[l][i]] = 1 / max(1, len(inside[l][i]))
         counts = torch.tensor([len(inside[l][i]) for l, i in columns], dtype=acc, device=q.device)
         for h in range(q.shape[1]):
-            seen = torch.zeros(q.shape[2], q.shape[2] + len(columns), dtype=torch.bool)
-            seen[:, : q.shape[2]] = True
+            visible = torch.zeros(q.shape[2], q.shape[2] + len(columns), dtype=torch.bool)
+            visible[:, : q.shape[2]] = True
             for block, fine, pooled in _choices(average @ q[b, h], average @ k[b, h], columns, inside, covered, topk):
-                keys = torch.zeros(seen.shape[1], dtype=torch.bool)
+                keys = torch.zeros(visible.shape[1], dtype=torch.bool)
                 keys[: layout.before] = keys[layout.grid_slice.stop : layout.seq_len] = True
                 keys[fine + ([q.shape[2] + i for i in pooled] if enrich else [])] = True
-                seen[block] = keys
-            seen[:, : q.shape[2]] &= real[b].cpu()
+                visible[block] = keys
+            visible[:, : q.shape[2]] &= valid[b].cpu()
             pool_k, pool_v = (torch.cat([x[b, h], average @ x[b, h]]) for x in (k, v))
             logits = q[b, h] @ pool_k.mT * scale
             logits = logits + torch.cat([logits.new_zeros(q.shape[2]), counts.clamp(min=1).log()])
-            out.append(softmax_rows(logits, seen.to(q.device)) @ pool_v)
+            out.append(softmax_rows(logits, visible.to(q.device)) @ pool_v)
     return torch.stack(out).view(q.shape).to(query.dtype)
 
 

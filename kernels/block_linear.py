@@ -1,4 +1,4 @@
-"""Linear attention over blocks of keys that every block of queries picks for itself, in plain torch."""
+"""Linear attention over a selection of key blocks per query block, in plain torch."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ FEATURE_MAPS = ("softmax", "elu", "relu")
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x: (G, S, D), index: (1|G, n, m) → (G, n, m, D)."""
+    """Gather rows. x: (G, S, D), index: (1|G, n, m) → (G, n, m, D)."""
     groups, length, dim = x.shape
     flat = (index + torch.arange(groups, device=x.device).view(-1, 1, 1) * length).flatten()
     return x.reshape(-1, dim).index_select(0, flat).view(groups, *index.shape[1:], dim)
 
 
 def gather_blocks(x: Tensor, table: Tensor) -> Tensor:
-    """(B, H, N, D) at (M, block) → (B, H, M, block, D); where the table is -1 stands some other token."""
+    """Gather the tokens of each block: (B, H, N, D) at (M, block) → (B, H, M, block, D); -1 entries give arbitrary
+    rows."""
     return gather_rows(x.flatten(0, 1), table[None].clamp(min=0)).unflatten(0, x.shape[:2])
 
 
 def feature(x: Tensor, feature_map: str) -> Tensor:
-    """φ(x) over the last axis."""
+    """Feature map φ(x) over the last axis."""
     if feature_map == "softmax":
         return torch.softmax(x, -1)
-    # not F.elu(x) + 1, which loses the digits of exp(x) far below 0
+    # not F.elu(x) + 1, which loses the digits of exp(x) for x far below 0
     return F.relu(x) + x.clamp(max=0).exp() if feature_map == "elu" else F.relu(x)
 
 
 def block_linear_sums(
     phi_q: Tensor, phi_k: Tensor, v: Tensor, q_table: Tensor, place: Tensor, k_table: Tensor, marginal: Tensor
 ) -> Tensor:
-    """φ(q) Σ φ(k)ᵀ v over the marginal blocks of each query block, (B, H, N, D + 1).
+    """Linear attention φ(q) Σ φ(k)ᵀ v over the marginal blocks of each query block, (B, H, N, D + 1).
 
-    The tables (M, block) list the tokens of each block; ``place`` says where the query tokens stand in theirs.
+    The tables (M, block) list the tokens of each block; ``place`` gives the flat position of each query token in
+    ``q_table``.
     """
     inside = (k_table >= 0).to(phi_k.dtype)[:, :, None]
     sums = (gather_blocks(phi_k, k_table) * inside).mT @ gather_blocks(v, k_table)  # (B, H, Mk, D, D + 1)

@@ -1,5 +1,7 @@
-"""Gradients of SLA's linear branch, by Triton: of queries and the projection through each row, of keys and values
-through the gradients of the sums that they went into. [SLA, arXiv 2509.24006, eq. 5-7 and their derivatives]
+"""Gradients of SLA's linear branch, in Triton. [SLA, arXiv 2509.24006, eq. 5-7 and their derivatives]
+
+Gradients of the queries and of the projection are computed per row; gradients of keys and values are computed from the
+gradients of the sums A and z.
 
 With the sums A = Σ φ(k)ᵀ v and z = Σ φ(k) of :mod:`block_linear_triton` without the projection, u = φ(q) A / t with
 t = φ(q)·z + eps, and g = dO W: dW = dOᵀ u, dA = Σ φ(q)ᵀ g / t, dz = -Σ φ(q) g·u / t.
@@ -22,14 +24,14 @@ __all__ = ["LinearGradients", "linear_backward"]
 
 
 class LinearGradients(NamedTuple):
-    """Of query, key and value (set for tokens on the grid alone), and of the projection; and (B, H, S) float32 what of
-    Σ dO O over the head dim is the linear branch's."""
+    """Gradients of query, key and value (set for grid tokens only) and of the projection, and the linear branch's part
+    of Σ dO O over the head dim, (B, H, S) float32."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     weight: Tensor
-    share: Tensor
+    delta: Tensor
 
 
 def linear_backward(
@@ -43,20 +45,20 @@ def linear_backward(
     q_tiling: Tiling,
     k_tiling: Tiling,
     before: int,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
     marginal: Tensor | None = None,
     n_marginal: int = 1,
 ) -> LinearGradients:
-    """Gradients of φ(q) A Wᵀ / t at the grid's queries.
+    """Gradients of φ(q) A Wᵀ / t at the grid queries.
 
     Args:
-        grad: (B, H, S, D) gradient of the output, 0 in rows that see no key.
+        grad: (B, H, S, D) gradient of the output, 0 in rows without a valid key.
         query, key, value: (B, H, S, D).
-        sums: the means A and z without the projection: over all keys, as :func:`linear_state` makes them, or of each
-            query box over its marginal ones, as :func:`marginal_linear_state` does.
+        sums: the means A and z without the projection: over all keys (:func:`linear_state`), or over the marginal
+            blocks of each query tile (:func:`marginal_linear_state`).
         weight: (D, D).
-        q_tiling, k_tiling: boxes of queries and of keys.
-        before, real: as in :func:`linear_state`.
+        q_tiling, k_tiling: tilings of queries and of keys.
+        before, key_mask: as in :func:`linear_state`.
         marginal, n_marginal: as in :func:`marginal_linear_state`; None = the sums are over all keys.
     """
     batch, heads, length, dim = query.shape
@@ -64,30 +66,30 @@ def linear_backward(
     by_row = grad.transpose(1, 2)
     g = (by_row @ weight.to(grad.dtype)).transpose(1, 2)
     d_query, product = empty_rows(query), empty_rows(query)
-    # what g is divided by may be as small as eps: float16 cannot hold the quotient, nor dA, which is summed up from it
+    # the divisor may be as small as eps: float16 overflows for the quotient and for dA, which is summed from it
     wide = torch.float32 if query.dtype == torch.float16 else query.dtype
     quotient = empty_rows(query, wide)
-    d_total, share = torch.zeros(2, batch, heads, length, device=query.device)
+    d_total, delta = torch.zeros(2, batch, heads, length, device=query.device)
     state, norm = sums.state.flatten(0, -3), sums.norm.flatten(0, -2)
-    of_queries = (sums.eps, quotient, d_total, share)
+    of_queries = (sums.eps, quotient, d_total, delta)
     _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
     for rows in (slice(0, before), slice(before + n_grid, length)):
         if rows.start < rows.stop:
             product[:, :, rows] = 0
     d_weight = by_row.reshape(-1, dim).mT @ product.transpose(1, 2).reshape(-1, dim)
-    if marginal is None:  # means over the grid; the forward's are over its real tokens
-        d_sums = linear_state(query, quotient, before, n_grid, feature_map, None, shares=d_total)
+    if marginal is None:  # means over all grid tokens; the forward's are over the valid ones
+        d_sums = linear_state(query, quotient, before, n_grid, feature_map, None, norm_weights=d_total)
         more = (sums.eps * (n_grid / EPSILON)).view(batch, heads, 1)
         state, norm = (d_sums.state * more[..., None]).to(wide), d_sums.norm * more
     else:
-        states, norms = block_states(query, quotient, q_tiling, before, feature_map, None, wide, shares=d_total)
+        states, norms = block_states(query, quotient, q_tiling, before, feature_map, None, wide, norm_weights=d_total)
         count = n_marginal * k_tiling.volume / q_tiling.volume
         turned = marginal.mT[:, : k_tiling.n_tiles].to(wide)
         state, norm, _ = marginal_states(turned, states, norms, q_tiling.volume, count)
     d_key, d_value = empty_rows(key), empty_rows(value)
     state, norm = state.flatten(0, -3), norm.flatten(0, -2)
-    _launch_rows(key, value, state, norm, d_key, d_value, feature_map, k_tiling, before, real, None)
-    return LinearGradients(d_query, d_key, d_value, d_weight, share)
+    _launch_rows(key, value, state, norm, d_key, d_value, feature_map, k_tiling, before, key_mask, None)
+    return LinearGradients(d_query, d_key, d_value, d_weight, delta)
 
 
 def _launch_rows(
@@ -100,31 +102,31 @@ def _launch_rows(
     feature_map: str,
     tiling: Tiling,
     before: int,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     of_queries: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> None:
-    """Of queries, or of keys; see the kernel. state: (B*H or B*H*tiles, D, D)."""
+    """Launch the kernel for queries or for keys; see there. state: (B*H or B*H*tiles, D, D)."""
     batch, heads, length, dim = x.shape
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
-    eps, quotient, d_total, share = of_queries or (None,) * 4
-    check_contiguous(eps=eps, d_total=d_total, share=share)
-    block_m, block_e, num_warps = _rows_build(x.shape[-1], max(x.element_size(), state.element_size()))
+    eps, quotient, d_total, delta = of_queries or (None,) * 4
+    check_contiguous(eps=eps, d_total=d_total, delta=delta)
+    block_m, block_e, num_warps = _rows_config(x.shape[-1], max(x.element_size(), state.element_size()))
     block_d, block_m = next_pow2_min16(dim), min(block_m, next_pow2_min16(tiling.volume))
     parts = cdiv(tiling.volume, block_m)
-    mask, mask_b, mask_s, has_real = mask_arguments(real, x)
+    mask, mask_b, mask_s, has_key_mask = mask_arguments(key_mask, x)
     linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * parts,)](
-        x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, share,
+        x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, delta,
         *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
         mask_b, mask_s, heads, tiling.n_tiles, length, before, *tiling.grid, *tiling.box,
         PARTS=parts, D=dim, FEATURE_MAP=feature_map, OF_QUERIES=of_queries is not None,
-        BY_TILE=len(state) > batch * heads, HAS_REAL=has_real,
+        BY_TILE=len(state) > batch * heads, HAS_KEY_MASK=has_key_mask,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d,
         BLOCK_E=min(block_d, block_e), num_warps=num_warps, num_stages=1,
     )  # fmt: skip
 
 
-def _rows_build(dim: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and warps."""
+def _rows_config(dim: int, itemsize: int) -> tuple[int, int, int]:
+    """Launch parameters: rows per program, columns per step, warps."""
     if itemsize == 2:
         return (64, 128, 4) if dim <= 128 else (32, 64, 4)
     return 32, 32, 4

@@ -1,7 +1,7 @@
-"""Linear attention's sums over all keys, over each block of keys, and over the marginal blocks of each query block.
+"""Sums of linear attention over all keys, over each key block, and over the marginal blocks of each query block.
 
-With sums N = Σ φ(k)ᵀ v Wᵀ and z = Σ φ(k), the linear part is φ(q) N / (φ(q)·z + 1e-5). What is returned is the means
-N/c and z/c over some count c, which a half-precision number can hold whatever the length, and eps = 1e-5/c: then
+With sums N = Σ φ(k)ᵀ v Wᵀ and z = Σ φ(k), the linear part is φ(q) N / (φ(q)·z + 1e-5). The functions return the means
+N/c and z/c over some count c, which half precision can represent for any length, and eps = 1e-5/c, so that
 ``φ(q) @ state / (φ(q)·norm + eps)`` is the same number. [SLA, arXiv 2509.24006, eq. 5-7: H_j, Z_j; W = Proj]
 """
 
@@ -36,16 +36,17 @@ __all__ = [
     "marginal_states",
 ]
 
-EPSILON = 1e-5  # on the sums
-PROGRAMS = 264  # that sum over a whole sequence, two for each of the 132 processors of an H100 or H200
-BOX_STAGES = 3  # boxes of keys and values in flight, where the GPU fetches them by itself
-SCRATCH_BYTES = 512 * 2**20  # block sums are made for as many heads at a time
+EPSILON = 1e-5  # added to the sums, not to the means
+PROGRAMS = 264  # programs that sum over a whole sequence: two for each of the 132 multiprocessors of an H100 or H200
+BOX_STAGES = 3  # tiles of keys and values in flight if they are loaded by tensor descriptor
+SCRATCH_BYTES = 512 * 2**20  # limit of the scratch for block sums; heads are processed in chunks that fit it
 
 
 class LinearState(NamedTuple):
-    """``φ(q) @ state / ((φ(q) * norm).sum(-1) + eps)``, W included; the bias of the projection is not in it.
+    """State of ``φ(q) @ state / ((φ(q) * norm).sum(-1) + eps)``, W included, the bias of the projection excluded.
 
-    The state is 0 where nothing was summed up; eps is never 0, so that the quotient is then 0. Shapes: see the maker.
+    The state is 0 if nothing was summed; eps is never 0, so the quotient is then 0. Shapes depend on the function that
+    returns it.
     """
 
     state: Tensor
@@ -60,32 +61,32 @@ def linear_state(
     n_grid: int,
     feature_map: str,
     weight: Tensor | None,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    shares: Tensor | None = None,
+    norm_weights: Tensor | None = None,
 ) -> LinearState:
-    """Means over all real grid keys. The order of the tokens does not matter, so there is no tiling.
+    """Means over all valid grid keys. The order of the tokens does not matter, so there is no tiling.
 
     Args:
-        key, value: (B, H, S, D) float16/bfloat16/float32, any strides, D at most 256; the value may be float32 where
-            the key is not, if there is no weight.
-        before, n_grid: the grid's tokens stand in rows before to before + n_grid - 1.
+        key, value: (B, H, S, D) float16/bfloat16/float32, any strides, D at most 256; without a weight the value may
+            be float32 although the key is not.
+        before, n_grid: the grid tokens are rows before to before + n_grid - 1.
         feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu", in float32.
         weight: (D, D), any floating dtype; it is applied to the finished mean, in float32. None = no projection.
-        real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
+        key_mask: (B, S) bool, True = attend; masked rows are never read. None = attend to all.
         dtype: of the state; None = float32.
-        shares: (B, H, S) float32, by which each token counts in the norm; None = 1.
-    Returns: state (B, H, D, D), norm (B, H, D), eps (B*H,), float32 but for the state: means over the count of real
-        grid keys of that batch element (eps = 1e-5 / count; where there is no real key: 0, 0, and 1e-5).
+        norm_weights: (B, H, S) float32 weight of each token in the norm; None = 1.
+    Returns: state (B, H, D, D) in dtype, norm (B, H, D) and eps (B*H,) in float32: means over the number of valid grid
+        keys of each batch element (eps = 1e-5 / count; without a valid key: 0, 0, and 1e-5).
     """
     parts, states, norms = _parts(key, n_grid)
-    _launch_block_states(key, value, parts, before, feature_map, None, real, states, norms, 0, shares)
+    _launch_block_states(key, value, parts, before, feature_map, None, key_mask, states, norms, 0, norm_weights)
     weight = torch.eye(key.shape[-1], device=key.device) if weight is None else weight
-    return _finish_state(states, norms, len(key), before, n_grid, parts.volume, weight, real, dtype)
+    return _finish_state(states, norms, len(key), before, n_grid, parts.volume, weight, key_mask, dtype)
 
 
 def _parts(key: Tensor, n_grid: int) -> tuple[Tiling, Tensor, Tensor]:
-    """The runs of tokens that are summed up by a program each, and where the sums go."""
+    """Intervals of tokens, one per program, and the scratch for their partial sums."""
     batch, heads, _, dim = key.shape
     n_parts = min(max(1, PROGRAMS // (batch * heads)), cdiv(n_grid, 256))
     part = cdiv(cdiv(n_grid, n_parts), 64) * 64
@@ -103,14 +104,16 @@ def _finish_state(
     n_grid: int,
     volume: int,
     weight: Tensor,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     dtype: torch.dtype | None,
 ) -> LinearState:
-    """The parts (G, parts, D, D) and (G, parts, D) added up, divided by the count, the projection folded in."""
+    """Add the partial sums (G, parts, D, D) and (G, parts, D), divide by the count and apply the projection."""
     check_contiguous(states=states, norms=norms)
     groups, n_parts, dim, _ = states.shape
     heads, device = groups // batch, states.device
-    counts = None if real is None else real[:, before : before + n_grid].sum(-1).expand(batch).int().contiguous()
+    counts = (
+        None if key_mask is None else key_mask[:, before : before + n_grid].sum(-1).expand(batch).int().contiguous()
+    )
     state = torch.empty(batch, heads, dim, dim, dtype=dtype or torch.float32, device=device)
     norm = torch.empty(batch, heads, dim, dtype=torch.float32, device=device)
     eps = torch.empty(groups, dtype=torch.float32, device=device)
@@ -148,38 +151,38 @@ def block_states(
     feature_map: str,
     weight: Tensor | None,
     out_dtype: torch.dtype,
-    real: Tensor | None = None,
-    shares: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    norm_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """φ(k)ᵀ v Wᵀ and φ(k) summed over the real tokens of each box, divided by the volume of a whole box.
+    """Sums of φ(k)ᵀ v Wᵀ and φ(k) over the valid tokens of each tile, divided by the volume of a full tile.
 
-    In half precision v Wᵀ is made first, with float32 accumulation, as a Linear layer in that dtype would: its rounding
-    is averaged out over the tokens, and it costs no more than W after the sum would. In float32, and for heads longer
-    than 128, W comes after the sum.
+    In half precision v Wᵀ is computed first, with float32 accumulation, like a Linear layer in that dtype: its rounding
+    averages out over the tokens, and it costs no more than W after the sum. In float32, and for heads longer than 128,
+    W comes after the sum.
 
-    Args: as in :func:`linear_state`; tiling: the boxes; token i of the grid stands in row ``before + i``.
+    Args: as in :func:`linear_state`; tiling: tiles of the keys; grid token i is row ``before + i``.
     Returns: (B, H, Mk, D, D) in out_dtype and (B, H, Mk, D) float32.
     """
     batch, heads, _, dim = key.shape
     states = torch.empty(batch * heads, tiling.n_tiles, dim, dim, dtype=out_dtype, device=key.device)
     norms = torch.empty(batch * heads, tiling.n_tiles, dim, dtype=torch.float32, device=key.device)
-    _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms, 0, shares)
+    _launch_block_states(key, value, tiling, before, feature_map, weight, key_mask, states, norms, 0, norm_weights)
     return states.unflatten(0, (batch, heads)), norms.unflatten(0, (batch, heads))
 
 
 def marginal_states(
     marginal: Tensor, states: Tensor, norms: Tensor, volume: int, n_marginal: float | None = None
 ) -> LinearState:
-    """Block sums added up over the marginal blocks of each query block.
+    """Sum of the block sums over the marginal blocks of each query block.
 
     Args:
         marginal: (B*H, Mq, Mk) 0/1 map in states.dtype.
         states, norms: from :func:`block_states`.
-        volume: of a box, that block_states divided by.
-        n_marginal: about how many blocks a row marks: what is divided by, for every row alike. Any number gives the
-            same quotient; one far too high costs float16 precision. None = Mk.
+        volume: tokens of a full tile, the divisor in block_states.
+        n_marginal: approximate number of marginal blocks per row, the divisor of every row. Any number gives the same
+            quotient; one far too high costs float16 precision. None = Mk.
     Returns: state (B*H, Mq, D, D) in states.dtype, norm (B*H, Mq, D) float32, eps (B*H,) float32: means over
-        ``count = volume * n_marginal`` places (eps = 1e-5 / count); 0 where a row marks no block.
+        ``count = volume * n_marginal`` tokens (eps = 1e-5 / count); 0 if a row has no marginal block.
     """
     states, norms = states.flatten(0, 1), norms.flatten(0, 1)
     n_marginal = states.shape[1] if n_marginal is None else n_marginal
@@ -197,10 +200,10 @@ def marginal_linear_state(
     before: int,
     feature_map: str,
     weight: Tensor | None,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
     n_marginal: int | None = None,
 ) -> LinearState:
-    """:func:`block_states` and :func:`marginal_states` for some heads at a time, so that scratch stays small.
+    """:func:`block_states` and :func:`marginal_states` for a chunk of heads at a time, to bound the scratch memory.
 
     Args: as there; marginal: (B*H, Mq, Mk or more) 0/1 map, best in key.dtype; columns past Mk are 0.
     Returns: as :func:`marginal_states`, the state in key.dtype.
@@ -212,7 +215,7 @@ def marginal_linear_state(
     norms = torch.empty(batch * heads, tiling.n_tiles, dim, dtype=torch.float32, device=key.device)
     step = SCRATCH_BYTES // (tiling.n_tiles * dim * dim * key.element_size())
     step = min(max(1, step), batch * heads)
-    # the product wants its inner length in multiples of 16 bytes: the map's rows are that long, and 0 there
+    # cuBLAS needs an inner length in multiples of 16 bytes: the rows of the map are padded to that with zeros
     n_padded = marginal.shape[2]
     scratch = torch.empty(step, n_padded, dim, dim, dtype=key.dtype, device=key.device)
     scratch[:, tiling.n_tiles :].zero_()
@@ -220,7 +223,7 @@ def marginal_linear_state(
     for first in range(0, batch * heads, step):
         run = slice(first, min(first + step, batch * heads))
         states = scratch[: run.stop - first]
-        _launch_block_states(key, value, tiling, before, feature_map, weight, real, states, norms[run], first)
+        _launch_block_states(key, value, tiling, before, feature_map, weight, key_mask, states, norms[run], first)
         _add_marginal(marginal[run], states, out.state[run], n_marginal)
     _launch_marginal_norms(marginal[..., : tiling.n_tiles], norms, out.norm, n_marginal)
     return out
@@ -236,7 +239,7 @@ def _empty_marginal(marginal: Tensor, dim: int, dtype: torch.dtype, count: float
 
 
 def _add_marginal(marginal: Tensor, states: Tensor, out: Tensor, n_marginal: float) -> None:
-    """out (G, Mq, D, D) = marginal (G, Mq, Mk) @ states (G, Mk, D, D) / n_marginal, divided before it is rounded."""
+    """Compute out (G, Mq, D, D) = marginal (G, Mq, Mk) @ states (G, Mk, D, D) / n_marginal, divided before rounding."""
     out.flatten(2).baddbmm_(marginal, states.flatten(2), beta=0, alpha=1 / n_marginal)
 
 
@@ -247,27 +250,28 @@ def _launch_block_states(
     before: int,
     feature_map: str,
     weight: Tensor | None,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     states: Tensor,
     norms: Tensor,
     first: int,
-    shares: Tensor | None = None,
+    norm_weights: Tensor | None = None,
 ) -> None:
-    """Writes states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = none."""
-    check_contiguous(states=states, norms=norms, shares=shares)
+    """Write states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = no
+    projection."""
+    check_contiguous(states=states, norms=norms, norm_weights=norm_weights)
     heads, dim = key.shape[1], key.shape[3]
     half = value.element_size() == 2
     block_d = max(16, next_power_of_2(dim))
-    block_e = min(block_d, 128 if half else 64)  # columns of the state a program makes: more would spill registers
+    block_e = min(block_d, 128 if half else 64)  # columns of the state per program: more would spill registers
     block_n = min(max(16, next_power_of_2(tiling.volume)), 64 if half else 32)
     big = block_d * block_e >= 128 * 64
     fold = half and weight is not None and dim <= 128
     weight = None if weight is None else weight.to(key.dtype).contiguous()
-    mask, mask_b, mask_s, has_real = mask_arguments(real, key)
+    mask, mask_b, mask_s, has_key_mask = mask_arguments(key_mask, key)
     n_items = len(states) * tiling.n_tiles
     in_one = tiling.volume <= block_n
-    boxes = _boxes(key, value, tiling, before) if fold and real is None and tiling.volume == block_n else None
-    # boxes that are read at once are taken one after the other, so that the next is fetched while one is summed up
+    boxes = _boxes(key, value, tiling, before) if fold and key_mask is None and tiling.volume == block_n else None
+    # programs loop over the tiles that fit one step, so that the next tile is loaded while one is summed
     n_programs = min(n_items, PROGRAMS // 2 if boxes else PROGRAMS) if in_one else n_items
     block_state_fwd_kernel[(n_programs, cdiv(dim, block_e))](
         key,
@@ -278,7 +282,7 @@ def _launch_block_states(
         norms,
         *(boxes[:2] if boxes else (None, None)),
         _rows(states, dim) if boxes else None,
-        shares,
+        norm_weights,
         first,
         heads,
         tiling.n_tiles,
@@ -296,8 +300,8 @@ def _launch_block_states(
         D=dim,
         FEATURE_MAP=feature_map,
         FOLD=fold,
-        HAS_REAL=has_real,
-        HAS_SHARES=shares is not None,
+        HAS_KEY_MASK=has_key_mask,
+        HAS_NORM_WEIGHTS=norm_weights is not None,
         IN_ONE=in_one,
         BOXES=boxes[2] if boxes else 0,
         BLOCK_N=block_n,
@@ -305,7 +309,7 @@ def _launch_block_states(
         BLOCK_E=block_e,
         num_warps=8 if big and not (in_one and half and block_d <= 128) else 4,
         num_stages=BOX_STAGES if boxes else _stages(value, block_n, block_d, block_e, fold, 2 if in_one else 3),
-        # two programs on a processor: one waits, one works
+        # two programs per multiprocessor: one waits, one works
         **register_limit(key, 128 if big and block_d <= 128 and not in_one else None),
     )
     if weight is not None and not fold:
@@ -313,20 +317,20 @@ def _launch_block_states(
 
 
 def _boxes(key: Tensor, value: Tensor, tiling: Tiling, before: int) -> Boxes | None:
-    """Descriptors of boxes, where boxes in flight, φ, v Wᵀ, W and a state fit a processor."""
+    """Tensor descriptors of tiles, or None if tiles in flight, φ, v Wᵀ, W and a state exceed the shared memory."""
     dim, size = key.shape[3], key.element_size()
     needed = ((2 * BOX_STAGES + 2) * tiling.volume + 2 * dim) * dim * size
     return box_descriptors(key, value, tiling, before) if needed <= shared_memory(key) else None
 
 
 def _rows(states: Tensor, dim: int) -> TensorDescriptor:
-    """Of (G, M, D, D), one (D, D) at a time."""
+    """Tensor descriptor of (G, M, D, D) with blocks of one (D, D) matrix."""
     return TensorDescriptor(states, [states.shape[0] * states.shape[1] * dim, dim], [dim, 1], [dim, dim])
 
 
 def _stages(value: Tensor, block_n: int, block_d: int, block_e: int, fold: bool, most: int) -> int:
-    """Blocks of keys and values in flight: ``most``, or as many as leave room for two programs on a Hopper processor
-    and for one on any other."""
+    """Blocks of keys and values in flight: ``most``, or the number that leaves room for two programs per multiprocessor
+    on Hopper and for one on other GPUs."""
     size = value.element_size()
     beside = (block_n + block_d) * block_e if fold else block_n * block_d  # v Wᵀ and W, else φ
     room = min(shared_memory(value), HOPPER_SHARED // 2) - beside * size

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The kernels of ``block_linear_triton.py``."""
+"""Kernels of ``block_linear_triton.py``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def feature(x, FEATURE_MAP: tl.constexpr, D: tl.constexpr):
-    """φ of the rows of x (rows, BLOCK_D) float32, of which the columns from D on are padding and come out as 0."""
+    """Feature map φ of the rows of x (rows, BLOCK_D) float32; columns from D on are padding and become 0."""
     cols = tl.arange(0, x.shape[1])
-    real = (cols < D)[None, :]
+    key_mask = (cols < D)[None, :]
     if FEATURE_MAP == "softmax":
-        x = tl.where(real, x * LOG2E, -float("inf"))
+        x = tl.where(key_mask, x * LOG2E, -float("inf"))
         powers = tl.exp2(x - tl.max(x, 1)[:, None])
         return powers * (1.0 / tl.sum(powers, 1))[:, None]
     elif FEATURE_MAP == "elu":
-        return tl.where(real, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
+        return tl.where(key_mask, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
     else:
         tl.static_assert(FEATURE_MAP == "relu", "FEATURE_MAP must be softmax, elu or relu")
-        return tl.where(real & ~(x < 0), x, 0.0)
+        return tl.where(key_mask & ~(x < 0), x, 0.0)
 
 
 @triton.jit(do_not_specialize=["first", "n_items"])
@@ -34,13 +34,13 @@ def block_state_fwd_kernel(
     k_ptr,
     v_ptr,
     w_ptr,
-    real_ptr,
+    key_mask_ptr,
     states_ptr,
     norms_ptr,
     K_BOXES,
     V_BOXES,
     STATES,
-    SHARES,
+    NORM_WEIGHTS,
     first,
     n_heads,
     n_tiles,
@@ -68,19 +68,21 @@ def block_state_fwd_kernel(
     D: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     FOLD: tl.constexpr,
-    HAS_REAL: tl.constexpr,
-    HAS_SHARES: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    HAS_NORM_WEIGHTS: tl.constexpr,
     IN_ONE: tl.constexpr,
     BOXES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of boxes of one head each; with FOLD, else without W. IN_ONE: a box is
-    BLOCK_N tokens at most, and a program takes one after the other; else it takes one. BOXES > 0: boxes are read, and
-    states written, by tensor descriptor, all columns at once. HAS_SHARES: in the sum of φ(k) alone each token counts
-    by its share. φ is rounded to the dtype of the keys in
-    state and norm alike, so that the weights of the mean are the same in both."""
+    """BLOCK_E columns of scale φ(k)ᵀ v Wᵀ of tiles of one head, with FOLD; without FOLD, W is left out.
+
+    IN_ONE: a tile has at most BLOCK_N tokens, and a program loops over tiles; otherwise it computes one. BOXES > 0:
+    tiles are loaded, and states stored, by tensor descriptor, all columns at once. HAS_NORM_WEIGHTS: each token has a
+    weight in the sum of φ(k). φ is rounded to the dtype of the keys in state and norm alike, so that both use the same
+    weights.
+    """
     dims = tl.arange(0, BLOCK_D)
     cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     b_w = tl.zeros([BLOCK_D, BLOCK_E], k_ptr.dtype.element_ty)
@@ -91,15 +93,15 @@ def block_state_fwd_kernel(
         for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
             state = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
             state, b_phi = _add_tokens(
-                state, b_w, k_ptr, v_ptr, real_ptr, K_BOXES, V_BOXES, item, 0, first, n_heads, n_tiles, before,
+                state, b_w, k_ptr, v_ptr, key_mask_ptr, K_BOXES, V_BOXES, item, 0, first, n_heads, n_tiles, before,
                 stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb,
-                stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, BOXES, BLOCK_N, BLOCK_D, BLOCK_E,
+                stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_KEY_MASK, BOXES, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
             b_phi = b_phi.to(tl.float32)
-            if HAS_SHARES:
-                b_phi *= _shares(SHARES, item, 0, first, n_tiles, length, before, G0, G1, G2, B0, B1, B2, BLOCK_N)[
-                    :, None
-                ]
+            if HAS_NORM_WEIGHTS:
+                b_phi *= _norm_weights(
+                    NORM_WEIGHTS, item, 0, first, n_tiles, length, before, G0, G1, G2, B0, B1, B2, BLOCK_N
+                )[:, None]
             norm = tl.sum(b_phi, 0)
             _store_state(
                 states_ptr, norms_ptr, STATES, state * scale, norm * scale, item, n_tiles, n_rows, D, BOXES, BLOCK_D,
@@ -111,40 +113,43 @@ def block_state_fwd_kernel(
         norm = tl.zeros([BLOCK_D, 16], tl.float32)
         for start in range(0, B0 * B1 * B2, BLOCK_N):
             state, b_phi = _add_tokens(
-                state, b_w, k_ptr, v_ptr, real_ptr, K_BOXES, V_BOXES, begin, start, first, n_heads, n_tiles, before,
+                state, b_w, k_ptr, v_ptr, key_mask_ptr, K_BOXES, V_BOXES, begin, start, first, n_heads, n_tiles, before,
                 stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb,
-                stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_REAL, 0, BLOCK_N, BLOCK_D, BLOCK_E,
+                stride_ms, G0, G1, G2, B0, B1, B2, D, FEATURE_MAP, FOLD, HAS_KEY_MASK, 0, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
-            # a product with ones, whose columns are all the sum: to sum over rows, all warps would wait for one another
+            # a product with ones has the sum in each column: a reduction over rows would need a barrier between all
+            # warps
             b_ones = tl.full([BLOCK_N, 16], 1.0, v_ptr.dtype.element_ty)
-            if HAS_SHARES:
-                share = _shares(SHARES, begin, start, first, n_tiles, length, before, G0, G1, G2, B0, B1, B2, BLOCK_N)
-                b_ones = (b_ones * share[:, None]).to(v_ptr.dtype.element_ty)
+            if HAS_NORM_WEIGHTS:
+                norm_weight = _norm_weights(
+                    NORM_WEIGHTS, begin, start, first, n_tiles, length, before, G0, G1, G2, B0, B1, B2, BLOCK_N
+                )
+                b_ones = (b_ones * norm_weight[:, None]).to(v_ptr.dtype.element_ty)
             norm = tl.dot(tl.trans(b_phi.to(b_ones.dtype)), b_ones, norm, input_precision="ieee")
         norm = tl.max(norm, 1) * scale
         _store_state(states_ptr, norms_ptr, STATES, state * scale, norm, begin, n_tiles, n_rows, D, 0, BLOCK_D, BLOCK_E)
 
 
 @triton.jit
-def _shares(
-    SHARES, item, start, first, n_tiles, length, before, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr,
+def _norm_weights(
+    NORM_WEIGHTS, item, start, first, n_tiles, length, before, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr,
     B2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N,) float32 shares of tokens of a box."""
+    """Norm weights (BLOCK_N,) float32 of tokens of a tile."""
     index, inside = tile_tokens(item % n_tiles, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
     i_g = (first + item // n_tiles).to(tl.int64)
-    return tl.load(SHARES + i_g * length + before + index, mask=inside, other=0.0)
+    return tl.load(NORM_WEIGHTS + i_g * length + before + index, mask=inside, other=0.0)
 
 
 @triton.jit
 def _add_tokens(
-    state, b_w, k_ptr, v_ptr, real_ptr, K_BOXES, V_BOXES, item, start, first, n_heads, n_tiles, before, stride_kb,
+    state, b_w, k_ptr, v_ptr, key_mask_ptr, K_BOXES, V_BOXES, item, start, first, n_heads, n_tiles, before, stride_kb,
     stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_ms, G0, G1, G2,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    FOLD: tl.constexpr, HAS_REAL: tl.constexpr, BOXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    FOLD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, BOXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """φ(k)ᵀ v Wᵀ of BLOCK_N tokens of a box added to ``state``; and φ(k)."""
+    """Add φ(k)ᵀ v Wᵀ of BLOCK_N tokens of a tile to ``state``; also return φ(k)."""
     tile = item % n_tiles
     i_g = (item // n_tiles).to(tl.int64)
     i_b = (first + i_g) // n_heads
@@ -155,8 +160,8 @@ def _add_tokens(
     dims = tl.arange(0, BLOCK_D)
     index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
     rows = (before + index).to(tl.int64)
-    if HAS_REAL:
-        inside = inside & (tl.load(real_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
+    if HAS_KEY_MASK:
+        inside = inside & (tl.load(key_mask_ptr + i_b * stride_mb + rows * stride_ms, mask=inside, other=0) != 0)
     m_rows = inside[:, None] & (dims < D)[None, :]
     # φ(k): (BLOCK_N, BLOCK_D)
     if BOXES > 0:
@@ -194,7 +199,7 @@ def _add_tokens(
         cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
         p_v = v_ptr + rows[:, None] * stride_vs + cols[None, :].to(tl.int64) * stride_vd
         b_v = tl.load(p_v, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
-    # float32 values of half-precision keys have the range of float32, and are as exact as in half precision by TF32
+    # float32 values of half-precision keys need the range of float32; TF32 is as precise as half precision
     PRECISION: tl.constexpr = "ieee" if k_ptr.dtype == v_ptr.dtype else "tf32"
     return tl.dot(tl.trans(b_phi.to(b_v.dtype)), b_v, state, input_precision=PRECISION), b_phi
 
@@ -239,7 +244,8 @@ def finish_state_fwd_kernel(
     BLOCK_E: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """BLOCK_M rows of one head's state: the parts' sum times volume / count times Wᵀ; and its norm and eps."""
+    """BLOCK_M rows of the state of one head: the sum of the partial sums times volume / count times Wᵀ; also norm and
+    eps."""
     i_g = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -247,13 +253,13 @@ def finish_state_fwd_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     norm = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, n_parts, PARTS):
-        for part in tl.static_range(PARTS):  # unrolled: so many loads at a time
+        for part in tl.static_range(PARTS):  # unrolled, so that the loads are in flight together
             i_part = i_g * n_parts + tl.minimum(first + part, n_parts - 1)
-            share = tl.where(first + part < n_parts, 1.0, 0.0)
+            norm_weight = tl.where(first + part < n_parts, 1.0, 0.0)
             p_part = states_ptr + i_part * D * D + rows[:, None] * D + dims[None, :]
-            total += tl.load(p_part, mask=m_rows, other=0.0) * share
-            norm += tl.load(norms_ptr + i_part * D + dims, mask=dims < D, other=0.0) * share
-    count = tl.cast(n_grid, tl.float32)  # a length of 1 is a constant here
+            total += tl.load(p_part, mask=m_rows, other=0.0) * norm_weight
+            norm += tl.load(norms_ptr + i_part * D + dims, mask=dims < D, other=0.0) * norm_weight
+    count = tl.cast(n_grid, tl.float32)  # Triton specializes a length of 1 to a constant
     if HAS_COUNTS:
         count = tl.maximum(tl.load(counts_ptr + i_g // n_heads), 1).to(tl.float32)
     total *= volume / count
@@ -287,8 +293,8 @@ def marginal_norm_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """BLOCK_E columns of scale map (BLOCK_M, n_k) @ norms (n_k, D) of one head, as accurate as in float32: it is a
-    denominator."""
+    """BLOCK_E columns of scale map (BLOCK_M, n_k) @ norms (n_k, D) of one head, with float32 precision because the
+    result is a denominator."""
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
     rows = tl.program_id(0) % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,8 +1,8 @@
-"""Which key tiles each query tile sees: the plans that the block-sparse kernels walk.
+"""Block plans: the key tiles that each query tile attends to, as walked by the block-sparse kernels.
 
-Queries and keys of a grid are cut into boxes. For each query box a plan lists the key boxes: first the full ones, that
-every query of the box sees whole, then the partial ones, for which the kernel asks a `WindowMask` about coordinates.
-Plans of windows come from the geometry of each axis alone; nothing here has S × S or tiles × tiles entries.
+Queries and keys of a grid are cut into tiles. For each query tile a plan lists key tiles: first the full ones, which
+need no mask, then the partial ones, in which the kernel applies a `WindowMask` to the coordinates. Plans of windows
+are computed from the geometry of each axis; no array has S × S or tiles × tiles entries.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockPlan", "TransposedPlan", "WindowMask", "cheapest_window_plan", "transpose_block_lists", "window_plan"]
 
-# Cost of a visit to a partial tile beside a full one: coordinates are compared (measured: H100, D = 128, bf16). With
-# tiles of 128 keys Hopper's kernel compares those of one box a step, not of two.
+# Cost of a partial tile relative to a full one: coordinates are compared (measured: H100, D = 128, bf16). With tiles of
+# 128 keys Hopper's kernel compares those of one tile per step, not of two.
 PARTIAL_COST = 1.35
 PARTIAL_COST_OF = {128: 1.15}
-EXACT_INTEGERS = 2**23  # float32 holds all whole numbers up to twice this
+EXACT_INTEGERS = 2**23  # float32 holds all integers up to twice this
 
 
 @dataclass(frozen=True, eq=False)
 class WindowMask:
-    """Does a query see a key? On every axis of ``intervals`` the key's place must lie in the query's run; in a ball
-    the weighted squares of the distances along the axes must add up to less than ``limit``.
+    """Mask of a window. On every axis of ``intervals`` the position of the key must lie in the interval of the query;
+    in a ball the weighted sum of the squared distances along the axes must be less than ``limit``.
 
-    tables: (3, 3, longest axis) int32: of each axis the coordinate at a place, and the run of places seen from it.
-    ordered: on which axes places are not coordinates (dilation).
-    weights: of the squared distances; None = no ball. exact: whether float32 is sure to tell inside from outside.
+    tables: (3, 3, longest axis) int32: for each axis and position the coordinate, and first and last position visible
+        from it.
+    ordered: axes on which positions are not coordinates (dilation).
+    weights: of the squared distances; None = no ball. exact: whether float32 can separate inside from outside.
     ball: (4,) float64 weights and limit for kernels, whose scalars are float32; None if exact.
     """
 
@@ -54,10 +55,11 @@ class WindowMask:
 
 
 def transpose_block_lists(lists: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Who lists whom, turned over, by a stable sort on the device: who lists ascends, so sums over them have one order.
+    """Transpose a padded block list to CSR: for each of ``n`` columns, the rows that list it, in ascending order, so
+    that reductions are deterministic. Padding entries equal ``n``.
 
-    Args: lists: (G, M, m) int32, whom each of M lists, of n; n stands for nobody.
-    Returns: (G, M*m) int32 who lists them, one after the other; (G, n + 1) int32 where each one's begin and end.
+    Args: lists: (G, M, m) int32, columns listed by each of M rows; n: number of columns.
+    Returns: (G, M*m) int32 rows, concatenated by column; (G, n + 1) int32 offsets of the columns.
     """
     found = lists.flatten(1).sort(dim=1, stable=True)
     every = _counted(len(lists), n + 1, lists.device)
@@ -66,14 +68,14 @@ def transpose_block_lists(lists: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=16)
 def _counted(groups: int, n: int, device: torch.device) -> Tensor:
-    """(groups, n) int32, each row 0 to n - 1."""
+    """Constant (groups, n) int32, each row 0 to n - 1."""
     return torch.arange(n, dtype=torch.int32, device=device).expand(groups, -1).contiguous()
 
 
 class TransposedPlan(NamedTuple):
-    """A plan turned over: for each tile of keys the tiles of queries that see it, full ones first.
+    """Transpose of a plan: for each key tile the query tiles that attend to it, full ones first.
 
-    tiles: (1 or G, n) int32, the lists one after the other. first: (1 or G, kv.n_tiles) int32, where each begins.
+    tiles: (1 or G, n) int32, concatenated lists. first: (1 or G, kv.n_tiles) int32 offset of each list.
     n_full, n_tiles: (1 or G, kv.n_tiles) int32.
     """
 
@@ -85,13 +87,13 @@ class TransposedPlan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """For each tile of ``q`` the tiles of ``kv`` that it sees.
+    """List of tiles of ``kv`` for each tile of ``q``.
 
-    tiles: (1 or G, q.n_tiles, n) int32, full tiles first, then partial ones, then anything.
-    n_full, n_tiles: (1 or G, q.n_tiles) int32; n_full None = full but for short tiles at the far edge.
-    mask: tells inside partial tiles; None = their tokens on the grid are all seen.
+    tiles: (1 or G, q.n_tiles, n) int32: full tiles first, then partial ones; the rest is arbitrary.
+    n_full, n_tiles: (1 or G, q.n_tiles) int32 counts; n_full None = all are full but short tiles at the far edge.
+    mask: applied inside partial tiles; None = all grid tokens of a listed tile are visible.
     all_full: known to have no partial tile.
-    work: of windows, keys visited a query tile, those of partial tiles dearer.
+    work: for windows, the mean cost of a query tile in keys; keys of partial tiles cost more.
     """
 
     q: Tiling
@@ -105,11 +107,11 @@ class BlockPlan:
 
     @cached_property
     def transposed(self) -> TransposedPlan:
-        """The lists turned over."""
+        """Transpose of the lists."""
         n_k = self.kv.n_tiles
         place = torch.arange(self.tiles.shape[2], dtype=torch.int32, device=self.tiles.device)
         listed = place < self.n_tiles[..., None]
-        if self.n_full is None:  # all of one kind
+        if self.n_full is None:  # all listed tiles are of one kind
             tiles, ends = transpose_block_lists(torch.where(listed, self.tiles, n_k), n_k)
             n_tiles = ends.diff()
             return TransposedPlan(tiles, ends[:, :-1].contiguous(), n_tiles, n_tiles)
@@ -122,24 +124,25 @@ class BlockPlan:
         self,
         lengths: tuple[int, int],
         before: tuple[int, int] = (0, 0),
-        n_extra: int = 0,
-        real: Tensor | None = None,
-        extra_real: Tensor | None = None,
+        n_pooled: int = 0,
+        key_mask: Tensor | None = None,
+        pooled_mask: Tensor | None = None,
         heads: int | None = None,
     ) -> FlexMask:
-        """The plan for torch's FlexAttention, which wants tokens in the order of the boxes; see `flex_mask`."""
+        """Block mask for torch's FlexAttention, which needs the tokens in tile order; see `flex_mask`."""
         from .block_sparse_flex import flex_mask
 
-        return flex_mask(self, lengths, before, n_extra, real, extra_real, heads)
+        return flex_mask(self, lengths, before, n_pooled, key_mask, pooled_mask, heads)
 
     def describe(self) -> str:
-        """One line: the boxes chosen, tiles visited a query tile, and the share of all logits in visited tiles."""
+        """Summary in one line: the tile shapes, tiles visited per query tile, and the fraction of all logits in visited
+        tiles."""
         visited = self.n_tiles.float().mean().item()
         full = visited if self.n_full is None else self.n_full.float().mean().item()
         logits = self.n_tiles.double().mean(0).sum().item() * self.q.volume * self.kv.volume
         share = logits / (self.q.n_tokens * self.kv.n_tokens)
         return (
-            f"query boxes {_short(self.q)}, key boxes {_short(self.kv)}: {self.q.n_tiles} query tiles visit "
+            f"query tiles {_short(self.q)}, key tiles {_short(self.kv)}: {self.q.n_tiles} query tiles visit "
             f"{visited:.1f} of {self.kv.n_tiles} key tiles each ({full:.1f} full), {share:.2%} of the logits"
         )
 
@@ -153,23 +156,23 @@ def _short(tiling: Tiling) -> str:
 
 @dataclass(frozen=True)
 class _Reach:
-    """Along one axis, for each tile of queries a run of key tiles, (tiles, longest run) each.
+    """Interval of key tiles for each tile of queries along one axis, (tiles, longest interval) each.
 
-    tile: the key tile. seen: it belongs to the run. full: whole, and seen by every query. near, far: least and
-    greatest squared distance between their coordinates, weighted.
+    tile: the key tile. visible: it belongs to the interval. full: complete, and visible to every query. near, far:
+    least and greatest weighted squared distance between their coordinates.
     """
 
     tile: np.ndarray
-    seen: np.ndarray
+    visible: np.ndarray
     full: np.ndarray
     near: np.ndarray
     far: np.ndarray
 
     @property
     def middle(self) -> _Reach:
-        """Of the tile of queries in the middle alone."""
+        """Reach of the middle query tile only."""
         i = slice(len(self.tile) // 2, len(self.tile) // 2 + 1)
-        return _Reach(self.tile[i], self.seen[i], self.full[i], self.near[i], self.far[i])
+        return _Reach(self.tile[i], self.visible[i], self.full[i], self.near[i], self.far[i])
 
 
 def _reach(g: Geometry, weight: float, q_side: int, k_side: int) -> _Reach:
@@ -179,7 +182,7 @@ def _reach(g: Geometry, weight: float, q_side: int, k_side: int) -> _Reach:
     first, last, place = first[queries], last[queries], order[queries]
     low, high = first.min(1) // k_side, last.max(1) // k_side
     tile = low[:, None] + np.arange((high - low).max() + 1)
-    seen = tile <= high[:, None]
+    visible = tile <= high[:, None]
     full = (tile * k_side >= first.max(1, keepdims=True)) & ((tile + 1) * k_side <= last.min(1, keepdims=True) + 1)
     keys = order[_tiled(np.arange(n), k_side)]
     k_low, k_high = keys.min(1), keys.max(1)
@@ -187,11 +190,11 @@ def _reach(g: Geometry, weight: float, q_side: int, k_side: int) -> _Reach:
     q_low, q_high = place.min(1, keepdims=True), place.max(1, keepdims=True)
     near = np.maximum(k_low[kept] - q_high, q_low - k_high[kept]).clip(min=0).astype(np.float64)
     far = np.maximum(k_high[kept] - q_low, q_high - k_low[kept]).astype(np.float64)
-    return _Reach(tile, seen, full & seen, weight * near**2, weight * far**2)
+    return _Reach(tile, visible, full & visible, weight * near**2, weight * far**2)
 
 
 def _tiled(places: np.ndarray, side: int) -> np.ndarray:
-    """(tiles, side); a short tile repeats its last place."""
+    """Cut positions into (tiles, side); a short tile repeats its last position."""
     return np.pad(places, (0, -len(places) % side), mode="edge").reshape(-1, side)
 
 
@@ -204,7 +207,7 @@ def window_plan(
     kv_volume: int,
     device: torch.device,
 ) -> BlockPlan:
-    """The plan of a window, with boxes of about the given volumes in the shape that makes the least work."""
+    """Plan of a window, with tiles of about the given volumes in the shape of the least work."""
     axes = (*(NeighborhoodAxis(1, 1, 1, 1, False) for _ in range(3 - len(axes))), *axes)
     geometries = [axis.geometry() for axis in axes]
     mask = _window_mask(axes, geometries, limit, device)
@@ -213,9 +216,9 @@ def window_plan(
     grid = tuple(axis.length for axis in axes)
     q, kv = Tiling(grid, q_box), Tiling(grid, k_box)  # type: ignore[arg-type]
     reaches = [_reach(*of) for of in zip(geometries, weights or (0.0,) * 3, q_box, k_box, strict=True)]
-    tiles, seen, full = (torch.from_numpy(x) for x in _combine(reaches, kv.counts, weights is not None, mask.limit))
-    place = torch.argsort(2 - seen.int() - full.int(), dim=1, stable=True)
-    n_tiles, n_full = seen.sum(1, dtype=torch.int32), full.sum(1, dtype=torch.int32)
+    tiles, visible, full = (torch.from_numpy(x) for x in _combine(reaches, kv.counts, weights is not None, mask.limit))
+    place = torch.argsort(2 - visible.int() - full.int(), dim=1, stable=True)
+    n_tiles, n_full = visible.sum(1, dtype=torch.int32), full.sum(1, dtype=torch.int32)
     listed = tiles.gather(1, place[:, : int(n_tiles.max())]).int()
     all_full = bool((n_full == n_tiles).all())
     partial = (n_tiles - n_full) * PARTIAL_COST_OF.get(kv.volume, PARTIAL_COST)
@@ -231,27 +234,26 @@ def cheapest_window_plan(
     volumes: tuple[tuple[int, int], ...],
     device: torch.device,
 ) -> BlockPlan:
-    """Of the plans with boxes of these volumes, (queries, keys) each, the one with the least work; the first of
-    equals."""
+    """Plan with the least work among tile volumes (queries, keys); the first of equals."""
     return min((window_plan(axes, limit, *pair, device) for pair in volumes), key=lambda plan: plan.work)
 
 
 def _combine(
     reaches: Sequence[_Reach], counts: Sequence[int], is_ball: bool, limit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Key tiles of each query tile, (query tiles, run): number, seen, full."""
+    """Key tiles of each query tile, (query tiles, interval): index, visible, full."""
     first, *others = reaches
-    tile, seen, full, near, far = first.tile, first.seen, first.full, first.near, first.far
+    tile, visible, full, near, far = first.tile, first.visible, first.full, first.near, first.far
     for r, count in zip(others, counts[1:], strict=True):
         tile = _outer(tile * count, r.tile, np.add)
-        seen, full = _outer(seen, r.seen, np.logical_and), _outer(full, r.full, np.logical_and)
+        visible, full = _outer(visible, r.visible, np.logical_and), _outer(full, r.full, np.logical_and)
         if is_ball:
             near, far = _outer(near, r.near, np.add), _outer(far, r.far, np.add)
-    return (tile, seen & (near < limit), full & (far < limit)) if is_ball else (tile, seen, full)
+    return (tile, visible & (near < limit), full & (far < limit)) if is_ball else (tile, visible, full)
 
 
 def _outer(a: np.ndarray, b: np.ndarray, op: Callable[..., np.ndarray]) -> np.ndarray:
-    """(M, L), (m, l) → (M m, L l)."""
+    """Outer operation over both axes: (M, L), (m, l) → (M m, L l)."""
     return op(a[:, None, :, None], b[None, :, None, :]).reshape(len(a) * len(b), -1)
 
 
@@ -266,7 +268,7 @@ def _window_mask(
     ordered = tuple(bool((g.order != torch.arange(len(g.order), device="cpu")).any()) for g in geometries)
     curved = [i for i, axis in enumerate(axes) if isinstance(axis, BallAxis) and axis.weight > 0]
     weights, exact = None, True
-    if len(curved) == 1:  # a ball of one axis is a run, but for the ends that its reach was rounded up to
+    if len(curved) == 1:  # a ball over one axis is an interval, except for the ends that its reach was rounded up to
         i = curved[0]
         reach = torch.arange(axes[i].length, device="cpu", dtype=torch.float64)
         most = int((geometries[i].weight * reach**2 < limit).sum()) - 1
@@ -286,8 +288,8 @@ def _window_mask(
 
 
 def _ball(axes: Sequence[NeighborhoodAxis | BallAxis], limit: float) -> tuple[tuple[float, float, float], float, bool]:
-    """Weights of the squares and a limit that float32 can compare with: halfway between the costliest distance that is
-    inside and the cheapest that is outside."""
+    """Weights of the squares and a limit that is safe in float32: halfway between the greatest cost inside and the
+    least cost outside."""
     weights = [axis.weight if isinstance(axis, BallAxis) else 0.0 for axis in axes]
     if all(w in (0.0, 1.0) for w in weights):
         far = sum(w * axis.length**2 for w, axis in zip(weights, axes, strict=True))
@@ -307,17 +309,16 @@ def _ball(axes: Sequence[NeighborhoodAxis | BallAxis], limit: float) -> tuple[tu
 def _choose_boxes(
     geometries: Sequence[Geometry], weights: Sequence[float] | None, limit: float, q_volume: int, kv_volume: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The boxes of queries and keys whose visits cost least. Along the axes of a ball the tile in the middle stands for
-    all."""
+    """Tile shapes of queries and keys with the least work. Along the axes of a ball the middle tile represents all."""
 
     @cache
     def reach(axis: int, q_side: int, k_side: int) -> tuple[_Reach, int, int, int]:
         r = _reach(geometries[axis], weights[axis] if weights else 0.0, q_side, k_side)
-        return r.middle, len(r.tile), int(r.seen.sum()), int(r.full.sum())
+        return r.middle, len(r.tile), int(r.visible.sum()), int(r.full.sum())
 
     def cost(q_box: tuple[int, ...], k_box: tuple[int, ...]) -> float:
-        middles, counts, seen, full = zip(*map(reach, range(3), q_box, k_box), strict=True)
-        visits, whole = math.prod(seen), math.prod(full)
+        middles, counts, visible, full = zip(*map(reach, range(3), q_box, k_box), strict=True)
+        visits, whole = math.prod(visible), math.prod(full)
         if weights is not None:
             _, in_reach, inside = _combine(middles, (1, 1, 1), True, limit)
             visits, whole = (math.prod(counts) * int(x.sum()) for x in (in_reach, inside))
@@ -329,12 +330,12 @@ def _choose_boxes(
 
 
 def _unevenness(box: tuple[int, ...]) -> float:
-    """Wide in x, so that rows of memory are long, but compact."""
+    """Tie-breaker that prefers compact tiles that are wide in x, so that rows of memory are long."""
     return sum(box[:-1]) + 0.5 * box[-1]
 
 
 def _boxes(lengths: Sequence[int], volume: int) -> Iterator[tuple[int, ...]]:
-    """Boxes with sides that are powers of two, of the given volume or of the whole grid's if that is less."""
+    """Tile shapes with power-of-two sides of the given volume, or of the whole grid's if that is less."""
     most = [1 << (n - 1).bit_length() for n in lengths]
     volume = min(1 << (volume.bit_length() - 1), math.prod(most))
     sides = [[2**i for i in range(m.bit_length()) if 2**i <= m] for m in most]

@@ -1,4 +1,4 @@
-"""Means of boxes of tokens, in Triton: bound by the memory that is read."""
+"""Means of tiles of tokens, in Triton; memory bound."""
 
 # mypy: allow-incomplete-defs
 
@@ -16,48 +16,49 @@ from .tiling_triton import tile_size, tile_tokens
 __all__ = ["mask_arguments", "pool_blocks", "pool_pair"]
 
 
-def pool_blocks(x: Tensor, tiling: Tiling, before: int, real: Tensor | None = None) -> Tensor:
-    """Mean over the real tokens of each box. [SLA, arXiv 2509.24006: Q_i, K_j pooled]
+def pool_blocks(x: Tensor, tiling: Tiling, before: int, key_mask: Tensor | None = None) -> Tensor:
+    """Mean over the valid tokens of each tile. [SLA, arXiv 2509.24006: Q_i, K_j pooled]
 
     Args:
         x: (B, H, S, D), any floating dtype, any strides, D at most 256.
-        tiling: the boxes; token i of the grid stands in row ``before + i``.
-        before: rows ahead of the grid.
-        real: (B, S) bool, True = real token; what stands in the others is never read. None = all are real.
-    Returns: (B, H, M, D) float32; a box without a real token is 0.
+        tiling: the tiles; grid token i is row ``before + i``.
+        before: rows in front of the grid.
+        key_mask: (B, S) bool, True = valid; masked rows are never read. None = all are valid.
+    Returns: (B, H, M, D) float32; a tile without a valid token is 0.
     """
-    return _launch_pool(x, x, tiling, None, before, real)[0]
+    return _launch_pool(x, x, tiling, None, before, key_mask)[0]
 
 
 def pool_pair(
-    query: Tensor, key: Tensor, q_tiling: Tiling, k_tiling: Tiling, before: int, real: Tensor | None = None
+    query: Tensor, key: Tensor, q_tiling: Tiling, k_tiling: Tiling, before: int, key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`pool_blocks` of query and key in one launch.
 
     Args:
         query, key: (B, H, S, D) of one shape; any floating dtype, any strides.
-        q_tiling, k_tiling: boxes of one grid.
-        before, real: as in :func:`pool_blocks`.
+        q_tiling, k_tiling: tilings of the same grid.
+        before, key_mask: as in :func:`pool_blocks`.
     Returns: (B, H, Mq, D) and (B, H, Mk, D) float32.
-    Raises: ValueError: tilings of two grids.
+    Raises: ValueError: tilings of different grids.
     """
     if q_tiling.grid != k_tiling.grid:
         raise ValueError(f"q_tiling and k_tiling must cut one grid, got {q_tiling.grid} and {k_tiling.grid}")
-    return _launch_pool(query, key, q_tiling, k_tiling, before, real)
+    return _launch_pool(query, key, q_tiling, k_tiling, before, key_mask)
 
 
-def mask_arguments(real: Tensor | None, like: Tensor) -> tuple[Tensor, int, int, bool]:
-    """What a kernel is told of a (1|B, S) bool mask: bytes to read, the strides of its two axes, whether there is one.
+def mask_arguments(key_mask: Tensor | None, like: Tensor) -> tuple[Tensor, int, int, bool]:
+    """Kernel arguments of a (1|B, S) bool mask: a uint8 tensor, the strides of its two axes, whether there is a mask.
 
-    ``like`` gives B, and stands in for the bytes where there is no mask."""
-    if real is None:
+    ``like`` gives B, and is a placeholder for the tensor if there is no mask.
+    """
+    if key_mask is None:
         return like, 0, 0, False
-    real = real.expand(like.shape[0], -1).view(torch.uint8)
-    return real, real.stride(0), real.stride(1), True
+    key_mask = key_mask.expand(like.shape[0], -1).view(torch.uint8)
+    return key_mask, key_mask.stride(0), key_mask.stride(1), True
 
 
 def _launch_pool(
-    query: Tensor, key: Tensor, q_tiling: Tiling, k_tiling: Tiling | None, before: int, real: Tensor | None
+    query: Tensor, key: Tensor, q_tiling: Tiling, k_tiling: Tiling | None, before: int, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, heads, _, dim = query.shape
     n_q, n_k = q_tiling.n_tiles, 0 if k_tiling is None else k_tiling.n_tiles
@@ -68,7 +69,7 @@ def _launch_pool(
     block_d = next_power_of_2(dim)
     lanes = next_power_of_2(max(q_tiling.volume, k_tiling.volume if n_k else 0))
     block_n = min(lanes, max(16, 8192 // block_d))
-    mask, mask_b, mask_s, has_real = mask_arguments(real, query)
+    mask, mask_b, mask_s, has_key_mask = mask_arguments(key_mask, query)
     _pool_pair_fwd_kernel[(batch * heads * (n_q + n_k),)](
         query,
         key,
@@ -88,12 +89,12 @@ def _launch_pool(
         *k_tiling.box,
         HEADS_LAST=query.stride(1) < query.stride(2),
         D=dim,
-        HAS_REAL=has_real,
+        HAS_KEY_MASK=has_key_mask,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=max(
             1, block_n * block_d // 4096
-        ),  # 16 loads of 16 bytes a thread: few threads, for each finds its rows
+        ),  # 16 loads of 16 bytes per thread: few threads, because each computes its rows
     )
     return pooled_q, pooled_k
 
@@ -102,7 +103,7 @@ def _launch_pool(
 def _pool_pair_fwd_kernel(
     q_ptr,
     k_ptr,
-    real_ptr,
+    key_mask_ptr,
     pooled_q_ptr,
     pooled_k_ptr,
     n_heads,
@@ -130,12 +131,12 @@ def _pool_pair_fwd_kernel(
     KB2: tl.constexpr,
     HEADS_LAST: tl.constexpr,
     D: tl.constexpr,
-    HAS_REAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program makes the mean of one box of one head: those of the query first, then those of the key. HEADS_LAST:
-    heads lie beside one another in memory, and programs that run at the same time take one box of each."""
+    """Mean of one tile of one head per program: query tiles first, then key tiles. HEADS_LAST: heads are adjacent in
+    memory, so that concurrent programs process the same tile of different heads."""
     n_tiles = n_q + n_k
     if HEADS_LAST:
         i_h = (tl.program_id(0) % n_heads).to(tl.int64)
@@ -148,13 +149,13 @@ def _pool_pair_fwd_kernel(
         i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
         i_b = i_g // n_heads
         i_h = i_g % n_heads
-    m_ptr = real_ptr + i_b * stride_mb
+    m_ptr = key_mask_ptr + i_b * stride_mb
     cols = tl.arange(0, BLOCK_D)
     if tile < n_q:
         p_x = q_ptr + i_b * stride_qb + i_h * stride_qh
         mean = _box_mean(
             p_x, stride_qs, stride_qd, m_ptr, stride_ms, tile, before, G0, G1, G2,
-            QB0, QB1, QB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
+            QB0, QB1, QB2, D, HAS_KEY_MASK, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         tl.store(pooled_q_ptr + (i_g * n_q + tile) * D + cols, mean, mask=cols < D)
     else:
@@ -162,7 +163,7 @@ def _pool_pair_fwd_kernel(
         p_x = k_ptr + i_b * stride_kb + i_h * stride_kh
         mean = _box_mean(
             p_x, stride_ks, stride_kd, m_ptr, stride_ms, tile, before, G0, G1, G2,
-            KB0, KB1, KB2, D, HAS_REAL, BLOCK_N, BLOCK_D,
+            KB0, KB1, KB2, D, HAS_KEY_MASK, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         tl.store(pooled_k_ptr + (i_g * n_k + tile) * D + cols, mean, mask=cols < D)
 
@@ -183,25 +184,25 @@ def _box_mean(
     B1: tl.constexpr,
     B2: tl.constexpr,
     D: tl.constexpr,
-    HAS_REAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Mean of the real tokens of a box, (BLOCK_D,) float32; 0 where it has none."""
+    """Mean of the valid tokens of a tile, (BLOCK_D,) float32; 0 if it has none."""
     cols = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     count = tile_size(tile, G0, G1, G2, B0, B1, B2)
-    if HAS_REAL:
+    if HAS_KEY_MASK:
         count *= 0
     for start in range(0, B0 * B1 * B2, BLOCK_N):
         index, inside = tile_tokens(tile, start + tl.arange(0, BLOCK_N), G0, G1, G2, B0, B1, B2)
         rows = (before + index).to(tl.int64)
-        if HAS_REAL:
+        if HAS_KEY_MASK:
             inside = inside & (tl.load(m_ptr + rows * stride_ms, mask=inside, other=0) != 0)
         # (BLOCK_N, BLOCK_D)
         p_x = x_ptr + rows[:, None] * stride_s + cols[None, :].to(tl.int64) * stride_d
         b_x = tl.load(p_x, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
         total += tl.sum(b_x.to(tl.float32), 0)
-        if HAS_REAL:
+        if HAS_KEY_MASK:
             count += tl.sum(inside.to(tl.int32), 0)
     return total / tl.maximum(count, 1)

@@ -1,7 +1,7 @@
-"""Softmax attention of tiles of queries, each over its own list of keys, in plain torch.
+"""Softmax attention of query tiles, each over its own list of keys, in plain torch.
 
-Every mechanism's softmax is this one: what differs is who makes the lists. Keys and values are gathered tile by tile:
-memory and arithmetic go with the logits computed and nothing of size (S, S) exists, forward or backward.
+All mechanisms share this softmax and differ only in the lists. Keys and values are gathered tile by tile: memory and
+arithmetic grow with the number of computed logits, and no (S, S) tensor exists, forward or backward.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 __all__ = ["Rows", "Tiles", "every_key", "tile_attention"]
 
-CHUNK_BYTES = 32 * 2**20  # the working set of one step
+CHUNK_BYTES = 32 * 2**20  # working set of one step
 
 
 class Rows(NamedTuple):
-    """Which rows a run of n tiles reads. The leading axis is 1, or B (B*H where every head has its own lists).
+    """Row indices of n consecutive tiles. The leading axis is 1, or B (B*H if each head has its own lists).
 
-    queries: (1|G, n, nq) int64; an index equal to the number of query rows marks a place that no query fills.
-    keys: (1|G, n, nk) int64; None for all of the first ``n_keys`` rows.
-    visible: (1|G, 1|n, 1|nq, nk) bool; None where every query of a tile sees every key of its list.
+    queries: (1|G, n, nq) int64; an index equal to the number of query rows is padding.
+    keys: (1|G, n, nk) int64; None = the first ``n_keys`` rows.
+    visible: (1|G, 1|n, 1|nq, nk) bool; None = each query of a tile attends to each key of its list.
     """
 
     queries: Tensor
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiles:
-    """``count`` tiles of one shape; ``rows(start, stop)`` lists a run of them."""
+    """``count`` tiles of one shape; ``rows(start, stop)`` returns the row indices of a range of them."""
 
     count: int
     n_queries: int
@@ -44,7 +44,7 @@ class Tiles:
 
 
 def every_key(queries: Tensor, n_keys: int) -> Tiles:
-    """Queries (n,) that each see all of the first ``n_keys`` keys."""
+    """Tiles of queries (n,) that attend to the first ``n_keys`` keys."""
     return Tiles(
         count=queries.numel(),
         n_queries=1,
@@ -62,20 +62,20 @@ def tile_attention(
     *,
     scale: float,
     key_bias: Tensor | None = None,
-    hides: bool = False,
+    may_have_empty_rows: bool = False,
     per_head: bool = False,
 ) -> Tensor:
-    """Softmax attention over the key list of each query tile; the tiles of ``plan`` hold every query once.
+    """Softmax attention over the key list of each query tile; the tiles of ``plan`` contain each query once.
 
     Args:
         query: (B, H, Sq, D), any strides.
         key, value: (B, H, Sk, D).
         plan: tiles of queries with their keys.
         scale: factor on the logits.
-        key_bias: (1 or B, Sk) float32, added to the logits of a key; -inf hides it. None = nothing.
-        hides: whether a query may be left without a key.
-        per_head: whether every head has lists of its own.
-    Returns: (B, H, Sq, D) in query.dtype; a row that may see no key is 0.
+        key_bias: (1 or B, Sk) float32, added to the logits of a key; -inf masks it. None = no bias.
+        may_have_empty_rows: whether all keys of a query may be masked.
+        per_head: whether each head has its own lists.
+    Returns: (B, H, Sq, D) in query.dtype; a row without a visible key is 0.
     """
     if scale < 0:  # flash attention on a GPU takes the maximum of the logits before it scales them
         query, scale = -query, -scale
@@ -83,39 +83,39 @@ def tile_attention(
     if key_bias is not None and key_bias.shape[0] > 1 and per_head:
         key_bias = key_bias.repeat_interleave(heads, 0)
     q, k, v = (_to_rows(x, per_head) for x in (query, key, value))
-    out = _TileAttention.apply(q, k, v, key_bias, plan, scale, hides)
+    out = _TileAttention.apply(q, k, v, key_bias, plan, scale, may_have_empty_rows)
     return out.view(batch, heads, *out.shape[1::2]) if per_head else out.transpose(1, 2)
 
 
 def _to_rows(x: Tensor, per_head: bool) -> Tensor:
-    """(B, H, S, D) → (G, S, W, D), contiguous: (B, S, H, D), or (B*H, S, 1, D) with lists per head."""
+    """Reshape (B, H, S, D) to contiguous (G, S, W, D): (B, S, H, D), or (B*H, S, 1, D) with lists per head."""
     return x.reshape(-1, x.shape[2], 1, x.shape[3]).contiguous() if per_head else x.transpose(1, 2).contiguous()
 
 
 class _TileAttention(torch.autograd.Function):
-    """Tensors are (G, S, W, D): W heads side by side in a row, G groups with a list each."""
+    """Attention over tensors (G, S, W, D): W heads side by side in a row, G groups with a list each."""
 
     @staticmethod
-    def forward(query, key, value, key_bias, plan, scale, hides):
-        # One row more than there are queries takes what is written for places that no query fills.
+    def forward(query, key, value, key_bias, plan, scale, may_have_empty_rows):
+        # one row more than there are queries, as the target of padding entries
         groups, n_rows, heads, dim = query.shape
         out = query.new_empty(groups, n_rows + 1, heads, dim)
         scratch = _Scratch(query)
         for tiles, rows in _chunks(plan, query, backward=False):
             q, k, v = _read(rows, tiles, query, key, value, scratch)
-            mask, seen = _mask(rows, tiles, key_bias, query, hides)
+            mask, nonempty = _mask(rows, tiles, key_bias, query, may_have_empty_rows)
             if mask is not None and mask.dtype != q.dtype and q.device.type != "cpu":
-                q, k, v = q.to(mask.dtype), k.to(mask.dtype), v.to(mask.dtype)  # only the CPU mixes them
+                q, k, v = q.to(mask.dtype), k.to(mask.dtype), v.to(mask.dtype)  # only the CPU accepts mixed dtypes
             o = _softmax_attention(q, k, v, mask, scale)
-            if seen is not None:
-                o = o.masked_fill(~seen, 0)
+            if nonempty is not None:
+                o = o.masked_fill(~nonempty, 0)
             flat = _flat_index(rows.queries, groups, n_rows + 1)
             out.view(-1, heads * dim).index_copy_(0, flat, o.transpose(1, 2).reshape(-1, heads * dim).to(out.dtype))
         return out[:, :n_rows]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        query, key, value, key_bias, ctx.plan, ctx.scale, ctx.hides = inputs
+        query, key, value, key_bias, ctx.plan, ctx.scale, ctx.may_have_empty_rows = inputs
         ctx.save_for_backward(query, key, value, key_bias)
 
     @staticmethod
@@ -128,10 +128,10 @@ class _TileAttention(torch.autograd.Function):
         for tiles, rows in _chunks(ctx.plan, query, backward=True):
             q, k, v = (x.to(acc) for x in _read(rows, tiles, query, key, value, scratch))
             g = _gather(grad, rows.queries, scratch, 3).to(acc)
-            filled = (rows.queries < grad.shape[1]).expand(len(grad), -1, -1)
-            g = g * filled.flatten(0, 1)[:, None, :, None]
-            mask, seen = _mask(rows, tiles, key_bias, query, ctx.hides)
-            d_q, d_k, d_v = _softmax_backward(q, k, v, g, mask, seen, ctx.scale)
+            valid = (rows.queries < grad.shape[1]).expand(len(grad), -1, -1)
+            g = g * valid.flatten(0, 1)[:, None, :, None]
+            mask, nonempty = _mask(rows, tiles, key_bias, query, ctx.may_have_empty_rows)
+            d_q, d_k, d_v = _softmax_backward(q, k, v, g, mask, nonempty, ctx.scale)
             _add(sums[0], rows.queries, d_q)
             _add(sums[1], rows.keys, d_k)
             _add(sums[2], rows.keys, d_v)
@@ -140,20 +140,20 @@ class _TileAttention(torch.autograd.Function):
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ scale + mask) v."""
+    """Attention softmax(q kᵀ scale + mask) v."""
     if mask is None or q.device.type == "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    # torch 2.11 on an H200: under a mask that is broadcast over the queries, half-precision rows came out as NaN
+    # torch 2.11 on an H200: with a mask that is broadcast over the queries, half-precision rows came out as NaN
     acc = torch.promote_types(q.dtype, torch.float32)
     return (torch.softmax((q.to(acc) @ k.to(acc).mT) * scale + mask, -1) @ v.to(acc)).to(q.dtype)
 
 
 def _softmax_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None, seen: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None, nonempty: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of softmax(q kᵀ scale + mask) v."""
-    if seen is not None:
-        grad = grad.masked_fill(~seen, 0)
+    if nonempty is not None:
+        grad = grad.masked_fill(~nonempty, 0)
     logits = (q @ k.mT) * scale
     p = torch.softmax(logits if mask is None else logits + mask, -1)
     d_p = grad @ v.mT
@@ -162,7 +162,7 @@ def _softmax_backward(
 
 
 def _chunks(plan: Sequence[Tiles], query: Tensor, *, backward: bool) -> Iterator[tuple[Tiles, Rows]]:
-    """Runs of tiles whose working set is about CHUNK_BYTES."""
+    """Split the tiles into chunks with a working set of about CHUNK_BYTES."""
     groups, _, heads, dim = query.shape
     for tiles in plan:
         per_tile = tiles.n_queries * dim * 2
@@ -177,14 +177,14 @@ def _chunks(plan: Sequence[Tiles], query: Tensor, *, backward: bool) -> Iterator
 
 
 def _flat_index(index: Tensor, groups: int, length: int) -> Tensor:
-    """(1|G, n, m) rows of each group → rows of (G*length, ...)."""
+    """Flatten (1|G, n, m) rows of each group to rows of (G*length, ...)."""
     if groups > 1:
         index = index + torch.arange(groups, device=index.device).view(-1, 1, 1) * length
     return index.reshape(-1)
 
 
 class _Scratch:
-    """Memory that one step leaves to the next: fresh pages cost more than what is copied into them."""
+    """Buffers reused between steps: fresh pages cost more than the data copied into them."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -198,7 +198,7 @@ class _Scratch:
 
 
 def _gather(x: Tensor, index: Tensor, scratch: _Scratch, slot: int) -> Tensor:
-    """x: (G, S, W, D), index: (1|G, n, m) → (G*n, W, m, D); an index past the end reads the last row."""
+    """Gather x (G, S, W, D) at index (1|G, n, m) → (G*n, W, m, D); an index past the end reads the last row."""
     groups, length, heads, dim = x.shape
     flat = _flat_index(index.clamp(max=length - 1), groups, length)
     rows = torch.index_select(x.view(-1, heads * dim), 0, flat, out=scratch.get(slot, len(flat), heads * dim))
@@ -208,7 +208,7 @@ def _gather(x: Tensor, index: Tensor, scratch: _Scratch, slot: int) -> Tensor:
 def _read(
     rows: Rows, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, scratch: _Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(G*n, W, nq or nk, D) each."""
+    """Query, key and value rows of the tiles, (G*n, W, nq or nk, D) each."""
     q = _gather(query, rows.queries, scratch, 0)
     if rows.keys is None:
         return q, key[:, : tiles.n_keys].transpose(1, 2), value[:, : tiles.n_keys].transpose(1, 2)
@@ -216,42 +216,42 @@ def _read(
 
 
 def _mask(
-    rows: Rows, tiles: Tiles, key_bias: Tensor | None, query: Tensor, hides: bool
+    rows: Rows, tiles: Tiles, key_bias: Tensor | None, query: Tensor, may_have_empty_rows: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the logits, (1|G*n, 1, 1|nq, nk), and which queries see a key at all (None: all of them do)."""
+    """Additive mask of the logits, (1|G*n, 1, 1|nq, nk), and the queries with a visible key (None: all)."""
     if key_bias is None and rows.visible is None:
         return None, None
     mask = torch.zeros((), dtype=query.dtype, device=query.device)
     if key_bias is not None:
         found = key_bias[:, None, : tiles.n_keys] if rows.keys is None else _bias_of(key_bias, rows.keys)
-        # SDPA takes a float32 mask with 16-bit queries; with float64 ones it must be float64.
+        # SDPA needs a float32 mask with 16-bit queries, and a float64 mask with float64 queries
         mask = found[:, :, None].to(torch.promote_types(query.dtype, torch.float32))
     if rows.visible is not None:
         mask = torch.where(rows.visible, mask, -torch.inf)
-    seen = None
-    if hides:
-        seen = (mask > -torch.inf).any(-1, keepdim=True)
-        mask = mask.masked_fill(~seen, 0)
-        seen = _batched(seen, query, rows)
-    return _batched(mask, query, rows), seen
+    nonempty = None
+    if may_have_empty_rows:
+        nonempty = (mask > -torch.inf).any(-1, keepdim=True)
+        mask = mask.masked_fill(~nonempty, 0)
+        nonempty = _batched(nonempty, query, rows)
+    return _batched(mask, query, rows), nonempty
 
 
 def _bias_of(key_bias: Tensor, keys: Tensor) -> Tensor:
-    """key_bias (1|G, Sk) at keys (1|G, n, nk) → (1|G, n, nk)."""
+    """Gather key_bias (1|G, Sk) at keys (1|G, n, nk) → (1|G, n, nk)."""
     if len(key_bias) == 1 or len(keys) == 1:
         return key_bias[:, keys[0]] if len(keys) == 1 else key_bias[0][keys]
     return key_bias.gather(1, keys.flatten(1)).view(keys.shape)
 
 
 def _batched(mask: Tensor, query: Tensor, rows: Rows) -> Tensor:
-    """(1|G, 1|n, nq, nk) → (1|G*n, 1, nq, nk)."""
+    """Reshape (1|G, 1|n, nq, nk) → (1|G*n, 1, nq, nk)."""
     if mask.shape[:2].numel() > 1:
         mask = mask.expand(len(query), rows.queries.shape[1], -1, -1)
     return mask.flatten(0, 1)[:, None]
 
 
 def _add(out: Tensor, index: Tensor | None, x: Tensor) -> None:
-    """out: (G, S, W, D): x (G*n, W, m, D) is added to rows ``index``, or to the first m."""
+    """Add x (G*n, W, m, D) to rows ``index`` of out (G, S, W, D), or to the first m rows."""
     groups, length, heads, dim = out.shape
     if index is None:
         out[:, : x.shape[2]] += x.transpose(1, 2)

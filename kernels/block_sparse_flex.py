@@ -1,8 +1,9 @@
-"""The attention of ``block_sparse_triton.py`` by torch's FlexAttention: a portable path, and a check of the kernels.
+"""The attention of ``block_sparse_triton.py`` with torch's FlexAttention: a portable backend, and a check of the
+kernels.
 
-FlexAttention's blocks are runs of the sequence. So queries and keys are put in the order of the plan's boxes, padded to
-whole boxes, with the tokens off the grid behind them and the pooled ones last; the result is put back. Boxes of a
-volume that its compiled kernel cannot cut into tiles are padded to the next one that it can.
+FlexAttention's blocks are consecutive tokens. Queries and keys are therefore permuted to the order of the plan's tiles,
+padded to full tiles, followed by the global tokens and the pooled ones; the output is permuted back. Tiles of a volume
+that the compiled kernel cannot divide are padded to the next one that it can.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from .tiling import Tiling
 
 __all__ = ["FlexMask", "block_sparse_flex", "flex_mask"]
 
-OFF_GRID, POOLED, NOTHING = -1, -2, -3  # in the place of a place
-LEAST_SIDE, SIDE = 16, 64  # of the compiled kernel's tiles; and of what blocks are a multiple of, where they are larger
-TORCHS_SIDE = 128  # what all of torch's own tile sizes divide
-TILE_BYTES = 2**14  # of keys in a tile, where torch's own tile does not fit the blocks
+OFF_GRID, POOLED, NOTHING = -1, -2, -3  # kinds of token, in place of a position on the grid
+LEAST_SIDE, SIDE = 16, 64  # of the compiled kernel's tiles; larger blocks are multiples of the latter
+TORCHS_SIDE = 128  # a multiple of all of torch's own tile sizes
+TILE_BYTES = 2**14  # bytes of keys per tile, if torch's own tile does not fit the blocks
 MOST_COMPILED = 256  # shapes that a process may compile for; torch's own limit is 8
 
 
 @dataclass(frozen=True, eq=False)
 class FlexMask:
-    """A block mask, and the order that it is for.
+    """Block mask and the permutation that it applies to.
 
     block_mask: over queries and keys in that order.
     query_rows, key_rows: (Lq,), (Lk,) row in the sequence of each token in order; pooled tokens come after the
@@ -51,20 +52,20 @@ def block_sparse_flex(
     *,
     scale: float,
     before: tuple[int, int] = (0, 0),
-    real: Tensor | None = None,
-    extra: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    key_mask: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """As :func:`~dit_accel.kernels.block_sparse_triton.block_sparse_attention`, without a linear branch.
+    """Same as :func:`~dit_accel.kernels.block_sparse_triton.block_sparse_attention`, without a linear branch.
 
-    On a GPU compiled, once for each window and shape, or once for each shape where blocks are listed (SLA); elsewhere
-    torch's eager FlexAttention, which holds all logits.
+    On a GPU it is compiled once per window and shape, or once per shape if the plan lists blocks (SLA). Elsewhere it is
+    torch's eager FlexAttention, which holds all logits in memory.
 
-    Raises: ValueError: on a GPU, a dtype or head dim that the compiled kernel does not take.
+    Raises: ValueError: on a GPU, a dtype or head dim that the compiled kernel does not support.
     """
     if query.device.type == "cuda":
         check_compiled(query.dtype, query.shape[-1])
     with _transforms():
-        return _block_sparse_flex(query, key, value, plan, scale, before, real, extra)
+        return _block_sparse_flex(query, key, value, plan, scale, before, key_mask, pooled)
 
 
 def _block_sparse_flex(
@@ -74,18 +75,20 @@ def _block_sparse_flex(
     plan: BlockPlan,
     scale: float,
     before: tuple[int, int],
-    real: Tensor | None,
-    extra: tuple[Tensor, Tensor, Tensor | None] | None,
+    key_mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor, Tensor | None] | None,
 ) -> Tensor:
-    n_extra, extra_real = (extra[0].shape[2], extra[2]) if extra else (0, None)
+    n_pooled, pooled_mask = (pooled[0].shape[2], pooled[2]) if pooled else (0, None)
     lengths = (query.shape[2], key.shape[2])
-    if plan.mask is not None and real is None and extra_real is None:
-        mask = _kept_mask(plan, lengths, before, n_extra)
+    if plan.mask is not None and key_mask is None and pooled_mask is None:
+        mask = _kept_mask(plan, lengths, before, n_pooled)
     else:
-        mask = flex_mask(plan, lengths, before, n_extra, real, extra_real, heads=query.shape[1])
-    key, value = _hide(key, real), _hide(value, real)
-    if extra:
-        key, value = (torch.cat([x, _hide(y, extra_real)], 2) for x, y in ((key, extra[0]), (value, extra[1])))
+        mask = flex_mask(plan, lengths, before, n_pooled, key_mask, pooled_mask, heads=query.shape[1])
+    key, value = _zero_masked(key, key_mask), _zero_masked(value, key_mask)
+    if pooled:
+        key, value = (
+            torch.cat([x, _zero_masked(y, pooled_mask)], 2) for x, y in ((key, pooled[0]), (value, pooled[1]))
+        )
     q, k, v = (_take(x, rows) for x, rows in ((query, mask.query_rows), (key, mask.key_rows), (value, mask.key_rows)))
     grouped = q.shape[1] != k.shape[1]
     options: Any = {"block_mask": mask.block_mask, "scale": scale, "enable_gqa": grouped}
@@ -103,8 +106,8 @@ def _block_sparse_flex(
 
 @contextmanager
 def _transforms() -> Iterator[None]:
-    """vmap inside an operator, which FlexAttention uses: where a compiled graph calls the operator for the first time,
-    torch looks on and has all that lies above itself in the dispatcher shut off."""
+    """Enable vmap inside an operator, which FlexAttention needs: when a compiled graph calls the operator for the first
+    time, torch traces it with the dispatch keys above its own excluded."""
     above = ("FuncTorchBatched", "FuncTorchVmapMode", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode")
     with ExitStack() as stack:
         for key in (*above, "FuncTorchGradWrapper", "Functionalize", "PythonTLSSnapshot", "PreDispatch"):
@@ -114,47 +117,47 @@ def _transforms() -> Iterator[None]:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # fullgraph: where it cannot be compiled it raises; without, it would go on in eager mode and hold all logits
+    # fullgraph raises if compilation fails; otherwise eager mode would run and hold all logits
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def check_compiled(dtype: torch.dtype, dim: int) -> None:
-    """Raises: ValueError: what compiled FlexAttention does not take."""
+    """Raises: ValueError: a dtype or head dim that compiled FlexAttention does not support."""
     if dtype == torch.float64:
         raise ValueError(
-            "FlexAttention on a GPU takes float16, bfloat16 and float32, got float64: "
+            "FlexAttention on a GPU supports float16, bfloat16 and float32, got float64: "
             'convert query, key and value, or choose backend="torch"'
         )
     if dim < LEAST_SIDE:
         raise ValueError(
-            f"FlexAttention on a GPU takes head dims from {LEAST_SIDE}, got {dim}: pad query, key and value with zeros "
-            'to it and give scale, or choose backend="torch"'
+            f"FlexAttention on a GPU supports head dims from {LEAST_SIDE}, got {dim}: pad query, key and value with "
+            'zeros to it and give scale, or choose backend="torch"'
         )
 
 
 def kernel_options(sides: tuple[int, int], dtype: torch.dtype, dim: int) -> dict[str, Any] | None:
-    """The compiled kernel's tiles for blocks of these sides, powers of two that divide them; None = torch's choice."""
+    """Tile sizes of the compiled kernel: powers of two that divide these block sizes; None = torch's choice."""
     if not any(side % TORCHS_SIDE for side in sides):
         return None
     row = dtype.itemsize * max(LEAST_SIDE, 1 << (dim - 1).bit_length())
     most = min(SIDE, max(LEAST_SIDE, TILE_BYTES // row))
     tiles = [min(side & -side, most) for side in sides]
-    # another kernel, for few queries, would choose tiles of its own
+    # the other kernel, for few queries, would choose its own tile sizes
     return {"BLOCK_M": tiles[0], "BLOCK_N": tiles[1], "num_stages": 2, "FORCE_USE_FLEX_ATTENTION": True}
 
 
 def _side(volume: int) -> int:
-    """The least block of FlexAttention's that holds a box: the compiled kernel must be able to cut it into tiles."""
+    """Smallest FlexAttention block that holds a tile and that the compiled kernel can divide."""
     return -(-volume // SIDE) * SIDE if volume > SIDE else max(LEAST_SIDE, 1 << (volume - 1).bit_length())
 
 
-def _hide(x: Tensor, real: Tensor | None) -> Tensor:
-    """(B, H, L, D), 0 where ``real`` (B, L) is False: what lies there (NaN, maybe) would leak through a weight of 0."""
-    return x if real is None else x.masked_fill(~real[:, None, :, None], 0)
+def _zero_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Zero the masked rows of (B, H, L, D): NaN in the padding would survive a weight of 0."""
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, H, L, D) in order; padding is 0."""
+    """Permute to (B, H, L, D) in tile order; padding is 0."""
     return x[:, :, rows.clamp(min=0)].masked_fill((rows < 0)[:, None], 0)
 
 
@@ -162,21 +165,21 @@ def flex_mask(
     plan: BlockPlan,
     lengths: tuple[int, int],
     before: tuple[int, int] = (0, 0),
-    n_extra: int = 0,
-    real: Tensor | None = None,
-    extra_real: Tensor | None = None,
+    n_pooled: int = 0,
+    key_mask: Tensor | None = None,
+    pooled_mask: Tensor | None = None,
     heads: int | None = None,
 ) -> FlexMask:
-    """The block mask of a plan.
+    """Block mask of a plan.
 
     Args:
-        plan: boxes and lists, one list for all heads or one for each batch element and head.
-        lengths: of queries and keys, tokens off the grid included.
+        plan: tiles and lists, one list for all heads or one per batch element and head.
+        lengths: of queries and keys, global tokens included.
         before: tokens in front of the grid, among queries and among keys.
-        n_extra: pooled tokens, which grid queries see.
-        real, extra_real: (B, lengths[1]) and (B, n_extra) bool, False hides a key.
-        heads: of queries; needed where lists differ by head.
-    Raises: ValueError: lists that differ by head, and no number of heads that divides theirs, or a window besides.
+        n_pooled: pooled tokens, visible to grid queries.
+        key_mask, pooled_mask: (B, lengths[1]) and (B, n_pooled) bool, True = attend.
+        heads: of queries; required if lists differ by head.
+    Raises: ValueError: lists that differ by head, without a number of heads that divides theirs or with a window.
     """
     groups = len(plan.tiles)
     if groups > 1 and (heads is None or groups % heads):
@@ -184,25 +187,25 @@ def flex_mask(
     if groups > 1 and plan.mask is not None:
         raise ValueError(f"a plan with {groups} lists and the mask of a window: make one plan for each list")
     query_rows, query_places = _order(plan, plan.q, lengths[0], before[0], 0)
-    key_rows, key_places = _order(plan, plan.kv, lengths[1], before[1], n_extra)
-    if real is not None or extra_real is not None:
-        batch = len(real if real is not None else extra_real)  # type: ignore[arg-type]
+    key_rows, key_places = _order(plan, plan.kv, lengths[1], before[1], n_pooled)
+    if key_mask is not None or pooled_mask is not None:
+        batch = len(key_mask if key_mask is not None else pooled_mask)  # type: ignore[arg-type]
         parts = [
             torch.ones(batch, n, dtype=torch.bool, device=key_rows.device) if x is None else x.expand(batch, -1)
-            for x, n in ((real, lengths[1]), (extra_real, n_extra))
+            for x, n in ((key_mask, lengths[1]), (pooled_mask, n_pooled))
         ]
-        real = torch.cat(parts, 1)[:, key_rows.clamp(min=0)]
-    seen, full = _visits(plan, query_places[0], key_places[0], heads if groups > 1 and heads else 1)
-    full &= real is None
+        key_mask = torch.cat(parts, 1)[:, key_rows.clamp(min=0)]
+    visible, full = _visits(plan, query_places[0], key_places[0], heads if groups > 1 and heads else 1)
+    full &= key_mask is None
     if plan.mask is None:
-        sees = _listed_rule(seen, query_places[0], key_places[0], real)
+        mask_mod = _listed_mask_mod(visible, query_places[0], key_places[0], key_mask)
     else:
-        sees = _window_rule(plan.mask, query_places, key_places, real)
+        mask_mod = _window_mask_mod(plan.mask, query_places, key_places, key_mask)
     mask = BlockMask.from_kv_blocks(
-        *_lists(seen & ~full),
+        *_lists(visible & ~full),
         *_lists(full),
         BLOCK_SIZE=(_side(plan.q.volume), _side(plan.kv.volume)),
-        mask_mod=sees,
+        mask_mod=mask_mod,
         seq_lengths=(len(query_rows), len(key_rows)),
     )
     return FlexMask(mask, query_rows, key_rows)
@@ -210,13 +213,13 @@ def flex_mask(
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _kept_mask(plan: BlockPlan, lengths: tuple[int, int], before: tuple[int, int], n_extra: int) -> FlexMask:
-    return flex_mask(plan, lengths, before, n_extra)
+def _kept_mask(plan: BlockPlan, lengths: tuple[int, int], before: tuple[int, int], n_pooled: int) -> FlexMask:
+    return flex_mask(plan, lengths, before, n_pooled)
 
 
-def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: int) -> tuple[Tensor, Tensor]:
-    """(L,) rows in the sequence in the order of the boxes, and (3, L) places along the axes, or what there is instead
-    of a token of the grid."""
+def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_pooled: int) -> tuple[Tensor, Tensor]:
+    """Rows in the sequence in tile order, (L,), and positions along the axes, (3, L), or the kind of a token off the
+    grid."""
     device = plan.tiles.device
     axes = [torch.arange(count * side, device=device) for count, side in zip(tiling.counts, tiling.box, strict=True)]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
@@ -228,14 +231,14 @@ def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: i
     sides = torch.tensor(tiling.grid, device=device)[:, None]
     inside = ((places >= 0) & (places < sides)).all(0)
     coordinates = places.clamp(min=0).minimum(sides - 1)
-    if plan.mask is not None:  # under dilation a place is not a coordinate
+    if plan.mask is not None:  # with dilation a position is not a coordinate
         coordinates = torch.stack([table[0, x] for table, x in zip(plan.mask.tables, coordinates, strict=True)])
     x0, x1, x2 = coordinates
     rows = torch.where(inside, before + (x0 * tiling.grid[1] + x1) * tiling.grid[2] + x2, -1)
     places = places.masked_fill(~inside, NOTHING)
     own = torch.arange(length, device=device)
     off_grid = torch.cat([own[:before], own[before + tiling.n_tokens :]])
-    for more, kind in ((off_grid, OFF_GRID), (length + torch.arange(n_extra, device=device), POOLED)):
+    for more, kind in ((off_grid, OFF_GRID), (length + torch.arange(n_pooled, device=device), POOLED)):
         short = -len(more) % side
         rows = torch.cat([rows, more, more.new_full((short,), -1)])
         kinds = torch.cat([torch.full_like(more, kind), more.new_full((short,), NOTHING)])
@@ -244,49 +247,50 @@ def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_extra: i
 
 
 def _visits(plan: BlockPlan, queries: Tensor, keys: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Which key blocks a query block sees at all, and which in full: (1|B, 1|H, query blocks, key blocks) bool each.
+    """Key blocks that each query block attends to, and those among them that need no mask: (1|B, 1|H, query blocks, key
+    blocks) bool each.
 
-    queries, keys: places along the first axis, or what there is instead; a block holds one kind, and padding behind it.
+    queries, keys: positions along the first axis, or kinds; a block contains one kind, then padding.
     """
     queries, keys = (x.view(-1, _side(tiling.volume)) for x, tiling in ((queries, plan.q), (keys, plan.kv)))
     whole = (keys != NOTHING).all(1)
     q, k = queries[:, :1], keys[None, :, 0]
     off_grid = (k == OFF_GRID) | ((q == OFF_GRID) & (k != POOLED)) | ((q >= 0) & (k == POOLED))
-    seen = off_grid.repeat(len(plan.tiles), 1, 1)
-    full = seen & whole
+    visible = off_grid.repeat(len(plan.tiles), 1, 1)
+    full = visible & whole
     place = torch.arange(plan.tiles.shape[2], device=plan.tiles.device)
-    for kind, counts in ((seen, plan.n_tiles), (full, plan.n_tiles if plan.n_full is None else plan.n_full)):
+    for kind, counts in ((visible, plan.n_tiles), (full, plan.n_tiles if plan.n_full is None else plan.n_full)):
         group, tile, at = (place < counts[..., None]).nonzero(as_tuple=True)
         kind[group, tile, plan.tiles[group, tile, at].long()] = True
     if plan.n_full is None:
         full &= whole
-    return seen.unflatten(0, (-1, heads)), full.unflatten(0, (-1, heads))
+    return visible.unflatten(0, (-1, heads)), full.unflatten(0, (-1, heads))
 
 
 def _lists(kind: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks are marked in each row, and all blocks, those first."""
+    """Number of marked blocks per row, and the indices of all blocks, marked ones first."""
     order = torch.argsort(kind.to(torch.uint8), dim=-1, descending=True, stable=True)
     return kind.sum(-1, dtype=torch.int32), order.int()
 
 
-def _listed_rule(listed: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
-    """FlexAttention's ``mask_mod`` where a block that is seen is seen whole, but for padding."""
+def _listed_mask_mod(listed: Tensor, queries: Tensor, keys: Tensor, key_mask: Tensor | None) -> Callable[..., Tensor]:
+    """FlexAttention's ``mask_mod`` if listed blocks are visible as a whole, except for padding."""
     q_side, k_side = len(queries) // listed.shape[2], len(keys) // listed.shape[3]
     by_batch, by_head = (n > 1 for n in listed.shape[:2])
     token = keys != NOTHING
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = listed[b if by_batch else b * 0, h if by_head else h * 0, q // q_side, k // k_side] & token[k]
-        return seen if real is None else seen & real[b, k]
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        visible = listed[b if by_batch else b * 0, h if by_head else h * 0, q // q_side, k // k_side] & token[k]
+        return visible if key_mask is None else visible & key_mask[b, k]
 
-    return sees
+    return mask_mod
 
 
-def _window_rule(mask: WindowMask, queries: Tensor, keys: Tensor, real: Tensor | None) -> Callable[..., Tensor]:
-    """FlexAttention's ``mask_mod`` of a window; places are looked up in the order of the boxes."""
+def _window_mask_mod(mask: WindowMask, queries: Tensor, keys: Tensor, key_mask: Tensor | None) -> Callable[..., Tensor]:
+    """FlexAttention's ``mask_mod`` of a window; positions are looked up in tile order."""
     q_kind, k_kind = queries[0], keys[0]
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         near = (q_kind[q] >= 0) & (k_kind[k] >= 0)
         for axis, (inside, table) in enumerate(zip(mask.intervals, mask.tables, strict=True)):
             if inside:
@@ -296,8 +300,8 @@ def _window_rule(mask: WindowMask, queries: Tensor, keys: Tensor, real: Tensor |
             cost = sum(w * (queries[i][q] - keys[i][k]).double() ** 2 for i, w in enumerate(mask.weights) if w)
             near = near & (cost < mask.limit)
         off_grid = (q_kind[q] == OFF_GRID) & (k_kind[k] != POOLED)
-        seen = near | off_grid | (k_kind[k] == OFF_GRID) | ((k_kind[k] == POOLED) & (q_kind[q] >= 0))
-        seen = seen & (k_kind[k] != NOTHING)
-        return seen if real is None else seen & real[b, k]
+        visible = near | off_grid | (k_kind[k] == OFF_GRID) | ((k_kind[k] == POOLED) & (q_kind[q] >= 0))
+        visible = visible & (k_kind[k] != NOTHING)
+        return visible if key_mask is None else visible & key_mask[b, k]
 
-    return sees
+    return mask_mod

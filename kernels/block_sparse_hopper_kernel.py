@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The kernel of ``block_sparse_hopper.py``, in Gluon.
+"""Kernel of ``block_sparse_hopper.py``, in Gluon.
 
-One warp copies boxes of queries, keys and values into rings in shared memory by tensor descriptor. Two groups of four
-warps take 64 queries each through the same keys: the products of the last weights with their values run while a group
-works out the weights of the next keys. Programs stay, one on each multiprocessor, and take one tile of queries after
-the other in the order that they are given. Steps go on from one tile to the next: with the first keys of a tile the
-last weights of the tile before meet their values, and then that one is finished. So there is one loop, with one copy of
-all that a step may need: instructions, too, must fit their cache (as straight code for first steps, last steps and
-ends of lists, most of the time beside the products went into fetching instructions).
+A producer warp copies tiles of queries, keys and values to rings in shared memory by tensor descriptor. Two groups of
+four warps process 64 queries each with the same keys: the products of the previous weights with their values run while
+a group computes the weights of the next keys. Programs are persistent, one per multiprocessor, and process their query
+tiles in the scheduled order. The pipeline continues across tiles: the first step of a tile multiplies the last weights
+of the previous tile with their values, and then the previous tile is finished. There is therefore a single loop with
+one copy of the code of a step, because the instructions must fit their cache (with separate code for first steps, last
+steps and ends of lists, most of the time outside the products was spent fetching instructions).
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .block_sparse_hopper_fetch import fetch
-from .block_sparse_hopper_walk import corner, counts, item_of, list_of, listed, runs, serpentine_step, text_row, tile_of
+from .block_sparse_hopper_walk import (
+    corner,
+    counts,
+    global_row,
+    item_of,
+    key_intervals,
+    list_of,
+    listed,
+    serpentine_step,
+    tile_of,
+)
 
 __all__ = ["block_sparse_hopper_kernel"]
 
@@ -33,9 +43,9 @@ synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 
 @gluon.jit
 def _softmax(s, m, l, scale):
-    """Weights of logits (without their scale, in units of log2), and what the online softmax keeps."""
+    """Weights of logits (without their scale, in units of log2), and the updated state of the online softmax."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
-    shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a visible key so far
     p = gl.exp2(s * scale - shift[:, None])
     alpha = gl.exp2(m - shift)
     own = _own_sum(p)
@@ -44,13 +54,13 @@ def _softmax(s, m, l, scale):
 
 @gluon.jit
 def _own_sum(p):
-    """(rows, 4): of each row what a thread holds, summed up. Threads are asked for their sums once, at the end."""
+    """Partial sums per thread, (rows, 4). The threads' sums are added once, at the end."""
     return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
 def _part(lane, a, b, SPLIT: gl.constexpr):
-    """a for the keys of a step's first box, b for those of its second."""
+    """a for the keys of a step's first tile, b for those of its second."""
     if SPLIT == 1:
         return a + lane * 0
     return gl.where(lane < 64, a, b)
@@ -58,7 +68,7 @@ def _part(lane, a, b, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _away(lane, inner, x, z, y, SPLIT: gl.constexpr):
-    """(queries, keys) how far the keys of a step are from y along an axis; x, z: where its boxes begin."""
+    """Distance (queries, keys) of the keys of a step from y along an axis; x, z: origins of its tiles."""
     origin = (x.to(gl.float32) - y)[:, None]
     if SPLIT == 2:
         origin = gl.where((lane < 64)[None, :], origin, (z.to(gl.float32) - y)[:, None])
@@ -77,10 +87,11 @@ def apply_mask(
     s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS: gl.constexpr,
     S: gl.constexpr,
 ):  # fmt: skip
-    """Logits, -inf where a key is not seen. All that depends on one axis alone is worked out once for its few places
-    in a box; what is left to do for a key is to compare, and to choose.
+    """Mask logits with -inf. Terms that depend on one axis only are computed once per position of a tile; per key, only
+    a comparison and a select remain.
 
-    x, z: where the step's boxes begin. y: a query's place, or the middle of its run; far: half of the run's length.
+    x, z: origins of the step's tiles. y: position of a query, or the centre of its interval; far: half the length of
+    the interval.
     """
     N: gl.constexpr = s.shape[1]
     VOLUME: gl.constexpr = S.KB[0] * S.KB[1] * S.KB[2]
@@ -95,7 +106,7 @@ def apply_mask(
     LEAST: gl.constexpr = float("-inf")
     MOST: gl.constexpr = float("inf")
     zero = gl.full([1, N], 0.0, gl.float32, LOGITS)
-    if S.BALL[0] or S.BALL[1] or S.BALL[2]:  # what axes 0 and 1 leave of the limit, and what axis 2 costs
+    if S.BALL[0] or S.BALL[1] or S.BALL[2]:  # budget left by axes 0 and 1, and cost of axis 2
         left = zero + limit
         if S.SHORT[0] or SPLIT == 2:
             left = gl.where(on0, left, LEAST)
@@ -111,28 +122,28 @@ def apply_mask(
         if S.BALL[2]:
             cost = cost + _square(_away(lane, i2, x2, z2, y2, SPLIT), w2, S)
         return gl.where(cost < left, s, LEAST)
-    # the least of the logit and, for each axis, of ±inf
+    # minimum of the logit and, for each axis, of ±inf
     if S.IN[0]:
-        seen = gl.abs(_away(lane, i0, x0, z0, y0, SPLIT)) <= far0[:, None]
-        s = gl.minimum(s, gl.where(seen & on0, MOST, LEAST))
+        inside = gl.abs(_away(lane, i0, x0, z0, y0, SPLIT)) <= far0[:, None]
+        s = gl.minimum(s, gl.where(inside & on0, MOST, LEAST))
     elif S.SHORT[0] or SPLIT == 2:
         s = gl.minimum(s, gl.where(on0, MOST, LEAST))
     if S.IN[1]:
-        seen = gl.abs(_away(lane, i1, x1, z1, y1, SPLIT)) <= far1[:, None]
-        s = gl.minimum(s, gl.where(seen & on1, MOST, LEAST))
+        inside = gl.abs(_away(lane, i1, x1, z1, y1, SPLIT)) <= far1[:, None]
+        s = gl.minimum(s, gl.where(inside & on1, MOST, LEAST))
     elif S.SHORT[1]:
         s = gl.minimum(s, gl.where(on1, MOST, LEAST))
     if S.IN[2]:
-        seen = gl.abs(_away(lane, i2, x2, z2, y2, SPLIT)) <= far2[:, None]
-        s = gl.minimum(s, gl.where(seen & on2, MOST, LEAST))
+        inside = gl.abs(_away(lane, i2, x2, z2, y2, SPLIT)) <= far2[:, None]
+        s = gl.minimum(s, gl.where(inside & on2, MOST, LEAST))
     elif S.SHORT[2]:
         s = gl.minimum(s, gl.where(on2, MOST, LEAST))
     return s
 
 
 @gluon.jit
-def _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
-    """Logits, -inf past the end of a run of rows."""
+def _mask_interval(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
+    """Mask logits past the end of an interval of rows with -inf."""
     N: gl.constexpr = s.shape[1]
     left = end0 - i * N
     if i >= n0:
@@ -145,8 +156,8 @@ def _hide_run(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
 
 
 @gluon.jit
-def _run_of(TABLES, AXIS: gl.constexpr, place, length, longest):
-    """Middle and half length of the run of places that queries see along an axis (halves are exact)."""
+def _interval_of(TABLES, AXIS: gl.constexpr, place, length, longest):
+    """Centre and half length of the interval of positions visible to queries along an axis (halves are exact)."""
     first = gl.load(TABLES + (3 * AXIS + 1) * longest + place, mask=place < length, other=0).to(gl.float32)
     last = gl.load(TABLES + (3 * AXIS + 2) * longest + place, mask=place < length, other=0).to(gl.float32)
     return (first + last) * 0.5, (last - first) * 0.5
@@ -160,7 +171,7 @@ def _places(tile, lane, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.con
 
 @gluon.jit
 def _feature(x, S: gl.constexpr):
-    """φ of the rows of x times a number for each row, and that number: the quotient of two sums of φ needs no other."""
+    """φ of the rows of x up to a factor per row, and that factor: it cancels in the quotient of two sums of φ."""
     if S.FEATURE_MAP == "softmax":
         most = gl.max(x, 1) * LOG2E
         powers = gl.exp2(x * LOG2E - most[:, None])
@@ -174,40 +185,42 @@ def _feature(x, S: gl.constexpr):
 
 @gluon.jit
 def rematerialize(x):
-    """x; what is worked out from it is worked out here, not kept in registers through a loop around."""
+    """Opaque copy of x: stops the compiler from hoisting values derived from it out of the loop and holding them in
+    registers."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _finish(
-    acc, m, l, q, OUT, LSE, NORM, EPS, BIAS, soh, sor, kc, k_ring, k_full, k_free, q_free, item, n_text_tiles,
-    n_text_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
+    acc, m, l, q, OUT, LSE, NORM, EPS, BIAS, soh, sor, kc, k_ring, k_full, k_free, q_free, item, n_global_tiles,
+    n_global_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
     OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """Add the linear branch to half a tile's sum of weighted values, and write it. Returns the registers of the sum, of
-    which nothing is needed any more, and the count of keys taken.
+    """Add the linear branch to the accumulator of half a tile and store it. Returns the accumulator, whose content is
+    no longer needed, and the count of key slots consumed.
 
-    The linear branch is added up in the same registers: the sum is multiplied by share / total before, and by 1 / share
-    after."""
+    The linear branch is accumulated in the same registers: the accumulator is multiplied by linear_norm / total before,
+    and by 1 / linear_norm after.
+    """
     D: gl.constexpr = acc.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    h, tile, is_text = tile_of(rematerialize(item), n_text_tiles, n_heads, n_q_tiles)
+    h, tile, is_global = tile_of(rematerialize(item), n_global_tiles, n_heads, n_q_tiles)
     FEATURES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
     total = gl.convert_layout(gl.sum(l, 1), OUT_ROW)
     factor = 1.0 / gl.where(total > 0, total, 1.0)
     if S.STATE_MODE > 0:  # noqa: SIM102
-        if is_text == 0:
+        if is_global == 0:
             which = h
             if S.STATE_MODE == 2:
                 which = h * n_q_tiles + tile
             norm = gl.load(NORM + which.to(gl.int64) * D + d)
             phi, times = _feature(q.load(OUTPUT).to(gl.float32), S)
-            share = gl.sum(phi * norm[None, :], 1) + gl.load(EPS + h) * times
-            share = gl.where(share == 0, 1.0, share)
-            acc = acc * (factor * share)[:, None]
-            factor = 1.0 / share
+            linear_norm = gl.sum(phi * norm[None, :], 1) + gl.load(EPS + h) * times
+            linear_norm = gl.where(linear_norm == 0, 1.0, linear_norm)
+            acc = acc * (factor * linear_norm)[:, None]
+            factor = 1.0 / linear_norm
             phi = gl.convert_layout(phi.to(k_ring.dtype), FEATURES)
             slot = kc % SLOTS
             mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
@@ -217,18 +230,18 @@ def _finish(
     mbarrier.arrive(q_free, count=1)
     acc = acc * factor[:, None]
     if S.HAS_BIAS:  # noqa: SIM102
-        if is_text == 0:
+        if is_global == 0:
             acc += gl.load(BIAS + d).to(gl.float32)[None, :]
     lane = HALF * 64 + gl.arange(0, 64, OUT_ROW)
     qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
     p0, p1, p2 = _places(tile, lane, qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
     valid = (p0 < Q0) & (p1 < Q1) & (p2 < Q2)
     row = q_before + (p0 * Q1 + p1) * Q2 + p2
-    if S.HAS_TEXT:
-        end = gl.where(tile < n_text_before, q_before, length_q)
-        off_row = text_row(tile, n_text_before, q_before, Q0 * Q1 * Q2) + lane
-        row = gl.where(is_text, off_row, row)
-        valid = gl.where(is_text, off_row < end, valid)
+    if S.HAS_GLOBAL:
+        end = gl.where(tile < n_global_before, q_before, length_q)
+        off_row = global_row(tile, n_global_before, q_before, Q0 * Q1 * Q2) + lane
+        row = gl.where(is_global, off_row, row)
+        valid = gl.where(is_global, off_row < end, valid)
     p_o = OUT + h.to(gl.int64) * soh + row.to(gl.int64)[:, None] * sor + d[None, :]
     gl.store(p_o, acc.to(OUT.dtype.element_ty), mask=valid[:, None])
     if S.HAS_LSE:
@@ -241,10 +254,10 @@ def _finish(
 def _attend(
     OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
     ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free,
-    v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before, length_q, length_k,
-    length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S: gl.constexpr, HALF: gl.constexpr,
+    v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before, length_q, length_k,
+    n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """What a group of four warps does: one half of the queries of each tile."""
+    """Main loop of a consumer group of four warps: one half of the queries of each tile."""
     D: gl.constexpr = k_ring.shape[2]
     N: gl.constexpr = k_ring.shape[1]
     SLOTS: gl.constexpr = k_ring.shape[0]
@@ -259,36 +272,38 @@ def _attend(
     kc = 0
     vc = 0
     turns = gl.load(TURNS + gl.program_id(0))
-    # what a turn needs is loaded in the turn before and not touched until then: a load takes as long as half a step
-    # (Variables of a loop must not begin as one object: Gluon would take them for one. So 0 is turns * 0, i * 0.)
+    # prefetched one turn ahead and not used until then: a load takes as long as half a step
+    # (Loop variables must not start as one object, or Gluon would alias them. Hence turns * 0 and i * 0 for 0.)
     last_item, item, next_item = turns * 0, item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
-    n_tiles, n_full = counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+    n_tiles, n_full = counts(N_FULL, N_TILES, item, n_global_tiles, n_heads, list_stride, n_q_tiles, S)
     acc = gl.zeros([64, D], gl.float32, OUTPUT)
     p = gl.zeros([64, N], k_ring.dtype, WEIGHTS)
     m = gl.full([64], float("-inf"), gl.float32, ROW)
     l = _own_sum(gl.zeros([64, N], gl.float32, LOGITS))
-    goes_on = turns < 0  # whether the next product adds to a sum: the first of a tile does not
-    for turn in range(turns + 1):  # the last finishes the tile before, and is none itself
-        _h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
-        next_n_tiles, next_n_full = counts(N_FULL, N_TILES, next_item, n_text_tiles, n_heads, list_stride, n_q_tiles, S)
+    goes_on = turns < 0  # whether the next product accumulates: the first of a tile does not
+    for turn in range(turns + 1):  # the last turn only finishes the previous tile
+        _h, tile, is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
+        next_n_tiles, next_n_full = counts(
+            N_FULL, N_TILES, next_item, n_global_tiles, n_heads, list_stride, n_q_tiles, S
+        )
         after_next = item_of(ORDER, turn + 2, turns)
-        lists = list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list)
+        lists = list_of(TILES, item, n_global_tiles, n_heads, n_q_tiles, list_stride, n_list)
         n_clean = n_full // PER_STEP
         n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
-        end0, end1, end2, n0, n1, n_runs = runs(is_text, length_k, k_before, n_grid_k, length_2, N)
+        end0, end1, end2, n0, n1, n_interval_steps = key_intervals(is_global, length_k, k_before, n_grid_k, n_pooled, N)
         n_all = n_steps
-        if S.HAS_TEXT or S.HAS_EXTRA:
-            n_all = n_steps + n_runs
+        if S.HAS_GLOBAL or S.HAS_POOLED:
+            n_all = n_steps + n_interval_steps
         n_all = gl.where(turn < turns, n_all, 1)
         p0, p1, p2 = _places(tile, HALF * 64 + gl.arange(0, 64, ROW), qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
         y0, y1, y2 = p0.to(gl.float32), p1.to(gl.float32), p2.to(gl.float32)
         far0, far1, far2 = y0, y1, y2
         if S.IN[0]:
-            y0, far0 = _run_of(TABLES, 0, p0, Q0, longest)
+            y0, far0 = _interval_of(TABLES, 0, p0, Q0, longest)
         if S.IN[1]:
-            y1, far1 = _run_of(TABLES, 1, p1, Q1, longest)
+            y1, far1 = _interval_of(TABLES, 1, p1, Q1, longest)
         if S.IN[2]:
-            y2, far2 = _run_of(TABLES, 2, p2, Q2, longest)
+            y2, far2 = _interval_of(TABLES, 2, p2, Q2, longest)
         q = q_ring.index(turn % 2 * 2 + HALF)
         mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1, pred=turn < turns)
         for i in range(n_all):
@@ -296,7 +311,7 @@ def _attend(
             z0, z1, z2 = i * 0, i * 0, i * 0
             at = serpentine_step(i, n_steps, turn)
             partial = (at >= n_clean) & (i < n_steps)
-            if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before the logits are waited for
+            if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before waiting for the logits
                 if partial:
                     box = listed(lists, at * PER_STEP, n_tiles)
                     x0, x1, x2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
@@ -304,8 +319,8 @@ def _attend(
                     if PER_STEP == 2:
                         box = listed(lists, at * 2 + 1, n_tiles)
                         z0, z1, z2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
-                        z0 = gl.where(at * 2 + 1 < n_tiles, z0, K0)  # past the list's end: off the grid
-            # the products of these keys and, behind them, of the last weights with their values
+                        z0 = gl.where(at * 2 + 1 < n_tiles, z0, K0)  # past the end of the list: off the grid
+            # the products of these keys and, queued behind them, of the previous weights with their values
             slot, last = kc % SLOTS, vc % SLOTS
             mbarrier.wait(k_full.index(slot), kc // SLOTS & 1)
             mbarrier.wait(v_full.index(last), vc // SLOTS & 1)
@@ -321,9 +336,9 @@ def _attend(
                         s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS,
                         S,
                     )  # fmt: skip
-            if S.HAS_TEXT or S.HAS_EXTRA:  # noqa: SIM102
+            if S.HAS_GLOBAL or S.HAS_POOLED:  # noqa: SIM102
                 if i >= n_steps:
-                    s = _hide_run(s, i - n_steps, end0, end1, end2, n0, n1, LOGITS)
+                    s = _mask_interval(s, i - n_steps, end0, end1, end2, n0, n1, LOGITS)
             first = i == 0
             weights, m_new, l_new, alpha = _softmax(
                 s, gl.where(first, float("-inf"), m), gl.where(first, l * 0.0, l), scale
@@ -340,8 +355,8 @@ def _attend(
                 if turn > 0:
                     acc, kc = _finish(
                         acc, m, l, q_ring.index((turn + 1) % 2 * 2 + HALF), OUT, LSE, NORM, EPS, BIAS, soh, sor, kc,
-                        k_ring, k_full, k_free, q_free.index((turn + 1) % 2), last_item, n_text_tiles, n_text_before,
-                        n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT,
+                        k_ring, k_full, k_free, q_free.index((turn + 1) % 2), last_item, n_global_tiles,
+                        n_global_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT,
                     )  # fmt: skip
             else:
                 acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
@@ -350,16 +365,16 @@ def _attend(
         n_tiles, n_full = next_n_tiles, next_n_full
 
 
-@gluon.jit(do_not_specialize=["n_text_tiles", "n_text_before", "length_2"])
+@gluon.jit(do_not_specialize=["n_global_tiles", "n_global_before", "n_pooled"])
 def block_sparse_hopper_kernel(
-    Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, K2_ROWS, V2_ROWS, STATE, OUT, LSE, NORM, EPS, BIAS, TABLES, soh,
-    sor, longest, ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, n_text_tiles, n_text_before, n_heads,
-    group, q_before, k_before, length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2,
-    limit, D: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, S: gl.constexpr, DTYPE: gl.constexpr,
-    LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, FETCHER_REGISTERS: gl.constexpr,
+    Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, POOLED_K_ROWS, POOLED_V_ROWS, STATE, OUT, LSE, NORM, EPS, BIAS,
+    TABLES, soh, sor, longest, ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, n_global_tiles,
+    n_global_before, n_heads, group, q_before, k_before, length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1,
+    K2, scale, w0, w1, w2, limit, D: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, S: gl.constexpr,
+    DTYPE: gl.constexpr, LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, FETCHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ring = gl.allocate_shared_memory(DTYPE, [4, 64, D], LAYOUT)  # two tiles of queries in halves
+    q_ring = gl.allocate_shared_memory(DTYPE, [4, 64, D], LAYOUT)  # two query tiles in halves
     k_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, N, D], LAYOUT)
     v_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, N, D], LAYOUT)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -383,20 +398,20 @@ def block_sparse_hopper_kernel(
             (_attend, (
                 OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
-                length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 0,
+                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
+                length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 0,
             )),
             (_attend, (
                 OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
-                length_q, length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 1,
+                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
+                length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 1,
             )),
             (fetch, (
-                Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, K2_ROWS, V2_ROWS, STATE,
+                Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, POOLED_K_ROWS, POOLED_V_ROWS, STATE,
                 ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_text_tiles, n_text_before, n_heads, group, q_before, k_before,
-                length_k, length_2, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, S,
+                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
+                length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, S,
             )),
         ],
         [4, 1],

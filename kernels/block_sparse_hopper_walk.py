@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Which tiles the programs of the Hopper kernel take, in which order, and which keys each sees: what its fetching warp
-and its attending groups must agree on."""
+"""Order of the tiles and keys in the Hopper kernel, shared by its producer warp and its consumer groups."""
 
 from __future__ import annotations
 
@@ -13,20 +12,21 @@ __all__ = [
     "Static",
     "corner",
     "counts",
+    "global_row",
     "item_of",
+    "key_intervals",
     "list_of",
     "listed",
-    "runs",
     "serpentine_step",
-    "text_row",
     "tile_of",
 ]
 
 
 @dataclass(frozen=True)
 class Static:
-    """What is compiled in. Boxes of queries and keys, whether the grid has one axis, along which axes the last box of
-    keys is short; FULL, IN, BALL, STATE_MODE as in ``block_sparse_triton.py``; ROUND: the ball's weights are one."""
+    """Compile-time parameters: tile shapes of queries and keys, whether the grid has one axis, axes along which the
+    last key tile is short; FULL, IN, BALL, STATE_MODE as in ``block_sparse_triton.py``; ROUND: the ball's weights are
+    1."""
 
     QB: tuple[int, int, int]
     KB: tuple[int, int, int]
@@ -34,8 +34,8 @@ class Static:
     SHORT: tuple[bool, bool, bool]
     FULL: int
     HAS_PARTIAL: bool
-    HAS_TEXT: bool
-    HAS_EXTRA: bool
+    HAS_GLOBAL: bool
+    HAS_POOLED: bool
     STATE_MODE: int
     HAS_BIAS: bool
     HAS_LSE: bool
@@ -47,13 +47,13 @@ class Static:
 
 @gluon.jit
 def quotient(x, n):
-    """x // n of whole numbers below 2**20: (x + 0.5) / n is further from a whole number than float32 errs."""
+    """x // n of integers below 2**20: (x + 0.5) / n is further from an integer than the error of float32."""
     return ((x.to(gl.float32) + 0.5) * (1.0 / n.to(gl.float32))).to(gl.int32)
 
 
 @gluon.jit
 def corner(tile, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr):
-    """The first place of a box along each axis. FLAT: there is one axis."""
+    """First position of a tile along each axis. FLAT: there is one axis."""
     if FLAT:
         return tile * 0, tile * 0, tile * B2
     rows = quotient(tile, n2)
@@ -63,71 +63,71 @@ def corner(tile, n1, n2, FLAT: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr,
 
 @gluon.jit
 def listed(TILES, place, n_tiles):
-    """The box at a place of a list; past the list's end the last stands in, and for an empty list the first of all."""
+    """Tile at a position of a list; the last tile past the end of the list, and tile 0 for an empty list."""
     return gl.load(TILES + gl.minimum(place, n_tiles - 1), mask=n_tiles > 0, other=0)
 
 
 @gluon.jit
 def serpentine_step(i, n_steps, turn):
-    """Which step of a list comes as the i-th. Every second turn goes through its list from the end: programs walk more
-    or less abreast, and so find in the L2 cache what the turn before has read last."""
+    """Index of the i-th step of a list. Every second turn walks its list backwards: programs run roughly in lockstep,
+    so the tiles that the previous turn read last are still in the L2 cache."""
     return gl.where(turn % 2 == 0, i, n_steps - 1 - i)
 
 
 @gluon.jit
 def item_of(ORDER, turn, turns):
-    """Which tile a turn takes."""
+    """Tile of a turn."""
     return gl.load(ORDER + gl.minimum(turn, turns - 1) * gl.num_programs(0) + gl.program_id(0))
 
 
 @gluon.jit
-def tile_of(item, n_text_tiles, n_heads, n_q_tiles):
-    """Head, number in the head, and whether its queries are off the grid."""
-    n_text_items = n_text_tiles * n_heads
-    is_text = item < n_text_items
-    local = gl.where(is_text, item, item - n_text_items)
-    per_head = gl.where(is_text, n_text_tiles, n_q_tiles)
+def tile_of(item, n_global_tiles, n_heads, n_q_tiles):
+    """Head, index within the head, and whether the tile has global queries."""
+    n_global_items = n_global_tiles * n_heads
+    is_global = item < n_global_items
+    local = gl.where(is_global, item, item - n_global_items)
+    per_head = gl.where(is_global, n_global_tiles, n_q_tiles)
     h = local // per_head
-    return h, local - h * per_head, is_text
+    return h, local - h * per_head, is_global
 
 
 @gluon.jit
-def list_of(TILES, item, n_text_tiles, n_heads, n_q_tiles, list_stride, n_list):
-    """Where the list of a tile begins."""
-    h, tile, _is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+def list_of(TILES, item, n_global_tiles, n_heads, n_q_tiles, list_stride, n_list):
+    """Start of the list of a tile."""
+    h, tile, _is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
     return TILES + h.to(gl.int64) * list_stride + tile.to(gl.int64) * n_list
 
 
 @gluon.jit
-def counts(N_FULL, N_TILES, item, n_text_tiles, n_heads, list_stride, n_q_tiles, S: gl.constexpr):
-    """Key tiles listed for a tile, and those of them that need no mask."""
-    h, tile, is_text = tile_of(item, n_text_tiles, n_heads, n_q_tiles)
+def counts(N_FULL, N_TILES, item, n_global_tiles, n_heads, list_stride, n_q_tiles, S: gl.constexpr):
+    """Number of key tiles listed for a tile, and of those that need no mask."""
+    h, tile, is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
     g = gl.where(list_stride > 0, h, 0) * n_q_tiles + tile
-    n_tiles = gl.load(N_TILES + g, mask=is_text == 0, other=0)
+    n_tiles = gl.load(N_TILES + g, mask=is_global == 0, other=0)
     n_full = n_tiles
     if S.FULL == 0:
         n_full = n_tiles * 0
     elif S.FULL == 1:
-        n_full = gl.load(N_FULL + g, mask=is_text == 0, other=0)
-    elif S.FULL == 3:  # all but the very last tile of the grid, which can only stand last
+        n_full = gl.load(N_FULL + g, mask=is_global == 0, other=0)
+    elif S.FULL == 3:  # all but the very last tile of the grid, which can only be the last entry
         n_full = gl.maximum(n_tiles - 1, 0)
     return n_tiles, n_full
 
 
 @gluon.jit
-def text_row(tile, n_text_before, q_before, n_grid_q):
-    """First row of a tile of queries off the grid."""
-    row = gl.where(tile < n_text_before, tile, tile - n_text_before) * 128
-    return gl.where(tile < n_text_before, row, row + q_before + n_grid_q)
+def global_row(tile, n_global_before, q_before, n_grid_q):
+    """First row of a tile of global queries."""
+    row = gl.where(tile < n_global_before, tile, tile - n_global_before) * 128
+    return gl.where(tile < n_global_before, row, row + q_before + n_grid_q)
 
 
 @gluon.jit
-def runs(is_text, length_k, k_before, n_grid_k, length_2, N: gl.constexpr):
-    """Keys that are seen in the order in which they lie: ends of the runs before the grid (all of the sequence, for
-    queries off the grid), after it, and of the pooled tokens; steps through the first, the first two, and all."""
-    end0 = gl.where(is_text, length_k, k_before)
-    end1 = gl.where(is_text, 0, length_k - k_before - n_grid_k)
-    end2 = gl.where(is_text, 0, length_2)
+def key_intervals(is_global, length_k, k_before, n_grid_k, n_pooled, N: gl.constexpr):
+    """Intervals of consecutive keys: lengths of the one before the grid (the whole sequence, for global queries), the
+    one after it, and the pooled tokens; then the cumulative number of steps through them."""
+    end0 = gl.where(is_global, length_k, k_before)
+    end1 = gl.where(is_global, 0, length_k - k_before - n_grid_k)
+    end2 = gl.where(is_global, 0, n_pooled)
     n0 = (end0 + N - 1) // N
     n1 = n0 + (end1 + N - 1) // N
     return end0, end1, end2, n0, n1, n1 + (end2 + N - 1) // N

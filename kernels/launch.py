@@ -1,4 +1,4 @@
-"""What launches of Triton kernels share."""
+"""Helpers for launching Triton kernels."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ HOPPER_SHARED = 227 * 1024
 
 
 def cdiv(n: int, step: int) -> int:
-    """n / step, rounded up. Triton's own takes 7 us, for it may also be called inside a kernel."""
+    """n / step, rounded up. Triton's own takes 7 µs, because it can also be called inside a kernel."""
     return -(-n // step)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is no less than n > 0; as quick as :func:`cdiv`."""
+    """Smallest power of two that is at least n > 0; as fast as :func:`cdiv`."""
     return 1 << (n - 1).bit_length()
 
 
@@ -51,14 +51,14 @@ def check_contiguous(**tensors: Tensor | None) -> None:
 
 
 def register_limit(like: Tensor, registers: int | None) -> dict[str, int]:
-    """Launch option for at most so many registers a thread; NVIDIA's compiler alone knows it."""
+    """Launch option for a maximum number of registers per thread; supported by NVIDIA's compiler only."""
     limited = registers is not None and like.device.type == "cuda" and torch.version.hip is None
     return {"maxnreg": registers} if limited else {}  # type: ignore[dict-item]
 
 
 def shared_memory(like: Tensor) -> int:
-    """Bytes of shared memory that a program may have on the tensor's GPU; without a GPU, when building for one, an
-    H100's."""
+    """Bytes of shared memory available to a program on the tensor's GPU; those of an H100 without a GPU, for offline
+    compilation."""
     if like.device.type != "cuda":
         return HOPPER_SHARED
     properties = torch.cuda.get_device_properties(like.device)
@@ -66,32 +66,34 @@ def shared_memory(like: Tensor) -> int:
 
 
 def has_large_shared_memory(like: Tensor) -> bool:
-    """Whether a program may have Hopper's shared memory, 227 KiB."""
+    """Whether Hopper's shared memory, 227 KiB, is available to a program."""
     return shared_memory(like) >= HOPPER_SHARED
 
 
 def exact_products() -> str:
-    """Precision of products that are as accurate as in float32: three of TF32 on NVIDIA's matrix units, and on AMD's,
-    for which Triton has not got them, those of float32."""
+    """Precision of products with float32 accuracy: three TF32 products on NVIDIA's matrix units; float32 on AMD's, for
+    which Triton does not implement tf32x3."""
     return "ieee" if torch.version.hip else "tf32x3"
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """For (B, H, S, D), unset, dense in the order (B, S, H, D)."""
+    """Uninitialized (B, H, S, D), dense in the order (B, S, H, D)."""
     batch, heads, length, dim = x.shape
     return torch.empty(batch, length, heads, dim, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
 def next_pow2_min16(n: int) -> int:
-    """The least power of two that holds n and that a matrix product takes."""
+    """Smallest power of two that is at least n and that a matrix product accepts."""
     return max(16, next_power_of_2(n))
 
 
 def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int, rows: int | None = None) -> Boxes | None:
-    """Tensor descriptors by which the GPU itself fetches boxes of the grid's keys and values, and the number that
-    ``tiling_triton.load_box`` is told; None where boxes must be fetched by pointers: a descriptor has five axes at
-    most, strides in multiples of 16 bytes, and boxes of a power of two. (Nor can it leave out hidden rows, where NaN
-    may stand.) ``rows``: so many of a box at a time."""
+    """Tensor descriptors that load tiles of the grid's keys and values, and the BOXES mode of
+    ``tiling_triton.load_box``.
+
+    None if tiles must be loaded by pointers: a descriptor has at most five axes, strides in multiples of 16 bytes, and
+    blocks of powers of two. (It cannot skip masked rows either, which may contain NaN.) ``rows``: tokens per load.
+    """
     rows = tiling.volume if rows is None else rows
     if not _has_descriptors(key) or any(n != next_power_of_2(n) for n in (*tiling.box, key.shape[-1])):
         return None
@@ -100,7 +102,7 @@ def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int, row
     sides = _first_rows(tiling.box, rows)
     batch, heads, _, dim = key.shape
     g0, g1, g2 = tiling.grid
-    in_one = batch == 1 or all(x.stride(0) == heads * x.stride(1) for x in (key, value))  # elements and heads: one axis
+    in_one = batch == 1 or all(x.stride(0) == heads * x.stride(1) for x in (key, value))  # one axis for both
     if not in_one and g0 > 1:
         return None
     found = []
@@ -119,7 +121,7 @@ def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int, row
 
 
 def _first_rows(box: tuple[int, int, int], rows: int) -> tuple[int, ...]:
-    """The box of the first so many tokens of a box; both are powers of two."""
+    """Sides of the first ``rows`` tokens of a box; both volumes are powers of two."""
     sides = list(box)
     for i in range(3):
         while sides[0] * sides[1] * sides[2] > rows and sides[i] > 1:
@@ -128,7 +130,7 @@ def _first_rows(box: tuple[int, int, int], rows: int) -> tuple[int, ...]:
 
 
 def _has_descriptors(x: Tensor) -> bool:
-    """Whether the GPU fetches boxes by itself: NVIDIA's from Hopper on."""
+    """Whether the GPU supports tensor descriptors in hardware: NVIDIA's from Hopper on."""
     if x.device.type != "cuda":
-        return True  # Triton's interpreter, or building for another machine
+        return True  # Triton's interpreter, or offline compilation
     return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9

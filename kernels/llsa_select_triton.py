@@ -1,6 +1,6 @@
-"""Which blocks each block of LLSA keeps, from the top of the tree down, in Triton.
+"""Selection of the blocks that each block of LLSA keeps, from the top of the tree down, in Triton.
 
-The children of a pooled token all choose among the children of what it kept: a program reads those candidates once.
+All children of a pooled token select among the children of what it kept: a program reads those candidates once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,51 +20,51 @@ from .llsa_tree_triton import PooledTree
 
 __all__ = ["MAX_CANDIDATES", "select_tree"]
 
-MAX_CANDIDATES = 16384  # of one block, whose scores the registers of one program hold
-SCORES_A_WARP = 512  # 16 a thread
-MAX_TILE = 1024  # candidates that 16 blocks at a time are scored against; where there are more, one block at a time
+MAX_CANDIDATES = 16384  # of one block, whose scores must fit the registers of one program
+SCORES_A_WARP = 512  # 16 per thread
+MAX_TILE = 1024  # maximum number of candidates for which 16 blocks are scored together; with more, one block at a time
 
 
 def select_tree(
-    pooled: PooledTree, children: Sequence[Tensor], places: Sequence[Tensor], topk: int, want_met: bool = True
+    pooled: PooledTree, children: Sequence[Tensor], places: Sequence[Tensor], topk: int, want_indices: bool = True
 ) -> tuple[list[Tensor], Tensor | None]:
-    """What every pooled token keeps, and the pooled tokens met on the way to them. [LLSA, arXiv 2512.16615]
+    """Tokens kept by each pooled token, and the pooled tokens visible on the way to them. [LLSA, arXiv 2512.16615]
 
-    Scores are as accurate as in float32. Nothing here has (S/block)² entries where there are two levels or more.
+    Scores have float32 precision. With two levels or more, no tensor has (S/block)² entries.
 
     Args:
         pooled: of the tree. children: as in ``pool_tree``.
-        places: of each level (n_below,) int64, where each token of the level below stands in children, flattened.
+        places: for each level (n_below,) int64, flat position of each token of the level below in children.
         topk: blocks to keep at each level.
-        want_met: whether to list the pooled tokens met.
-    Returns: of each level (B*H, n_l, k) int32, tokens of that level kept, -1 for none; (B*H, n_2, m) int32, of each
-        token of level 2 the candidates at level 1 and those of its ancestors at the levels above but for the top, as
-        places among all pooled tokens, P where there is none, or none with a real token. None for a tree of one level.
+        want_indices: whether to return the indices of the visible pooled tokens.
+    Returns: for each level (B*H, n_l, k) int32, tokens of that level kept, -1 = none; (B*H, n_2, m) int32, for each
+        level-2 token the candidates at level 1 and those of its ancestors at the levels above except the top, as
+        indices into all pooled tokens, P for none and for a token without valid tokens. None for a tree of one level.
     Raises: ValueError: more than MAX_CANDIDATES candidates at a level, or tables that are not contiguous.
     """
     for name, tables in (("children", children), ("places", places), ("query", pooled.query), ("key", pooled.key)):
         check_contiguous(**{f"{name}[{i}]": x for i, x in enumerate(tables)})
     check_contiguous(number=pooled.number)
     kept = [_select_top(pooled, topk)]
-    met = None
+    indices = None
     for level in reversed(range(len(children) - 1)):
         above, place = children[level + 1], places[level + 2] if level + 2 < len(places) else None
-        below, met = _launch_select(pooled, level, kept[-1], above, met, place, topk, want_met)
+        below, indices = _launch_select(pooled, level, kept[-1], above, indices, place, topk, want_indices)
         kept.append(below)
-    return kept[::-1], met
+    return kept[::-1], indices
 
 
 def _select_top(pooled: PooledTree, topk: int) -> Tensor:
-    """What the tokens of the top level keep of all of it."""
+    """Tokens of the top level kept by each of its tokens."""
     query, key = pooled.query[-1], pooled.key[-1]
     topk = min(topk, key.shape[2])
     if key.shape[2] <= min(MAX_TILE, MAX_CANDIDATES):
         return _launch_select(pooled, len(pooled.key) - 1, None, None, None, None, topk, False)[0]
     if not pooled.masked:
         return select_blocks(query, key, topk, 0, want_marginal=False)[0]
-    filled = pooled.number[:, pooled.rows[-1] : -1] > 0
-    lists, _ = select_blocks(query, key, topk, 0, filled, want_marginal=False)
-    missing = torch.arange(topk, device=lists.device) >= filled.sum(-1)[:, None]  # (B, k)
+    valid_blocks = pooled.number[:, pooled.rows[-1] : -1] > 0
+    lists, _ = select_blocks(query, key, topk, 0, valid_blocks, want_marginal=False)
+    missing = torch.arange(topk, device=lists.device) >= valid_blocks.sum(-1)[:, None]  # (B, k)
     return lists.masked_fill_(missing.repeat_interleave(query.shape[1], 0)[:, None], -1)
 
 
@@ -73,13 +73,13 @@ def _launch_select(
     level: int,
     kept_above: Tensor | None,
     above: Tensor | None,
-    met_above: Tensor | None,
+    indices_above: Tensor | None,
     place: Tensor | None,
     topk: int,
-    want_met: bool,
+    want_indices: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the tokens of this level keep, and what each token of the level above has met down to here. None above: of
-    the whole level."""
+    """Tokens of this level kept by each of its tokens, and the pooled tokens visible to each token of the level above,
+    down to this level. above None: select among the whole level."""
     query, key, first = pooled.query[level], pooled.key[level], pooled.rows[level]
     batch, heads, n, dim = query.shape
     if above is None or kept_above is None:
@@ -87,40 +87,41 @@ def _launch_select(
     else:
         (n_above, block), n_kept = above.shape, kept_above.shape[2]
         n_candidates = n_kept * block
-    n_inherited = 0 if met_above is None else met_above.shape[2]
+    n_inherited = 0 if indices_above is None else indices_above.shape[2]
     topk = min(topk, n_candidates)
     kept = torch.empty(batch * heads, n, topk, dtype=torch.int32, device=query.device)
-    met = None
-    if want_met:
+    indices = None
+    if want_indices:
         shape = (batch * heads, n_above, n_candidates + n_inherited)
-        met = torch.empty(shape, dtype=torch.int32, device=query.device)
+        indices = torch.empty(shape, dtype=torch.int32, device=query.device)
     lanes = max(16, next_power_of_2(n_candidates))
     if n_candidates > MAX_CANDIDATES:
         raise ValueError(
-            f"topk blocks of the level above hold {n_candidates} candidates, and the Triton kernel takes "
+            f"topk blocks of the level above hold {n_candidates} candidates, and the Triton kernel supports "
             f"{MAX_CANDIDATES}: make topk or block_size smaller, or use backend='torch'"
         )
     rows = 16 if lanes <= MAX_TILE else 1
     number = pooled.number
     llsa_select_fwd_kernel[(batch * heads * n_above * cdiv(block, rows),)](
-        query, key, number, kept_above, above, kept, met, met_above, place, heads, n, n_above, number.shape[1], first,
-        0 if place is None or met_above is None else met_above.shape[1], n_inherited,
+        query, key, number, kept_above, above, kept, indices, indices_above, place, heads, n, n_above, number.shape[1],
+        first, 0 if place is None or indices_above is None else indices_above.shape[1], n_inherited,
         TOPK=topk, N_KEPT=n_kept, BLOCK=0 if above is None else block, D=dim, ROWS=rows, LANES=lanes,
         BLOCK_D=min(next_power_of_2(max(dim, 16)), 16 if rows > 1 else max(1, 65536 // lanes)),
-        BLOCK_K=next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_MET=want_met, INHERITS=n_inherited > 0,
+        BLOCK_K=next_power_of_2(topk), HAS_EMPTY=pooled.masked, WANT_INDICES=want_indices, INHERITS=n_inherited > 0,
         PRECISION=exact_products(), num_warps=min(16, max(1, rows * lanes // SCORES_A_WARP)),
     )  # fmt: skip
-    return kept, met
+    return kept, indices
 
 
 @triton.jit
 def llsa_select_fwd_kernel(
-    Q, K, NUMBER, KEPT_ABOVE, ABOVE, KEPT, MET, MET_ABOVE, PLACE, n_heads, n, n_above, n_all, first, n_above2,
+    Q, K, NUMBER, KEPT_ABOVE, ABOVE, KEPT, INDICES, INDICES_ABOVE, PLACE, n_heads, n, n_above, n_all, first, n_above2,
     n_inherited, TOPK: tl.constexpr, N_KEPT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, HAS_EMPTY: tl.constexpr,
-    WANT_MET: tl.constexpr, INHERITS: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_INDICES: tl.constexpr, INHERITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS children of one token of the level above; BLOCK 0: of the top level, which all choose among all."""
+    """Selection of ROWS children of one token of the level above; BLOCK 0: of the top level, where all are
+    candidates."""
     lane = tl.arange(0, LANES)
     slots = tl.arange(0, ROWS)
     if BLOCK == 0:
@@ -142,7 +143,7 @@ def llsa_select_fwd_kernel(
         found = tl.load(p_found, mask=node >= 0, other=-1)  # (LANES,) candidates
         slot = part * ROWS + slots
         p_own = ABOVE + parent.to(tl.int64) * BLOCK + slot
-        own = tl.load(p_own, mask=slot < BLOCK, other=-1)  # (ROWS,) tokens that choose
+        own = tl.load(p_own, mask=slot < BLOCK, other=-1)  # (ROWS,) tokens of the selection
     if HAS_EMPTY:
         p_number = NUMBER + g // n_heads * n_all + first + found
         found = tl.where(tl.load(p_number, mask=found >= 0, other=0.0) > 0, found, -1)
@@ -170,29 +171,30 @@ def llsa_select_fwd_kernel(
     none = tl.full((ROWS, BLOCK_K), -1, tl.int32)
     tl.store(p_row[:, None] + room[None, :], none, mask=missing & (room < TOPK)[None, :] & (own >= 0)[:, None])
 
-    if WANT_MET:  # noqa: SIM102
+    if WANT_INDICES:  # noqa: SIM102
         if part == 0:
-            p_met = MET + (g * n_above + parent) * (N_KEPT * BLOCK + n_inherited)
-            b_met = tl.where(found < 0, n_all - 1, found + first).to(tl.int32)
-            tl.store(p_met + lane, b_met, mask=lane < N_KEPT * BLOCK)
+            p_indices = INDICES + (g * n_above + parent) * (N_KEPT * BLOCK + n_inherited)
+            b_indices = tl.where(found < 0, n_all - 1, found + first).to(tl.int32)
+            tl.store(p_indices + lane, b_indices, mask=lane < N_KEPT * BLOCK)
             if INHERITS:
                 ancestor = tl.load(PLACE + parent) // BLOCK
-                p_from = MET_ABOVE + (g * n_above2 + ancestor) * n_inherited
+                p_from = INDICES_ABOVE + (g * n_above2 + ancestor) * n_inherited
                 for start in range(0, n_inherited, LANES):
                     m = start + lane < n_inherited
-                    b_met = tl.load(p_from + start + lane, mask=m, other=0)
-                    tl.store(p_met + N_KEPT * BLOCK + start + lane, b_met, mask=m)
+                    b_indices = tl.load(p_from + start + lane, mask=m, other=0)
+                    tl.store(p_indices + N_KEPT * BLOCK + start + lane, b_indices, mask=m)
 
 
 @triton.jit
 def _highest_of_rows(image, n: tl.constexpr):
-    """Which elements of each row are its n highest, equal ones in the order of their index; 0 stands for no element.
+    """Mask of the n highest elements of each row, ties broken by index; 0 = no element.
 
-    The n-th is found by going down from the highest where they are few, else bit by bit, as ``block_select_triton``
-    does it for one row, with all 32 bits, for the rows need different ones."""
+    The n-th value is found by removing the maximum n - 1 times if n is small, otherwise by a binary search over its
+    bits as in ``block_select_triton`` for one row, with all 32 bits, because the rows need different ones.
+    """
     if n <= 16:
         after = image.shape[1] - 1 - tl.arange(0, image.shape[1])
-        key = tl.where(image > 0, (image.to(tl.uint64) << 32) | after.to(tl.uint64)[None, :], 0)  # all different
+        key = tl.where(image > 0, (image.to(tl.uint64) << 32) | after.to(tl.uint64)[None, :], 0)  # distinct keys
         least = tl.max(key, 1)
         for _ in range(n - 1):
             least = tl.max(tl.where(key < least[:, None], key, 0), 1)

@@ -1,10 +1,10 @@
 """LLSA's attention in two Triton kernels that share one softmax.
 
-The coarse kernel takes tiles of queries through what all of them see: pooled tokens and tokens off the grid. The fine
-kernel takes one block of queries at a time through the tokens of the blocks that it alone kept, and merges what the
-first left where the output goes, by their log-sum-exps. Tokens are fetched from where they lie: nothing is permuted.
+The coarse kernel processes tiles of queries with the keys that all of them attend to: pooled and global tokens. The
+fine kernel processes one block of queries at a time with the tokens of its kept blocks, and merges its result with the
+coarse one in the output by their log-sum-exps. Tokens are loaded directly from the sequence: nothing is permuted.
 
-Queries are the rows of every product, also where a tile has 16: with these as columns, Triton 3.6 gave wrong sums and
+Queries are the rows of every product, also in tiles of 16: with these as columns, Triton 3.6 gave wrong sums and
 illegal accesses on an H100, and it was no faster.
 """
 
@@ -21,28 +21,28 @@ from .block_sparse_triton import LOG2E, check_inputs
 from .launch import cdiv, check_contiguous, empty_rows, has_large_shared_memory, next_pow2_min16, register_limit
 from .llsa_triton_kernel import llsa_coarse_fwd_kernel, llsa_fine_fwd_kernel
 
-__all__ = ["Build", "Pooled", "check_tree", "llsa_blocks_attention"]
+__all__ = ["LaunchConfig", "Pooled", "check_tree", "llsa_blocks_attention"]
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Pooled tokens to attend to, in the weight of the tokens that each stands for; the last one stands for nothing.
+    """Pooled tokens to attend to, weighted by the number of tokens that each covers; the last one is empty.
 
-    keys, values: (B*H, P + 1, D) dense, of all levels. weight: (1|B, P + 1) float32, log2 of the real tokens of each.
-    met: (B*H, n_2, m) int32, places of those seen from each token of level 2, P for none; None = one level alone.
-    top: where the tokens of the top level begin, which everything on the grid sees.
+    keys, values: (B*H, P + 1, D) dense, of all levels. weight: (1|B, P + 1) float32, log2 of the valid tokens of each.
+    indices: (B*H, n_2, m) int32, pooled tokens visible from each level-2 token, P for none; None = only one level.
+    top: index of the first token of the top level; all grid queries attend to that level.
     """
 
     keys: Tensor
     values: Tensor
     weight: Tensor
-    met: Tensor | None
+    indices: Tensor | None
     top: int
 
 
 @dataclass(frozen=True)
-class Build:
-    """How a kernel is built: queries and keys of a tile, warps, stages of the pipeline, registers a thread at most."""
+class LaunchConfig:
+    """Launch parameters: queries and keys of a tile, warps, stages of the pipeline, maximum registers per thread."""
 
     block_q: int
     block_k: int
@@ -62,52 +62,52 @@ def llsa_blocks_attention(
     before: int,
     n_grid: int,
     pooled: Pooled | None = None,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
     whole: bool = False,
     return_lse: bool = False,
-    coarse: Build | None = None,
-    fine: Build | None = None,
+    coarse: LaunchConfig | None = None,
+    fine: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of each block of grid queries over the blocks that it kept, the pooled tokens met on the way to
-    them and the tokens off the grid; queries off the grid see every token. [LLSA, arXiv 2512.16615]
+    """Softmax attention of each block of grid queries over the blocks that it kept, its visible pooled tokens and the
+    global tokens; global queries attend to every token. [LLSA, arXiv 2512.16615]
 
     Args:
         query, key, value: (B, H, S, D) float16, bfloat16 or float32, D at most 256, any strides.
-        kept: (B*H, n_1, k) int32, blocks kept by each block, -1 for none.
-        children: of each level (n, block) int64, tokens of the level below (below the first: places on the grid), -1
-            where there is none.
+        kept: (B*H, n_1, k) int32, blocks kept by each block, -1 = none.
+        children: for each level (n, block) int64, tokens of the level below (for the first: positions on the grid), -1
+            = none.
         scale: factor on the logits.
-        before, n_grid: the grid's tokens stand in rows before to before + n_grid - 1.
-        pooled: pooled tokens; None = they are not attended to.
-        real: (B, S) bool, False hides a key; what lies there is not read.
-        whole: known to have no -1 in kept and children, and no P in pooled.met.
-        return_lse: whether to give the log-sum-exp, too.
-        coarse, fine: how the kernels are built; None = as suits the GPU.
+        before, n_grid: the grid tokens are rows before to before + n_grid - 1.
+        pooled: pooled tokens; None = attend to none.
+        key_mask: (B, S) bool, True = attend; masked keys are not read.
+        whole: known to have no -1 in kept and children, and no P in pooled.indices.
+        return_lse: whether to return the log-sum-exp, too.
+        coarse, fine: launch parameters of the two kernels; None = choose by GPU.
     Returns: (B, H, S, D) in query.dtype, dense in the order (B, S, H, D); (B, H, S) float32 log-sum-exp, natural log,
-        -inf where a query sees no key; such a row is 0 in the output.
-    Raises: ValueError: a dtype, head dim or device that the kernels do not take, or tables that are not contiguous;
+        -inf for a query without a visible key; such a row is 0 in the output.
+    Raises: ValueError: a dtype, head dim or device that the kernels do not support, or tables that are not contiguous;
         OutOfResources: the GPU has too little shared memory for them.
     """
     check_inputs(query)
     check_tree(children, pooled)
     check_contiguous(kept=kept)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    real = real if real is None or real.stride(-1) == 1 else real.contiguous()
+    key_mask = key_mask if key_mask is None or key_mask.stride(-1) == 1 else key_mask.contiguous()
     batch, heads, length, _ = query.shape
     out = empty_rows(query)
     has_coarse = pooled is not None or length > n_grid
     lse = None
     if return_lse or has_coarse:
         lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
-    tensors = (query, key, value, out, lse, real)
+    tensors = (query, key, value, out, lse, key_mask)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3])
-    strides = (*strides, 0 if real is None else real.stride(0))
+    strides = (*strides, 0 if key_mask is None else key_mask.stride(0))
     if has_coarse:
-        build = coarse or _coarse_build(query, whole and len(children) <= 2)
-        _launch_coarse(build, tensors, strides, children, scale * LOG2E, before, n_grid, pooled, whole)
-    build = fine or _fine_build(query, children[0].shape[1])
+        config = coarse or _coarse_config(query, whole and len(children) <= 2)
+        _launch_coarse(config, tensors, strides, children, scale * LOG2E, before, n_grid, pooled, whole)
+    config = fine or _fine_config(query, children[0].shape[1])
     flags = (whole, has_coarse, return_lse)
-    _launch_fine(build, tensors, strides, kept, children[0], scale * LOG2E, before, *flags)
+    _launch_fine(config, tensors, strides, kept, children[0], scale * LOG2E, before, *flags)
     return out, lse if return_lse else None
 
 
@@ -116,11 +116,11 @@ def check_tree(children: Sequence[Tensor], pooled: Pooled | None = None) -> None
     strides."""
     check_contiguous(**{f"children[{i}]": table for i, table in enumerate(children)})
     if pooled is not None:
-        check_contiguous(keys=pooled.keys, values=pooled.values, weight=pooled.weight, met=pooled.met)
+        check_contiguous(keys=pooled.keys, values=pooled.values, weight=pooled.weight, indices=pooled.indices)
 
 
 def _launch_coarse(
-    build: Build,
+    config: LaunchConfig,
     tensors: tuple[Tensor | None, ...],
     strides: tuple[int, ...],
     children: Sequence[Tensor],
@@ -134,31 +134,31 @@ def _launch_coarse(
     assert query is not None
     batch, heads, length, dim = query.shape
     n_blocks, block = children[0].shape
-    met = None if pooled is None else pooled.met
-    n_slots = n_blocks * block if met is None else block * block
-    n_nodes = 1 if met is None else met.shape[1]
-    build = _fitting(build, n_slots)
-    block_q = build.block_q
-    n_text_tiles, n_items = cdiv(length - n_grid, block_q), n_nodes * cdiv(n_slots, block_q)
-    n_met, n_pooled = 0 if met is None else met.shape[2], 0 if pooled is None else pooled.keys.shape[1]
+    indices = None if pooled is None else pooled.indices
+    n_slots = n_blocks * block if indices is None else block * block
+    n_nodes = 1 if indices is None else indices.shape[1]
+    config = _fitting(config, n_slots)
+    block_q = config.block_q
+    n_global_tiles, n_items = cdiv(length - n_grid, block_q), n_nodes * cdiv(n_slots, block_q)
+    n_indices, n_pooled = 0 if indices is None else indices.shape[2], 0 if pooled is None else pooled.keys.shape[1]
     top, weight = (pooled.top, pooled.weight) if pooled else (0, None)
-    met_whole, top_whole = (n % build.block_k == 0 for n in (n_met, n_pooled - 1 - top))
-    llsa_coarse_fwd_kernel[((n_text_tiles + n_items) * batch * heads,)](
-        *tensors, pooled and pooled.keys, pooled and pooled.values, weight, met, children[0],
-        None if met is None else children[1], *strides, 0 if weight is None or len(weight) == 1 else weight.stride(0),
-        heads, length, before, n_grid, n_pooled, top, n_met, n_nodes, n_slots, batch * heads, n_text_tiles, n_items,
-        scale, math.log2(block), len(children) * math.log2(block),
-        D=dim, BLOCK_D=next_pow2_min16(dim), BM=block_q, BN=build.block_k, BLOCK=block, HAS_NODES=met is not None,
-        HAS_POOLED=pooled is not None, HAS_TEXT=length > n_grid, HAS_REAL=tensors[5] is not None,
-        MET_WHOLE=met_whole, TOP_WHOLE=top_whole, MET_BY_ROW=not (whole and met_whole and len(children) == 2),
-        TOP_BY_ROW=not (whole and top_whole), ALL_SLOTS=whole and n_slots % block_q == 0 and length == n_grid,
-        PRECISION=_precision(query), num_warps=build.num_warps, num_stages=build.num_stages,
-        **register_limit(query, build.max_registers),
+    indices_whole, top_whole = (n % config.block_k == 0 for n in (n_indices, n_pooled - 1 - top))
+    llsa_coarse_fwd_kernel[((n_global_tiles + n_items) * batch * heads,)](
+        *tensors, pooled and pooled.keys, pooled and pooled.values, weight, indices, children[0],
+        None if indices is None else children[1], *strides,
+        0 if weight is None or len(weight) == 1 else weight.stride(0), heads, length, before, n_grid, n_pooled, top,
+        n_indices, n_nodes, n_slots, batch * heads, n_global_tiles, n_items, scale, math.log2(block),
+        len(children) * math.log2(block), D=dim, BLOCK_D=next_pow2_min16(dim), BM=block_q, BN=config.block_k,
+        BLOCK=block, HAS_NODES=indices is not None, HAS_POOLED=pooled is not None, HAS_GLOBAL=length > n_grid,
+        HAS_KEY_MASK=tensors[5] is not None, INDICES_WHOLE=indices_whole, TOP_WHOLE=top_whole,
+        INDICES_BY_ROW=not (whole and indices_whole and len(children) == 2), TOP_BY_ROW=not (whole and top_whole),
+        ALL_SLOTS=whole and n_slots % block_q == 0 and length == n_grid, PRECISION=_precision(query),
+        num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
     )  # fmt: skip
 
 
 def _launch_fine(
-    build: Build,
+    config: LaunchConfig,
     tensors: tuple[Tensor | None, ...],
     strides: tuple[int, ...],
     kept: Tensor,
@@ -173,48 +173,49 @@ def _launch_fine(
     assert query is not None
     batch, heads, length, dim = query.shape
     n_blocks, block = blocks.shape
-    block_q = min(build.block_q, next_pow2_min16(block))
-    block_k = min(build.block_k, next_pow2_min16(kept.shape[2] * block))
+    block_q = min(config.block_q, next_pow2_min16(block))
+    block_k = min(config.block_k, next_pow2_min16(kept.shape[2] * block))
     llsa_fine_fwd_kernel[(batch * heads * n_blocks * cdiv(block, block_q),)](
         *tensors, kept, blocks, *strides, heads, n_blocks, length, before, scale,
         D=dim, BLOCK_D=next_pow2_min16(dim), BM=block_q, BN=block_k, BLOCK=block, N_KEPT=kept.shape[2],
-        MASKED=not whole or kept.shape[2] * block % block_k != 0, HAS_REAL=tensors[5] is not None,
+        MASKED=not whole or kept.shape[2] * block % block_k != 0, HAS_KEY_MASK=tensors[5] is not None,
         HAS_COARSE=has_coarse, HAS_LSE=has_lse, PRECISION=_precision(query),
-        num_warps=build.num_warps, num_stages=build.num_stages, **register_limit(query, build.max_registers),
+        num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
     )  # fmt: skip
 
 
-def _fitting(build: Build, n_slots: int) -> Build:
-    """With half the queries a tile, where that leaves fewer places empty."""
-    half = build.block_q // 2
-    if half < 16 or cdiv(n_slots, half) * half >= cdiv(n_slots, build.block_q) * build.block_q:
-        return build
-    return replace(build, block_q=half, num_warps=max(4, build.num_warps // 2))
+def _fitting(config: LaunchConfig, n_slots: int) -> LaunchConfig:
+    """Halve the queries per tile if that leaves fewer slots empty."""
+    half = config.block_q // 2
+    if half < 16 or cdiv(n_slots, half) * half >= cdiv(n_slots, config.block_q) * config.block_q:
+        return config
+    return replace(config, block_q=half, num_warps=max(4, config.num_warps // 2))
 
 
 def _precision(query: Tensor) -> str:
     return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
-def _coarse_build(query: Tensor, uniform: bool) -> Build:
-    """With 128 registers a thread two programs or more share a processor of Hopper's; weights that differ from key to
-    key need so many that tiles must be smaller."""
+def _coarse_config(query: Tensor, uniform: bool) -> LaunchConfig:
+    """Launch parameters of the coarse kernel. At 128 registers per thread, two programs or more share a multiprocessor
+    on Hopper; weights that differ between keys need so many registers that tiles must be smaller."""
     dim = query.shape[-1]
     if query.dtype == torch.float32:
-        return Build(32, 32, 8, 1) if dim > 64 else Build(64, 32, 8, 1)
+        return LaunchConfig(32, 32, 8, 1) if dim > 64 else LaunchConfig(64, 32, 8, 1)
     if dim > 128:
-        return Build(64, 32, 8, 1)
+        return LaunchConfig(64, 32, 8, 1)
     if not has_large_shared_memory(query):
-        return Build(64, 64, 4, 1 if torch.version.hip else 2)
+        return LaunchConfig(64, 64, 4, 1 if torch.version.hip else 2)
     if not uniform:
-        return Build(128, 32, 8, 3, 128) if dim <= 64 else Build(64, 32, 4, 3, 128)
-    return Build(64, 64, 4, 2, 128) if dim <= 64 else Build(128, 64, 4, 2)
+        return LaunchConfig(128, 32, 8, 3, 128) if dim <= 64 else LaunchConfig(64, 32, 4, 3, 128)
+    return LaunchConfig(64, 64, 4, 2, 128) if dim <= 64 else LaunchConfig(128, 64, 4, 2)
 
 
-def _fine_build(query: Tensor, block: int) -> Build:
-    """A warp for every 16 queries, so that what it computes never leaves it: many programs share a processor."""
+def _fine_config(query: Tensor, block: int) -> LaunchConfig:
+    """Launch parameters of the fine kernel: a warp per 16 queries, so that its results need no exchange between warps,
+    and many programs share a multiprocessor."""
     dim = query.shape[-1]
     if query.dtype == torch.float32:
-        return Build(min(16 if dim > 64 else 32, next_pow2_min16(block)), 32, 4, 1)
+        return LaunchConfig(min(16 if dim > 64 else 32, next_pow2_min16(block)), 32, 4, 1)
     block_q = min(32 if dim > 128 else 64, next_pow2_min16(block))
-    return Build(block_q, 32, max(1, block_q // 16), 2 if has_large_shared_memory(query) else 1)
+    return LaunchConfig(block_q, 32, max(1, block_q // 16), 2 if has_large_shared_memory(query) else 1)

@@ -1,4 +1,4 @@
-"""A grid of tokens cut into boxes."""
+"""Tiling of a grid of tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ __all__ = ["Tiling"]
 
 @dataclass(frozen=True)
 class Tiling:
-    """A grid of three axes (leading ones have length 1) in boxes; boxes at the far edges may be short.
+    """Grid of three axes (leading ones have length 1) cut into tiles of shape ``box``; tiles at the far edges may be
+    short.
 
-    Runs of raster order are the boxes of a grid (1, 1, N). Boxes are numbered in raster order.
+    Blocks of consecutive tokens are the tiles of a grid (1, 1, N). Tiles are numbered in raster order.
     """
 
     grid: tuple[int, int, int]
@@ -22,13 +23,13 @@ class Tiling:
 
     @staticmethod
     def of(grid: Sequence[int], box: Sequence[int]) -> Tiling:
-        """From one to three axes."""
+        """Tiling of a grid with one to three axes."""
         lead = (1,) * (3 - len(grid))
         return Tiling((*lead, *grid), (*lead, *box))  # type: ignore[arg-type]
 
     @cached_property
     def counts(self) -> tuple[int, int, int]:
-        """Boxes along each axis."""
+        """Number of tiles along each axis."""
         return tuple(-(-n // side) for n, side in zip(self.grid, self.box, strict=True))  # type: ignore[return-value]
 
     @cached_property
@@ -41,10 +42,10 @@ class Tiling:
 
     @cached_property
     def volume(self) -> int:
-        """Tokens in a whole box."""
+        """Tokens of a full tile."""
         return math.prod(self.box)
 
     @cached_property
     def is_whole(self) -> bool:
-        """No box is short."""
+        """Whether no tile is short."""
         return all(n % side == 0 for n, side in zip(self.grid, self.box, strict=True))

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Where in the sequence the tokens of a box are, for Triton kernels."""
+"""Positions in the sequence of the tokens of a tile, for Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["load_box", "tile_places", "tile_size", "tile_tokens"]
 
 @triton.jit
 def tile_places(tile, lane, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
-    """Place along each axis of each lane of a box, and whether it is on the grid: lanes past the box or the grid's edge
+    """Position along each axis of each lane of a tile, and whether it is valid: lanes past the tile or the grid's edge
     are not. ``lane`` may be a block of any shape."""
     n1 = tl.cdiv(G1, B1)
     n2 = tl.cdiv(G2, B2)
@@ -23,14 +23,14 @@ def tile_places(tile, lane, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: 
 
 @triton.jit
 def tile_tokens(tile, lane, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
-    """Raster index on the grid of each lane of a box, and whether it is a token (if not its index is 0)."""
+    """Raster index on the grid of each lane of a tile, and whether it is valid (if not, the index is 0)."""
     x0, x1, x2, valid = tile_places(tile, lane, G0, G1, G2, B0, B1, B2)
     return tl.where(valid, (x0 * G1 + x1) * G2 + x2, 0), valid
 
 
 @triton.jit
 def tile_size(tile, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
-    """How many tokens a box has: fewer than others at the grid's far edges."""
+    """Number of tokens of a tile: fewer at the grid's far edges."""
     n1 = tl.cdiv(G1, B1)
     n2 = tl.cdiv(G2, B2)
     side0 = tl.minimum(G0 - tile // (n1 * n2) * B0, B0)
@@ -41,8 +41,8 @@ def tile_size(tile, G0, G1, G2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.const
 @triton.jit
 def load_box(DESC, BOXES: tl.constexpr, i_b, i_h, n_heads, tile, part, G1, G2, B0: tl.constexpr, B1: tl.constexpr,
              B2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """(BLOCK_N, BLOCK_D): a box, or a part of one, through a descriptor of ``launch.box_descriptors``; zeros off the
-    grid."""
+    """Load a tile, or a part of one, (BLOCK_N, BLOCK_D), through a descriptor of ``launch.box_descriptors``; zeros off
+    the grid."""
     n1 = tl.cdiv(G1, B1)
     n2 = tl.cdiv(G2, B2)
     x0 = tile // (n1 * n2) * B0

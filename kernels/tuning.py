@@ -1,8 +1,9 @@
-"""How the block-sparse kernel is built: as was measured before, else by a short search at the first call, kept on disk.
+"""Launch configurations of the block-sparse kernel: from a table of measurements, else from a short search at the first
+call, cached on disk.
 
-A plan is cut into boxes before any kernel runs, and SLA's blocks are the user's: another size of box would need another
-plan. So a search keeps the boxes that `choose_config` gives, and tries what no plan knows of: warps, stages, boxes by
-descriptor or by pointers, registers. ``DIT_ACCEL_AUTOTUNE=0`` takes the first guess instead.
+A plan is cut into tiles before any kernel runs, and SLA's blocks are chosen by the user: another tile size would need
+another plan. A search therefore keeps the tile sizes of `choose_config`, and varies what does not affect the plan:
+warps, stages, loads by descriptor or by pointers, registers. ``DIT_ACCEL_AUTOTUNE=0`` uses the first guess instead.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from .launch import has_large_shared_memory
 
 __all__ = ["Config", "choose_config", "launch_tuned", "measured"]
 
-KERNEL = 1  # raise it when the kernel changes: what was measured for another one no longer counts
-MOST_WAYS = 6
-BUDGET_S = 20.0  # no further way is begun after this
-RUNS = 5  # timed, of each way
-GAIN = 0.97  # share of the guess's time that another way must stay under: the rest is noise
+KERNEL = 1  # increase it when the kernel changes: older measurements are then ignored
+MAX_CONFIGS = 6
+BUDGET_S = 20.0  # no further candidate is started after this
+RUNS = 5  # timed runs per candidate
+GAIN = 0.97  # a candidate must stay under this fraction of the guess's time: the rest is noise
 SWITCH, FOLDER = "DIT_ACCEL_AUTOTUNE", "DIT_ACCEL_CACHE"
 LOG = logging.getLogger("dit_accel")
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernel is built: rows of a tile at most, warps, stages of the pipeline, boxes by tensor descriptor,
-    registers a thread at most (so that two programs share a processor)."""
+    """Launch configuration of the kernel: maximum rows of a tile, warps, stages of the pipeline, tiles by tensor
+    descriptor, maximum registers per thread (so that two programs share a multiprocessor)."""
 
     block_q: int
     block_k: int
@@ -56,7 +57,7 @@ class Config:
 
 
 class Measured(NamedTuple):
-    """A row of the table: what a configuration was measured for, and the configuration."""
+    """Row of the table: the case that was measured, and its best configuration."""
 
     capability: tuple[int, int]
     kind: str
@@ -65,8 +66,8 @@ class Measured(NamedTuple):
     config: Config
 
 
-# The fastest of seven each on an H100 (16-bit, D = 128), by how a plan tells what is seen. With 128 registers a thread
-# two programs share a processor, and one's softmax overlaps the other's matrix products.
+# The fastest of seven each on an H100 (16-bit, D = 128), by the kind of mask of a plan. At 128 registers per thread two
+# programs share a multiprocessor, and one's softmax overlaps the other's matrix products.
 HOPPER = {
     "list": Config(128, 64, 8, 3, True, 128),
     "interval": Config(128, 64, 8, 2, True, 128),
@@ -79,7 +80,7 @@ _lock = Lock()
 
 
 def measured(query: Tensor, kind: str) -> Config | None:
-    """What `TABLE` has for this GPU, kind of plan, dtype and head dim."""
+    """Entry of `TABLE` for this GPU, kind of plan, dtype and head dim, or None."""
     if query.device.type != "cuda" or torch.version.hip:
         return None
     wanted = (torch.cuda.get_device_capability(query.device), kind, query.element_size())
@@ -87,7 +88,7 @@ def measured(query: Tensor, kind: str) -> Config | None:
 
 
 def choose_config(query: Tensor, kind: str) -> Config:
-    """From the table, else a guess that fits the shared memory of every GPU of its kind."""
+    """Configuration from the table, else a guess that fits the shared memory of every GPU of its class."""
     if known := measured(query, kind):
         return known
     if query.dtype == torch.float32:
@@ -97,31 +98,50 @@ def choose_config(query: Tensor, kind: str) -> Config:
     return HOPPER[kind] if has_large_shared_memory(query) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
 
 
-def ways_to_build(guess: Config, itemsize: int, boxes: bool) -> list[Config]:
-    """The guess, and what else is worth a try with its tiles; ``boxes``: descriptors can be had."""
-    ways: list[tuple[int, int, bool, int | None]]
+def candidate_configs(guess: Config, itemsize: int, boxes: bool) -> list[Config]:
+    """The guess and alternatives with the same tile sizes; ``boxes``: whether descriptors are supported."""
+    candidates: list[tuple[int, int, bool, int | None]]
     if torch.version.hip:
-        ways = [(4, 1, False, None), (8, 1, False, None), (4, 2, False, None), (8, 2, False, None), (2, 1, False, None)]
+        candidates = [
+            (4, 1, False, None),
+            (8, 1, False, None),
+            (4, 2, False, None),
+            (8, 2, False, None),
+            (2, 1, False, None),
+        ]
     elif itemsize > 2:
-        ways = [(4, 1, False, None), (4, 2, False, None), (8, 1, False, None), (8, 2, False, None), (2, 1, False, None)]
+        candidates = [
+            (4, 1, False, None),
+            (4, 2, False, None),
+            (8, 1, False, None),
+            (8, 2, False, None),
+            (2, 1, False, None),
+        ]
     else:
-        ways = [(8, 2, boxes, 128), (8, 3, boxes, 128), (4, 2, boxes, None), (8, 2, boxes, None), (4, 3, boxes, None)]
-        ways += [(8, 2, False, 128), (4, 1, boxes, None)]
-    found = [replace(guess, num_warps=w, num_stages=s, boxes=b, max_registers=r) for w, s, b, r in ways]
-    return list(dict.fromkeys([guess, *found]))[:MOST_WAYS]
+        candidates = [
+            (8, 2, boxes, 128),
+            (8, 3, boxes, 128),
+            (4, 2, boxes, None),
+            (8, 2, boxes, None),
+            (4, 3, boxes, None),
+        ]
+        candidates += [(8, 2, False, 128), (4, 1, boxes, None)]
+    found = [replace(guess, num_warps=w, num_stages=s, boxes=b, max_registers=r) for w, s, b, r in candidates]
+    return list(dict.fromkeys([guess, *found]))[:MAX_CONFIGS]
 
 
 def launch_tuned(launch: Callable[[Config], None], query: Tensor, what: str, guess: Config, boxes: bool) -> None:
-    """Launch the kernel as it is fastest for ``what``. The first call of a kind on a GPU tries a few ways on the
-    caller's tensors, and says so; not in the interpreter, off the GPU, or while a CUDA graph is captured.
+    """Launch the kernel in its fastest configuration for ``what``. The first call of a kind on a GPU measures a few
+    configurations on the caller's tensors and logs the result; not in the interpreter, off the GPU, or during the
+    capture of a CUDA graph.
 
     Args:
-        launch: runs the kernel, built so, and overwrites its outputs.
-        query: tells dtype, head dim and device.
-        what: the kind of plan and all that changes which way is fastest.
-        guess: taken where nothing is known or may be tried.
-        boxes: whether boxes can be fetched by descriptor.
-    Raises: OutOfResources: no way fits the GPU.
+        launch: runs the kernel with a configuration and overwrites its outputs.
+        query: gives dtype, head dim and device.
+        what: the kind of plan and everything else that affects which configuration is fastest.
+        guess: used if no measurement is available or possible.
+        boxes: whether tiles can be loaded by descriptor.
+    Raises: OutOfResources: no configuration fits the GPU.
     """
     gpu = _gpu(query.device)
     if gpu is None or os.environ.get(SWITCH, "").lower() in ("0", "false", "no", "off"):
@@ -129,7 +149,7 @@ def launch_tuned(launch: Callable[[Config], None], query: Tensor, what: str, gue
     guess = replace(guess, boxes=guess.boxes and boxes)
     case = f"{what}, {str(query.dtype).removeprefix('torch.')}, head dim {query.shape[-1]}"
     key = f"{gpu}, triton {triton.__version__}, kernel {KERNEL}: {case}"
-    config = _chosen.get(key) or _choose(launch, key, ways_to_build(guess, query.element_size(), boxes))
+    config = _chosen.get(key) or _choose(launch, key, candidate_configs(guess, query.element_size(), boxes))
     try:
         launch(config)
     except OutOfResources:
@@ -141,36 +161,36 @@ def launch_tuned(launch: Callable[[Config], None], query: Tensor, what: str, gue
 
 @cache
 def _gpu(device: torch.device) -> str | None:
-    """The GPU's name; None where nothing can be timed."""
+    """Name of the GPU; None if timing is impossible."""
     if device.type != "cuda" or triton.knobs.runtime.interpret:
         return None
     return torch.cuda.get_device_name(device)
 
 
-def _choose(launch: Callable[[Config], None], key: str, ways: list[Config]) -> Config:
-    """From memory, else from disk, else by a search, whose result is kept in both."""
-    with _lock:  # searches at the same time would slow one another down
+def _choose(launch: Callable[[Config], None], key: str, candidates: list[Config]) -> Config:
+    """Configuration from memory, else from disk, else by a search, whose result is stored in both."""
+    with _lock:  # concurrent searches would slow one another down
         if key in _chosen:
             return _chosen[key]
         file = _cache_file()
         entry = _read(file).get(key)
-        kept = [way for way in ways if isinstance(entry, dict) and entry.get("config") == asdict(way)]
+        kept = [config for config in candidates if isinstance(entry, dict) and entry.get("config") == asdict(config)]
         if kept:
             return _chosen.setdefault(key, kept[0])
         if torch.cuda.is_current_stream_capturing():
-            return ways[0]
+            return candidates[0]
         LOG.warning(
-            "Trying %d ways to build an attention kernel, once, for about %.0f s at most (%s). The best is kept in %s; "
-            "%s=0 switches this off.", len(ways), BUDGET_S, key, file, SWITCH,
+            "Autotuning an attention kernel: measuring %d launch configurations once, for at most about %.0f s (%s). "
+            "The fastest is stored in %s; %s=0 turns this off.", len(candidates), BUDGET_S, key, file, SWITCH,
         )  # fmt: skip
         start = perf_counter()
-        times = _search(launch, ways)
+        times = _search(launch, candidates)
         best = min(times, key=times.__getitem__)
-        if times[best] > GAIN * times.get(ways[0], float("inf")):
-            best = ways[0]
-        untuned = f"{times[ways[0]]:.3g} ms" if ways[0] in times else "does not fit"
+        if times[best] > GAIN * times.get(candidates[0], float("inf")):
+            best = candidates[0]
+        untuned = f"{times[candidates[0]]:.3g} ms" if candidates[0] in times else "does not fit"
         LOG.warning(
-            "Tried %d in %.1f s; taken: %s, %.3g ms a call (untuned: %s).",
+            "Measured %d in %.1f s; fastest: %s, %.3g ms per call (untuned: %s).",
             len(times), perf_counter() - start, best, times[best], untuned,
         )  # fmt: skip
         _chosen[key] = best
@@ -178,19 +198,19 @@ def _choose(launch: Callable[[Config], None], key: str, ways: list[Config]) -> C
         return best
 
 
-def _search(launch: Callable[[Config], None], ways: list[Config]) -> dict[Config, float]:
-    """Milliseconds of each way that fits, until the budget is spent.
+def _search(launch: Callable[[Config], None], candidates: list[Config]) -> dict[Config, float]:
+    """Milliseconds of each configuration that fits, until the budget is spent.
 
-    Raises: OutOfResources, PTXASError: none fits; why the first does not.
+    Raises: OutOfResources, PTXASError: none fits; the error of the first.
     """
     start = perf_counter()
     times: dict[Config, float] = {}
     refusals: list[Exception] = []
-    for way in ways:
+    for config in candidates:
         if times and perf_counter() - start > BUDGET_S:
             break
         try:
-            times[way] = _milliseconds(partial(launch, way))
+            times[config] = _milliseconds(partial(launch, config))
         except (OutOfResources, PTXASError) as error:
             refusals.append(error)
     if not times:
@@ -216,7 +236,7 @@ def _cache_file() -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What is kept; nothing where the file is not there, or, with a warning, cannot be understood."""
+    """Content of the cache file; empty if it does not exist or, with a warning, if it is not valid."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -224,14 +244,14 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _warn_once(f"Ignoring {file}, where tuned kernels are kept: {error}")
+        _warn_once(f"Ignoring {file}, the cache of tuned kernels: {error}")
         return {}
     return content
 
 
 def _write(file: Path, key: str, entry: dict[str, Any]) -> None:
-    """Put an entry beside those that are there by now. The file is replaced whole: of two processes that do so in the
-    same moment one may lose its entry, and measures again."""
+    """Add an entry to the cache file. The file is replaced atomically: of two processes that write at the same moment
+    one may lose its entry, and measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {**_read(file), key: entry}
@@ -243,7 +263,7 @@ def _write(file: Path, key: str, entry: dict[str, Any]) -> None:
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        _warn_once(f"Cannot keep tuned kernels in {file}, so each process tunes by itself: {error}")
+        _warn_once(f"Cannot store tuned kernels in {file}, so each process autotunes again: {error}")
 
 
 @cache

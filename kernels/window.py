@@ -1,7 +1,7 @@
-"""Query tiles and key lists of local windows on a 1-, 2- or 3-D grid, from the geometry of each axis alone.
+"""Query tiles and key lists of local windows on a 1-, 2- or 3-D grid, computed from the geometry of each axis.
 
-A query sees a key where the costs of their distances along the axes add up to less than ``limit``. Coordinates of an
-axis are put in order of dilation group: what a query may see is one run of the order, and a tile is a box of runs.
+A query attends to a key if the costs of their distances along the axes add up to less than ``limit``. Coordinates of an
+axis are sorted by dilation group: the keys visible to a query are then one interval, and a tile is a box of intervals.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .block_sparse import Rows, Tiles
 
 __all__ = ["BallAxis", "Geometry", "NeighborhoodAxis", "window_tiles"]
 
-MAX_QUERIES = 256  # of a tile
+MAX_QUERIES = 256  # per tile
 ALMOST = 0.85
-KEPT_BYTES = 16 * 2**20  # a plan with smaller lists and masks keeps them
-# What it costs to gather a key and value row, and to start a tile, in units of one logit (measured: 2 cores, D = 64).
+KEPT_BYTES = 16 * 2**20  # plans with smaller lists and masks keep them in memory
+# Cost of gathering a key and value row, and of starting a tile, in units of one logit (measured: 2 cores, D = 64).
 GATHER_COST, TILE_COST = 30, 1500
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """An axis in order of dilation group.
+    """Axis sorted by dilation group.
 
-    order: (N,) the coordinate at each place. step: (N,) number of the coordinate within its group.
-    first, last: (N,) the run of places that a query at this place may see; both grow along a group.
+    order: (N,) the coordinate at each position. step: (N,) index of the coordinate within its group.
+    first, last: (N,) the interval of positions visible to a query at this position; both grow along a group.
     weight: cost of a squared distance of one.
     """
 
@@ -86,7 +86,7 @@ class BallAxis:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """The tiles of an axis that have one shape; queries (m, nq) and keys (m, nk) are places in the axis' order."""
+    """Tiles of an axis that have one shape; queries (m, nq) and keys (m, nk) are positions in the axis' order."""
 
     geometry: Geometry
     queries: Tensor
@@ -94,7 +94,7 @@ class _Bucket:
     uniform: bool  # every tile has the same pattern
 
     def cost(self, tiles: Tensor) -> Tensor:
-        """(n, nq, nk), or (1, nq, nk) where all tiles are alike."""
+        """Cost of each pair, (n, nq, nk), or (1, nq, nk) if all tiles are alike."""
         g = self.geometry
         q, k = self.queries[tiles], self.keys[tiles]
         if self.uniform:
@@ -113,7 +113,7 @@ def window_tiles(
     others: tuple[tuple[int, int], ...],
     device: torch.device,
 ) -> tuple[Tiles, ...]:
-    """Tiles of the grid's queries; ``others`` are ranges of rows off the grid that every tile sees too."""
+    """Tiles of the grid's queries; ``others`` are ranges of rows off the grid that are visible to every tile."""
     geometries = [axis.geometry() for axis in axes]
     lengths = [axis.length for axis in axes]
     n_others = sum(stop - start for start, stop in others)
@@ -130,7 +130,7 @@ def window_tiles(
 
 
 def _made_once(tiles: Tiles) -> Tiles:
-    """The same tiles with their rows in memory."""
+    """Copy of the tiles with their rows in memory."""
     made = tiles.rows(0, tiles.count)
 
     def rows(start: int, stop: int) -> Rows:
@@ -141,7 +141,7 @@ def _made_once(tiles: Tiles) -> Tiles:
 
 
 def _box_tiles(boxes: tuple[_Bucket, ...], lengths: list[int], limit: float, before: int, shared: Tensor) -> Tiles:
-    """Tiles whose sides are of one bucket along each axis."""
+    """Tiles with one bucket along each axis."""
     counts = [len(box.queries) for box in boxes]
     uniform = all(box.uniform for box in boxes)
     full = uniform and sum(box.cost(shared.new_zeros(1)).max().item() for box in boxes) < limit
@@ -172,7 +172,8 @@ def _box_tiles(boxes: tuple[_Bucket, ...], lengths: list[int], limit: float, bef
 
 
 def _cut(geometry: Geometry, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tiles of at most ``size`` places of one group: their first and last place, and the run of keys that they see."""
+    """Tiles of at most ``size`` positions of one group: their first and last position, and the interval of visible
+    keys."""
     starts = (geometry.step % size == 0).nonzero()[:, 0]
     ends = torch.cat([starts[1:], starts.new_tensor([len(geometry.order)])]) - 1
     return starts, ends, geometry.first[starts], geometry.last[ends]
@@ -181,7 +182,7 @@ def _cut(geometry: Geometry, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def _buckets(geometry: Geometry, size: int, device: torch.device) -> list[_Bucket]:
     starts, ends, first, last = _cut(geometry, size)
     lengths = _rounded_up(last - first + 1)
-    first = torch.minimum(first, len(geometry.order) - lengths)  # a longer run may reach back: the pattern hides it
+    first = torch.minimum(first, len(geometry.order) - lengths)  # padded backwards; masked by the pattern
     shapes, member = torch.unique(torch.stack([ends - starts + 1, lengths], 1), dim=0, return_inverse=True)
     g = geometry
     on_device = Geometry(g.order.to(device), g.step.to(device), g.first.to(device), g.last.to(device), g.weight)
@@ -204,7 +205,7 @@ def _buckets(geometry: Geometry, size: int, device: torch.device) -> list[_Bucke
 
 
 def _rounded_up(lengths: Tensor) -> Tensor:
-    """Lengths almost as long as a longer one become that one: fewer shapes, fewer steps."""
+    """Round lengths up to slightly longer ones: fewer shapes, fewer steps."""
     longest, shapes = math.inf, {}
     for length in sorted(set(lengths.tolist()), reverse=True):
         if not ALMOST * longest <= length <= longest:
@@ -214,7 +215,7 @@ def _rounded_up(lengths: Tensor) -> Tensor:
 
 
 def _tile_sizes(geometries: Sequence[Geometry], strides: Sequence[int], n_others: int) -> tuple[int, ...]:
-    """The sides of the tiles that make the least work."""
+    """Sides of the tiles with the least work."""
     sides = []
     for geometry, stride in zip(geometries, strides, strict=True):
         length = len(geometry.order)
@@ -230,7 +231,7 @@ def _tile_sizes(geometries: Sequence[Geometry], strides: Sequence[int], n_others
 
 
 def _work(geometry: Geometry, size: int) -> tuple[int, int, int, int]:
-    """(tile size, tiles, keys summed over tiles, logits summed over tiles)."""
+    """Work of a tile size: (tile size, tiles, keys summed over tiles, logits summed over tiles)."""
     starts, ends, first, last = _cut(geometry, size)
     queries, keys = ends - starts + 1, last - first + 1
     return size, len(starts), int(keys.sum()), int((queries * keys).sum())

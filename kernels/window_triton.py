@@ -1,19 +1,19 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Whether queries see keys, for Triton kernels: what a `WindowMask` of ``block_plan.py`` says of their places."""
+"""Visibility of keys to queries, for Triton kernels: the `WindowMask` of ``block_plan.py``, by positions."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["ball_weights", "in_ball", "in_run", "query_run", "token_at"]
+__all__ = ["ball_weights", "in_ball", "in_interval", "query_interval", "token_at"]
 
 
 @triton.jit
 def token_at(
     TABLES, x0, x1, x2, valid, longest, G1, G2, OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr
 ):  # fmt: skip
-    """Raster index of the token at these places; under dilation a table tells the coordinate at a place."""
+    """Raster index of the token at these positions; with dilation a table maps positions to coordinates."""
     if OR0:
         x0 = tl.load(TABLES + x0, mask=valid, other=0)
     if OR1:
@@ -24,16 +24,16 @@ def token_at(
 
 
 @triton.jit
-def query_run(TABLES, axis: tl.constexpr, place, length, longest):
-    """Middle and half length of the run of places that queries see along an axis (halves are exact)."""
+def query_interval(TABLES, axis: tl.constexpr, place, length, longest):
+    """Centre and half length of the interval of positions visible to queries along an axis (halves are exact)."""
     first = tl.load(TABLES + (3 * axis + 1) * longest + place, mask=place < length, other=0).to(tl.float32)
     last = tl.load(TABLES + (3 * axis + 2) * longest + place, mask=place < length, other=0).to(tl.float32)
     return (first + last) * 0.5, (last - first) * 0.5
 
 
 @triton.jit
-def in_run(k, middle, half, KEYS_FIRST: tl.constexpr):
-    """(queries, keys), or turned over: whether a key's place lies in a query's run."""
+def in_interval(k, middle, half, KEYS_FIRST: tl.constexpr):
+    """Whether the position of a key lies in the interval of a query: (queries, keys), transposed with KEYS_FIRST."""
     k = k.to(tl.float32)
     if KEYS_FIRST:
         return tl.abs(k[:, None] - middle[None, :]) <= half[None, :]
@@ -54,10 +54,10 @@ def ball_weights(BALL, w0, w1, w2, limit, COST: tl.constexpr):
 def in_ball(
     x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, COST: tl.constexpr
 ):
-    """(n, m): whether w·(x - y)² < limit, for tokens at x (m,) and at y (n,).
+    """Whether w·(x - y)² < limit, for tokens at x (m,) and at y (n,): (n, m).
 
-    COST 0: the weights are one; the square is multiplied out, x² - 2 x y < limit - y², two operations an axis and
-    exact in float32. COST 1 in float32, COST 2 in float64, as it stands.
+    COST 0: the weights are 1; the square is expanded to x² - 2 x y < limit - y², two operations per axis and exact in
+    float32. COST 1 in float32 and COST 2 in float64, without expansion.
     """
     if COST == 0:
         near = x1 * 0.0

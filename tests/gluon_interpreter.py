@@ -1,9 +1,9 @@
-"""Runs the Hopper kernel, which is written in Gluon, on the CPU: its partitions as threads, shared memory as arrays.
+"""Interpreter of the Gluon kernel for Hopper on the CPU: its partitions are threads, shared memory is arrays.
 
-Triton's interpreter does not know Gluon. Here every function of the kernel runs as the Python that it is, with other
-things behind `gl`, `mbarrier` and so on. Arithmetic is float32 and products are done when they are begun, so what is
-tested is which keys, values and queries meet, in which order barriers are waited for (a program that would wait for
-ever raises), and that nothing is read or written outside a tensor; not rounding, layouts or races.
+Triton's interpreter does not support Gluon. This one runs each function of the kernel as plain Python, with substitutes
+for `gl`, `mbarrier` and so on. Arithmetic is float32 and products complete when they are issued. It therefore tests
+which keys, values and queries are combined, the order of barrier waits (a deadlock raises), and that no access is out
+of bounds; not rounding, layouts or races.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-PATIENCE = 20.0  # seconds that a barrier may take
+PATIENCE = 20.0  # timeout of a barrier in seconds
 
 
 class Value(np.ndarray):
-    """A number or a block of numbers in a kernel."""
+    """Scalar or block in a kernel."""
 
     type = types.SimpleNamespace(layout=None)
 
@@ -32,7 +32,7 @@ def value(x: Any) -> Value:
 
 
 class Pointer:
-    """Into the memory of a tensor, as elements from its first on."""
+    """Pointer into the memory of a tensor, in elements from its first one."""
 
     def __init__(self, memory: np.ndarray, offset: Any = 0) -> None:
         self.memory, self.offset = memory, offset
@@ -43,13 +43,13 @@ class Pointer:
 
 
 def memory_of(x: torch.Tensor) -> torch.Tensor:
-    """All that lies behind the first element of a tensor, whatever its strides."""
+    """Memory behind the first element of a tensor, ignoring its strides."""
     length = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     return x.as_strided((length,), (1,))
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all have arrived and all bytes have come."""
+    """An mbarrier: a phase completes when all arrivals and all bytes have been counted."""
 
     lock = threading.Condition()
 
@@ -117,7 +117,8 @@ class _Mbarrier:
 
 
 def _copy(descriptor: Any, h: Any, x0: Any, x1: Any, x2: Any, bar: Barrier, slot: Memory, first: int, box: Any) -> None:
-    """A box to the rows from ``first`` on of a slot; zeros off the tensor. (The kernel's goes 64 columns at a time.)"""
+    """Copy a box to the rows from ``first`` on of a slot; zeros off the tensor. (The kernel copies 64 columns at a
+    time.)"""
     base = descriptor.base
     whole = memory_of(base).as_strided(descriptor.shape, descriptor.strides, base.storage_offset())
     corner = [int(x) for x in ((h, x0, x1, x2) if len(box) == 5 else (h, x0))]
@@ -155,7 +156,7 @@ def _product(a: Any, b: Memory, acc: Value, use_acc: Any = True, is_async: bool 
 
 
 class _Run:
-    """One launch: what differs between programs, and how partitions run."""
+    """State of one launch: the current program, and the runner of partitions."""
 
     def __init__(self, programs: int) -> None:
         self.programs, self.program, self.errors = programs, 0, []  # type: ignore[var-annotated]
@@ -180,7 +181,7 @@ def _language(run: _Run) -> Any:
     def allocate(dtype: Any, shape: list[int], layout: Any) -> Memory:
         if layout == "barrier":
             return Memory([Barrier() for _ in range(shape[0])])
-        return Memory(np.full(shape, np.nan, np.float32))  # what is read before it was fetched shows
+        return Memory(np.full(shape, np.nan, np.float32))  # NaN reveals reads before the copy
 
     def unary(function: Any) -> Any:
         return lambda x, *axis: value(function(x, *axis))
@@ -205,7 +206,7 @@ def _language(run: _Run) -> Any:
 
 
 class Interpreted:
-    """Stands for the kernel: ``Interpreted(kernel, *modules)[(programs,)](...)`` runs one program after the other."""
+    """Stand-in for the kernel: ``Interpreted(kernel, *modules)[(programs,)](...)`` runs the programs in sequence."""
 
     def __init__(self, kernel: Any, *modules: Any) -> None:
         self.kernel, self.modules, self.launches = kernel, modules, 0

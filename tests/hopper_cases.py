@@ -1,4 +1,4 @@
-"""Calls of the block-sparse core that Hopper's own kernel takes: for the GPU, and for an interpreter off it."""
+"""Calls of the block-sparse core that the Hopper kernel supports: for the GPU, and for an interpreter off it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
 
 
 def lists(grid, q_box, k_box, n):
-    """n different key boxes for each query box of two times two heads, in ascending order."""
+    """Plans with n distinct key tiles per query tile of two times two heads, in ascending order."""
 
     def make(device):
         q, kv = Tiling.of(grid, q_box), Tiling.of(grid, k_box)
@@ -28,27 +28,27 @@ def window(*axes, limit=1.0, keys=64):
 
 
 N, B = NeighborhoodAxis, BallAxis
-# the plan, tokens before and after the grid, key heads of two, matrices of the linear branch a head, pooled tokens
+# plan, tokens before and after the grid, key heads (of two query heads), states per head, pooled tokens
 HOPPER_CASES = {
-    "short last box": (lists((1000,), (128,), (64,), 5), (0, 0), 2, 0, 0),
-    "boxes of 128, one step": (lists((1000,), (128,), (128,), 1), (0, 0), 1, 0, 0),
-    "ragged boxes of 128": (lists((30, 30), (8, 16), (8, 16), 3), (0, 0), 2, 0, 0),
+    "short last tile": (lists((1000,), (128,), (64,), 5), (0, 0), 2, 0, 0),
+    "tiles of 128, one step": (lists((1000,), (128,), (128,), 1), (0, 0), 1, 0, 0),
+    "ragged tiles of 128": (lists((30, 30), (8, 16), (8, 16), 3), (0, 0), 2, 0, 0),
     "linear branch": (lists((1000,), (128,), (64,), 6), (0, 0), 2, 1, 0),
-    "linear branch by box, text": (lists((6, 12, 20), (2, 8, 8), (2, 4, 8), 7), (7, 13), 2, 90, 0),
+    "linear branch by tile, global tokens": (lists((6, 12, 20), (2, 8, 8), (2, 4, 8), 7), (7, 13), 2, 90, 0),
     "linear branch, ragged in 3-D": (lists((5, 20, 12), (2, 8, 8), (4, 4, 4), 6), (0, 0), 2, 90, 0),
-    "full boxes": (window(N(6, 4, 2, 1, False), N(16, 8, 8, 1, False), N(24, 8, 8, 1, False)), (0, 0), 1, 0, 0),
-    "run, causal run": (window(N(40, 15, 2, 1, False), N(56, 17, 3, 1, True), keys=128), (5, 3), 2, 0, 0),
+    "full tiles": (window(N(6, 4, 2, 1, False), N(16, 8, 8, 1, False), N(24, 8, 8, 1, False)), (0, 0), 1, 0, 0),
+    "interval, causal interval": (window(N(40, 15, 2, 1, False), N(56, 17, 3, 1, True), keys=128), (5, 3), 2, 0, 0),
     "circle": (window(B(40, 8, 1.0), B(56, 8, 1.0), limit=56.25), (5, 300), 1, 0, 0),
-    "circle, boxes of 128": (window(B(41, 8, 1.0), B(55, 8, 1.0), limit=56.25, keys=128), (200, 0), 2, 0, 0),
+    "circle, tiles of 128": (window(B(41, 8, 1.0), B(55, 8, 1.0), limit=56.25, keys=128), (200, 0), 2, 0, 0),
     "ellipsoid, pooled": (window(B(5, 2, 1.0), B(19, 5, 0.3), B(23, 6, 0.2), limit=7.3), (5, 3), 1, 0, 70),
-    "circle, pooled, no text": (window(B(40, 8, 1.0), B(56, 8, 1.0), limit=56.25), (0, 0), 2, 0, 150),
+    "circle, pooled, no global tokens": (window(B(40, 8, 1.0), B(56, 8, 1.0), limit=56.25), (0, 0), 2, 0, 150),
 }
 
 
 @dataclass
 class Call:
-    """A call of the core. As a function it attends, and gives output and log-sum-exp: with the inputs cast to a dtype,
-    and the kernel built by a configuration or as the GPU takes it."""
+    """Call of the core. It returns output and log-sum-exp, with the inputs cast to a dtype, and with a given launch
+    configuration or the one chosen for the GPU."""
 
     tensors: list[torch.Tensor]
     plan: BlockPlan
@@ -63,7 +63,7 @@ class Call:
         linear = self.linear and replace(self.linear, state=cast(self.linear.state), bias=cast(self.linear.bias))
         return block_sparse_attention(
             *map(cast, self.tensors), self.plan, scale=self.tensors[0].shape[-1] ** -0.5,
-            before=(self.before, self.before), extra=(*map(cast, self.pooled), None) if self.pooled else None,
+            before=(self.before, self.before), pooled=(*map(cast, self.pooled), None) if self.pooled else None,
             return_lse=True, config=config, linear=linear,
         )  # fmt: skip
 

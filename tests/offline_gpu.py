@@ -1,4 +1,4 @@
-"""Builds Triton kernels for GPUs that are not there: what a launch would compile, for any target, on any machine."""
+"""Offline compilation of Triton kernels: compiles what a launch would compile, for any target, on any machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS = {
 
 
 class _Driver:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compilation needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -41,7 +41,7 @@ class _Driver:
 
 @contextmanager
 def target(name: str):
-    """Inside, kernels are compiled for this target; they cannot be launched."""
+    """Compile kernels for this target inside the context; they cannot be launched."""
     old = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Driver(TARGETS[name]))
     try:
@@ -51,7 +51,7 @@ def target(name: str):
 
 
 def resources(kernel) -> dict[str, int]:
-    """Registers a thread and bytes spilled of a kernel built for an NVIDIA GPU, and its shared memory."""
+    """Registers per thread, spilled bytes and shared memory of a kernel built for an NVIDIA GPU."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

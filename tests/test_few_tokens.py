@@ -1,5 +1,5 @@
-"""One to three tokens, one block: every mechanism in Triton's interpreter, and built for a GPU that is not there, where
-a size of 1 is a constant."""
+"""One to three tokens in one block: every mechanism in Triton's interpreter, and compiled offline, where a size of 1 is
+specialized to a constant."""
 
 import pytest
 import torch
@@ -27,11 +27,11 @@ for found in pkgutil.iter_modules(dit_accel.kernels.__path__):
                 setattr(module, name, offline(getattr(module, name)))
             elif name == "check_inputs":
                 module.check_inputs = lambda query: None
-def run(forward, backward, *learned, n, before=0, heads=1, dim=16, real=None, **options):
+def run(forward, backward, *learned, n, before=0, heads=1, dim=16, key_mask=None, **options):
     x = torch.zeros(1, heads, before + n, dim, dtype=torch.float16)
     more = {"layout": TokenLayout((n,), before), "scale": 0.1, **options}
-    out, lse = forward(x, x, x, real, *learned, **more)
-    backward(x, out, lse, x, x, x, real, *learned, **more)
+    out, lse = forward(x, x, x, key_mask, *learned, **more)
+    backward(x, out, lse, x, x, x, key_mask, *learned, **more)
 sla = {"critical": 1.0, "negligible": 0.0, "block_q": 64, "block_kv": 64, "smooth_key": False, "tile_order": False}
 llsa = {"block_size": 2, "topk": 1, "enrich": True}
 def call(name, **size):
@@ -44,9 +44,9 @@ def call(name, **size):
     elif name == "llsa":
         run(_llsa_triton.llsa_attention_triton, _llsa_triton.llsa_attention_triton_backward, levels=2, **llsa, **size)
     elif name == "gna":
-        run(gna._COMPUTE["triton"], gna._derive, window=1, stride=1, dilation=1, is_causal=False, **size)
+        run(gna._COMPUTE["triton"], gna._backward, window=1, stride=1, dilation=1, is_causal=False, **size)
     else:
-        run(clear._COMPUTE["triton"], clear._derive, None, radius=1.0, down_factor=1, **size)
+        run(clear._COMPUTE["triton"], clear._backward, None, radius=1.0, down_factor=1, **size)
 with offline_gpu.target("sm_90"):
     for n in map(int, sys.argv[2].split(",")):
         for more in map(eval, sys.argv[3:]):

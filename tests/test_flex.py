@@ -1,4 +1,4 @@
-"""Torch's FlexAttention: the same plans as the kernels', the numbers of the torch path and of the references."""
+"""The FlexAttention backend: block masks of plans, and agreement with the torch backend and the references."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_flex_agrees_with_the_torch_path(case, masked):
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_through_flex_are_those_of_torch():
+def test_gradients_through_flex_equal_torch():
     layout, grads = L((12, 14)), []
     for backend in ("flex", "torch"):
         tensors = [x.requires_grad_() for x in inputs(layout)]
@@ -110,7 +110,7 @@ def test_sla_by_flex_agrees_with_the_reference(layout, options, masked, given):
     mask |= torch.tensor(not masked)
     more |= {"key_mask": mask} if masked else {}
     exact = sla.reference(*tensors, layout, **options, **more)
-    rows = mask[:, None, :, None]  # which blocks are near is not defined for a block of queries that are all padding
+    rows = mask[:, None, :, None]  # the selection is undefined for a query block that is all padding
     out = sla_attention(*tensors, layout, backend="flex", **options, **more)
     close(out, exact, rows)
     torch.testing.assert_close(out, sla_attention(*tensors, layout, backend="torch", **options, **more))
@@ -119,7 +119,7 @@ def test_sla_by_flex_agrees_with_the_reference(layout, options, masked, given):
     close(out.double(), exact, rows)
 
 
-def test_rows_that_see_no_key_are_0_and_what_is_hidden_does_not_leak():
+def test_masked_keys_do_not_leak_and_empty_rows_are_zero():
     layout, options = L((6, 7), 3), {"block_q": 16, "block_kv": 8, "critical": 0.4, "tile_order": True}
     tensors, mask = inputs(layout), torch.rand(2, layout.seq_len) > 0.3
     mask[0] = False
@@ -134,7 +134,7 @@ def test_rows_that_see_no_key_are_0_and_what_is_hidden_does_not_leak():
     torch.testing.assert_close(out, right, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_through_slas_flex_are_those_of_torch():
+def test_sla_gradients_through_flex_equal_torch():
     layout, grads = L((10, 9), 4), []
     for backend in ("flex", "torch"):
         weight = learned(True)["weight"].float().requires_grad_()
@@ -149,21 +149,23 @@ def test_gradients_through_slas_flex_are_those_of_torch():
 
 @pytest.mark.parametrize("masked", [False, True], ids=["no padding", "padding"])
 @pytest.mark.parametrize("layout, options", SLA_CASES, ids=str)
-def test_block_lists_of_sla_hold_what_is_seen(layout, options, masked, monkeypatch):
-    """The compiled kernel visits listed blocks and asks about partial ones; the eager one asks about every logit."""
+def test_sla_block_lists_cover_all_visible_keys(layout, options, masked, monkeypatch):
+    """The compiled kernel visits listed blocks and applies mask_mod to partial ones; the eager one to every logit."""
     masks = []
 
-    def recorded(query, key, value, plan, *, scale, before, real):
-        masks.append(plan.to_block_mask((layout.seq_len,) * 2, before, real=real, heads=query.shape[1]).block_mask)
-        return block_sparse_flex(query, key, value, plan, scale=scale, before=before, real=real)
+    def recorded(query, key, value, plan, *, scale, before, key_mask):
+        masks.append(
+            plan.to_block_mask((layout.seq_len,) * 2, before, key_mask=key_mask, heads=query.shape[1]).block_mask
+        )
+        return block_sparse_flex(query, key, value, plan, scale=scale, before=before, key_mask=key_mask)
 
     monkeypatch.setattr("dit_accel.kernels.block_sparse_flex.block_sparse_flex", recorded)
-    real = torch.rand(2, layout.seq_len) > 0.3 if masked else None
-    sla_attention(*inputs(layout), layout, key_mask=real, backend="flex", **options)
+    key_mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
+    sla_attention(*inputs(layout), layout, key_mask=key_mask, backend="flex", **options)
     [mask] = masks
     (q_len, k_len), (q_side, k_side) = mask.seq_lengths, mask.BLOCK_SIZE
     b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 2, q_len, k_len)), indexing="ij")
-    seen = mask.mask_mod(b, h, q, k).unflatten(3, (-1, k_side)).unflatten(2, (-1, q_side))
+    visible = mask.mask_mod(b, h, q, k).unflatten(3, (-1, k_side)).unflatten(2, (-1, q_side))
     lists = [(mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)]
     listed = []
     for counts, indices in lists:
@@ -171,11 +173,11 @@ def test_block_lists_of_sla_hold_what_is_seen(layout, options, masked, monkeypat
         listed.append(torch.zeros(first.shape, dtype=torch.bool).scatter_(-1, indices.long(), first))
     partial, full = listed
     assert not (partial & full).any() and full.any() == (not masked and k_side == options.get("block_kv", 64))
-    assert torch.equal(full & seen.all(-1).all(-2), full.expand(2, 2, -1, -1))
-    assert not (seen.any(-1).any(-2) & ~(partial | full)).any()
+    assert torch.equal(full & visible.all(-1).all(-2), full.expand(2, 2, -1, -1))
+    assert not (visible.any(-1).any(-2) & ~(partial | full)).any()
 
 
-def test_the_compiled_kernels_tiles_divide_the_blocks():
+def test_compiled_kernel_tiles_divide_the_blocks():
     for volumes in ((64, 64), (128, 64), (20, 36), (7, 200), (129, 2)):
         for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 40), (torch.float32, 256)):
             sides = mask_of(volumes).BLOCK_SIZE
@@ -195,7 +197,7 @@ def mask_of(volumes):
     return flex_mask(plan, (500, 500)).block_mask
 
 
-def test_what_flex_cannot_take_is_refused():
+def test_unsupported_flex_inputs_are_refused():
     tiling = Tiling.of((64,), (32,))
     ones = torch.ones(6, 2, dtype=torch.int32)
     plan = BlockPlan(tiling, tiling, torch.zeros(6, 2, 1, dtype=torch.int32), None, ones)

@@ -1,4 +1,4 @@
-"""The four functions and their references against an independent float64 implementation."""
+"""The four functions and their references compared with an independent float64 implementation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FUNCTIONS = {
 }
 INF = math.inf
 
-# (mechanism, grid, options, what the oracle is told in place of what it should not have to work out)
+# (mechanism, grid, options, options given to the oracle, which should not compute them itself)
 CASES = [
     ("gna", (63,), {"window": 9, "stride": 4}, {}),
     ("gna", (7, 9), {"window": 3}, {}),
@@ -65,7 +65,7 @@ CASES = [
 
 def inputs(layout, dim, *, batch=2, heads=None, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    heads = heads or (2 if layout.grid_len < 150 else 1)  # the oracle takes its time
+    heads = heads or (2 if layout.grid_len < 150 else 1)  # the oracle is slow
     return [torch.randn(batch, heads, layout.seq_len, dim, generator=generator).to(dtype) for _ in range(3)]
 
 
@@ -80,7 +80,7 @@ def learned(name, options, dim, seed=1):
 
 
 def padding(layout, batch=2, seed=2):
-    """Scattered holes, a whole stretch hidden in the first element, the end in the second."""
+    """Scattered gaps, a long masked interval in the first element, masked keys at the end in the second."""
     mask = torch.rand(batch, layout.seq_len, generator=torch.Generator().manual_seed(seed)) > 0.15
     mask[0, layout.seq_len // 3 : layout.seq_len // 2] = False
     mask[1, -layout.seq_len // 5 :] = False
@@ -98,7 +98,7 @@ def check(name, qkv, layout, options, told, *, rows=None):
     for function in FUNCTIONS[name]:
         got = function(*qkv, layout, **options).double()
         error = (got - want).abs()
-        if rows is not None:  # which blocks are near is not defined for a block of queries that are all padding
+        if rows is not None:  # the selection is undefined for a query block that is all padding
             error = error * rows[:, None, :, None]
         assert float(error.max() / want.abs().max()) < 1e-5, function.__module__ + "." + function.__name__
 
@@ -163,7 +163,7 @@ def test_any_strides(name, grid, options, told):
     want = FUNCTIONS[name][0](*qkv, layout, **options)
     q, k, v = qkv
     views = [
-        q.transpose(1, 2).contiguous().transpose(1, 2),  # as a projection leaves it
+        q.transpose(1, 2).contiguous().transpose(1, 2),  # strides as after a projection
         k.transpose(-1, -2).contiguous().transpose(-1, -2),
         torch.stack([v, v], -1).flatten(-2)[..., ::2],
     ]
@@ -227,8 +227,8 @@ def test_float64_is_exact_to_float64(name, grid, options, told):
 
 
 @pytest.mark.parametrize("linear_over", ["marginal", "all"])
-def test_one_picture_whose_padding_empties_a_block(linear_over):
-    """Blocks are all full and the batch is one, but fewer blocks count than there are."""
+def test_single_element_with_a_fully_padded_block(linear_over):
+    """All blocks are full and the batch size is 1, but fewer blocks count than exist."""
     layout = TokenLayout((40,), 0, 2)
     mask = torch.ones(1, layout.seq_len, dtype=torch.bool)
     mask[0, 8:12] = False
@@ -237,13 +237,13 @@ def test_one_picture_whose_padding_empties_a_block(linear_over):
     check("sla", inputs(layout, 16, batch=1), layout, options, {}, rows=mask)
 
 
-def test_equal_scores_are_not_critical_and_negligible_at_once():
+def test_equal_scores_are_never_critical_and_negligible():
     """Queries of zero: whichever blocks are critical, half of the eight are marginal."""
     layout = TokenLayout((64,))
     _, key, _ = inputs(layout, 8, batch=1, heads=1)
     query = torch.zeros_like(key)
     options = {"block_q": 8, "block_kv": 8, "critical": 0.25, "negligible": 0.25}
-    place = torch.zeros_like(key)  # which block a value comes from, in its column
+    place = torch.zeros_like(key)  # the column encodes the block of a value
     place.view(8, 8, 8)[torch.arange(8), :, torch.arange(8)] = 1
     sparse = sla.sla_attention(query, key, place, layout, **options)
     both = sla.sla_attention(query, key, place, layout, weight=torch.eye(8), **options)
@@ -267,7 +267,7 @@ def test_a_tiny_circle_holds_the_token_itself(radius):
 @pytest.mark.parametrize("backend", ["torch", "triton", "flex"])
 @pytest.mark.parametrize("name, grid, options, told", [CASES[2], CASES[11], CASES[16], CASES[22]])
 def test_scales_of_any_sign(name, grid, options, told, backend):
-    """Which blocks are chosen depends on the scores alone, whatever the scale."""
+    """The selection depends on the scores only, for any scale."""
     if name == "llsa" and backend == "flex":
         pytest.skip("LLSA has no such backend")
     if backend == "triton" and torch.cuda.is_available():
@@ -296,7 +296,7 @@ BORDERS = [
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "flex"])
 @pytest.mark.parametrize("grid, radius", BORDERS)
-def test_a_key_on_the_border_is_not_seen(grid, radius, backend):
+def test_key_on_the_border_is_masked(grid, radius, backend):
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("the tensors are on the CPU")
     layout = TokenLayout(grid)
@@ -307,9 +307,9 @@ def test_a_key_on_the_border_is_not_seen(grid, radius, backend):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "decimal"])
-def test_every_ball_tells_inside_from_outside_exactly(whole):
-    """In float64, which the torch path, Flex and the kernels of a ball that is not `exact` compare in; else in float32
-    as well."""
+def test_balls_separate_inside_from_outside_exactly(whole):
+    """Checked in float64, in which the torch path, Flex and kernels with a ball that is not `exact` compare; otherwise
+    in float32, too."""
     layout, unit = TokenLayout((24, 25)), 1 if whole else 10
     place = torch.arange(25)
     for r0, r1 in itertools.product(range(1, 25) if whole else range(10, 70, 7), repeat=2):
@@ -324,7 +324,7 @@ def test_every_ball_tells_inside_from_outside_exactly(whole):
 
 @pytest.mark.parametrize("shape", [(0, 2), (1, 0)])
 @pytest.mark.parametrize("name, options", OPEN[:2] + OPEN[4:5] + OPEN[6:7])
-def test_nothing_in_nothing_out(name, options, shape):
+def test_empty_inputs_give_empty_outputs(name, options, shape):
     layout = TokenLayout((3, 5, 7))
     qkv = [torch.zeros(*shape, layout.seq_len, 8, requires_grad=True) for _ in range(3)]
     out = FUNCTIONS[name][0](*qkv, layout, **options)

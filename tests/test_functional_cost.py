@@ -1,4 +1,4 @@
-"""The functions are faster than dense attention, and their memory grows as the logits that they compute."""
+"""The functions are faster than dense attention, and their memory grows with the number of computed logits."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def test_faster_than_dense_at_4096_tokens(name):
     layout = TokenLayout((64, 64))
     q, k, v = (torch.randn(1, 8, 4096, 64) for _ in range(3))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more, a busy machine is measured: every small step waits for its slowest thread
+    torch.set_num_threads(1)  # more threads would measure the load of the machine
     pair = (lambda: function(q, k, v, layout, **options), lambda: F.scaled_dot_product_attention(q, k, v))
     for run in pair:
         run()
-    times = [[seconds(run) for run in pair] for _ in range(5)]  # interleaved: other load hits both
+    times = [[seconds(run) for run in pair] for _ in range(5)]  # interleaved, so that other load affects both
     torch.set_num_threads(threads)
     ours, dense = (statistics.median(column) for column in zip(*times, strict=True))
     assert ours < dense, f"{name}: {ours:.3f} s, dense {dense:.3f} s"
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all storages made inside, at most at once."""
+    """Peak bytes of all storages allocated inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def peak(function, options, side, *, backward):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("name", GROWING)
 def test_memory_grows_as_the_tokens_at_a_fixed_window(name, backward):
-    """Four times the tokens: about four times the memory, where (S, S) would take sixteen times."""
+    """Four times the tokens take about four times the memory; (S, S) would take sixteen times."""
     function, options = GROWING[name]
     small, large = (peak(function, options, side, backward=backward) for side in (40, 80))
     assert large < 5 * small

@@ -1,4 +1,4 @@
-"""Bad input is refused before any work, with what came and what to do."""
+"""Invalid input is refused before any work, with messages that say what came and what to do."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_windows_need_a_layout(function):
 
 
 def test_pooling_needs_two_axes():
-    with pytest.raises(ValueError, match="down_factor 2 pools patches of two axes"):
+    with pytest.raises(ValueError, match="down_factor 2 pools tiles of two axes"):
         clear_attention(*qkv(), TokenLayout((48,), 2), radius=3, down_factor=2)
 
 

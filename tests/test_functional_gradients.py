@@ -1,4 +1,4 @@
-"""Gradients of the four functions, learned tensors, text and padding included."""
+"""Gradients of the four functions, with learned tensors, global tokens and padding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FORWARD_MODES = {
 @pytest.mark.parametrize("mode", FORWARD_MODES)
 @pytest.mark.parametrize("function, reference, options, learned", [CASES[0], CASES[3], CASES[4], CASES[6]])
 def test_forward_mode_is_refused(function, reference, options, learned, mode):
-    """With a tangent of any argument: torch would give a derivative of 0."""
+    """Tangents of any argument are refused: torch would return a derivative of 0."""
     tensors = [x.detach() for x in make([(1, 1, LAYOUT.seq_len, 4)] * 3 + list(learned.values()))]
     attend = call(function, options, list(learned), None)
     places = range(len(tensors)) if mode == "jvp" else [0]
@@ -72,7 +72,7 @@ def call(function, options, names, mask):
 def holes():
     mask = torch.ones(2, LAYOUT.seq_len, dtype=torch.bool)
     mask[0, [1, 4, 9]] = False
-    mask[1] = False  # rows that may see no key
+    mask[1] = False  # rows without a visible key
     return mask
 
 
@@ -98,7 +98,7 @@ def test_same_gradients_as_the_reference(function, reference, options, learned):
 
 @pytest.mark.parametrize("function, reference, options, learned", CASES)
 def test_garbage_in_padding_does_not_leak(function, reference, options, learned):
-    """NaN keys and values behind the mask, and an element that is all padding: zeros and finite gradients."""
+    """NaN in masked keys and values, and an element that is all padding, give zeros and finite gradients."""
     tensors = make([(2, 2, LAYOUT.seq_len, 4)] * 3 + list(learned.values()))
     mask = holes()
     dirty = [x.detach().clone() for x in tensors]

@@ -95,7 +95,7 @@ def test_dynamic_sizes_compile_once(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_sizes_read_from_data(name):
-    """Grid lengths that tracing cannot know (``img_ids.max().item()``)."""
+    """Grid lengths that are unknown while tracing (``img_ids.max().item()``)."""
     torch._dynamo.reset()
     function = attend(name, TokenLayout((1,), 3, 2))
 
@@ -140,7 +140,7 @@ def test_autocast_changes_nothing_inside(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_train_after_inference_mode(name):
-    """What inference cached (plans, trees) must serve training."""
+    """Plans and trees cached in inference mode are usable in training."""
     module, options, learned = CASES[name]
     layout = TokenLayout((9, 5), 1)
     qkv = inputs(layout)
@@ -153,7 +153,7 @@ def test_train_after_inference_mode(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_first_so_that_the_host_need_not_copy(name):
+def test_output_has_tokens_first_in_memory(name):
     module, options, learned = CASES[name]
     layout = TokenLayout((6, 7))
     out = module._attend(*inputs(layout, requires_grad=False), layout, **options, **learned)

@@ -1,4 +1,4 @@
-"""What must hold whatever the data: batches, windows, counts of logits, options shrunk to small layouts."""
+"""Properties that hold for any data: batches, windows, counts of logits, options shrunk to small layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ layouts = st.builds(TokenLayout, grids, st.integers(0, 3), st.integers(0, 3))
 
 @st.composite
 def calls(draw):
-    """A function, a layout and options that suit it."""
+    """A function, a layout and matching options."""
     function, layout = draw(st.sampled_from(FUNCTIONS)), draw(layouts)
     if function is gna.gna_attention:
         windows = [draw(st.integers(1, n)) for n in layout.grid]
@@ -88,7 +88,7 @@ def test_permuting_the_batch_permutes_the_output(call, order):
 @quick
 @given(calls())
 def test_one_value_everywhere_comes_back(call):
-    """Weights of a softmax add up to one."""
+    """Softmax weights add up to one."""
     function, layout, options = call
     q, k, v = qkv(layout)
     options = {name: x for name, x in options.items() if name != "weight"}
@@ -107,7 +107,7 @@ def test_keys_outside_the_window_do_not_matter(layout, data):
     )
     q, k, v = qkv(layout, batch=1)
     query = data.draw(st.integers(layout.before, layout.before + layout.grid_len - 1))
-    seen = (
+    visible = (
         MODULES[function].reference(
             torch.zeros_like(q[..., :1]).expand(1, 2, -1, layout.seq_len),
             k.new_zeros(1, 2, layout.seq_len, layout.seq_len),
@@ -119,17 +119,17 @@ def test_keys_outside_the_window_do_not_matter(layout, data):
     )
     out = function(q, k, v, layout, **options)[:, :, query]
     for x in (k, v):
-        x[:, :, ~seen] = 100
+        x[:, :, ~visible] = 100
     torch.testing.assert_close(function(q, k, v, layout, **options)[:, :, query], out)
 
 
 @quick
 @given(calls())
 def test_counted_logits_are_those_of_the_mask(call):
-    """Zero queries weigh all keys alike: 1 / a row's largest weight is the number of logits in that row."""
+    """Zero queries weigh all keys equally: 1 / the largest weight of a row is its number of logits."""
     function, layout, options = call
     if function in (sla.sla_attention, llsa.llsa_attention):
-        return  # what is kept there depends on the data: see below
+        return  # the kept blocks depend on the data: see below
     counted = MODULES[function].count_logits(layout, **options)
     length = layout.seq_len
     zeros, eye = torch.zeros(1, 1, length, length), torch.eye(length)[None, None]

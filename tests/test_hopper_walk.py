@@ -1,5 +1,5 @@
-"""The Hopper kernel, run by `gluon_interpreter`: which keys, values and queries meet, and that no barrier is waited for
-in vain. What a GPU alone can tell is in tests/gpu."""
+"""The Hopper kernel in `gluon_interpreter`: which keys, values and queries are combined, and that no barrier deadlocks.
+Properties that need a GPU are tested in tests/gpu."""
 
 import pytest
 import torch
@@ -17,64 +17,65 @@ from dit_accel.kernels import (
 MODULES = (block_sparse_hopper_walk, block_sparse_hopper_fetch, block_sparse_hopper_kernel)
 
 
-def places_of(grid):
-    """(N, 3) place of each token of a grid in raster order."""
+def positions_of(grid):
+    """Position (N, 3) of each token of a grid in raster order."""
     return torch.cartesian_prod(*(torch.arange(n) for n in grid))
 
 
-def boxes_of(tiling):
-    """(N,) number of the box of each token of a grid."""
-    box = places_of(tiling.grid) // torch.tensor(tiling.box)
+def tile_indices(tiling):
+    """Tile index (N,) of each token of a grid."""
+    box = positions_of(tiling.grid) // torch.tensor(tiling.box)
     _, n1, n2 = tiling.counts
     return (box[:, 0] * n1 + box[:, 1]) * n2 + box[:, 2]
 
 
-def seen_by(plan):
-    """(1 or G, queries, keys) bool: what the plan shows of the grid."""
+def mask_of_plan(plan):
+    """Mask (1 or G, queries, keys) of a plan on the grid."""
     if plan.mask is None:
         shown = torch.zeros(len(plan.tiles), plan.q.n_tiles, plan.kv.n_tiles, dtype=torch.bool)
         shown.scatter_(2, plan.tiles.long(), True)
-        return shown[:, boxes_of(plan.q)][:, :, boxes_of(plan.kv)]
-    q, k = places_of(plan.q.grid), places_of(plan.kv.grid)
-    seen, cost = torch.ones(len(q), len(k), dtype=torch.bool), torch.zeros(len(q), len(k))
+        return shown[:, tile_indices(plan.q)][:, :, tile_indices(plan.kv)]
+    q, k = positions_of(plan.q.grid), positions_of(plan.kv.grid)
+    visible, cost = torch.ones(len(q), len(k), dtype=torch.bool), torch.zeros(len(q), len(k))
     for axis in range(3):
         _, first, last = plan.mask.tables[axis]
         if plan.mask.intervals[axis]:
-            seen &= (k[:, axis] >= first[q[:, axis], None]) & (k[:, axis] <= last[q[:, axis], None])
+            visible &= (k[:, axis] >= first[q[:, axis], None]) & (k[:, axis] <= last[q[:, axis], None])
         if plan.mask.weights:
             cost += plan.mask.weights[axis] * (k[:, axis] - q[:, axis, None]) ** 2
-    return (seen & (cost < plan.mask.limit) if plan.mask.weights else seen)[None]
+    return (visible & (cost < plan.mask.limit) if plan.mask.weights else visible)[None]
 
 
 def dense(call):
-    """Output and log-sum-exp from all logits, float64."""
+    """Output and log-sum-exp from all logits, in float64."""
     q, k, v = (x.double() for x in call.tensors)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     n, grid = q.shape[2], slice(call.before, call.before + call.plan.q.n_tokens)
-    seen = torch.ones(q.shape[0] * q.shape[1], n, n, dtype=torch.bool)
-    seen[:, grid, grid] = seen_by(call.plan)
+    visible = torch.ones(q.shape[0] * q.shape[1], n, n, dtype=torch.bool)
+    visible[:, grid, grid] = mask_of_plan(call.plan)
     if call.pooled:
         pk, pv = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in call.pooled)
         k, v = torch.cat([k, pk], 2), torch.cat([v, pv], 2)
         on_grid = torch.zeros(n, dtype=torch.bool)
         on_grid[grid] = True
-        seen = torch.cat([seen, on_grid[None, :, None].expand(len(seen), n, pk.shape[2])], 2)
-    logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen.view(*q.shape[:2], n, -1), -torch.inf)
+        visible = torch.cat([visible, on_grid[None, :, None].expand(len(visible), n, pk.shape[2])], 2)
+    logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible.view(*q.shape[:2], n, -1), -torch.inf)
     out, lse = torch.softmax(logits, -1) @ v, logits.logsumexp(-1)
     if call.linear:
         phi = torch.softmax(q[:, :, grid], -1).flatten(0, 1)
-        which = boxes_of(call.plan.q) if call.linear.state.shape[1] > 1 else torch.zeros(phi.shape[1], dtype=torch.long)
+        by_tile = call.linear.state.shape[1] > 1
+        which = tile_indices(call.plan.q) if by_tile else torch.zeros(phi.shape[1], dtype=torch.long)
         state, norm = call.linear.state.double(), call.linear.norm.double()
-        share = (phi * norm[:, which]).sum(-1) + call.linear.eps.double()[:, None]
+        denominator = (phi * norm[:, which]).sum(-1) + call.linear.eps.double()[:, None]
         part = torch.stack([phi[:, i, None] @ state[:, w] for i, w in enumerate(which.tolist())], 1)[:, :, 0]
-        out[:, :, grid] += (part / share[..., None] + call.linear.bias.double()).view_as(out[:, :, grid])
+        out[:, :, grid] += (part / denominator[..., None] + call.linear.bias.double()).view_as(out[:, :, grid])
     return out.float(), lse.float()
 
 
 @pytest.mark.parametrize(("dim", "processors"), [(128, 3), (64, 132)])
 @pytest.mark.parametrize("case", HOPPER_CASES)
 def test_walk_agrees_with_attention_over_all_logits(case, dim, processors, monkeypatch):
-    """On few processors each program takes many tiles, one after the other."""
+    """With few programs, each processes many tiles."""
     call = hopper_case(case, dim, torch.float16, "cpu")
     exact, exact_lse = dense(call)
     kernel = Interpreted(block_sparse_hopper_kernel.block_sparse_hopper_kernel, *MODULES)

@@ -110,7 +110,7 @@ def test_gradients_match_definition():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"layout": TokenLayout((3, 3), before=1)}, "1 tokens off the grid"),
+        ({"layout": TokenLayout((3, 3), before=1)}, "does not support global tokens, got 1 in layout"),
         ({"layout": TokenLayout((3, 4))}, "12 tokens but query has 10"),
         ({"backend": "triton"}, "linfusion does not support this backend; available: torch"),
         ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, r"must have shape \(B, S\) = \(2, 10\)"),

@@ -1,13 +1,13 @@
-"""LLSA's stages as Triton kernels, and the whole: on a GPU where there is one, else in Triton's interpreter. Against
-``llsa.reference`` in float64, which test_functional_agreement.py holds against an independent oracle.
-"""
+"""LLSA's Triton kernels, by stage and as a whole: on a GPU if there is one, else in Triton's interpreter. The expected
+values come from ``llsa.reference`` in float64, which test_functional_agreement.py compares with an independent
+oracle."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, on import
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, on import
 
 import math
 import subprocess
@@ -21,10 +21,10 @@ from dit_accel.functional import llsa_attention
 from dit_accel.kernels import llsa_select_triton
 from dit_accel.kernels.llsa_select_triton import select_tree
 from dit_accel.kernels.llsa_tree_triton import pool_tree
-from dit_accel.kernels.llsa_triton import Build, llsa_blocks_attention
+from dit_accel.kernels.llsa_triton import LaunchConfig, llsa_blocks_attention
 from dit_accel.mechanisms import llsa
 from dit_accel.mechanisms._llsa_triton import llsa_attention_triton
-from dit_accel.mechanisms._tree import make_tree, patch_shapes
+from dit_accel.mechanisms._tree import make_tree, tile_shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter's bf16 dot is wrong
@@ -63,7 +63,7 @@ padding = pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty is full of NaN, so that what a kernel fails to write, or reads unwritten, shows."""
+    """Fill torch.empty with NaN, so that unwritten outputs and reads of uninitialized memory show."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(4).isnan().all()
@@ -72,21 +72,21 @@ def poisoned_memory():
 
 
 def inputs(case, dtype=torch.float32, padded=False):
-    """(B, H, S, D) tensors and the mask. Of two elements the second has gaps and a stretch of padding, or, if there is
-    no text, nothing real at all; what must not be read is NaN."""
+    """Tensors (B, H, S, D) and the mask. The second of two elements has gaps and an interval of padding or, without
+    global tokens, no valid token; masked rows are NaN."""
     layout, dim, heads, tokens_first, options = CASES[case]
     batch = 1 + padded
     shape = (batch, layout.seq_len, heads, dim) if tokens_first else (batch, heads, layout.seq_len, dim)
     qkv = [torch.randn(shape).to(DEVICE, dtype) for _ in range(3)]
     qkv = [x.transpose(1, 2) if tokens_first else x for x in qkv]
-    real = None
+    key_mask = None
     if padded:
-        real = (torch.rand(batch, layout.seq_len) < 0.7).to(DEVICE)
-        real[0, layout.seq_len // 2 :] &= layout.seq_len < 9
-        real[1] &= layout.seq_len > layout.grid_len
+        key_mask = (torch.rand(batch, layout.seq_len) < 0.7).to(DEVICE)
+        key_mask[0, layout.seq_len // 2 :] &= layout.seq_len < 9
+        key_mask[1] &= layout.seq_len > layout.grid_len
         for x in qkv:
-            x.masked_fill_(~real[:, None, :, None], torch.nan)
-    return qkv, layout, real, options
+            x.masked_fill_(~key_mask[:, None, :, None], torch.nan)
+    return qkv, layout, key_mask, options
 
 
 def tree_of(layout, options):
@@ -94,26 +94,26 @@ def tree_of(layout, options):
     return [level.children for level in tree], [level.place for level in tree]
 
 
-def covered_by_level(layout, options, real, b):
-    """The tokens that each pooled token stands for, level 1 first; only the real ones."""
-    covered = llsa._covered(layout, patch_shapes(layout.grid, options["block_size"], options["levels"]))
-    return [[[t for t in node if real is None or real[b, t]] for node in level] for level in covered]
+def covered_by_level(layout, options, key_mask, b):
+    """Tokens covered by each pooled token, level 1 first; valid ones only."""
+    covered = llsa._covered(layout, tile_shapes(layout.grid, options["block_size"], options["levels"]))
+    return [[[t for t in node if key_mask is None or key_mask[b, t]] for node in level] for level in covered]
 
 
 def means(x, levels):
-    """(H, S, D) → of each level (H, n, D) float64."""
+    """Means (H, S, D) → (H, n, D) float64 for each level."""
     return [torch.stack([x[:, t].double().sum(1) / max(1, len(t)) for t in level], 1) for level in levels[1:]]
 
 
 @padding
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["2-D, text", "3-D, text before"])
-def test_pooled_tokens_are_means_of_real_tokens(case, dtype, padded):
-    (query, key, value), layout, real, options = inputs(case, dtype, padded)
-    pooled = pool_tree(query, key, value, tree_of(layout, options)[0], layout.before, real)
+def test_pooled_tokens_are_means_of_valid_tokens(case, dtype, padded):
+    (query, key, value), layout, key_mask, options = inputs(case, dtype, padded)
+    pooled = pool_tree(query, key, value, tree_of(layout, options)[0], layout.before, key_mask)
     assert len(pooled.number) == (len(query) if padded else 1)
     for b in range(len(query)):
-        levels = covered_by_level(layout, options, real, b)
+        levels = covered_by_level(layout, options, key_mask, b)
         for found, x in ((pooled.query, query), (pooled.key, key)):
             for mean, exact in zip(found, means(x[b], levels), strict=True):
                 torch.testing.assert_close(mean[b].double(), exact, atol=4e-7, rtol=0)
@@ -126,7 +126,7 @@ def test_pooled_tokens_are_means_of_real_tokens(case, dtype, padded):
         torch.testing.assert_close(pooled.weight[b if padded else 0], counts.log2())
 
 
-def test_without_values_only_what_the_selection_needs_is_pooled():
+def test_without_values_only_queries_and_keys_are_pooled():
     (query, key, value), layout, _, options = inputs("2-D, text")
     children = tree_of(layout, options)[0]
     alone, whole = (pool_tree(query, key, v, children, layout.before) for v in (None, value))
@@ -135,30 +135,30 @@ def test_without_values_only_what_the_selection_needs_is_pooled():
 
 
 def check_selection(case, padded):
-    """Against the choice of the reference, on means in float64."""
-    (query, key, value), layout, real, options = inputs(case, padded=padded)
+    """Compare the selection with that of the reference, on means in float64."""
+    (query, key, value), layout, key_mask, options = inputs(case, padded=padded)
     children, places = tree_of(layout, options)
-    pooled = pool_tree(query, key, value, children, layout.before, real)
-    (kept, *_), met = select_tree(pooled, children, places, options["topk"])
+    pooled = pool_tree(query, key, value, children, layout.before, key_mask)
+    (kept, *_), indices = select_tree(pooled, children, places, options["topk"])
     n_all, top = pooled.number.shape[1] - 1, pooled.rows[-1]
     assert kept.dtype == torch.int32 and kept.shape[:2] == (query[:, :, 0, 0].numel(), len(children[0]))
     for g in range(len(kept)):
         b, h = divmod(g, query.shape[1])
-        inside = covered_by_level(layout, options, real, b)
+        inside = covered_by_level(layout, options, key_mask, b)
         columns = [(l, i) for l in range(1, len(inside)) for i in range(len(inside[l]))]
-        covered = llsa._covered(layout, patch_shapes(layout.grid, options["block_size"], options["levels"]))
+        covered = llsa._covered(layout, tile_shapes(layout.grid, options["block_size"], options["levels"]))
         q, k = (torch.cat(means(x[b], inside), 1)[h] for x in (query, key))
         choices = llsa._choices(q, k, columns, inside, covered, options["topk"])
         owner = {t: i for i, node in enumerate(covered[2]) for t in node} if len(covered) > 2 else {}
-        for i, (tokens, fine, seen) in enumerate(choices):
-            if not inside[1][i]:  # what a block of padding keeps is not defined
+        for i, (tokens, fine, visible) in enumerate(choices):
+            if not inside[1][i]:  # the selection is undefined for a block that is all padding
                 continue
             own = [j for j in kept[g, i].tolist() if j >= 0]
             assert len(set(own)) == len(own)
             assert sorted(t for j in own for t in inside[1][j]) == sorted(fine)
-            listed = [j for j in met[g, owner[tokens[0]]].tolist() if j < n_all] if met is not None else []
+            listed = [j for j in indices[g, owner[tokens[0]]].tolist() if j < n_all] if indices is not None else []
             listed += [top + j for j, node in enumerate(inside[-1]) if node]
-            assert sorted(listed) == sorted(seen)
+            assert sorted(listed) == sorted(visible)
 
 
 @padding
@@ -174,7 +174,7 @@ def test_many_candidates_are_scored_one_block_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("grid", [(2, 12), (3, 3, 5), (4, 9), (1, 7), (2, 2, 6)])
 def test_index_tables_of_a_tree_are_contiguous(grid):
-    """The kernels do not read their strides."""
+    """Kernels do not read the strides of tables."""
     for block in (2, 3, 4, 6, 9, 10):
         for level in make_tree(grid, block, 3, torch.device("cpu")):
             assert level.children.is_contiguous() and level.place.is_contiguous()
@@ -202,7 +202,7 @@ def test_strided_index_tables_are_refused():
 
 
 @padding
-def test_a_large_top_level_is_chosen_from_by_itself(monkeypatch, padded):
+def test_large_top_level_is_selected_separately(monkeypatch, padded):
     monkeypatch.setattr(llsa_select_triton, "MAX_TILE", 1)
     check_selection("2-D, text", padded)
 
@@ -213,8 +213,8 @@ def test_too_many_candidates_are_an_error(monkeypatch):
         check_selection("whole, uneven lists", False)
 
 
-def exact(query, key, value, layout, real, options):
-    """The reference in float64, and the log-sum-exp of its logits."""
+def exact(query, key, value, layout, key_mask, options):
+    """Output of the reference in float64, and the log-sum-exp of its logits."""
     found = []
 
     def softmax_rows(logits, visible):
@@ -223,25 +223,25 @@ def exact(query, key, value, layout, real, options):
 
     plain, llsa.softmax_rows = llsa.softmax_rows, softmax_rows
     try:
-        # the reference pools queries by a product with zeros for padding, where NaN would leak
+        # the reference pools queries by a product with zeros for padding, which would propagate NaN
         qkv = (x.double().cpu() for x in (query.nan_to_num(), key, value))
-        out = llsa.reference(*qkv, layout, key_mask=None if real is None else real.cpu(), **options)
+        out = llsa.reference(*qkv, layout, key_mask=None if key_mask is None else key_mask.cpu(), **options)
     finally:
         llsa.softmax_rows = plain
     return out.to(DEVICE), torch.stack(found).view(query.shape[:3]).to(DEVICE)
 
 
 def check(case, dtype, padded):
-    (query, key, value), layout, real, options = inputs(case, dtype, padded)
+    (query, key, value), layout, key_mask, options = inputs(case, dtype, padded)
     out, lse = llsa_attention_triton(
-        query, key, value, real, layout=layout, scale=query.shape[-1] ** -0.5,
+        query, key, value, key_mask, layout=layout, scale=query.shape[-1] ** -0.5,
         **{"enrich": True, **options},
     )  # fmt: skip
     assert out.dtype == dtype and lse.dtype == torch.float32
-    want, wanted_lse = exact(query, key, value, layout, real, options)
+    want, wanted_lse = exact(query, key, value, layout, key_mask, options)
     torch.use_deterministic_algorithms(False)
-    plain = llsa_attention(query, key, value, layout, key_mask=real, backend="torch", **options)
-    rows = torch.ones_like(lse, dtype=torch.bool) if real is None else real[:, None].expand(lse.shape)
+    plain = llsa_attention(query, key, value, layout, key_mask=key_mask, backend="torch", **options)
+    rows = torch.ones_like(lse, dtype=torch.bool) if key_mask is None else key_mask[:, None].expand(lse.shape)
     error, plain_error = ((x.double() - want)[rows].norm() for x in (out, plain))
     assert error <= 2 * plain_error + torch.finfo(dtype).eps / 8 * want[rows].norm()
     torch.testing.assert_close(lse.double()[rows], wanted_lse[rows], atol=2e-6 + torch.finfo(dtype).eps, rtol=2e-6)
@@ -256,24 +256,26 @@ def test_agrees_with_the_reference(case, dtype):
 
 @pytest.mark.parametrize("case, dtype", [x for x in TYPED if x[0] in PADDED and x != ("2-D, text", DTYPES[0])])
 @pytest.mark.filterwarnings("ignore:All-NaN")
-def test_padding_is_neither_seen_nor_counted(case, dtype):
-    """Padding is NaN: rows of queries that are no padding know nothing of it."""
+def test_padding_is_masked_and_not_counted(case, dtype):
+    """Padding is NaN and does not change the rows of valid queries."""
     check(case, dtype, True)
 
 
 @pytest.mark.parametrize("case", ["3-D, text before", "1 level"])
-def test_an_element_with_nothing_real_is_zero(case):
-    (query, key, value), layout, real, options = inputs(case, torch.float16, True)
-    real[1] = False
+def test_fully_padded_element_is_zero(case):
+    (query, key, value), layout, key_mask, options = inputs(case, torch.float16, True)
+    key_mask[1] = False
     query, key, value = (x.nan_to_num() for x in (query, key, value))
-    out, lse = llsa_attention_triton(query, key, value, real, layout=layout, scale=0.1, **{"enrich": True, **options})
+    out, lse = llsa_attention_triton(
+        query, key, value, key_mask, layout=layout, scale=0.1, **{"enrich": True, **options}
+    )
     assert not out[1].any() and (lse[1] == -torch.inf).all()
     assert out[0].isfinite().all() and lse[0].isfinite().all()
 
 
-def gradients(tensors, grad, layout, real, options, backend):
+def gradients(tensors, grad, layout, key_mask, options, backend):
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out = llsa_attention(*leaves, layout, key_mask=real, backend=backend, **options)
+    out = llsa_attention(*leaves, layout, key_mask=key_mask, backend=backend, **options)
     return torch.autograd.grad(out, leaves, grad)
 
 
@@ -284,39 +286,41 @@ def test_gradients_agree_with_the_torch_path(case, dtype):
 
 @pytest.mark.parametrize("case, dtype", [x for x in TYPED if x[0] in ("2-D, text", "3-D, text before", "1 level")])
 def test_gradients_under_padding(case, dtype):
-    """What is hidden has a gradient of 0 and is never read."""
+    """Masked keys have a gradient of 0 and are never read."""
     check_gradients(case, dtype, True)
 
 
 def check_gradients(case, dtype, padded):
-    tensors, layout, real, options = inputs(case, dtype, padded)
+    tensors, layout, key_mask, options = inputs(case, dtype, padded)
     grad = torch.randn(tensors[0].shape, device=DEVICE).to(dtype)
     plain = [x.nan_to_num() for x in tensors]
-    if padded:  # what blocks of padding alone keep is not defined
-        grad = grad * real[:, None, :, None]
+    if padded:  # the selection is undefined for blocks that are all padding
+        grad = grad * key_mask[:, None, :, None]
     torch.use_deterministic_algorithms(False)
-    exact = gradients([x.double() for x in plain], grad.double(), layout, real, options, "torch")
-    rough = gradients(plain, grad, layout, real, options, "torch")
+    exact = gradients([x.double() for x in plain], grad.double(), layout, key_mask, options, "torch")
+    rough = gradients(plain, grad, layout, key_mask, options, "torch")
     torch.use_deterministic_algorithms(True)
-    found = gradients([plain[0], *tensors[1:]], grad, layout, real, options, "triton")
-    dense = zip(dense_gradients(plain, grad, real), dense_gradients(plain, grad, real, torch.double), strict=True)
-    bands = [(x.double() - y).norm() / y.norm() for x, y in dense]
+    found = gradients([plain[0], *tensors[1:]], grad, layout, key_mask, options, "triton")
+    dense = zip(
+        dense_gradients(plain, grad, key_mask), dense_gradients(plain, grad, key_mask, torch.double), strict=True
+    )
+    bands = [(x.double() - y).norm() / y.norm() for x, y in zip(*dense, strict=True)]
     for x, y, z, band in zip(found, exact, rough, bands, strict=True):
         assert x.dtype == dtype and x.isfinite().all()
         size = y.norm() + grad.double().norm() * (y.norm() == 0)
         if dtype == torch.float32:
             assert (x.double() - y).norm() <= 4e-6 * size
-        else:  # the torch path works in float32, which is more than a plain implementation in this dtype does
+        else:  # the torch path computes in float32, with smaller errors than a plain implementation in this dtype
             allowed = torch.maximum((z.double() - y).norm(), band.nan_to_num() * size)
             assert (x.double() - y).norm() <= 2 * allowed + torch.finfo(dtype).eps / 4 * size
 
 
-def dense_gradients(tensors, grad, real, dtype=None):
-    """Of plain dense attention over the same tokens, every step in one dtype."""
+def dense_gradients(tensors, grad, key_mask, dtype=None):
+    """Gradients of dense attention over the same tokens, every step in one dtype."""
     query, key, value = leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
     logits = (query @ key.mT) * query.shape[-1] ** -0.5
-    if real is not None:
-        logits = logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min)
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(logits.dtype).min)
     return torch.autograd.grad(logits.softmax(-1) @ value, leaves, grad.to(query.dtype))
 
 
@@ -343,9 +347,9 @@ def test_tiles_of_any_size_give_the_same(block_q, block_k):
     (query, key, value), layout, _, options = inputs("3-D, text before")
     children, places = tree_of(layout, options)
     (kept, *_), _ = select_tree(pool_tree(query, key, None, children, layout.before), children, places, 3, False)
-    build = Build(block_q, block_k, 4, 1)
+    config = LaunchConfig(block_q, block_k, 4, 1)
     common = {"scale": 0.1, "before": layout.before, "n_grid": layout.grid_len}
-    out, lse = llsa_blocks_attention(query, key, value, kept, children, **common, coarse=build, fine=build)
+    out, lse = llsa_blocks_attention(query, key, value, kept, children, **common, coarse=config, fine=config)
     assert lse is None
     want, _ = exact(query, key, value, layout, None, {**options, "scale": 0.1, "enrich": False})
     torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
@@ -358,7 +362,7 @@ def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
         llsa_attention(x, x, x, L((4, 4)), backend="triton")
 
 
-# of tables the shapes alone matter; importing the kernels alone is fast
+# only the shapes of tables matter; importing only the kernels is fast
 BUILD = """
 import sys, torch, offline_gpu
 from kernels import block_select_triton, block_sparse_bwd_triton, llsa_bwd_triton, llsa_select_triton, llsa_tree_triton
@@ -394,14 +398,14 @@ with offline_gpu.target(target):
         kept, met = llsa_select_triton.select_tree(pool, children, places, 8)
         pooled = llsa_triton.Pooled(pool.all_keys, pool.all_values, pool.weight, met, pool.rows[-1])
         llsa_triton.llsa_blocks_attention(
-            x, x, x, kept[0], children, scale=0.1, before=before, n_grid=sizes[0], pooled=pooled, real=real,
+            x, x, x, kept[0], children, scale=0.1, before=before, n_grid=sizes[0], pooled=pooled, key_mask=real,
             whole=not padded, return_lse=True,
         )
         ends = torch.zeros(2, 1, dtype=torch.int32)
         llsa_bwd_triton.transpose_block_lists = lambda lists, n: (lists.flatten(1), ends.expand(-1, n + 1))
         llsa_bwd_triton.llsa_blocks_attention_backward(
             x, x, torch.empty(x.shape[:3]), x, x, x, kept, children, places, scale=0.1, before=before, n_grid=sizes[0],
-            pooled=pooled, number=pool.number, rows=pool.rows, real=real,
+            pooled=pooled, number=pool.number, rows=pool.rows, key_mask=real,
         )
 print(len(built), max(each.metadata.shared for each in built) <= shared, sorted(built[-1].asm))
 """
@@ -418,7 +422,7 @@ print(len(built), max(each.metadata.shared for each in built) <= shared, sorted(
     ],
 )
 def test_kernels_build_for(target, shared, variants):
-    """And fit into the shared memory. In a process of its own: here kernels are interpreted."""
+    """Kernels build and fit the shared memory. In a separate process, because kernels are interpreted in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     tests = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), environment.get("PYTHONPATH", "")])
@@ -431,7 +435,7 @@ def test_kernels_build_for(target, shared, variants):
 
 
 def test_float16_keeps_large_sums():
-    """Means are made from float32 sums: 64 values of 6,000 do not overflow."""
+    """Means are computed from float32 sums: 64 values of 6,000 do not overflow."""
     layout, options = L((16, 16)), {"block_size": 16, "topk": 2, "levels": 2}
     query, key = (torch.randn(1, 1, layout.seq_len, 16, device=DEVICE).half() for _ in range(2))
     value = torch.full_like(key, 6000)

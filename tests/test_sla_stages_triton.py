@@ -1,11 +1,11 @@
-"""SLA's stages before attention as Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
+"""SLA's stages before attention as Triton kernels: on a GPU if there is one, else in Triton's interpreter."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, on import
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, on import
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import itertools
@@ -27,13 +27,13 @@ from dit_accel.kernels.tiling import Tiling
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter's bf16 dot is wrong
 BATCH, HEADS, BEFORE, AFTER = 2, 2, 3, 2
-# grid, box of the queries, box of the keys: whole and short boxes, lanes that are no power of two, more than one chunk
+# grid, query tile, key tile: full and short tiles, lane counts that are no power of two, more than one chunk
 GRIDS = {
     "raster": ((50,), (32,), (12,)),
     "long box": ((150,), (16,), (100,)),
     "2-D": ((5, 7), (2, 4), (3, 3)),
     "3-D": ((3, 5, 4), (2, 4, 3), (2, 3, 3)),
-    # boxes that a tensor descriptor takes
+    # tiles that a tensor descriptor supports
     "2-D, descriptors": ((9, 7), (4, 4), (4, 4)),
     "3-D, descriptors": ((3, 9, 6), (2, 4, 4), (2, 4, 4)),
 }
@@ -41,7 +41,7 @@ GRIDS = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty is full of NaN, so that what a kernel fails to write, or reads unwritten, shows."""
+    """Fill torch.empty with NaN, so that unwritten outputs and reads of uninitialized memory show."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(4).isnan().all()
@@ -50,7 +50,7 @@ def poisoned_memory():
 
 
 def box_tokens(grid, box):
-    """Rows of the tokens of each box, boxes and tokens in raster order."""
+    """Rows of the tokens of each tile, tiles and tokens in raster order."""
     counts = [range(-(-n // side)) for n, side in zip(grid, box, strict=True)]
     boxes = []
     for corner in itertools.product(*counts):
@@ -61,13 +61,13 @@ def box_tokens(grid, box):
 
 
 def inputs(grid, dim, dtype, padded, tokens_first, n=3):
-    """(B, H, S, D) tensors and the mask; whatever must not be read is NaN."""
+    """Tensors (B, H, S, D) and the mask; rows that must not be read are NaN."""
     length = BEFORE + math.prod(grid) + AFTER
     shape = (BATCH, length, HEADS, dim) if tokens_first else (BATCH, HEADS, length, dim)
     xs = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(n)]
     xs = [x.transpose(1, 2) if tokens_first else x for x in xs]
     real = None
-    if padded:  # in the second element one box and most of the others' ends hold no real token
+    if padded:  # in the second element one tile and most ends of the others have no valid token
         real = torch.rand(BATCH, length, device=DEVICE) < 0.6
         real[1, : BEFORE + math.prod(grid) // 2] = False
     for x in xs:
@@ -78,7 +78,7 @@ def inputs(grid, dim, dtype, padded, tokens_first, n=3):
 
 
 def by_box(x, boxes, real):
-    """For each batch element a list of the real rows of each box of x, (H, n, D) float64 each."""
+    """Valid rows of each tile of x for each batch element, (H, n, D) float64 each."""
     kept = [[[t for t in box if real is None or real[b, t]] for box in boxes] for b in range(BATCH)]
     return [[x[b][:, rows].double() for rows in kept[b]] for b in range(BATCH)]
 
@@ -106,7 +106,7 @@ def phi(x, feature_map):
         ("2-D", 64, torch.float64, True),
     ],
 )
-def test_pooled_blocks_are_means_of_real_tokens(grid, dim, dtype, tokens_first, padded):
+def test_pooled_blocks_are_means_of_valid_tokens(grid, dim, dtype, tokens_first, padded):
     shape, q_box, k_box = GRIDS[grid]
     query, key, real = inputs(shape, dim, dtype, padded, tokens_first, n=2)
     tilings = [Tiling.of(shape, box) for box in (q_box, k_box)]
@@ -126,7 +126,7 @@ def test_pool_pair_refuses_two_grids():
 
 
 def expected_choice(scores, n_critical, n_negligible, filled, n_max):
-    """Lists and map by a stable sort of each row: equal scores rank by index."""
+    """Expected lists and map by a stable sort of each row: equal scores rank by index."""
     groups, n_q, n_k = scores.shape
     lists = torch.zeros(groups, n_q, n_max, dtype=torch.int32)
     marginal = torch.zeros(groups, n_q, n_k)
@@ -140,7 +140,7 @@ def expected_choice(scores, n_critical, n_negligible, filled, n_max):
 
 
 def check_choice(pooled_q, pooled_k, n_critical, n_negligible, filled=None, dtype=torch.float32):
-    """Counts are ints, or lists with one of each batch element."""
+    """Compare with the expected lists and map. Counts are ints, or lists with one per batch element."""
     per_batch = isinstance(n_critical, list)
     counts = [torch.tensor(n, dtype=torch.int32, device=DEVICE) if per_batch else n for n in (n_critical, n_negligible)]
     lists, marginal = select_blocks(pooled_q, pooled_k, *counts, filled, map_dtype=dtype)
@@ -185,7 +185,7 @@ def test_more_blocks_than_one_warp_holds():
 
 @pytest.mark.parametrize("values", [(1,), (0,), (0, 0, -1, 1)])
 def test_equal_scores_rank_by_index(values):
-    """All equal, all 0 of either sign, and a few values many times over."""
+    """All equal, all 0 of either sign, and a few values repeated many times."""
     query, key = (torch.randint(0, len(values), (BATCH, HEADS, n, 16), device=DEVICE) for n in (4, 20))
     table = torch.tensor(values, dtype=torch.float32, device=DEVICE)
     query, key = table[query], table[key]
@@ -195,7 +195,7 @@ def test_equal_scores_rank_by_index(values):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_empty_blocks_are_neither_chosen_nor_counted(shared):
+def test_empty_blocks_are_neither_selected_nor_counted(shared):
     filled = torch.rand(1 if shared else BATCH, 21, device=DEVICE) < 0.5
     filled[-1, :3] = True
     check_choice(*pooled(3, 21, 40), 3, 2, filled)
@@ -207,20 +207,20 @@ def test_counts_that_differ_by_batch_element():
     check_choice(*pooled(3, 21, 40), [6, 1], [4, 0], filled)
 
 
-def test_element_without_a_filled_block_has_an_empty_list():
+def test_element_without_valid_blocks_has_empty_lists():
     filled = torch.ones(BATCH, 21, dtype=torch.bool, device=DEVICE)
     filled[0] = False
     check_choice(*pooled(3, 21, 40), [1, 4], [0, 2], filled)
 
 
-def test_heads_in_runs_choose_the_same(monkeypatch):
+def test_heads_in_chunks_select_the_same_blocks(monkeypatch):
     monkeypatch.setattr(block_select_triton, "SCRATCH_BYTES", 1)
     filled = torch.rand(BATCH, 13, device=DEVICE) < 0.7
     check_choice(*pooled(3, 13, 16), [3, 2], [2, 1], filled)
 
 
 @pytest.mark.parametrize("n_critical, n_negligible", [(4, 3), ([5, 2], [3, 1])])
-def test_sorting_fallback_chooses_the_same(monkeypatch, n_critical, n_negligible):
+def test_sorting_fallback_selects_the_same(monkeypatch, n_critical, n_negligible):
     monkeypatch.setattr(block_select_triton, "MAX_BLOCKS", 0)
     filled = torch.rand(BATCH, 21, device=DEVICE) < 0.7
     query, key = pooled(3, 21, 16)
@@ -231,7 +231,7 @@ def test_zeros_of_either_sign_are_equal_and_nan_is_above_all():
     inf, nan = torch.inf, torch.nan
     values = [0.0, -0.0, 1e-45, -1e-45, inf, -inf, -nan, 2.0, -2.0, 0.0, -0.0]
     scores = torch.tensor(values, device=DEVICE).expand(1, 1, -1)
-    scores = torch.nn.functional.pad(scores, (0, 5), value=3.0)  # what pads a row is no block
+    scores = torch.nn.functional.pad(scores, (0, 5), value=3.0)  # padding of a row is not a block
     order = [6, 4, 7, 2, 0, 1, 9, 10, 3, 8, 5]
     for n_critical in range(1, 12):
         lists = torch.empty(1, 1, n_critical, dtype=torch.int32, device=DEVICE)
@@ -239,14 +239,14 @@ def test_zeros_of_either_sign_are_equal_and_nan_is_above_all():
         assert lists[0, 0].tolist() == sorted(order[:n_critical])
 
 
-def test_smoothing_the_key_changes_no_choice():
+def test_smooth_key_does_not_change_the_selection():
     query, key = pooled(4, 20, 40)
     plain = select_blocks(query, key, 4, 3)
     smooth = select_blocks(query, key - key.mean(2, keepdim=True), 4, 3)
     assert all(torch.equal(x, y) for x, y in zip(plain, smooth, strict=True))
 
 
-# largest relative error; in half precision that of one rounding of W, of φ and of the result
+# maximum relative error; in half precision that of one rounding of W, of φ and of the result
 BAND = {torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 CASES = [
     ("raster", 40, "softmax", True, True),
@@ -266,7 +266,7 @@ cases = pytest.mark.parametrize(
 
 
 def exact_sums(key, value, boxes, weight, feature_map, real):
-    """Σ φ(k)ᵀ v Wᵀ (B, H, M, D, D) and Σ φ(k) (B, H, M, D) of each box, float64."""
+    """Sums Σ φ(k)ᵀ v Wᵀ (B, H, M, D, D) and Σ φ(k) (B, H, M, D) of each tile, float64."""
     keys, values = by_box(key, boxes, real), by_box(value, boxes, real)
     sums = [
         torch.stack([phi(k, feature_map).mT @ v @ weight.double().mT for k, v in zip(ks, vs, strict=True)], 1)
@@ -277,12 +277,12 @@ def exact_sums(key, value, boxes, weight, feature_map, real):
 
 
 def quotient(phi_q, state, norm, eps):
-    """phi_q: (..., n, D); state: (..., D, D); norm: (..., D); eps broadcasts to (..., 1, 1)."""
+    """Linear attention of phi_q (..., n, D) with state (..., D, D), norm (..., D) and eps, broadcast to (..., 1, 1)."""
     return phi_q @ state.double() / (phi_q @ norm.double()[..., None] + eps)
 
 
 @cases
-def test_linear_state_is_the_mean_over_all_real_keys(grid, dim, feature_map, tokens_first, padded, dtype):
+def test_linear_state_is_the_mean_over_valid_keys(grid, dim, feature_map, tokens_first, padded, dtype):
     shape = GRIDS[grid][0]
     key, value, real = inputs(shape, dim, dtype, padded, tokens_first, n=2)
     weight = torch.randn(dim, dim, device=DEVICE) / dim**0.5
@@ -300,7 +300,7 @@ def test_linear_state_is_the_mean_over_all_real_keys(grid, dim, feature_map, tok
 
 
 def test_linear_state_sums_over_many_parts(monkeypatch):
-    """1,000 keys in runs of 256: the last is short, and one holds no real key."""
+    """1,000 keys in blocks of 256: the last is short, and one has no valid key."""
     key, value, real = inputs((1000,), 16, torch.float32, True, False, n=2)
     real[0, 100:700] = False
     weight = torch.eye(16, device=DEVICE)
@@ -311,7 +311,7 @@ def test_linear_state_sums_over_many_parts(monkeypatch):
     assert error(norm, norms[:, :, 0] / count) < 1e-6
 
 
-def test_linear_state_of_nothing_real_is_zero():
+def test_linear_state_without_valid_keys_is_zero():
     key, value, real = inputs((20,), 16, torch.float32, True, False, n=2)
     real[1] = False
     key[1] = value[1] = torch.nan
@@ -335,7 +335,7 @@ def test_block_states_are_sums_over_the_volume(grid, dim, feature_map, tokens_fi
 
 @cases
 def test_marginal_linear_part_is_that_of_the_plain_sums(grid, dim, feature_map, tokens_first, padded, dtype):
-    """With eps on the unnormalised sums; for queries of every block, and for a block that has nothing marginal."""
+    """Eps counts on the unnormalized sums; for queries of each block, and for a block without marginal blocks."""
     shape, _, box = GRIDS[grid]
     key, value, real = inputs(shape, dim, dtype, padded, tokens_first, n=2)
     weight = torch.randn(dim, dim, device=DEVICE) / dim**0.5
@@ -344,7 +344,7 @@ def test_marginal_linear_part_is_that_of_the_plain_sums(grid, dim, feature_map, 
     chosen[:, 2] = False
     chosen[..., tiling.n_tiles :] = False
     longer = chosen.to(dtype)
-    marginal = longer[..., : tiling.n_tiles]  # rows further apart than they are long
+    marginal = longer[..., : tiling.n_tiles]  # row stride larger than the row length
     padded_too = marginal_linear_state(longer, key, value, tiling, BEFORE, feature_map, weight, real, 3)
     state, norm, eps = marginal_linear_state(marginal, key, value, tiling, BEFORE, feature_map, weight, real, 3)
     sums, norms = exact_sums(key, value, box_tokens(shape, box), weight, feature_map, real)
@@ -357,7 +357,7 @@ def test_marginal_linear_part_is_that_of_the_plain_sums(grid, dim, feature_map, 
     assert error(quotient(queries, state, norm, eps[:, None, None, None]), exact) < BAND[dtype]
     assert not state[:, 2].any() and not norm[:, 2].any()
     assert error(padded_too.state, state.double()) < BAND[dtype] and torch.equal(padded_too.norm, norm)
-    # its two halves, with another count to divide by
+    # its two halves, with another count as divisor
     parts = block_states(key, value, tiling, BEFORE, feature_map, weight, dtype, real)
     two = marginal_states(marginal, *parts, tiling.volume)
     assert error(quotient(queries, two.state, two.norm, two.eps[:, None, None, None]), exact) < BAND[dtype]
@@ -365,7 +365,7 @@ def test_marginal_linear_part_is_that_of_the_plain_sums(grid, dim, feature_map, 
 
 @pytest.mark.parametrize("feature_map", ["elu", "relu"])
 def test_many_large_sums_do_not_overflow_half_precision(feature_map):
-    """Values of 300 under features of 30: their sum over 240 keys is 2e6."""
+    """Values of 300 with features of 30: their sum over 240 keys is 2e6."""
     key, value, _ = inputs((240,), 16, torch.float16, False, False, n=2)
     key = key.abs() + 30
     value = value + 300
@@ -378,7 +378,7 @@ def test_many_large_sums_do_not_overflow_half_precision(feature_map):
     assert (mean - 300).abs().max() < 1
 
 
-def test_heads_in_runs_give_the_same_states(monkeypatch):
+def test_heads_in_chunks_give_the_same_states(monkeypatch):
     shape, _, box = GRIDS["raster"]
     key, value, real = inputs(shape, 16, torch.float16, True, True, n=2)
     tiling, weight = Tiling.of(shape, box), torch.randn(16, 16, device=DEVICE)

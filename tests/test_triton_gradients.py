@@ -1,5 +1,5 @@
-"""Gradients by the Triton kernels, in Triton's interpreter (tests/gpu has the GPU): against those of the torch path in
-float64, which test_functional_gradients.py holds against finite differences; and built for GPUs that are not here.
+"""Gradients of the Triton kernels, in Triton's interpreter (tests/gpu runs them on a GPU): compared with the torch path
+in float64, which test_functional_gradients.py compares with finite differences; and compiled offline.
 """
 
 import pytest
@@ -23,7 +23,7 @@ TYPED = [
 
 
 def gradients(name, layout, tensors, options, mask, backend, grad):
-    """Of query, key, value and the learned tensors."""
+    """Gradients of query, key, value and the learned tensors."""
     learned = {"sla": ["weight", "bias"], "clear": ["pool_weight"] if "down_factor" in options else []}.get(name, [])
     leaves = [x.detach().requires_grad_() for x in tensors[: 3 + len(learned)]]
     function = getattr(functional, f"{name}_attention")
@@ -46,7 +46,7 @@ def test_gradients_agree_with_the_torch_path(case, dtype, masked):
     grad = torch.randn(1 + masked, 2, layout.seq_len, dim).to(dtype)
     mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
     exact = gradients(name, layout, [x.double() for x in tensors], options, mask, "torch", grad.double())
-    if masked:  # what is hidden is never read
+    if masked:  # masked keys are never read
         for x in tensors[1:3]:
             x.masked_fill_(~mask[:, None, :, None], float("nan"))
     found = gradients(name, layout, tensors, options, mask, "triton", grad)
@@ -55,10 +55,10 @@ def test_gradients_agree_with_the_torch_path(case, dtype, masked):
         assert (x.double() - y).norm() <= TOLERANCE[dtype] * y.norm(), of
 
 
-@pytest.mark.parametrize("case", ["gna 2-D with text", "clear pooled", "sla marginal"])
+@pytest.mark.parametrize("case", ["gna 2-D with global tokens", "clear pooled", "sla marginal"])
 @pytest.mark.parametrize("kind", ["all equal", "very large"])
 def test_gradients_of_extreme_inputs_are_finite(case, kind):
-    """Logits of 1e9, where float32 counts in steps of 64, and of rows that are all alike."""
+    """Logits of 1e9, where float32 has a resolution of 64, and rows that are all equal."""
     name, layout, dim, options = CASES[case]
     torch.manual_seed(0)
     tensors = [torch.ones(1, 1, layout.seq_len, dim) for _ in range(3)]
@@ -72,7 +72,7 @@ def test_gradients_of_extreme_inputs_are_finite(case, kind):
 @pytest.mark.parametrize("linear_over", ["marginal", "all"])
 @pytest.mark.parametrize("size", [0.01, 3.0])
 def test_float16_gradients_of_small_relu_features_are_finite(size, linear_over):
-    """A gradient divided by Σ φ(q) φ(k) may be more than float16 holds."""
+    """A gradient divided by Σ φ(q) φ(k) may overflow float16."""
     layout, dim = L((40,), 0, 3), 8
     options = {"critical": 0.3, "block_q": 8, "block_kv": 8, "feature_map": "relu", "linear_over": linear_over}
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def offline(module, name):
         def __getitem__(self, grid):
             return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
     setattr(module, name, Launch())
-for name in ("statistics_bwd_kernel", "block_sparse_bwd_dq_kernel", "block_sparse_bwd_dkv_kernel"):
+for name in ("preprocess_bwd_kernel", "block_sparse_bwd_dq_kernel", "block_sparse_bwd_dkv_kernel"):
     offline(b, name)
 offline(l, "linear_rows_bwd_kernel")
 for name in ("block_state_fwd_kernel", "finish_state_fwd_kernel", "marginal_norm_fwd_kernel"):
@@ -107,17 +107,20 @@ b.check_inputs = lambda query: None
 if sys.argv[1].startswith("gfx"):
     s.exact_products = lambda: "ieee"  # as where torch is built for AMD
 q = torch.empty(1, 2, 16 * 32 + 8, 64, dtype=torch.bfloat16)
-lse, real = torch.empty(1, 2, 520), torch.ones(1, 520, dtype=torch.bool)
-extra = (torch.empty(1, 2, 70, 64, dtype=q.dtype),) * 2
+lse, key_mask = torch.empty(1, 2, 520), torch.ones(1, 520, dtype=torch.bool)
+pooled = (torch.empty(1, 2, 70, 64, dtype=q.dtype),) * 2
 def window(*axes, limit=1.0):
     return window_plan(axes, limit, 64, 32, q.device)
 lists, counts = torch.zeros(2, 8, 3, dtype=torch.int32), torch.full((2, 8), 3, dtype=torch.int32)
 boxes = Tiling.of((512,), (64,)), Tiling.of((512,), (32,))
 variants = {
     "clear": (window(BallAxis(16, 4, 1.0), BallAxis(32, 4, 1.0), limit=16.0), {}),
-    "pooled": (window(BallAxis(16, 3, 1.0), BallAxis(32, 4, 0.7), limit=9.0), {"extra": (*extra, None), "real": real}),
+    "pooled": (
+        window(BallAxis(16, 3, 1.0), BallAxis(32, 4, 0.7), limit=9.0),
+        {"pooled": (*pooled, None), "key_mask": key_mask},
+    ),
     "gna": (window(NeighborhoodAxis(16, 5, 2, 1, False), NeighborhoodAxis(32, 6, 1, 3, True)), {}),
-    "sla": (BlockPlan(*boxes, lists, None, counts), {"added": (q, q, q), "share": lse, "bias": q[0, 0, 0]}),
+    "sla": (BlockPlan(*boxes, lists, None, counts), {"added": (q, q, q), "linear_delta": lse, "bias": q[0, 0, 0]}),
 }
 with offline_gpu.target(sys.argv[1]):
     for name in sys.argv[2:]:

@@ -1,5 +1,5 @@
-"""The Triton path of SLA, CLEAR and GNA, in Triton's interpreter (tests/gpu has the GPU): against the torch path in
-float64, which test_functional_agreement.py holds against an independent oracle; and built for GPUs that are not here.
+"""The Triton path of SLA, CLEAR and GNA, in Triton's interpreter (tests/gpu runs it on a GPU): compared with the torch
+path in float64, which test_functional_agreement.py compares with an independent oracle; and compiled offline.
 """
 
 import os
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu run
 L = TokenLayout
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 CASES = {
-    "gna 2-D with text": ("gna", L((9, 13), 5, 3), 64, {"window": (5, 7), "stride": (2, 3)}),
+    "gna 2-D with global tokens": ("gna", L((9, 13), 5, 3), 64, {"window": (5, 7), "stride": (2, 3)}),
     "gna dilated": ("gna", L((9, 13)), 16, {"window": (3, 4), "stride": (2, 3), "dilation": (3, 2)}),
     "gna causal 3-D": ("gna", L((4, 6, 7), 2), 80, {"window": (2, 3, 5), "is_causal": (True, False, True)}),
     "gna 1-D": ("gna", L((200,), 0, 7), 64, {"window": 50, "stride": 7}),
-    "clear 2-D with text": ("clear", L((9, 13), 5, 3), 64, {"radius": 3.5}),
+    "clear 2-D with global tokens": ("clear", L((9, 13), 5, 3), 64, {"radius": 3.5}),
     "clear ellipse": ("clear", L((9, 13), 5, 3), 64, {"radius": (3.5, 2.2)}),
     "clear pooled": ("clear", L((9, 13), 5, 3), 64, {"radius": 3.5, "down_factor": 4}),
     "clear 3-D": ("clear", L((3, 7, 9), 5), 16, {"radius": (1.5, 2.7, 4)}),
@@ -65,7 +65,7 @@ def test_forward_agrees_with_the_torch_path(case, dtype, masked):
     tensors += [(torch.randn(dim, dim) / dim**0.5).to(dtype), torch.randn(dim).to(dtype)]
     mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
     exact = call(name, layout, [x.double() for x in tensors], options, mask, "torch")
-    if masked:  # what is hidden is never read
+    if masked:  # masked keys are never read
         for x in tensors[1:3]:
             x.masked_fill_(~mask[:, None, :, None], float("nan"))
     out = call(name, layout, tensors, options, mask, "triton")
@@ -74,7 +74,7 @@ def test_forward_agrees_with_the_torch_path(case, dtype, masked):
 
 @pytest.mark.parametrize("boxes", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
-def test_boxes_are_fetched_alike_by_descriptor_and_by_pointer(boxes, ragged):
+def test_descriptors_and_pointers_load_the_same_tiles(boxes, ragged):
     grid = (3, 10, 13) if ragged else (4, 8, 16)
     axes = tuple(NeighborhoodAxis(n, w, s, 1, False) for n, w, s in zip(grid, (3, 5, 7), (1, 2, 4), strict=True))
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_boxes_are_fetched_alike_by_descriptor_and_by_pointer(boxes, ragged):
     assert (out.double() - exact).norm() <= 2e-3 * exact.norm()
 
 
-def test_keys_and_values_may_lie_in_memory_differently():
+def test_keys_and_values_may_have_different_strides():
     torch.manual_seed(0)
     q, k = (torch.randn(2, 64, 2, 32).half().transpose(1, 2) for _ in range(2))
     v = torch.randn(2, 2, 64, 32).half()
@@ -135,7 +135,7 @@ def test_strided_lists_states_and_sums_are_refused():
         block_sparse_attention_backward(out, out, lse, x, x, x, wrong, scale=0.2)
 
 
-def test_strides_of_mask_and_bias_are_followed():
+def test_strided_masks_and_biases_are_read_correctly():
     name, layout, dim, options = CASES["sla marginal"]
     torch.manual_seed(0)
     tensors = [torch.randn(2, 2, layout.seq_len, dim) for _ in range(3)] + [torch.randn(dim, dim) / 8]
@@ -146,32 +146,32 @@ def test_strides_of_mask_and_bias_are_followed():
 
 
 def test_every_element_is_written(monkeypatch):
-    """Where memory holds NaN before, no NaN is left."""
+    """No NaN is left in outputs allocated as NaN."""
     empty = torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *a, **k: empty(*a, **k).fill_(-1 if "int" in str(k.get("dtype")) else float("nan"))
     )
     q = torch.randn(1, 2, 9 * 13 + 8, 64)
     tensors = [q, q, q, torch.eye(64), torch.ones(64)]
-    for case in ("gna 2-D with text", "clear pooled", "sla marginal"):
+    for case in ("gna 2-D with global tokens", "clear pooled", "sla marginal"):
         name, layout, _, options = CASES[case]
         assert not call(name, layout, tensors, options, None, "triton").isnan().any()
 
 
-def test_plans_say_what_they_visit_and_are_exact_where_the_window_fits_the_boxes():
+def test_describe_counts_tiles_exactly_for_aligned_windows():
     axes = tuple(NeighborhoodAxis(*x, 1, False) for x in ((30, 18, 16), (48, 24, 8), (80, 24, 8)))
     plan = window_plan(axes, 1.0, 128, 64, torch.device("cpu"))
-    assert "query boxes 2×8×8" in plan.describe() and "9.00% of the logits" in plan.describe()
+    assert "query tiles 2×8×8" in plan.describe() and "9.00% of the logits" in plan.describe()
     assert plan.all_full and int(plan.n_tiles.sum()) * 128 * 64 == 115200 * 18 * 24 * 24
 
 
-def test_the_list_of_every_query_box_covers_its_ball():
+def test_lists_of_all_query_tiles_cover_their_balls():
     plan = window_plan((BallAxis(21, 5, 1.0), BallAxis(30, 5, 1.0)), 25.0, 64, 16, torch.device("cpu"))
-    seen = set()
+    visited = set()
     for tile in range(plan.q.n_tiles):
         listed = plan.tiles[0, tile, : plan.n_tiles[0, tile]].tolist()
         assert len(set(listed)) == len(listed)
-        seen |= {(tile, other) for other in listed}
+        visited |= {(tile, other) for other in listed}
 
     def box_of(tiling, y, x):
         return y // tiling.box[1] * tiling.counts[2] + x // tiling.box[2]
@@ -183,7 +183,7 @@ def test_the_list_of_every_query_box_covers_its_ball():
         for b in cells
         if (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < 25
     }
-    assert seen == needed
+    assert visited == needed
 
 
 @pytest.mark.parametrize("dtype, dim, told", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
@@ -207,8 +207,8 @@ b.block_sparse_fwd_kernel = Launch()
 target = sys.argv[1]
 config = b.Config(64, 32, 4, 2, boxes=target in ("sm_90", "sm_100"))
 q = torch.empty(1, 2, 16 * 32 + 8, 64, dtype=torch.bfloat16)
-real = torch.ones(1, 16 * 32 + 8, dtype=torch.bool)
-extra = (torch.empty(1, 2, 70, 64, dtype=q.dtype),) * 2
+key_mask = torch.ones(1, 16 * 32 + 8, dtype=torch.bool)
+pooled = (torch.empty(1, 2, 70, 64, dtype=q.dtype),) * 2
 lists, counts = torch.zeros(2, 8, 3, dtype=torch.int32), torch.full((2, 8), 3, dtype=torch.int32)
 state = torch.empty(2, 8, 64, 64, dtype=q.dtype)
 linear = b.LinearBranch(state, torch.empty(2, 8, 64), torch.empty(2), q[0, 0, 0], "elu")
@@ -217,9 +217,11 @@ def window(*axes, limit=1.0):
 ball = window(BallAxis(16, 4, 1.0), BallAxis(32, 4, 1.0), limit=16.0)
 variants = {
     "clear": (ball, {}),
-    "ellipse, pooled": (window(BallAxis(16, 3, 1.0), BallAxis(32, 4, 0.7), limit=9.0), {"extra": (*extra, None)}),
+    "ellipse, pooled": (window(BallAxis(16, 3, 1.0), BallAxis(32, 4, 0.7), limit=9.0), {"pooled": (*pooled, None)}),
     "gna": (window(NeighborhoodAxis(16, 5, 2, 1, False), NeighborhoodAxis(32, 6, 1, 1, True)), {"return_lse": True}),
-    "dilated": (window(NeighborhoodAxis(16, 3, 1, 2, False), NeighborhoodAxis(32, 6, 1, 3, False)), {"real": real}),
+    "dilated": (
+        window(NeighborhoodAxis(16, 3, 1, 2, False), NeighborhoodAxis(32, 6, 1, 3, False)), {"key_mask": key_mask},
+    ),
     "sla": (BlockPlan(Tiling.of((512,), (64,)), Tiling.of((512,), (32,)), lists, None, counts), {"linear": linear}),
 }
 with offline_gpu.target(target):
@@ -251,15 +253,15 @@ state = torch.empty(2, 8, 128, 128, dtype=q.dtype)
 linear = b.LinearBranch(state, torch.empty(2, 8, 128), torch.empty(2), q[0, 0, 0], "elu")
 ball = window_plan((BallAxis(16, 4, 1.0), BallAxis(64, 4, 0.7)), 16.0, 128, 128, q.device)
 run = window_plan((NeighborhoodAxis(16, 5, 2, 1, False), NeighborhoodAxis(64, 6, 1, 1, True)), 1.0, 128, 64, q.device)
-extra = (torch.empty(1, 2, 70, 128, dtype=q.dtype),) * 2
+pooled = (torch.empty(1, 2, 70, 128, dtype=q.dtype),) * 2
 whole = BlockPlan(Tiling.of((1024,), (128,)), Tiling.of((1024,), (128,)), lists, None, counts)
 ragged = BlockPlan(Tiling.of((30, 30), (8, 16)), Tiling.of((30, 30), (8, 16)), lists, None, counts)
 variants = [
     (whole, (0, 0), {}),
     (ragged, (0, 0), {}),
     (BlockPlan(Tiling.of((1016,), (128,)), Tiling.of((1016,), (64,)), lists, None, counts), (0, 0), {"linear": linear}),
-    (ball, (8, 8), {"extra": (*extra, None)}),
-    (ball, (0, 0), {"extra": (*extra, None)}),
+    (ball, (8, 8), {"pooled": (*pooled, None)}),
+    (ball, (0, 0), {"pooled": (*pooled, None)}),
     (run, (0, 0), {"return_lse": True}),
 ]
 with offline_gpu.target("sm_90"):
@@ -271,7 +273,7 @@ print(all("cubin" in each.asm for each in built), masked)
 
 
 def build(code, *arguments):
-    """Run in a process of its own: here kernels are interpreted."""
+    """Output of code in a separate process, because kernels are interpreted in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     tests = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), environment.get("PYTHONPATH", "")])
@@ -280,15 +282,14 @@ def build(code, *arguments):
     return done.stdout
 
 
-def test_kernel_for_hopper_builds():
-    """And masks wherever a box may be short: a step that no loop takes would leave the program waiting for ever."""
+def test_hopper_kernel_builds():
+    """It builds, and applies masks for every plan with short tiles."""
     assert build(BUILD_HOPPER).strip() == "True [False, True, True, True, True, True]"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_kernel_builds_for(target):
-    """The variants differ in what is compiled in: the interpreter takes branches that the compiler's type checks
-    refuse."""
+    """The variants differ in constexprs: the interpreter accepts branches that the compiler's type checks refuse."""
     variants = () if target == "sm_90" else ("clear",)
     told = build(BUILD, target, *variants)
     assert told.startswith("1" if variants else "5")

@@ -1,4 +1,4 @@
-"""How a kernel's configuration is found: table, memory, file, and a search that is bounded and says what it does."""
+"""Selection of a kernel's launch configuration: table, memory, cache file, and a bounded search that logs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from triton.runtime.errors import OutOfResources
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_plan import window_plan
 from dit_accel.kernels.block_sparse_triton import block_sparse_attention
-from dit_accel.kernels.tuning import BUDGET_S, MOST_WAYS, Config, choose_config, launch_tuned, ways_to_build
+from dit_accel.kernels.tuning import BUDGET_S, MAX_CONFIGS, Config, candidate_configs, choose_config, launch_tuned
 from dit_accel.kernels.window import BallAxis
 
 GUESS = Config(64, 64, 4, 2)
 QUERY = torch.empty(1, 1, 1, 96, dtype=torch.float16)
-WAYS = ways_to_build(GUESS, 2, False)
+CANDIDATES = candidate_configs(GUESS, 2, False)
 
 
 class Machine:
-    """A GPU that takes the given times, in seconds, and refuses the rest."""
+    """Fake GPU with the given times in seconds; other configurations do not fit."""
 
     def __init__(self, times: dict[Config, float]) -> None:
         self.times, self.now, self.launched, self.timed = times, 0.0, [], 0
@@ -40,21 +40,21 @@ class Machine:
         return 1000 * (self.now - before)
 
     def run(self, what="list 64x64", guess=GUESS, query=QUERY, boxes=False) -> Config:
-        """What the last launch, the one that counts, was built like."""
+        """Configuration of the last launch, whose result is kept."""
         launch_tuned(self.launch, query, what, guess, boxes)
         return self.launched[-1]
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """Makes machines; each is a process of its own, with this folder to keep results in."""
+    """Factory of machines; each represents a separate process, with the same cache folder."""
     monkeypatch.setenv("DIT_ACCEL_CACHE", str(tmp_path))
     monkeypatch.delenv("DIT_ACCEL_AUTOTUNE", raising=False)
     monkeypatch.setattr(tuning, "_gpu", lambda device: "NVIDIA A10")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def start(times=None) -> Machine:
-        machine = Machine(dict.fromkeys(WAYS, 1.0) if times is None else times)
+        machine = Machine(dict.fromkeys(CANDIDATES, 1.0) if times is None else times)
         monkeypatch.setattr(tuning, "_chosen", {})
         monkeypatch.setattr(tuning, "_milliseconds", machine.milliseconds)
         monkeypatch.setattr(tuning, "perf_counter", lambda: machine.now)
@@ -73,27 +73,28 @@ def lines(caplog) -> list[str]:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("boxes", [False, True])
 @pytest.mark.parametrize("hip", [None, "7.0"])
-def test_few_ways_are_tried_the_guess_first_and_none_changes_the_plan(itemsize, boxes, hip, monkeypatch):
+def test_candidates_start_with_the_guess_and_keep_tiles(itemsize, boxes, hip, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
-    ways = ways_to_build(GUESS, itemsize, boxes)
-    assert ways[0] == GUESS and 4 <= len(ways) == len(set(ways)) <= MOST_WAYS
-    assert {(way.block_q, way.block_k) for way in ways} == {(64, 64)}
-    assert boxes or not any(way.boxes for way in ways)
-    assert not hip or not any(way.boxes or way.max_registers for way in ways)
+    configs = candidate_configs(GUESS, itemsize, boxes)
+    assert configs[0] == GUESS and 4 <= len(configs) == len(set(configs)) <= MAX_CONFIGS
+    assert {(config.block_q, config.block_k) for config in configs} == {(64, 64)}
+    assert boxes or not any(config.boxes for config in configs)
+    assert not hip or not any(config.boxes or config.max_registers for config in configs)
 
 
-def test_the_fastest_is_taken_and_tuned_once(gpu, caplog):
-    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.4})
-    assert machine.run() == WAYS[3]
-    assert machine.timed == len(WAYS)
+def test_fastest_config_is_selected_once(gpu, caplog):
+    machine = gpu({config: 1.0 for config in CANDIDATES} | {CANDIDATES[3]: 0.4})
+    assert machine.run() == CANDIDATES[3]
+    assert machine.timed == len(CANDIDATES)
     first, second = lines(caplog)
-    assert f"Trying {len(WAYS)} ways" in first and "about 20 s at most" in first and "DIT_ACCEL_AUTOTUNE=0" in first
+    for part in (f"measuring {len(CANDIDATES)} launch configurations", "at most about 20 s", "DIT_ACCEL_AUTOTUNE=0"):
+        assert part in first
     assert "NVIDIA A10" in first and "list 64x64, float16, head dim 96" in first and "tuning.json" in first
-    assert str(WAYS[3]) in second and "400 ms a call (untuned: 1e+03 ms)" in second
-    assert machine.run() == WAYS[3] and machine.timed == len(WAYS) and not lines(caplog)
+    assert str(CANDIDATES[3]) in second and "400 ms per call (untuned: 1e+03 ms)" in second
+    assert machine.run() == CANDIDATES[3] and machine.timed == len(CANDIDATES) and not lines(caplog)
 
 
-def test_every_kind_dtype_and_head_dim_is_tuned_by_itself(gpu):
+def test_each_kind_dtype_and_head_dim_is_tuned_separately(gpu):
     machine = gpu()
     for what, query in (("list", QUERY), ("ball", QUERY), ("list", QUERY.bfloat16()), ("list", QUERY[..., :64])):
         before = machine.timed
@@ -101,29 +102,29 @@ def test_every_kind_dtype_and_head_dim_is_tuned_by_itself(gpu):
         assert machine.timed > before
 
 
-def test_a_little_faster_is_noise(gpu):
-    assert gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.98}).run() == GUESS
+def test_small_gains_are_ignored_as_noise(gpu):
+    assert gpu({config: 1.0 for config in CANDIDATES} | {CANDIDATES[3]: 0.98}).run() == GUESS
 
 
-def test_no_way_is_begun_when_the_time_is_up(gpu):
-    machine = gpu(dict.fromkeys(WAYS, 0.6 * BUDGET_S))
+def test_no_candidate_is_started_past_the_budget(gpu):
+    machine = gpu(dict.fromkeys(CANDIDATES, 0.6 * BUDGET_S))
     machine.run()
     assert machine.timed == 2
     machine = gpu({GUESS: 2 * BUDGET_S})
     assert machine.run(what="slow") == GUESS and machine.timed == 1
 
 
-def test_the_file_spares_the_next_process_the_search(gpu, tmp_path, caplog):
-    gpu({way: 1.0 for way in WAYS} | {WAYS[2]: 0.5}).run()
+def test_next_process_reads_the_cache_file(gpu, tmp_path, caplog):
+    gpu({config: 1.0 for config in CANDIDATES} | {CANDIDATES[2]: 0.5}).run()
     (key,) = json.loads((tmp_path / "tuning.json").read_text())
     assert "NVIDIA A10, triton " in key and f"kernel {tuning.KERNEL}" in key
     lines(caplog)
     machine = gpu()
-    assert machine.run() == WAYS[2] and machine.timed == 0 and not lines(caplog)
+    assert machine.run() == CANDIDATES[2] and machine.timed == 0 and not lines(caplog)
     assert [x.name for x in tmp_path.iterdir()] == ["tuning.json"]  # no temporary file is left
 
 
-def test_two_processes_keep_one_anothers_results(gpu, tmp_path, monkeypatch):
+def test_concurrent_processes_keep_both_results(gpu, tmp_path, monkeypatch):
     first, second = gpu(), gpu()
     read = tuning._read
 
@@ -143,7 +144,7 @@ def test_two_processes_keep_one_anothers_results(gpu, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"a": NaN'])
-def test_a_broken_file_is_told_once_ignored_and_replaced(content, gpu, tmp_path, caplog):
+def test_invalid_cache_warns_once_and_is_replaced(content, gpu, tmp_path, caplog):
     file = tmp_path / "tuning.json"
     file.write_bytes(content)
     machine = gpu()
@@ -155,37 +156,37 @@ def test_a_broken_file_is_told_once_ignored_and_replaced(content, gpu, tmp_path,
 
 
 @pytest.mark.parametrize("entry", [None, 3, {}, {"config": {"num_warps": 3}}, {"config": [1]}])
-def test_an_entry_that_is_no_way_to_build_is_measured_again(entry, gpu, tmp_path):
+def test_invalid_cache_entries_are_measured_again(entry, gpu, tmp_path):
     gpu().run()
     file = tmp_path / "tuning.json"
     file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), entry)))
-    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[1]: 0.5})
-    assert machine.run() == WAYS[1] and machine.timed == len(WAYS)
+    machine = gpu({config: 1.0 for config in CANDIDATES} | {CANDIDATES[1]: 0.5})
+    assert machine.run() == CANDIDATES[1] and machine.timed == len(CANDIDATES)
 
 
-def test_a_folder_that_cannot_be_written_is_told_once(gpu, tmp_path, monkeypatch, caplog):
+def test_unwritable_folder_warns_once(gpu, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DIT_ACCEL_CACHE", str(tmp_path / "file" / "folder"))
-    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[1]: 0.5})
-    assert machine.run() == WAYS[1]
+    machine = gpu({config: 1.0 for config in CANDIDATES} | {CANDIDATES[1]: 0.5})
+    assert machine.run() == CANDIDATES[1]
     machine.run(what="another")
-    assert sum("Cannot keep" in line for line in lines(caplog)) == 1
+    assert sum("Cannot store" in line for line in lines(caplog)) == 1
 
 
-def test_what_does_not_fit_is_left_out(gpu, caplog):
-    machine = gpu({GUESS: 1.0, WAYS[4]: 0.5})
-    assert machine.run() == WAYS[4] and machine.timed == 2
-    machine = gpu({WAYS[5]: 0.5})  # not even the guess fits
-    assert machine.run(what="tight") == WAYS[5]
+def test_configs_that_do_not_fit_are_skipped(gpu, caplog):
+    machine = gpu({GUESS: 1.0, CANDIDATES[4]: 0.5})
+    assert machine.run() == CANDIDATES[4] and machine.timed == 2
+    machine = gpu({CANDIDATES[5]: 0.5})  # not even the guess fits
+    assert machine.run(what="tight") == CANDIDATES[5]
     assert "untuned: does not fit" in lines(caplog)[-1]
     with pytest.raises(OutOfResources):
         gpu({}).run(what="nothing fits")
 
 
-def test_what_was_tuned_and_does_not_fit_another_call_gives_way_to_the_guess(gpu):
-    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.4})
-    assert machine.run() == WAYS[3]
-    del machine.times[WAYS[3]]
+def test_guess_replaces_a_tuned_config_that_does_not_fit(gpu):
+    machine = gpu({config: 1.0 for config in CANDIDATES} | {CANDIDATES[3]: 0.4})
+    assert machine.run() == CANDIDATES[3]
+    del machine.times[CANDIDATES[3]]
     assert machine.run() == machine.run() == GUESS
     del machine.times[GUESS]
     with pytest.raises(OutOfResources):
@@ -193,31 +194,31 @@ def test_what_was_tuned_and_does_not_fit_another_call_gives_way_to_the_guess(gpu
 
 
 @pytest.mark.parametrize("value", ["0", "false", "OFF"])
-def test_switched_off_the_guess_is_taken_and_nothing_written(value, gpu, tmp_path, monkeypatch, caplog):
+def test_disabled_autotuning_uses_the_guess_and_writes_nothing(value, gpu, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("DIT_ACCEL_AUTOTUNE", value)
     machine = gpu()
     assert machine.run() == GUESS and machine.launched == [GUESS] and not machine.timed
     assert not lines(caplog) and not list(tmp_path.iterdir())
 
 
-def test_nothing_is_timed_in_a_graph_capture_but_what_is_known_is_taken(gpu, monkeypatch):
-    machine = gpu({way: 1.0 for way in WAYS} | {WAYS[3]: 0.4})
+def test_graph_capture_uses_known_configs_and_times_none(gpu, monkeypatch):
+    machine = gpu({config: 1.0 for config in CANDIDATES} | {CANDIDATES[3]: 0.4})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert machine.run() == GUESS and machine.launched == [GUESS] and not machine.timed
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert machine.run() == WAYS[3]  # the guess was not kept
+    assert machine.run() == CANDIDATES[3]  # the guess was not kept
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert machine.run() == WAYS[3]
+    assert machine.run() == CANDIDATES[3]
 
 
-def test_descriptors_that_cannot_be_had_are_not_told_apart(gpu):
+def test_unavailable_descriptors_are_not_candidates(gpu):
     guess = replace(GUESS, boxes=True)
-    machine = gpu(dict.fromkeys([*WAYS, *ways_to_build(guess, 2, True)], 1.0))
+    machine = gpu(dict.fromkeys([*CANDIDATES, *candidate_configs(guess, 2, True)], 1.0))
     assert not machine.run(guess=guess).boxes
     assert machine.run(what="with boxes", guess=guess, boxes=True).boxes
 
 
-def test_off_the_gpu_nothing_is_tuned(monkeypatch, tmp_path, caplog):
+def test_no_autotuning_off_the_gpu(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("DIT_ACCEL_CACHE", str(tmp_path))
     monkeypatch.delenv("DIT_ACCEL_AUTOTUNE", raising=False)
     machine = Machine({GUESS: 1.0})
@@ -236,7 +237,7 @@ def test_folders_follow_the_environment(monkeypatch):
 
 
 class OnGpu:
-    """As much of a tensor on a GPU as a choice looks at."""
+    """Stand-in for a GPU tensor in choose_config."""
 
     device = torch.device("cuda", 0)
 
@@ -252,8 +253,8 @@ class OnGpu:
     [((9, 0), 227, 128, True, 128), ((9, 0), 227, 96, False, 128), ((10, 0), 227, 128, False, 128),
      ((12, 0), 99, 128, False, 64), ((8, 6), 99, 128, False, 64), ((8, 0), 163, 64, False, 64)],
 )  # fmt: skip
-def test_the_table_holds_for_what_it_was_measured_for(capability, kib, dim, known, tile, monkeypatch):
-    """RTX cards of Blackwell have 99 KiB of shared memory: tiles as on the H100 would not fit."""
+def test_table_applies_only_to_measured_cases(capability, kib, dim, known, tile, monkeypatch):
+    """Blackwell RTX cards have 99 KiB of shared memory: the H100's tiles would not fit."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     properties = types.SimpleNamespace(shared_memory_per_block_optin=kib * 1024, shared_memory_per_block=48 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -264,8 +265,8 @@ def test_the_table_holds_for_what_it_was_measured_for(capability, kib, dim, know
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
-def test_every_way_computes_the_same_in_the_caller_s_tensors(gpu):
-    """The kernel itself, with a made-up clock: what is left in the outputs is the winner's."""
+def test_all_candidates_compute_the_same_result(gpu):
+    """The real kernel with a fake clock: the outputs are those of the selected configuration."""
     axes = (BallAxis(9, 3, 1.0), BallAxis(13, 3, 1.0))
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9 * 13, 32).half() for _ in range(3))

@@ -1,1 +1,1 @@
-"""The attention mechanisms, one paper a file."""
+"""Attention mechanisms, one paper per file."""

@@ -1,4 +1,4 @@
-"""What the mechanisms have in common: checks at the public edge, and the dense parts around a grid."""
+"""Shared by the mechanisms: checks of public arguments, and the dense parts around a grid."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = [
     "check_tensors",
     "flat_layout",
     "global_index",
+    "global_logits",
     "global_rows",
     "global_tiles",
-    "hidden_bias",
-    "hide",
+    "mask_bias",
     "per_axis",
     "softmax_rows",
-    "text_logits",
+    "zero_masked",
 ]
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | 
     expected = (query.shape[0], query.shape[2])
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         kind = getattr(key_mask, "dtype", type(key_mask).__name__)
-        raise TypeError(f"key_mask must be a bool tensor, True = real token, got {kind}")
+        raise TypeError(f"key_mask must be a bool tensor, True = attend, got {kind}")
     if tuple(key_mask.shape) != expected:
         raise ValueError(f"key_mask must have shape (B, S) = {expected}, got {tuple(key_mask.shape)}")
     if key_mask.device != query.device:
@@ -67,7 +67,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | 
 
 
 def check_layout_and_scale(layout: object, scale: object, *, default: bool = False) -> None:
-    """``default``: whether the layout may be None.
+    """Check layout and scale; ``default``: whether the layout may be None.
 
     Raises: TypeError, ValueError: not a layout, or not a finite number.
     """
@@ -111,7 +111,7 @@ def check_number(name: str, value: object) -> float:
 
 
 def per_axis(name: str, value: T | Sequence[T], layout: TokenLayout) -> tuple[T, ...]:
-    """One value an axis; a single value stands for all axes.
+    """One value per axis; a single value is used for all axes.
 
     Raises: ValueError: another number of values than axes.
     """
@@ -128,53 +128,53 @@ def per_axis(name: str, value: T | Sequence[T], layout: TokenLayout) -> tuple[T,
 
 
 def as_tuple(value: T | Sequence[T]) -> tuple[T, ...]:
-    """A single value as a tuple of one."""
+    """Wrap a single value in a tuple."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)  # type: ignore[return-value]
 
 
 def flat_layout(layout: TokenLayout | None, query: Tensor) -> TokenLayout:
-    """None stands for the sequence as it is, 1-D."""
+    """The layout, or the whole sequence as a 1-D grid if it is None."""
     return TokenLayout((query.shape[2],)) if layout is None else layout
 
 
 def global_rows(layout: TokenLayout) -> tuple[tuple[int, int], ...]:
-    """Ranges of the tokens that are not on the grid."""
+    """Ranges of the global tokens."""
     spans = ((0, layout.before), (layout.grid_slice.stop, layout.seq_len))
     return tuple(span for span in spans if span[0] < span[1])
 
 
 def global_index(layout: TokenLayout, device: torch.device) -> Tensor:
-    """The tokens that are not on the grid."""
+    """Indices of the global tokens."""
     ranges = [torch.arange(*span, device=device) for span in global_rows(layout)]
     return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64, device=device)
 
 
 def global_tiles(layout: TokenLayout, device: torch.device) -> tuple[Tiles, ...]:
-    """Tokens that are not on the grid see every token."""
+    """Tiles of the global tokens, which attend to every token."""
     index = global_index(layout, device)
     return (every_key(index, layout.seq_len),) if len(index) else ()
 
 
-def hide(x: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Zero the padding of (B, H, S, D): what lies there (NaN, maybe) would leak through a product with zero."""
+def zero_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Zero the masked keys of (B, H, S, D): NaN in the padding would survive a product with zero."""
     return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, 0)
 
 
-def hidden_bias(key_mask: Tensor | None) -> Tensor | None:
-    """(B, S) float32 to add to the logits: -inf on padding."""
+def mask_bias(key_mask: Tensor | None) -> Tensor | None:
+    """Bias of the logits, (B, S) float32: -inf for masked keys."""
     if key_mask is None:
         return None
     return torch.zeros(key_mask.shape, device=key_mask.device).masked_fill(~key_mask, -torch.inf)
 
 
 def softmax_rows(logits: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the visible keys; a row that sees none is 0. For the references."""
+    """Softmax over the visible keys, 0 for a row without one; used by the references."""
     logits = logits.masked_fill(~visible, -torch.inf)
-    seen = visible.any(-1, keepdim=True)
-    return torch.softmax(logits.masked_fill(~seen, 0), -1).masked_fill(~seen, 0)
+    nonempty = visible.any(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(~nonempty, 0), -1).masked_fill(~nonempty, 0)
 
 
-def text_logits(layout: TokenLayout) -> float:
-    """Logits in the rows and columns of the tokens that are not on the grid."""
-    text = layout.before + layout.after
-    return float(text * text + 2 * text * layout.grid_len)
+def global_logits(layout: TokenLayout) -> float:
+    """Number of logits in the rows and columns of the global tokens."""
+    n_global = layout.before + layout.after
+    return float(n_global * n_global + 2 * n_global * layout.grid_len)

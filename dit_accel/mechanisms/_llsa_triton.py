@@ -1,4 +1,4 @@
-"""LLSA on the Triton kernels: pool the levels, select from the top down, attend to what is coarse and what is fine."""
+"""LLSA with the Triton kernels: pool the levels, select from the top down, attend to coarse and fine tokens."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ def llsa_attention_triton(
     levels: int | None,
     enrich: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf where a row sees nothing."""
+    """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf for a row without a visible key."""
     from dit_accel.kernels.llsa_triton import llsa_blocks_attention
 
-    real = key_mask
-    chosen = _make_selection(query, key, value, real, layout, block_size, topk, levels, enrich)
+    chosen = _make_selection(query, key, value, key_mask, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention(
         query,
         key,
@@ -45,7 +44,7 @@ def llsa_attention_triton(
         before=layout.before,
         n_grid=layout.grid_len,
         pooled=chosen.pooled,
-        real=real,
+        key_mask=key_mask,
         whole=chosen.whole,
         return_lse=True,
     )  # type: ignore[return-value]
@@ -67,12 +66,11 @@ def llsa_attention_triton_backward(
     levels: int | None,
     enrich: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. Pooling and selection, which cost little, are made once more; two runs of them
-    are alike to the bit."""
+    """Gradients of query, key and value. Pooling and selection are cheap and are recomputed, bitwise equal to the
+    forward pass."""
     from dit_accel.kernels.llsa_bwd_triton import llsa_blocks_attention_backward
 
-    real = key_mask
-    chosen = _make_selection(query, key, value, real, layout, block_size, topk, levels, enrich)
+    chosen = _make_selection(query, key, value, key_mask, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention_backward(
         grad,
         out,
@@ -89,13 +87,13 @@ def llsa_attention_triton_backward(
         pooled=chosen.pooled,
         number=chosen.pool.number,
         rows=chosen.pool.rows,
-        real=real,
+        key_mask=key_mask,
         whole=chosen.whole,
     )
 
 
 class _Selection(NamedTuple):
-    """The tree, its pooled tokens, what each of them keeps, level by level, and those that are attended to."""
+    """The tree, its pooled tokens, the tokens kept at each level, and the pooled tokens to attend to."""
 
     tree: tuple[Level, ...]
     pool: PooledTree
@@ -104,7 +102,7 @@ class _Selection(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether every pooled token is full, and so nothing is missing in any list."""
+        """Whether every pooled token is full, so that no list has gaps."""
         return not self.pool.masked and all(level.full for level in self.tree)
 
 
@@ -112,7 +110,7 @@ def _make_selection(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     layout: TokenLayout,
     block_size: int,
     topk: int,
@@ -128,9 +126,9 @@ def _make_selection(
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     tree = make_tree(layout.grid, block_size, levels, query.device)
     children, places = [level.children for level in tree], [level.place for level in tree]
-    pool = pool_tree(query, key, value if enrich else None, children, layout.before, real)
-    kept, met = select_tree(pool, children, places, topk, enrich)
+    pool = pool_tree(query, key, value if enrich else None, children, layout.before, key_mask)
+    kept, indices = select_tree(pool, children, places, topk, enrich)
     pooled = None
     if pool.all_keys is not None and pool.all_values is not None:
-        pooled = Pooled(pool.all_keys, pool.all_values, pool.weight, met, pool.rows[-1])
+        pooled = Pooled(pool.all_keys, pool.all_values, pool.weight, indices, pool.rows[-1])
     return _Selection(tree, pool, kept, pooled)

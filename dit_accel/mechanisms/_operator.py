@@ -1,4 +1,4 @@
-"""A mechanism as torch operators: forward, shapes for tracing, and a backward that recomputes."""
+"""Mechanisms as torch operators: forward, fake implementation for tracing, and a backward that recomputes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def define_operator(
     *,
     learned: tuple[str, ...],
     options: str,
-    derive: dict[str, Callable[..., Sequence[Tensor]]] | None = None,
+    backward: dict[str, Callable[..., Sequence[Tensor]]] | None = None,
 ) -> None:
     """Register ``dit_accel::<name>`` and ``dit_accel::<name>_backward``.
 
-    The operator gives the output and, of backends with a derivative of their own, the log-sum-exp (B, H, S) that this
-    needs; of others a tensor without elements. Its arguments are, in order: query, key, value, key_mask, the
-    learned tensors, grid, before, after, the options, scale, fit, backend (optional). Grid lengths may be symbolic
-    while tracing: here, inside, they are numbers, so what depends on them (is the window larger than its axis?) is
-    checked here, and with ``fit`` options are shrunk first.
+    The operator returns the output and, for backends with their own backward pass, the log-sum-exp (B, H, S) that it
+    needs; for others an empty tensor. Its arguments are, in order: query, key, value, key_mask, the learned tensors,
+    grid, before, after, the options, scale, fit, backend (optional). Grid lengths may be symbolic while tracing, but
+    are numbers inside the operator. Checks that depend on them (is the window larger than its axis?) are therefore made
+    here, after ``fit`` has shrunk the options if requested.
 
     Args:
         name: the operator's name.
@@ -43,11 +43,11 @@ def define_operator(
         fit: the mechanism's ``fit``.
         learned: names of the learned tensors.
         options: the options as operator schema, such as ``"float critical, bool smooth_key"``.
-        derive: for a backend, ``derive(grad, out, lse, <as compute>)``: the gradients of query, key, value and of the
-            learned tensors that were given. Its compute returns (output, log-sum-exp). The others' output alone is
-            computed once more in the backward pass, and derived by autograd.
+        backward: for some backends, ``backward(grad, out, lse, <as compute>)``, which returns the gradients of query,
+            key, value and of the learned tensors that were given; their compute returns (output, log-sum-exp). For
+            other backends the backward pass recomputes the output and differentiates it by autograd.
     """
-    derive = derive or {}
+    backward = backward or {}
     n_tensors = 4 + len(learned)
     tensors = ", ".join([_TENSORS, *(f"Tensor? {x}" for x in learned)])
     option_names = [x.split()[-1] for x in options.split(", ")]
@@ -59,27 +59,26 @@ def define_operator(
     def run(
         tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], forward: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Any:
-        """What compute returns, for the backend; or, where the gradient, the output and the log-sum-exp are given, the
-        gradients."""
+        """Output of compute for the backend, or the gradients if ``forward`` gives grad, out and lse."""
         query = tensors[0]
         assert query is not None
-        rest += (None,) * (n_rest - len(rest))  # the dispatcher leaves out a last argument at its default
+        rest += (None,) * (n_rest - len(rest))  # the dispatcher omits a last argument equal to its default
         grid, before, after, *values, scale, shrink, backend = rest
         layout = TokenLayout(tuple(grid), before, after)
         if layout.seq_len != query.shape[2]:
             raise ValueError(
                 f"layout {layout} has {layout.seq_len} tokens but query has {query.shape[2]}: "
-                "pass the layout of this sequence, with every token off the grid in before or after"
+                "pass the layout of this sequence, with all global tokens in before or after"
             )
         chosen = dict(zip(option_names, values, strict=True))
         if shrink:
             chosen = fit(layout, **chosen)
         backend = resolve(backend, query.device, mechanism)
-        if forward is not None and backend not in derive:
+        if forward is not None and backend not in backward:
             backend = "torch"
         _check_gpu(mechanism, backend, query)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        # kernels are launched on the current device, which need not be the tensors'
+        # kernels are launched on the current device, which may not be the tensors' device
         with (
             torch.cuda.device_of(query),
             _no_autocast(query.device.type),
@@ -88,8 +87,8 @@ def define_operator(
             given = {"layout": layout, "scale": scale, **chosen}
             if forward is None:
                 return compute[backend](*tensors, **given)
-            if backend in derive:
-                return derive[backend](*forward, *tensors, **given)
+            if backend in backward:
+                return backward[backend](*forward, *tensors, **given)
             return _by_autograd(compute[backend], forward[0], tensors, given)
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -102,10 +101,10 @@ def define_operator(
 
     def fake(*args: Any) -> tuple[Tensor, Tensor]:
         query, backend = args[0], args[-1] if len(args) == n_tensors + n_rest else None
-        has_lse = resolve(backend, query.device, mechanism) in derive
+        has_lse = resolve(backend, query.device, mechanism) in backward
         return _empty(query), query.new_empty(query.shape[:3] if has_lse else (0,), dtype=torch.float32)
 
-    def backward(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+    def compute_gradients(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
         tensors, rest = args[:n_tensors], args[n_tensors:]
         if grad.numel() == 0:
             return [torch.zeros_like(tensors[i]) for i in _differentiable(tensors)]
@@ -130,7 +129,7 @@ def define_operator(
     forward_op.register_fake(fake)
     backward_op = torch.library.custom_op(
         f"dit_accel::{name}_backward",
-        backward,
+        compute_gradients,
         mutates_args=(),
         schema=f"(Tensor grad, Tensor out, Tensor lse, {arguments}) -> Tensor[]",
     )
@@ -139,8 +138,8 @@ def define_operator(
 
 
 def check_no_tangents(mechanism: str, *tensors: Tensor | None) -> None:
-    """Refuse forward-mode differentiation: torch drops the tangents of an operator's arguments and gives 0. Outside it
-    this costs 0.1 µs.
+    """Refuse forward-mode differentiation: torch drops the tangents of an operator's arguments and returns 0. Costs 0.1
+    µs outside forward mode.
 
     Raises: NotImplementedError: a tensor with a tangent.
     """
@@ -157,21 +156,22 @@ def check_no_tangents(mechanism: str, *tensors: Tensor | None) -> None:
 def _by_autograd(
     compute: Callable[..., Tensor], grad: Tensor, tensors: tuple[Tensor | None, ...], given: dict[str, Any]
 ) -> Sequence[Tensor]:
-    """Gradients of the tensors that have one, through what plain torch computes once more."""
-    filled = list(tensors)
+    """Gradients of the differentiable tensors, by recomputing the output in plain torch."""
+    arguments = list(tensors)
     leaves = []
     for i in _differentiable(tensors):
-        leaf = filled[i].detach().requires_grad_()  # type: ignore[union-attr]
-        filled[i] = leaf
+        leaf = arguments[i].detach().requires_grad_()  # type: ignore[union-attr]
+        arguments[i] = leaf
         leaves.append(leaf)
     with autograd_inside_op():
-        out = compute(*filled, **given)
+        out = compute(*arguments, **given)
         return torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
 
 
 def _check_gpu(mechanism: str, backend: str, query: Tensor) -> None:
-    """Raises: ValueError: an NVIDIA GPU from before Ampere. Triton lists none as supported: since 3.3 it builds kernels
-    for them without matrix units, and ours spill kilobytes a thread then."""
+    """Raises: ValueError: an NVIDIA GPU older than Ampere. Triton does not list these as supported: since 3.3 it
+    compiles kernels for them without matrix units, and ours then spill kilobytes per thread.
+    """
     if backend != "triton" or query.device.type != "cuda" or torch.version.hip:
         return
     major, minor = torch.cuda.get_device_capability(query.device)
@@ -185,7 +185,7 @@ def _check_gpu(mechanism: str, backend: str, query: Tensor) -> None:
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off; where it is not on, that takes no time."""
+    """Disable autocast; free if it is not enabled."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -193,7 +193,7 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _explained(what: str, backend: str, backends: Iterable[str], query: Tensor) -> Iterator[None]:
-    """Errors about memory say what was computed, and what may help.
+    """Extend memory errors by what was computed and what may help.
 
     Raises: torch.OutOfMemoryError: the GPU's memory is full; RuntimeError: a Triton kernel does not fit the GPU.
     """
@@ -219,7 +219,7 @@ def _explained(what: str, backend: str, backends: Iterable[str], query: Tensor) 
 
 
 def _too_large() -> tuple[type[Any], ...]:
-    """Triton's error for a kernel that does not fit, where Triton was imported."""
+    """Triton's error for a kernel that does not fit, if Triton was imported."""
     errors = sys.modules.get("triton.runtime.errors")
     return () if errors is None else (errors.OutOfResources,)
 
@@ -230,7 +230,7 @@ def _name(device: torch.device) -> str:
 
 @contextmanager
 def autograd_inside_op() -> Iterator[None]:
-    """Autograd inside an operator: there it is shut off not by the grad mode alone but below the dispatcher, too."""
+    """Enable autograd inside an operator, where both the grad mode and the dispatch keys below it are off."""
     keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
     with ExitStack() as stack:
         for key in keys:
@@ -240,12 +240,12 @@ def autograd_inside_op() -> Iterator[None]:
 
 
 def _differentiable(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    """Places of query, key, value and the learned tensors that were given."""
+    """Indices of query, key, value and the learned tensors that were given."""
     return [0, 1, 2, *(i for i in range(4, len(tensors)) if tensors[i] is not None)]
 
 
 def _empty(like: Tensor) -> Tensor:
-    """For (B, H, S, D) dense in the order (B, S, H, D): the host flattens the heads next, and need not copy."""
+    """Uninitialized (B, H, S, D), dense in the order (B, S, H, D): the host flattens the heads next, without a copy."""
     if like.dim() != 4:
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
     batch, heads, length, dim = like.shape
@@ -253,7 +253,7 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x in the strides of :func:`_empty`."""
+    """Copy x to the strides of :func:`_empty` if they differ."""
     if x.dim() != 4:
         return x.contiguous()
     _, heads, length, dim = x.shape

@@ -1,4 +1,4 @@
-"""SLA's softmax over the critical blocks by torch's FlexAttention."""
+"""SLA's softmax over the critical blocks with torch's FlexAttention."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def critical_by_flex(
     block_kv: int,
     tile_order: bool,
 ) -> Tensor:
-    """Softmax attention of each query block over its critical blocks and over the tokens off the grid, which see all.
+    """Softmax attention of each query block over its critical blocks and the global tokens; global queries attend to
+    all.
 
     Args:
         query, key, value: (B, H, S, D).
-        chosen: (B*H, query blocks, n) key blocks. kept: (1|B, n) bool, the first of them, which count.
+        chosen: (B*H, query blocks, n) key blocks. kept: (1|B, n) bool, the valid entries, which come first.
     """
     from dit_accel.kernels.block_plan import BlockPlan
     from dit_accel.kernels.block_sparse_flex import block_sparse_flex
@@ -39,4 +40,4 @@ def critical_by_flex(
     counts = kept.sum(-1, dtype=torch.int32).repeat_interleave(len(chosen) // len(kept))
     plan = BlockPlan(q, kv, chosen.int(), None, counts[:, None].expand(-1, q.n_tiles))
     before = (layout.before, layout.before)
-    return block_sparse_flex(query, key, value, plan, scale=scale, before=before, real=key_mask)
+    return block_sparse_flex(query, key, value, plan, scale=scale, before=before, key_mask=key_mask)

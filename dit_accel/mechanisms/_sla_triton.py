@@ -1,4 +1,4 @@
-"""SLA on the Triton kernels: pool and select, sum up the linear branch, then one pass over the critical blocks."""
+"""SLA with the Triton kernels: pool and select, sum the linear branch, then one pass over the critical blocks."""
 
 from __future__ import annotations
 
@@ -36,18 +36,26 @@ def sla_attention_triton(
     """``sla_attention`` on a GPU, and its log-sum-exp (B, H, S) float32."""
     from dit_accel.kernels.block_sparse_triton import LinearBranch, block_sparse_attention
 
-    real, before = key_mask, layout.before
+    before = layout.before
     marginal_only = weight is not None and linear_over == "marginal"
-    chosen = _make_selection(query, key, real, layout, marginal_only, **cut)
+    chosen = _make_selection(query, key, key_mask, layout, marginal_only, **cut)
     branch = None
     if weight is not None:
-        sums = _sums(key, value, real, layout, chosen, feature_map, weight)
+        sums = _sums(key, value, key_mask, layout, chosen, feature_map, weight)
         state, norm = sums.state.flatten(0, -4), sums.norm.flatten(0, -3)
         branch = LinearBranch(state, norm, sums.eps, bias, feature_map)
     elif bias is not None:
         branch = LinearBranch(None, None, None, bias, feature_map)
     return block_sparse_attention(
-        query, key, value, chosen.plan, scale=scale, before=(before, before), real=real, linear=branch, return_lse=True
+        query,
+        key,
+        value,
+        chosen.plan,
+        scale=scale,
+        before=(before, before),
+        key_mask=key_mask,
+        linear=branch,
+        return_lse=True,
     )  # type: ignore[return-value]
 
 
@@ -68,29 +76,29 @@ def sla_attention_triton_backward(
     linear_over: str,
     **cut: Any,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, and of weight and bias where they are given. The selection, which costs little,
-    is made once more; two runs of it are alike to the bit."""
+    """Gradients of query, key, value, and of weight and bias if they are given. The selection is cheap and is
+    recomputed, bitwise equal to the forward pass."""
     from dit_accel.kernels.block_linear_bwd_triton import linear_backward
     from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
 
-    real, before = key_mask, layout.before
-    if real is not None:  # a row that sees no key has no linear part
+    before = layout.before
+    if key_mask is not None:  # a row without a visible key has no linear part
         grad = torch.where((lse > -torch.inf)[..., None], grad, 0)
     marginal_only = weight is not None and linear_over == "marginal"
-    chosen = _make_selection(query, key, real, layout, marginal_only, **cut)
+    chosen = _make_selection(query, key, key_mask, layout, marginal_only, **cut)
     plan = chosen.plan
-    share, added, learned = None, None, []
+    linear_delta, added, learned = None, None, []
     if weight is not None:
-        sums = _sums(key, value, real, layout, chosen, feature_map, None)
+        sums = _sums(key, value, key_mask, layout, chosen, feature_map, None)
         linear = linear_backward(
-            grad, query, key, value, sums, weight, feature_map, plan.q, plan.kv, before, real, chosen.marginal,
+            grad, query, key, value, sums, weight, feature_map, plan.q, plan.kv, before, key_mask, chosen.marginal,
             chosen.n_marginal,
         )  # fmt: skip
-        share, added = linear.share, linear[:3]
+        linear_delta, added = linear.delta, linear[:3]
         learned.append(linear.weight.to(weight.dtype))
     found = block_sparse_attention_backward(
-        grad, out, lse, query, key, value, plan, scale=scale, before=(before, before), real=real, share=share,
-        bias=bias, added=added,
+        grad, out, lse, query, key, value, plan, scale=scale, before=(before, before), key_mask=key_mask,
+        linear_delta=linear_delta, bias=bias, added=added,
     )  # fmt: skip
     if bias is not None and found.bias is not None:
         learned.append(found.bias.to(bias.dtype))
@@ -98,7 +106,7 @@ def sla_attention_triton_backward(
 
 
 class _Selection(NamedTuple):
-    """The plan of the critical blocks, a map of the marginal ones where it is wanted, about how many a row has."""
+    """Plan of the critical blocks, map of the marginal ones if requested, and their approximate number per row."""
 
     plan: BlockPlan
     marginal: Tensor | None
@@ -108,7 +116,7 @@ class _Selection(NamedTuple):
 def _make_selection(
     query: Tensor,
     key: Tensor,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     layout: TokenLayout,
     want_marginal: bool,
     *,
@@ -119,7 +127,8 @@ def _make_selection(
     smooth_key: bool,
     tile_order: bool,
 ) -> _Selection:
-    """``smooth_key`` moves all scores of a query block alike, so it changes no choice."""
+    """Select critical and marginal blocks. ``smooth_key`` has no effect: it moves all scores of a query block by the
+    same amount."""
     from dit_accel.kernels.block_plan import BlockPlan
     from dit_accel.kernels.block_pool_triton import pool_pair
     from dit_accel.kernels.block_select_triton import select_blocks
@@ -131,14 +140,14 @@ def _make_selection(
     n_blocks = kv.n_tiles
     most, least = max(1, int(critical * n_blocks)), int(negligible * n_blocks)
     counts: tuple[int | Tensor, int | Tensor] = (most, least)
-    filled = None
-    if real is not None:
-        filled = _filled_blocks(real[:, layout.grid_slice], kv)
-        n_filled = filled.sum(-1).double()
-        counts = ((critical * n_filled).int().clamp(min=1), (negligible * n_filled).int())
-    pooled_q, pooled_k = pool_pair(query, key, q, kv, layout.before, real)
+    valid_blocks = None
+    if key_mask is not None:
+        valid_blocks = _valid_blocks(key_mask[:, layout.grid_slice], kv)
+        n_valid = valid_blocks.sum(-1).double()
+        counts = ((critical * n_valid).int().clamp(min=1), (negligible * n_valid).int())
+    pooled_q, pooled_k = pool_pair(query, key, q, kv, layout.before, key_mask)
     lists, marginal = select_blocks(
-        pooled_q, pooled_k, *counts, filled, want_marginal, map_dtype=query.dtype, n_max=most
+        pooled_q, pooled_k, *counts, valid_blocks, want_marginal, map_dtype=query.dtype, n_max=most
     )
     shape = (batch * heads, q.n_tiles)
     if isinstance(counts[0], Tensor):
@@ -151,17 +160,17 @@ def _make_selection(
 def _sums(
     key: Tensor,
     value: Tensor,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     layout: TokenLayout,
     chosen: _Selection,
     feature_map: str,
     weight: Tensor | None,
 ) -> LinearState:
-    """The linear branch's sums, with the projection where it is given: (B, H, 1, D, D) over all keys, or (B*H, query
-    blocks, D, D) over marginal blocks, in the keys' dtype."""
+    """Sums of the linear branch, with the projection if it is given, in the keys' dtype: (B, H, 1, D, D) over all keys,
+    or (B*H, query blocks, D, D) over marginal blocks."""
     from dit_accel.kernels.block_linear_triton import LinearState, linear_state, marginal_linear_state
 
-    more = (feature_map, weight, real)
+    more = (feature_map, weight, key_mask)
     if chosen.marginal is not None:
         kv = chosen.plan.kv
         return marginal_linear_state(chosen.marginal, key, value, kv, layout.before, *more, chosen.n_marginal)
@@ -170,16 +179,16 @@ def _sums(
 
 
 def block_tilings(layout: TokenLayout, block_q: int, block_kv: int, tile_order: bool) -> tuple[Tiling, Tiling]:
-    """The grid in blocks of queries, and in blocks of keys."""
+    """Tilings of the grid for queries and for keys."""
     from dit_accel.kernels.tiling import Tiling
 
     grid = layout.grid if tile_order else (layout.grid_len,)
     return Tiling.of(grid, box_shape(block_q, grid)), Tiling.of(grid, box_shape(block_kv, grid))
 
 
-def _filled_blocks(real: Tensor, kv: Tiling) -> Tensor:
-    """(B, M) bool: blocks that hold a real token, of a mask (B, N) of the grid."""
+def _valid_blocks(key_mask: Tensor, kv: Tiling) -> Tensor:
+    """Blocks with a valid token, (B, M) bool, for a mask (B, N) of the grid."""
     grid = kv.grid if kv.grid[:2] != (1, 1) else kv.grid[2:]
     box = kv.box[-len(grid) :]
-    table, _ = box_blocks(grid, box, real.device)
-    return ((table >= 0) & real[:, table]).any(-1)
+    table, _ = box_blocks(grid, box, key_mask.device)
+    return ((table >= 0) & key_mask[:, table]).any(-1)

@@ -1,4 +1,4 @@
-"""Attention in a window by any backend: what CLEAR and GNA share."""
+"""Window attention with any backend, shared by CLEAR and GNA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_accel.kernels.block_sparse import tile_attention
 from dit_accel.kernels.window import BallAxis, NeighborhoodAxis, window_tiles
 from dit_accel.layout import TokenLayout
 
-from ._common import global_rows, global_tiles, hidden_bias, hide
+from ._common import global_rows, global_tiles, mask_bias, zero_masked
 
 if TYPE_CHECKING:
     from dit_accel.kernels.block_plan import BlockPlan
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["window_attention", "window_attention_backward"]
 
 Axes = tuple[NeighborhoodAxis | BallAxis, ...]
-Extra = tuple[Tensor, Tensor, Tensor | None]
+Pooled = tuple[Tensor, Tensor, Tensor | None]
 FLEX_VOLUMES = ((128, 128),)  # FlexAttention's own blocks
 
 
@@ -34,15 +34,15 @@ def window_attention(
     limit: float,
     layout: TokenLayout,
     scale: float,
-    extra: Extra | None = None,
+    pooled: Pooled | None = None,
 ) -> Any:
-    """Attention in the window that the axes describe; grid queries see the keys of ``extra``, too (keys, values, and
-    which are real or None where there is no padding mask). By Triton: the log-sum-exp, too."""
+    """Attention in the window described by the axes. Grid queries also attend to the keys of ``pooled``: pooled_key,
+    pooled_value and pooled_mask, which is None without a padding mask. Triton also returns the log-sum-exp."""
     if backend == "torch":
-        return _by_tiles(query, key, value, key_mask, axes, limit, layout, scale, extra)
+        return _by_tiles(query, key, value, key_mask, axes, limit, layout, scale, pooled)
     from dit_accel.kernels.block_plan import cheapest_window_plan
 
-    more = {"scale": scale, "before": (layout.before, layout.before), "real": key_mask, "extra": extra}
+    more = {"scale": scale, "before": (layout.before, layout.before), "key_mask": key_mask, "pooled": pooled}
     if backend == "flex":
         from dit_accel.kernels.block_sparse_flex import block_sparse_flex
 
@@ -65,14 +65,14 @@ def window_attention_backward(
     limit: float,
     layout: TokenLayout,
     scale: float,
-    extra: Extra | None = None,
+    pooled: Pooled | None = None,
 ) -> Gradients:
-    """Of :func:`window_attention` by Triton, from its output and log-sum-exp."""
+    """Gradients of :func:`window_attention` with Triton, from its output and log-sum-exp."""
     from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
 
     plan, before = _triton_plan(query, axes, limit), (layout.before, layout.before)
     return block_sparse_attention_backward(
-        grad, out, lse, query, key, value, plan, scale=scale, before=before, real=key_mask, extra=extra
+        grad, out, lse, query, key, value, plan, scale=scale, before=before, key_mask=key_mask, pooled=pooled
     )
 
 
@@ -89,19 +89,19 @@ def _by_tiles(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor | None,
+    key_mask: Tensor | None,
     axes: Axes,
     limit: float,
     layout: TokenLayout,
     scale: float,
-    extra: Extra | None,
+    pooled: Pooled | None,
 ) -> Tensor:
     others = global_rows(layout)
-    key, value, bias = hide(key, real), hide(value, real), hidden_bias(real)
-    if extra:
-        others += ((layout.seq_len, layout.seq_len + extra[0].shape[2]),)
-        key, value = (torch.cat(pair, 2) for pair in ((key, extra[0]), (value, extra[1])))
+    key, value, bias = zero_masked(key, key_mask), zero_masked(value, key_mask), mask_bias(key_mask)
+    if pooled:
+        others += ((layout.seq_len, layout.seq_len + pooled[0].shape[2]),)
+        key, value = (torch.cat(pair, 2) for pair in ((key, pooled[0]), (value, pooled[1])))
         if bias is not None:
-            bias = torch.cat([bias, hidden_bias(extra[2])], 1)  # type: ignore[list-item]
+            bias = torch.cat([bias, mask_bias(pooled[2])], 1)  # type: ignore[list-item]
     plan = window_tiles(axes, limit, layout.before, others, query.device) + global_tiles(layout, query.device)
-    return tile_attention(query, key, value, plan, scale=scale, key_bias=bias, hides=bias is not None)
+    return tile_attention(query, key, value, plan, scale=scale, key_bias=bias, may_have_empty_rows=bias is not None)

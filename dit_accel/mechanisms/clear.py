@@ -1,4 +1,4 @@
-"""CLEAR: circular local windows, with pooled tokens for what lies beyond (arXiv 2412.16112)."""
+"""CLEAR: circular local windows, with pooled tokens for the keys outside (arXiv 2412.16112)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ._common import (
     check_number,
     check_positive_int,
     check_tensors,
-    hide,
+    global_logits,
     per_axis,
     softmax_rows,
-    text_logits,
+    zero_masked,
 )
 from ._operator import autograd_inside_op, check_no_tangents, define_operator
 from ._windows import window_attention, window_attention_backward
@@ -33,9 +33,9 @@ from ._windows import window_attention, window_attention_backward
 __all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
 
 Radius = float | Sequence[float]
-UNBOUNDED = 2.0**32  # an axis with a larger radius is seen whole: no squares overflow
-EXACT_LIMIT = 2**51  # whole costs about this limit are exact in float64
-BORDER = 1e-15  # costs closer to a limit of 1 than this count as on it: float64 may be wrong by half as much
+UNBOUNDED = 2.0**32  # an axis with a larger radius is visible as a whole, so that no square overflows
+EXACT_LIMIT = 2**51  # integer costs up to about this limit are exact in float64
+BORDER = 1e-15  # costs closer to a limit of 1 than this count as on it: float64 may be off by half as much
 
 
 def clear_attention(
@@ -53,20 +53,20 @@ def clear_attention(
 ) -> Tensor:
     """Attention within a circle (ball, ellipsoid) of grid tokens. [CLEAR, arXiv 2412.16112]
 
-    A key is seen iff Σ (Δ_a / radius_a)² < 1 over the axes a, or if either token is off the grid. With
-    ``down_factor`` f > 1 grid queries also see keys and values pooled over f×f patches, in the same softmax.
+    A query attends to a key iff Σ (Δ_a / radius_a)² < 1 over the axes a, or if either is a global token. With
+    ``down_factor`` f > 1 grid queries also attend to keys and values pooled over f×f tiles, in the same softmax.
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: where the grid lies in the sequence.
-        radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf sees the whole axis. A key
-            exactly on the border is not seen, also with a radius such as 2.6.
-        down_factor: side f of the patches on the last two axes; 1 = no pooled tokens.
-        pool_weight: (f, f) learned weights of a patch; None = 1 / f².
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys, and not pooled.
+        layout: position of the grid in the sequence.
+        radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf = the whole axis. A key
+            exactly on the border is outside, also with a radius such as 2.6.
+        down_factor: side f of the pooled tiles on the last two axes; 1 = no pooled tokens.
+        pool_weight: (f, f) learned weights of a tile; None = 1 / f².
+        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
     Raises: ValueError: radius <= 0 or NaN, wrong number of axes, pooling on a 1-D grid, a layout that does not match,
         tensors that do not match each other.
     """
@@ -99,7 +99,7 @@ def _attend(
     down_factor: int = 1,
     train_tokens: int | None = None,
 ) -> Tensor:
-    """:func:`clear_attention`; with ``fit`` for a layout that the options were not chosen for.
+    """:func:`clear_attention`; ``fit`` adapts the options to a layout that they were not chosen for.
 
     ``train_tokens`` sets the high-resolution scale in place of ``scale``.
     """
@@ -130,7 +130,7 @@ def _attend(
 def check_options(
     *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None, backend: str | None = None
 ) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     check_backend(backend)
     radii = as_tuple(radius)
     if not 1 <= len(radii) <= 3:
@@ -146,8 +146,8 @@ def check_options(
 def fit(
     layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
 ) -> dict[str, Any]:
-    """The options, with one radius per axis, for this layout. Nothing shrinks: a circle may be larger than the grid,
-    and a patch over the edge is what is left of it. A grid without a patch to pool (1-D) is not pooled.
+    """Options for this layout, with one radius per axis. Nothing shrinks: a circle may be larger than the grid, and a
+    tile over the edge is cut off. A 1-D grid is not pooled.
 
     Raises: ValueError: another number of radii than axes.
     """
@@ -162,7 +162,7 @@ def fit(
 def count_logits(
     layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
 ) -> float:
-    """Logits of one batch element and head, text and pooled tokens included; dense would be ``seq_len ** 2``."""
+    """Logits per batch element and head, global and pooled tokens included; dense would be ``seq_len ** 2``."""
     axes, limit = _axes(layout, radius)
     cost = torch.zeros(1, dtype=torch.float64, device="cpu")
     pairs = torch.ones(1, dtype=torch.float64, device="cpu")
@@ -172,16 +172,17 @@ def count_logits(
         cost = (cost[:, None] + axis.weight * distance.square()).flatten()
         pairs = (pairs[:, None] * both_ways).flatten()
     near = float(pairs[cost < limit].sum())
-    return near + text_logits(layout) + float(layout.grid_len * _n_pooled(layout, down_factor))
+    return near + global_logits(layout) + float(layout.grid_len * _n_pooled(layout, down_factor))
 
 
 def _radii(layout: TokenLayout, radius: Radius) -> list[float]:
-    """One an axis. Below 1 only a distance of 0 is seen, as with 1, and the square of a tiny radius would be 0."""
+    """One radius per axis, at least 1: below 1 only a distance of 0 is inside, as with 1, but the square of a tiny
+    radius would underflow."""
     return [max(1.0, float(r)) for r in per_axis("radius", radius, layout)]
 
 
 def _axes(layout: TokenLayout, radius: Radius) -> tuple[tuple[BallAxis, ...], float]:
-    """Costs along the axes, and the limit under which their sum is seen.
+    """Costs along the axes, and the limit of their sum (exclusive).
 
     Raises: ValueError: another number of radii than axes.
     """
@@ -197,7 +198,7 @@ def _axes(layout: TokenLayout, radius: Radius) -> tuple[tuple[BallAxis, ...], fl
 
 @lru_cache(maxsize=256)
 def _whole_costs(radii: tuple[float, ...]) -> tuple[list[int], int]:
-    """Whole numbers w and m with Σ w Δ² < m iff Σ (Δ / r)² < 1, for whole distances Δ. A radius counts as the decimal
+    """Integers w and m with Σ w Δ² < m iff Σ (Δ / r)² < 1, for integer distances Δ. A radius counts as the decimal
     number that it is written as: 2.6 is 13/5."""
     squares = [Fraction(repr(r)) ** 2 if r < UNBOUNDED else None for r in radii]
     most = math.lcm(*(s.numerator for s in squares if s))
@@ -212,19 +213,19 @@ def _n_pooled(layout: TokenLayout, down_factor: int) -> int:
         return 0
     if len(layout.grid) == 1:
         raise ValueError(
-            f"down_factor {down_factor} pools patches of two axes but grid {layout.grid} has one: use 1 there"
+            f"down_factor {down_factor} pools tiles of two axes but grid {layout.grid} has one: use 1 there"
         )
     *frames, height, width = layout.grid
     return math.prod(frames) * -(-height // down_factor) * -(-width // down_factor)
 
 
 def _resolution_scale(layout: TokenLayout, train_tokens: int, pooled: bool, dim: int) -> float:
-    """sqrt(log(S, S_train) / D); ten times S where pooled tokens are seen too."""
+    """High-resolution scale sqrt(log(S, S_train) / D), with ten times S if there are pooled tokens."""
     return math.sqrt(math.log(layout.seq_len * (10 if pooled else 1), train_tokens) / dim)
 
 
-def _patches(x: Tensor, layout: TokenLayout, f: int) -> Tensor:
-    """(..., N) on the grid → (..., frames * patches, f * f), zero (False) off the grid."""
+def _split_tiles(x: Tensor, layout: TokenLayout, f: int) -> Tensor:
+    """Split (..., N) on the grid into tiles (..., frames * tiles, f * f), zero (False) off the grid."""
     height, width = layout.grid[-2:]
     x = x.unflatten(-1, (-1, height, width))
     x = torch.nn.functional.pad(x, (0, -width % f, 0, -height % f))
@@ -232,32 +233,32 @@ def _patches(x: Tensor, layout: TokenLayout, f: int) -> Tensor:
     return x.transpose(-3, -2).flatten(-2).flatten(-4, -2)
 
 
-def _patch_weights(
+def _tile_weights(
     layout: TokenLayout, f: int, pool_weight: Tensor | None, key_mask: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B or 1, P, f²) weights, 0 off the grid and on padding and the rest scaled to the same sum, and which of the P
-    patches hold a real token (B or 1, P)."""
+    """Weights of the tokens of each tile, (B or 1, P, f²): 0 off the grid and on padding, the rest scaled to the same
+    sum; and the tiles with a valid token, (B or 1, P)."""
     acc = torch.promote_types(like.dtype, torch.float32)
     if pool_weight is None:
         pool_weight = torch.full((f, f), 1 / f**2, dtype=acc, device=like.device)
     weight = pool_weight.to(acc).flatten()
     if key_mask is None:
-        real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=like.device)
+        valid = torch.ones(1, layout.grid_len, dtype=torch.bool, device=like.device)
     else:
-        real = key_mask[:, layout.grid_slice]
-    real = _patches(real, layout, f)
-    kept = weight * real
+        valid = key_mask[:, layout.grid_slice]
+    valid = _split_tiles(valid, layout, f)
+    kept = weight * valid
     left = kept.sum(-1, keepdim=True)
     scaled = kept * (weight.sum() / torch.where(left == 0, 1, left))
-    # A whole patch keeps its weights as they are, whatever their sum.
-    return torch.where(real.all(-1, keepdim=True), kept, scaled), real.any(-1)
+    # a full tile keeps its weights as they are, whatever their sum
+    return torch.where(valid.all(-1, keepdim=True), kept, scaled), valid.any(-1)
 
 
 def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
-    """(B, H, S, D) → (B, H, P, D): weighted sums over patches."""
+    """Pool (B, H, S, D) → (B, H, P, D): weighted sums over tiles."""
     f = math.isqrt(weights.shape[-1])
-    patches = _patches(x[:, :, layout.grid_slice].transpose(-1, -2), layout, f)  # (B, H, D, P, f²)
-    return (patches.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
+    tiles = _split_tiles(x[:, :, layout.grid_slice].transpose(-1, -2), layout, f)  # (B, H, D, P, f²)
+    return (tiles.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
 
 
 def _compute(
@@ -276,8 +277,8 @@ def _compute(
 ) -> Any:
     axes, limit = _axes(layout, radius)
     scale = _scale(layout, scale, down_factor, train_tokens, query)
-    extra = _pooled_tokens(key, value, key_mask, pool_weight, layout, down_factor)
-    return window_attention(backend, query, key, value, key_mask, axes, limit, layout, scale, extra)
+    pooled = _pooled_tokens(key, value, key_mask, pool_weight, layout, down_factor)
+    return window_attention(backend, query, key, value, key_mask, axes, limit, layout, scale, pooled)
 
 
 def _scale(layout: TokenLayout, scale: float, down_factor: int, train_tokens: int | None, query: Tensor) -> float:
@@ -294,16 +295,16 @@ def _pooled_tokens(
     layout: TokenLayout,
     down_factor: int,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Pooled keys and values, and which hold a real token (None: all do)."""
+    """Pooled keys and values, and the mask of those with a valid token (None: all)."""
     if not _n_pooled(layout, down_factor):
         return None
-    key, value = hide(key, key_mask), hide(value, key_mask)
-    weights, seen = _patch_weights(layout, down_factor, pool_weight, key_mask, key)
-    hidden = None if key_mask is None else seen.expand(len(key), -1)
-    return _pool(key, weights, layout), _pool(value, weights, layout), hidden
+    key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
+    weights, nonempty = _tile_weights(layout, down_factor, pool_weight, key_mask, key)
+    pooled_mask = None if key_mask is None else nonempty.expand(len(key), -1)
+    return _pool(key, weights, layout), _pool(value, weights, layout), pooled_mask
 
 
-def _derive(
+def _backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -324,12 +325,12 @@ def _derive(
     leaves = [x.detach().requires_grad_() for x in (key, value, pool_weight) if x is not None]
     learned = None if pool_weight is None else leaves[2]
     with autograd_inside_op():
-        extra = _pooled_tokens(leaves[0], leaves[1], key_mask, learned, layout, down_factor)
-    pooled = None if extra is None else (extra[0].detach(), extra[1].detach(), extra[2])
-    found = window_attention_backward(grad, out, lse, query, key, value, key_mask, axes, limit, layout, scale, pooled)
-    if extra is None:
+        pooled = _pooled_tokens(leaves[0], leaves[1], key_mask, learned, layout, down_factor)
+    detached = None if pooled is None else (pooled[0].detach(), pooled[1].detach(), pooled[2])
+    found = window_attention_backward(grad, out, lse, query, key, value, key_mask, axes, limit, layout, scale, detached)
+    if pooled is None:
         return [*found[:3], *(torch.zeros_like(x) for x in leaves[2:])]
-    more = torch.autograd.grad(extra[:2], leaves, found[3:], allow_unused=True, materialize_grads=True)
+    more = torch.autograd.grad(pooled[:2], leaves, found[3:], allow_unused=True, materialize_grads=True)
     return [found.query, found.key + more[0], found.value + more[1], *more[2:]]
 
 
@@ -341,7 +342,7 @@ define_operator(
     fit,
     learned=("pool_weight",),
     options="float[] radius, int down_factor, int? train_tokens",
-    derive={"triton": _derive},
+    backward={"triton": _backward},
 )
 
 
@@ -357,52 +358,52 @@ def reference(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`clear_attention` through the full weights: slow, and the specification."""
+    """:func:`clear_attention` through the full weights: slow; the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
     places = [layout.coordinates(token) for token in range(layout.seq_len)]
     costs = _whole_costs(tuple(_radii(layout, radius)))
-    visible = torch.tensor([[_sees(a, b, *costs) for b in places] for a in places], device=query.device)
+    visible = torch.tensor([[_is_visible(a, b, *costs) for b in places] for a in places], device=query.device)
     visible = visible.expand(len(q), 1, -1, -1)
-    real = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)
-    real = real if key_mask is None else key_mask
-    visible = visible & real[:, None, None, :]
+    valid = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)
+    valid = valid if key_mask is None else key_mask
+    visible = visible & valid[:, None, None, :]
     if down_factor > 1:
-        pool, seen = _pool_matrix(layout, down_factor, pool_weight, real, acc)
+        pool, nonempty = _pool_matrix(layout, down_factor, pool_weight, valid, acc)
         k, v = (torch.cat([x, pool[:, None] @ x], 2) for x in (k, v))
         on_grid = torch.tensor([place is not None for place in places], device=q.device)
-        visible = torch.cat([visible, on_grid[:, None] & seen[:, None, None, :]], -1)
+        visible = torch.cat([visible, on_grid[:, None] & nonempty[:, None, None, :]], -1)
     return (softmax_rows(q @ k.mT * scale, visible) @ v).to(query.dtype)
 
 
-def _sees(a: tuple[int, ...] | None, b: tuple[int, ...] | None, weights: list[int], limit: int) -> bool:
+def _is_visible(a: tuple[int, ...] | None, b: tuple[int, ...] | None, weights: list[int], limit: int) -> bool:
     if a is None or b is None:
         return True
     return sum(w * (x - y) ** 2 for x, y, w in zip(a, b, weights, strict=True)) < limit
 
 
 def _pool_matrix(
-    layout: TokenLayout, f: int, pool_weight: Tensor | None, real: Tensor, dtype: torch.dtype
+    layout: TokenLayout, f: int, pool_weight: Tensor | None, valid: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(B, P, S) weights of the tokens in the pooled ones, and (B, P) whether a pooled one holds a real token."""
+    """Weights of the tokens in the pooled tokens, (B, P, S), and the pooled tokens with a valid token, (B, P)."""
     if pool_weight is None:
-        pool_weight = torch.full((f, f), 1 / f**2, dtype=dtype, device=real.device)
-    patches: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
+        pool_weight = torch.full((f, f), 1 / f**2, dtype=dtype, device=valid.device)
+    tiles: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
     for token in range(layout.before, layout.before + layout.grid_len):
         *frame, y, x = layout.coordinates(token)  # type: ignore[misc]
-        patches.setdefault((*frame, y // f, x // f), []).append((token, y % f, x % f))
-    rows, seen = [], []
-    for b in range(len(real)):
-        for members in patches.values():
-            inside = [m for m in members if real[b, m[0]]]
-            row = torch.zeros(layout.seq_len, dtype=dtype, device=real.device)
+        tiles.setdefault((*frame, y // f, x // f), []).append((token, y % f, x % f))
+    rows, nonempty = [], []
+    for b in range(len(valid)):
+        for members in tiles.values():
+            inside = [m for m in members if valid[b, m[0]]]
+            row = torch.zeros(layout.seq_len, dtype=dtype, device=valid.device)
             if inside:
                 tokens, ys, xs = (list(i) for i in zip(*inside, strict=True))
                 w = pool_weight.to(dtype)[ys, xs]
                 factor = 1 if len(inside) == f * f else pool_weight.to(dtype).sum() / w.sum()
-                row = row.index_add(0, torch.tensor(tokens, device=real.device), w * factor)
+                row = row.index_add(0, torch.tensor(tokens, device=valid.device), w * factor)
             rows.append(row)
-            seen.append(bool(inside))
-    shape = (len(real), len(patches))
-    return torch.stack(rows).unflatten(0, shape), torch.tensor(seen, device=real.device).view(shape)
+            nonempty.append(bool(inside))
+    shape = (len(valid), len(tiles))
+    return torch.stack(rows).unflatten(0, shape), torch.tensor(nonempty, device=valid.device).view(shape)

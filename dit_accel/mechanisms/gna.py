@@ -19,10 +19,10 @@ from ._common import (
     check_layout_and_scale,
     check_positive_int,
     check_tensors,
-    hide,
+    global_logits,
     per_axis,
     softmax_rows,
-    text_logits,
+    zero_masked,
 )
 from ._operator import check_no_tangents, define_operator
 from ._windows import window_attention, window_attention_backward
@@ -48,20 +48,21 @@ def gna_attention(
 ) -> Tensor:
     """Generalized neighborhood attention. [arXiv 2504.16922]
 
-    Along each axis a token sees ``window`` keys around the leader of its group of ``stride`` tokens, moved inwards at
-    the edges; with ``dilation`` d every d-th token only. Tokens off the grid see all tokens, and all tokens see them.
+    Along each axis a query attends to ``window`` keys around the leader of its group of ``stride`` tokens, moved
+    inwards at the edges; with ``dilation`` d to every d-th token only. Global tokens attend to all tokens, and all to
+    them.
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: where the grid lies in the sequence.
+        layout: position of the grid in the sequence.
         window: number of keys along an axis, or one per axis.
         stride: number of neighbouring queries that share a window, or one per axis; at most the window.
         dilation: distance between the keys of a window, or one per axis; 1 = neighbours.
         is_causal: whether keys after the query along the axis are excluded, or one per axis.
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys.
+        key_mask: (B, S) bool, True = attend.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
     Raises: ValueError: a window larger than its axis, a stride larger than the window, wrong number of axes, a layout
         that does not match, tensors that do not match each other.
     """
@@ -94,7 +95,7 @@ def _attend(
     dilation: Ints = 1,
     is_causal: bool | Sequence[bool] = False,
 ) -> Tensor:
-    """:func:`gna_attention`; with ``fit`` the options are first shrunk to what the layout allows."""
+    """:func:`gna_attention`; ``fit`` first shrinks the options to the layout."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale)
@@ -114,7 +115,7 @@ def check_options(
     is_causal: bool | Sequence[bool] = False,
     backend: str | None = None,
 ) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     check_backend(backend)
     values: dict[str, tuple[Any, ...]] = {}
     for name, value in (("window", window), ("stride", stride), ("dilation", dilation)):
@@ -134,14 +135,14 @@ def check_options(
             )
     for w, s in zip(*(x * (axes // len(x)) for x in (values["window"], values["stride"])), strict=True):
         if s > w:
-            raise ValueError(f"stride {s} is larger than window {w}: tokens would see windows that they are not in")
+            raise ValueError(f"stride {s} is larger than window {w}: tokens would lie outside their own windows")
 
 
 def fit(
     layout: TokenLayout, *, window: Ints, stride: Ints = 1, dilation: Ints = 1, is_causal: bool | Sequence[bool] = False
 ) -> dict[str, Any]:
-    """The options, one per axis, shrunk to the layout: the window to its axis, the stride to the window, the dilation
-    to what leaves a full window.
+    """Options for this layout, one per axis: the window shrunk to its axis, the stride to the window, the dilation to
+    the largest that leaves a full window.
 
     Raises: ValueError: another number of values than axes.
     """
@@ -161,16 +162,16 @@ def fit(
 def count_logits(
     layout: TokenLayout, *, window: Ints, stride: Ints = 1, dilation: Ints = 1, is_causal: bool | Sequence[bool] = False
 ) -> float:
-    """Logits of one batch element and head, text included; dense would be ``seq_len ** 2``."""
+    """Logits per batch element and head, global tokens included; dense would be ``seq_len ** 2``."""
     axes = _axes(layout, window=window, stride=stride, dilation=dilation, is_causal=is_causal)
     geometries = [axis.geometry() for axis in axes]
-    return math.prod(float((g.last - g.first + 1).sum()) for g in geometries) + text_logits(layout)
+    return math.prod(float((g.last - g.first + 1).sum()) for g in geometries) + global_logits(layout)
 
 
 def _axes(
     layout: TokenLayout, *, window: Ints, stride: Ints, dilation: Ints, is_causal: Any
 ) -> tuple[NeighborhoodAxis, ...]:
-    """Raises: ValueError: options that this layout does not allow."""
+    """Raises: ValueError: options that are invalid for this layout."""
     names = ("window", "stride", "dilation", "is_causal")
     columns = [per_axis(n, x, layout) for n, x in zip(names, (window, stride, dilation, is_causal), strict=True)]
     axes = tuple(NeighborhoodAxis(*values) for values in zip(layout.grid, *columns, strict=True))
@@ -206,7 +207,7 @@ def _compute(
     return window_attention(backend, query, key, value, key_mask, axes, 1.0, layout, scale)
 
 
-def _derive(
+def _backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -233,7 +234,7 @@ define_operator(
     fit,
     learned=(),
     options="int[] window, int[] stride, int[] dilation, bool[] is_causal",
-    derive={"triton": _derive},
+    backward={"triton": _backward},
 )
 
 
@@ -250,12 +251,12 @@ def reference(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`gna_attention` through the full (S, S) weights: slow, and the specification."""
+    """:func:`gna_attention` through the full (S, S) weights: slow; the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     columns = [per_axis("option", x, layout) for x in (window, stride, dilation, is_causal)]
     grid_visible = torch.ones(1, 1, dtype=torch.bool)
     for n, w, s, d, causal in zip(layout.grid, *columns, strict=True):
-        along = torch.tensor([[_sees(x, y, n, w, s, d, causal) for y in range(n)] for x in range(n)])
+        along = torch.tensor([[_is_visible(x, y, n, w, s, d, causal) for y in range(n)] for x in range(n)])
         grid_visible = torch.kron(grid_visible, along)
     visible = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
     visible[layout.grid_slice, layout.grid_slice] = grid_visible
@@ -263,12 +264,12 @@ def reference(
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
     return (softmax_rows(q @ k.mT * scale, visible.expand(len(q), 1, -1, -1)) @ v).to(query.dtype)
 
 
-def _sees(x: int, y: int, n: int, window: int, stride: int, dilation: int, causal: bool) -> bool:
-    """Whether the token at x sees the key at y on an axis of n tokens."""
+def _is_visible(x: int, y: int, n: int, window: int, stride: int, dilation: int, causal: bool) -> bool:
+    """Whether the query at x attends to the key at y on an axis of n tokens."""
     if x % dilation != y % dilation:
         return False
     i, j = x // dilation, y // dilation

@@ -1,4 +1,4 @@
-"""LinFusion: linear attention over inputs that a learned projection has changed (arXiv 2409.02097)."""
+"""LinFusion: linear attention over inputs changed by a learned projection (arXiv 2409.02097)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_accel.backend import resolve
 from dit_accel.kernels.block_linear import feature
 from dit_accel.layout import TokenLayout
 
-from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, hide
+from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, zero_masked
 
 __all__ = ["check_options", "count_logits", "fit", "input_projection", "linfusion_attention", "reference"]
 
@@ -27,19 +27,19 @@ def linfusion_attention(
     key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalised linear attention, not causal. [LinFusion, arXiv 2409.02097]
+    """Normalized linear attention, not causal. [LinFusion, arXiv 2409.02097]
 
     ``φ(q) (φ(k)ᵀ v / S) / (φ(q) · mean φ(k) + 1e-4)`` with φ = elu + 1. In LinFusion query and key are the host's
-    projections of ``x + to_q_(x)`` and ``x + to_k_(x)`` (:func:`input_projection`); value is that of x itself.
+    projections of ``x + to_q_(x)`` and ``x + to_k_(x)`` (:func:`input_projection`); value is the one of x itself.
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides; before φ.
-        layout: where the grid lies in the sequence, which must hold nothing else; None = the whole sequence.
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys and do not count in S.
-        backend: "torch" or None: matrix products alone, on any device.
-    Returns: (B, H, S, D) in query.dtype, summed in at least float32; a row that may see no key is 0.
-    Raises: ValueError: tokens off the grid, a layout that does not match, another backend, tensors that do not match
-        each other.
+        layout: position of the grid in the sequence, which must not contain global tokens; None = the whole sequence.
+        key_mask: (B, S) bool, True = attend; masked keys do not count in S.
+        backend: "torch" or None: plain matrix products on any device.
+    Returns: (B, H, S, D) in query.dtype, summed in at least float32; a row without a visible key is 0.
+    Raises: ValueError: global tokens, a layout that does not match, another backend, tensors that do not match each
+        other.
     """
     return _attend(query, key, value, layout, key_mask=key_mask, backend=backend)
 
@@ -56,8 +56,8 @@ def _attend(
     backend: str | None = None,
     projection_mid_dim: int | None = None,
 ) -> Tensor:
-    """:func:`linfusion_attention`, with the arguments that all mechanisms are called with: nothing depends on
-    ``fit`` and ``projection_mid_dim`` here."""
+    """:func:`linfusion_attention` with the arguments common to all mechanisms: ``fit`` and ``projection_mid_dim`` have
+    no effect."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, None, default=True)
@@ -65,12 +65,12 @@ def _attend(
         resolve(backend, query.device, "linfusion")
     acc = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = _feature(query.to(acc)), _feature(hide(key, key_mask).to(acc))
-        v, count = hide(value, key_mask).to(acc), torch.full((), k.shape[2], dtype=acc, device=k.device)
+        q, k = _feature(query.to(acc)), _feature(zero_masked(key, key_mask).to(acc))
+        v, count = zero_masked(value, key_mask).to(acc), torch.full((), k.shape[2], dtype=acc, device=k.device)
         if key_mask is not None:
-            k = hide(k, key_mask)
+            k = zero_masked(k, key_mask)
             count = key_mask.sum(-1).clamp(min=1).to(acc)[:, None, None, None]
-        k = k / count  # first, so that no sum over the keys grows with their number
+        k = k / count  # before the product, so that no sum over the keys grows with their number
         out = (q @ (k.mT @ v)) / (q @ k.sum(2)[..., None] + EPSILON)
     return out.to(query.dtype)
 
@@ -80,11 +80,11 @@ def _feature(x: Tensor) -> Tensor:
 
 
 def _check_sequence(layout: TokenLayout, query: Tensor, scale: float | None) -> None:
-    """Raises: ValueError: tokens that are not on the grid, another length, or a factor on logits that there are not."""
+    """Raises: ValueError: global tokens, another length, or a scale, which linear attention cannot use."""
     if layout.before or layout.after:
         raise ValueError(
-            f"LinFusion's attention has no text in its sequence, and layout {layout} has "
-            f"{layout.before + layout.after} tokens off the grid: it is for U-Nets"
+            f"LinFusion does not support global tokens, got {layout.before + layout.after} in layout {layout}: "
+            "use it in U-Nets, whose sequence is the grid alone"
         )
     if layout.seq_len != query.shape[2]:
         raise ValueError(
@@ -96,10 +96,10 @@ def _check_sequence(layout: TokenLayout, query: Tensor, scale: float | None) -> 
 
 
 def input_projection(hidden_dim: int, mid_dim: int | None = None) -> nn.Sequential:
-    """LinFusion's ``to_q_`` or ``to_k_``: Linear, LayerNorm, LeakyReLU, Linear; what it gives is added to its input.
+    """LinFusion's ``to_q_`` or ``to_k_``: Linear, LayerNorm, LeakyReLU, Linear; its output is added to its input.
 
-    The last layer is 0 at first, so that the sum starts as the input itself; the first is drawn the same each time, so
-    that all processes of a distributed training start alike and torch's random state stays as it was.
+    The last layer starts at 0, so that the sum starts as the input itself. The first layer has a fixed initialization,
+    so that all processes of a distributed training start alike and torch's random state does not change.
 
     Args:
         hidden_dim: features in and out.
@@ -118,23 +118,23 @@ def input_projection(hidden_dim: int, mid_dim: int | None = None) -> nn.Sequenti
 
 
 def _unset_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A Linear whose parameters hold anything, on the default device."""
+    """Linear with uninitialized parameters, on the default device."""
     return nn.Linear(in_features, out_features, device="meta").to_empty(device=torch.get_default_device())
 
 
 def check_options(*, projection_mid_dim: int | None = None, backend: str | None = None) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     if projection_mid_dim is not None:
         check_positive_int("projection_mid_dim", projection_mid_dim)
 
 
 def fit(layout: TokenLayout, **options: Any) -> dict[str, Any]:
-    """The options as they are: they do not depend on the grid."""
+    """Options for this layout: unchanged, because they do not depend on the grid."""
     return options
 
 
 def count_logits(layout: TokenLayout, **options: Any) -> float:
-    """0: linear attention has no logits."""
+    """Number of logits: 0 in linear attention."""
     return 0.0
 
 
@@ -147,9 +147,9 @@ def reference(
     key_mask: Tensor | None = None,
     projection_mid_dim: int | None = None,
 ) -> Tensor:
-    """:func:`linfusion_attention` through the full (S, S) weights: slow, and the specification."""
+    """:func:`linfusion_attention` through the full (S, S) weights: slow; the specification."""
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
     weights = _feature(q) @ _feature(k).mT
     count: Tensor | int = query.shape[2]
     if key_mask is not None:

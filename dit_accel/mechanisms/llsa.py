@@ -20,15 +20,15 @@ from ._common import (
     check_tensors,
     flat_layout,
     global_index,
+    global_logits,
     global_tiles,
-    hidden_bias,
-    hide,
+    mask_bias,
     softmax_rows,
-    text_logits,
+    zero_masked,
 )
 from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
 from ._operator import check_no_tangents, define_operator
-from ._tree import Level, default_levels, level_grids, make_tree, patch_shapes
+from ._tree import Level, default_levels, level_grids, make_tree, tile_shapes
 
 __all__ = ["check_options", "count_logits", "fit", "llsa_attention", "reference"]
 
@@ -49,21 +49,21 @@ def llsa_attention(
 ) -> Tensor:
     """Log-linear hierarchical sparse attention. [LLSA, arXiv 2512.16615]
 
-    Tokens are pooled block by block to a tree; from its top down every query block keeps the ``topk`` pooled keys of
-    the highest dot product. A token attends to the tokens of what its block kept and, enriched, to the pooled tokens
-    met on the way, whose logits get + log(number of tokens that they stand for).
+    Tokens are pooled block by block to a tree; from its top down each query block keeps the ``topk`` pooled keys with
+    the highest dot product. A token attends to the tokens of the blocks that its block kept and, with ``enrich``, to
+    the pooled tokens considered on the way, with log(number of tokens that they cover) added to their logits.
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: where the grid lies in the sequence; None = the whole sequence is the grid, 1-D.
+        layout: position of the grid in the sequence; None = the whole sequence is the grid, 1-D.
         block_size: tokens in a block, and pooled tokens in a block of the next level.
-        topk: blocks that a query block keeps at each level; more than there are keeps all.
+        topk: blocks that a query block keeps at each level; all if there are fewer.
         levels: levels of pooled tokens; None = the fewest that leave at most 64·topk tokens at the top.
-        enrich: whether pooled tokens are attended to.
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
+        enrich: whether to attend to pooled tokens.
+        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
         scale: factor on the logits; default D**-0.5.
         backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
     Raises: ValueError: block_size < 2, topk < 1, levels < 1, a layout that does not match, tensors that do not match
         each other.
     """
@@ -97,7 +97,7 @@ def _attend(
     levels: int | None = None,
     enrich: bool = True,
 ) -> Tensor:
-    """:func:`llsa_attention`; with ``fit`` the options are first shrunk to what the layout allows."""
+    """:func:`llsa_attention`; ``fit`` first shrinks the options to the layout."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale, default=True)
@@ -125,7 +125,7 @@ def _attend(
 def check_options(
     *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True, backend: str | None = None
 ) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     check_backend(backend)
     check_positive_int("block_size", block_size, least=2)
     check_positive_int("topk", topk)
@@ -138,9 +138,9 @@ def check_options(
 def fit(
     layout: TokenLayout, *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True
 ) -> dict[str, Any]:
-    """The options with no more levels than lead to a single token at the top."""
+    """Options for this layout: at most as many levels as lead to a single token at the top."""
     if levels is not None:
-        grids = level_grids(layout.grid, patch_shapes(layout.grid, block_size, levels))
+        grids = level_grids(layout.grid, tile_shapes(layout.grid, block_size, levels))
         levels = next((i for i, grid in enumerate(grids[1:], 1) if math.prod(grid) == 1), levels)
     return {"block_size": block_size, "topk": topk, "levels": levels, "enrich": enrich}
 
@@ -148,20 +148,20 @@ def fit(
 def count_logits(
     layout: TokenLayout, *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True
 ) -> float:
-    """Logits of one batch element and head, text and pooled tokens included; dense would be ``seq_len ** 2``. Which
-    blocks are kept depends on the data: a short block counts as an average one."""
+    """Logits per batch element and head, global and pooled tokens included; dense would be ``seq_len ** 2``. The kept
+    blocks depend on the data: a short block counts as an average one."""
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
-    sizes = [math.prod(grid) for grid in level_grids(layout.grid, patch_shapes(layout.grid, block_size, levels))]
+    sizes = [math.prod(grid) for grid in level_grids(layout.grid, tile_shapes(layout.grid, block_size, levels))]
     keys = 0.0
-    for level in range(levels):  # what was kept at level + 1, in tokens of this level
+    for level in range(levels):  # kept at level + 1, in tokens of this level
         kept = min(topk, sizes[level + 1]) / sizes[level + 1] * sizes[level]
         keys += kept if level == 0 or enrich else 0
     keys += sizes[levels] if enrich else 0
-    return keys * layout.grid_len + text_logits(layout)
+    return keys * layout.grid_len + global_logits(layout)
 
 
 class _Pooled(NamedTuple):
-    """Sums (B, H, n, D) over the real tokens that each token of a level covers, and their number (1|B, n)."""
+    """Sums (B, H, n, D) over the valid tokens that each token of a level covers, and their number (1|B, n)."""
 
     total: Tensor
     number: Tensor
@@ -170,10 +170,10 @@ class _Pooled(NamedTuple):
         return self.total / self.number.clamp(min=1)[:, None, :, None]
 
 
-def _pool(x: Tensor, tree: tuple[Level, ...], real: Tensor) -> list[_Pooled]:
-    """x: (B, H, N, D) on the grid; real: (1|B, N). Levels 1 … L."""
+def _pool(x: Tensor, tree: tuple[Level, ...], valid: Tensor) -> list[_Pooled]:
+    """Pool x (B, H, N, D) on the grid to levels 1 … L; valid: (1|B, N)."""
     acc = torch.promote_types(x.dtype, torch.float32)
-    total, count = torch.where(real[:, None, :, None], x, 0).to(acc), real.to(acc)
+    total, count = torch.where(valid[:, None, :, None], x, 0).to(acc), valid.to(acc)
     pooled = []
     for level in tree:
         inside = level.children >= 0
@@ -188,8 +188,8 @@ def _pool(x: Tensor, tree: tuple[Level, ...], real: Tensor) -> list[_Pooled]:
 def _select(
     query: list[_Pooled], key: list[_Pooled], tree: tuple[Level, ...], topk: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The level-1 blocks kept by every level-1 block (B*H, n_1, k), -1 for none, and for l = L-1 … 1 the candidates at
-    level l, (B*H, n_{l+1}, k·block): the children of what the token's ancestor at level l + 1 kept."""
+    """Level-1 blocks kept by each level-1 block (B*H, n_1, k), -1 = none, and for l = L-1 … 1 the candidates at level
+    l, (B*H, n_{l+1}, k·block): the children of the tokens kept by the ancestor at level l + 1."""
     heads = query[0].total.shape[1]
     q, k = ([level.mean().flatten(0, 1) for level in side] for side in (query, key))
     empty = [(level.number == 0).expand(len(query[0].total), -1).repeat_interleave(heads, 0) for level in key]
@@ -203,8 +203,8 @@ def _select(
         children = gather_rows(q[level], above.children[None].clamp(min=0))  # (B*H, n_above, block, D)
         index = found.clamp(min=0)
         scores = children @ gather_rows(k[level], index).mT  # (B*H, n_above, block, k·block)
-        hidden = (found < 0) | empty[level].gather(1, index.flatten(1)).view(index.shape)
-        scores = scores.masked_fill(hidden[:, :, None], -torch.inf)
+        masked = (found < 0) | empty[level].gather(1, index.flatten(1)).view(index.shape)
+        scores = scores.masked_fill(masked[:, :, None], -torch.inf)
         best = scores.topk(min(topk, scores.shape[-1]))
         chosen = found[:, :, None].expand(scores.shape).gather(-1, best.indices)
         kept = torch.where(best.values > -torch.inf, chosen, -1).flatten(1, 2)[:, above.place]
@@ -225,18 +225,18 @@ def _compute_torch(
     levels: int | None,
     enrich: bool,
 ) -> Tensor:
-    key, value = hide(key, key_mask), hide(value, key_mask)
+    key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     tree = make_tree(layout.grid, block_size, levels, query.device)
-    real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
+    valid = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
     if key_mask is not None:
-        real = key_mask[:, layout.grid_slice]
+        valid = key_mask[:, layout.grid_slice]
     q, k, v = (x[:, :, layout.grid_slice] for x in (query, key, value))
     with torch.no_grad():
-        kept, candidates = _select(_pool(q.detach(), tree, real), _pool(k.detach(), tree, real), tree, topk)
-    bias = hidden_bias(key_mask)
+        kept, candidates = _select(_pool(q.detach(), tree, valid), _pool(k.detach(), tree, valid), tree, topk)
+    bias = mask_bias(key_mask)
     if enrich:
-        pooled_k, pooled_v = (_pool(x, tree, real) for x in (k, v))
+        pooled_k, pooled_v = (_pool(x, tree, valid) for x in (k, v))
         key = torch.cat([key, *(level.mean().to(key.dtype) for level in pooled_k)], 2)
         value = torch.cat([value, *(level.mean().to(value.dtype) for level in pooled_v)], 2)
         counts = torch.cat([level.number for level in pooled_k], 1).log()
@@ -245,33 +245,35 @@ def _compute_torch(
     whole = key_mask is None and all(level.full for level in tree)
     plan = (_tiles(layout, tree, kept, candidates, enrich, whole), *global_tiles(layout, query.device))
     return tile_attention(
-        query, key, value, plan, scale=scale, key_bias=bias, hides=key_mask is not None, per_head=True
+        query, key, value, plan, scale=scale, key_bias=bias, may_have_empty_rows=key_mask is not None, per_head=True
     )
 
 
 def _tiles(
     layout: TokenLayout, tree: tuple[Level, ...], kept: Tensor, candidates: list[Tensor], enrich: bool, whole: bool
 ) -> Tiles:
-    """One tile a level-1 block: the tokens of the blocks that it kept, the pooled tokens that it met (rows after the
-    sequence, level by level), and the tokens off the grid. ``whole``: no list has a gap."""
-    blocks, text = tree[0].children, global_index(layout, kept.device)
+    """Tiles of one level-1 block each: the tokens of its kept blocks, its visible pooled tokens (rows after the
+    sequence, level by level), and the global tokens. ``whole``: no list has a gap."""
+    blocks, global_tokens = tree[0].children, global_index(layout, kept.device)
     groups, n_blocks, _ = kept.shape
     queries = torch.where(blocks < 0, layout.seq_len, blocks + layout.before)[None]
     sizes = [len(level.children) for level in tree]
     firsts = [layout.seq_len + sum(sizes[:i]) for i in range(len(sizes))]  # row of each level's first pooled token
     ancestor = torch.arange(n_blocks, device=kept.device)
-    met: list[tuple[int, Tensor, Tensor]] = []  # first row of level l, candidates at l, ancestor of each block at l + 1
+    pooled_lists: list[
+        tuple[int, Tensor, Tensor]
+    ] = []  # first row of level l, candidates at l, ancestor of each block at l + 1
     for i, above in enumerate(tree[1:]):
         ancestor = above.place[ancestor] // above.children.shape[1]
-        met.append((firsts[i], candidates[len(tree) - 2 - i], ancestor))
+        pooled_lists.append((firsts[i], candidates[len(tree) - 2 - i], ancestor))
     top = torch.arange(firsts[-1], firsts[-1] + sizes[-1], device=kept.device)
-    everywhere = torch.cat([text, top]) if enrich else text
+    everywhere = torch.cat([global_tokens, top]) if enrich else global_tokens
 
     def rows(start: int, stop: int) -> Rows:
         own = kept[:, start:stop]
         tokens = blocks[own] if whole else torch.where(own[..., None] < 0, -1, blocks[own.clamp(min=0)])
         lists = [(layout.before, tokens.flatten(2))]
-        lists += [(first, found[:, parent[start:stop]]) for first, found, parent in met] if enrich else []
+        lists += [(first, found[:, parent[start:stop]]) for first, found, parent in pooled_lists] if enrich else []
         places = [x + first if whole else torch.where(x < 0, -1, x + first) for first, x in lists]
         keys = torch.cat([*places, everywhere.expand(groups, stop - start, -1)], -1)
         if whole:
@@ -280,7 +282,7 @@ def _tiles(
 
     block = blocks.shape[1]
     n_keys = kept.shape[2] * block + len(everywhere)
-    n_keys += sum(found.shape[2] for _, found, _ in met) if enrich else 0
+    n_keys += sum(found.shape[2] for _, found, _ in pooled_lists) if enrich else 0
     return Tiles(count=n_blocks, n_queries=block, n_keys=n_keys, rows=rows)
 
 
@@ -293,7 +295,7 @@ define_operator(
     fit,
     learned=(),
     options="int block_size, int topk, int? levels, bool enrich",
-    derive={"triton": llsa_attention_triton_backward},
+    backward={"triton": llsa_attention_triton_backward},
 )
 
 
@@ -310,41 +312,41 @@ def reference(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`llsa_attention` through the full (S, S + pooled) weights: slow, and the specification."""
+    """:func:`llsa_attention` through the full (S, S + pooled) weights: slow; the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     layout = flat_layout(layout, query)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
     acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
-    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    real = real if key_mask is None else key_mask
-    covered = _covered(layout, patch_shapes(layout.grid, block_size, levels))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
+    valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    valid = valid if key_mask is None else key_mask
+    covered = _covered(layout, tile_shapes(layout.grid, block_size, levels))
     out = []
     for b in range(len(q)):
-        inside = [[[t for t in node if real[b, t]] for node in level] for level in covered]  # the real tokens
+        inside = [[[t for t in node if valid[b, t]] for node in level] for level in covered]  # the valid tokens
         columns = [(l, i) for l in range(1, levels + 1) for i in range(len(covered[l]))]  # of the pooled tokens
         average = torch.zeros(len(columns), q.shape[2], dtype=acc, device=q.device)
         for row, (l, i) in enumerate(columns):
             average[row, inside[l][i]] = 1 / max(1, len(inside[l][i]))
         counts = torch.tensor([len(inside[l][i]) for l, i in columns], dtype=acc, device=q.device)
         for h in range(q.shape[1]):
-            seen = torch.zeros(q.shape[2], q.shape[2] + len(columns), dtype=torch.bool)
-            seen[:, : q.shape[2]] = True
+            visible = torch.zeros(q.shape[2], q.shape[2] + len(columns), dtype=torch.bool)
+            visible[:, : q.shape[2]] = True
             for block, fine, pooled in _choices(average @ q[b, h], average @ k[b, h], columns, inside, covered, topk):
-                keys = torch.zeros(seen.shape[1], dtype=torch.bool)
+                keys = torch.zeros(visible.shape[1], dtype=torch.bool)
                 keys[: layout.before] = keys[layout.grid_slice.stop : layout.seq_len] = True
                 keys[fine + ([q.shape[2] + i for i in pooled] if enrich else [])] = True
-                seen[block] = keys
-            seen[:, : q.shape[2]] &= real[b].cpu()
+                visible[block] = keys
+            visible[:, : q.shape[2]] &= valid[b].cpu()
             pool_k, pool_v = (torch.cat([x[b, h], average @ x[b, h]]) for x in (k, v))
             logits = q[b, h] @ pool_k.mT * scale
             logits = logits + torch.cat([logits.new_zeros(q.shape[2]), counts.clamp(min=1).log()])
-            out.append(softmax_rows(logits, seen.to(q.device)) @ pool_v)
+            out.append(softmax_rows(logits, visible.to(q.device)) @ pool_v)
     return torch.stack(out).view(q.shape).to(query.dtype)
 
 
 def _covered(layout: TokenLayout, shapes: Sequence[tuple[int, ...]]) -> list[list[list[int]]]:
-    """The tokens that each token of each level stands for, level 0 first."""
+    """Tokens covered by each token of each level, level 0 first."""
     size = (1,) * len(layout.grid)
     levels = [[[t] for t in range(layout.before, layout.before + layout.grid_len)]]
     for shape in shapes:
@@ -365,7 +367,7 @@ def _choices(
     covered: list[list[list[int]]],
     topk: int,
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """For every level-1 block: its tokens, those of the blocks it keeps, the columns of the pooled tokens it sees."""
+    """For each level-1 block: its tokens, those of the blocks it keeps, the columns of its visible pooled tokens."""
     column = {name: i for i, name in enumerate(columns)}
     levels = len(covered) - 1
     parents: list[dict[int, int]] = [{}]

@@ -24,11 +24,11 @@ from ._common import (
     check_tensors,
     flat_layout,
     global_index,
+    global_logits,
     global_tiles,
-    hidden_bias,
-    hide,
+    mask_bias,
     softmax_rows,
-    text_logits,
+    zero_masked,
 )
 from ._operator import check_no_tangents, define_operator
 from ._sla_flex import critical_by_flex
@@ -67,7 +67,7 @@ def sla_attention(
 
     Args:
         query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: where the grid lies in the sequence; None = the whole sequence is the grid, 1-D.
+        layout: position of the grid in the sequence; None = the whole sequence is the grid, 1-D.
         critical: share of key blocks in the softmax, at least one block; in (0, 1].
         negligible: share of key blocks that are left out; critical + negligible <= 1.
         block_q: tokens in a block of queries.
@@ -75,12 +75,12 @@ def sla_attention(
         feature_map: φ: "softmax" (over the head dim), "elu" (elu + 1) or "relu".
         linear_over: "marginal" (the paper), or "all" key blocks (the authors' later release).
         smooth_key: subtract the mean key before pooling.
-        tile_order: blocks are compact tiles of the grid in place of runs of raster order.
+        tile_order: blocks are compact tiles of the grid instead of consecutive tokens in raster order.
         weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
-        key_mask: (B, S) bool, True = real token; the others are hidden as keys and not pooled.
+        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
         scale: factor on the logits; default D**-0.5.
         backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row that may see no key is 0.
+    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
     Raises: ValueError: shares out of range, an unknown feature_map or linear_over, a layout that does not match,
         tensors that do not match each other.
     """
@@ -126,7 +126,7 @@ def _attend(
     smooth_key: bool = False,
     tile_order: bool = False,
 ) -> Tensor:
-    """:func:`sla_attention`; ``fit`` changes nothing, for these options suit any layout."""
+    """:func:`sla_attention`; ``fit`` has no effect, because these options suit any layout."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, scale, default=True)
@@ -181,7 +181,7 @@ def check_options(
     tile_order: bool = False,
     backend: str | None = None,
 ) -> None:
-    """Raises: TypeError, ValueError: an option that no layout allows."""
+    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
     check_backend(backend)
     if not 0 < check_number("critical", critical) <= 1:
         raise ValueError(f"critical must be in (0, 1], got {critical}")
@@ -200,7 +200,7 @@ def check_options(
 
 
 def fit(layout: TokenLayout, **options: Any) -> dict[str, Any]:
-    """The options as they are: a short block at the end is allowed, and one block is always critical."""
+    """Options for this layout: unchanged. A short block at the end is allowed, and one block is always critical."""
     return options
 
 
@@ -213,11 +213,11 @@ def count_logits(
     tile_order: bool = False,
     **options: Any,
 ) -> float:
-    """Softmax logits of one batch element and head, text included, the linear part not; dense would be
-    ``seq_len ** 2``. Which blocks are critical depends on the data: a short block counts as an average one."""
+    """Softmax logits per batch element and head, global tokens included, without the linear part; dense would be
+    ``seq_len ** 2``. The critical blocks depend on the data: a short block counts as an average one."""
     n_blocks = len(_blocks(layout, block_kv, tile_order, torch.device("cpu"))[0])
     share = _n_critical(critical, n_blocks) / n_blocks
-    return share * layout.grid_len**2 + text_logits(layout)
+    return share * layout.grid_len**2 + global_logits(layout)
 
 
 def _n_critical(critical: float, n_blocks: int) -> int:
@@ -225,7 +225,8 @@ def _n_critical(critical: float, n_blocks: int) -> int:
 
 
 def _blocks(layout: TokenLayout, block: int, tile_order: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(M, block) grid tokens of each block, -1 where it is short; and where each grid token stands there, flattened."""
+    """Grid tokens of each block, (M, block), -1 where a block is short; and the flat position of each grid token
+    there."""
     if tile_order:
         return box_blocks(layout.grid, box_shape(block, layout.grid), device)
     return box_blocks((layout.grid_len,), (block,), device)
@@ -251,23 +252,24 @@ def _compute(
     smooth_key: bool,
     tile_order: bool,
 ) -> Tensor:
-    """Selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical blocks."""
-    key, value = hide(key, key_mask), hide(value, key_mask)
+    """SLA with selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical
+    blocks."""
+    key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
     q_table, place = _blocks(layout, block_q, tile_order, query.device)
     k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
-    real = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
+    valid = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
     if key_mask is not None:
-        real = key_mask[:, layout.grid_slice]
+        valid = key_mask[:, layout.grid_slice]
     with torch.no_grad():
         chosen, kept, marginal = _select(
-            query.detach(), key.detach(), layout, q_table, k_table, real, critical, negligible, smooth_key
+            query.detach(), key.detach(), layout, q_table, k_table, valid, critical, negligible, smooth_key
         )
     cut: dict[str, Any] = {"layout": layout, "block_q": block_q, "block_kv": block_kv, "tile_order": tile_order}
     out = critical_part(query, key, value, key_mask, chosen, kept, scale=scale, **cut)
     if weight is None and bias is None:
         return out
     blocks = None if linear_over == "all" else marginal
-    linear = _linear_part(query, key, value, layout, q_table, place, k_table, real, blocks, feature_map, weight, bias)
+    linear = _linear_part(query, key, value, layout, q_table, place, k_table, valid, blocks, feature_map, weight, bias)
     if key_mask is not None:
         linear = torch.where(key_mask.any(-1)[:, None, None, None], linear, 0)
     linear = F.pad(linear, (0, 0, layout.before, layout.after))
@@ -288,20 +290,20 @@ def _critical_by_tiles(
     block_kv: int,
     tile_order: bool,
 ) -> Tensor:
-    """As :func:`critical_by_flex`, by gathered tiles."""
+    """Same as :func:`critical_by_flex`, by gathered tiles."""
     q_table, _ = _blocks(layout, block_q, tile_order, query.device)
     k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
     whole = key_mask is None and k_table.numel() == layout.grid_len
     plan = (_critical_tiles(layout, q_table, k_table, chosen, kept, whole), *global_tiles(layout, query.device))
-    hidden = hidden_bias(key_mask)
+    key_bias = mask_bias(key_mask)
     return tile_attention(
-        query, key, value, plan, scale=scale, key_bias=hidden, hides=hidden is not None, per_head=True
+        query, key, value, plan, scale=scale, key_bias=key_bias, may_have_empty_rows=key_bias is not None, per_head=True
     )
 
 
-def _pool(x: Tensor, table: Tensor, real: Tensor) -> Tensor:
-    """Means of (B, H, N, D) over the real tokens of each block, (B, H, M, D), at least float32."""
-    inside = (table >= 0) & real[:, table]  # (1|B, M, block)
+def _pool(x: Tensor, table: Tensor, valid: Tensor) -> Tensor:
+    """Means of (B, H, N, D) over the valid tokens of each block, (B, H, M, D), at least float32."""
+    inside = (table >= 0) & valid[:, table]  # (1|B, M, block)
     blocks = gather_blocks(x, table)
     total = torch.where(inside[:, None, :, :, None], blocks, 0).to(_acc(x)).sum(3)
     return total / inside.sum(-1).clamp(min=1)[:, None, :, None]
@@ -317,26 +319,31 @@ def _select(
     layout: TokenLayout,
     q_table: Tensor,
     k_table: Tensor,
-    real: Tensor,
+    valid: Tensor,
     critical: float,
     negligible: float,
     smooth_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The critical blocks (B*H, Mq, n), which of these n count (1|B, n), the 0/1 map of marginal ones (B*H, Mq, Mk)."""
+    """Critical blocks (B*H, Mq, n), the mask of their valid entries (1|B, n), the 0/1 map of marginal blocks (B*H, Mq,
+    Mk)."""
     grid_key = key[:, :, layout.grid_slice]
-    pooled_key = _pool(grid_key, k_table, real)
+    pooled_key = _pool(grid_key, k_table, valid)
     if smooth_key:
-        count = real.sum(-1).clamp(min=1)[:, None, None, None]
-        pooled_key -= torch.where(real[:, None, :, None], grid_key, 0).to(pooled_key.dtype).sum(2, keepdim=True) / count
-    scores = _pool(query[:, :, layout.grid_slice], q_table, real) @ pooled_key.mT  # (B, H, Mq, Mk)
-    filled = ((k_table >= 0) & real[:, k_table]).any(-1)  # (1|B, Mk)
-    n_blocks, most = filled.sum(-1).double(), len(k_table)
+        count = valid.sum(-1).clamp(min=1)[:, None, None, None]
+        pooled_key -= (
+            torch.where(valid[:, None, :, None], grid_key, 0).to(pooled_key.dtype).sum(2, keepdim=True) / count
+        )
+    scores = _pool(query[:, :, layout.grid_slice], q_table, valid) @ pooled_key.mT  # (B, H, Mq, Mk)
+    valid_blocks = ((k_table >= 0) & valid[:, k_table]).any(-1)  # (1|B, Mk)
+    n_blocks, most = valid_blocks.sum(-1).double(), len(k_table)
     n_critical = (critical * n_blocks).long().clamp(min=1)
     n_negligible = (negligible * n_blocks).long()
-    filled = filled[:, None, None]
-    chosen = scores.masked_fill(~filled, -torch.inf).topk(_n_critical(critical, most), sorted=True).indices
+    valid_blocks = valid_blocks[:, None, None]
+    chosen = scores.masked_fill(~valid_blocks, -torch.inf).topk(_n_critical(critical, most), sorted=True).indices
     kept = torch.arange(chosen.shape[-1], device=key.device) < n_critical[:, None]
-    rest = filled & ~_marked(chosen, kept, most)  # where scores are equal, no block is critical and negligible at once
+    rest = valid_blocks & ~_marked(
+        chosen, kept, most
+    )  # with equal scores, no block may be both critical and negligible
     lowest = scores.masked_fill(~rest, torch.inf).topk(int(negligible * most), largest=False, sorted=True).indices
     dropped = torch.arange(lowest.shape[-1], device=key.device) < n_negligible[:, None]
     marginal = rest & ~_marked(lowest, dropped, most)
@@ -344,7 +351,7 @@ def _select(
 
 
 def _marked(index: Tensor, counts: Tensor, n_blocks: int) -> Tensor:
-    """(B, H, Mq, n_blocks) bool: the blocks of ``index`` (B, H, Mq, n) that ``counts`` (1|B, n)."""
+    """Mask (B, H, Mq, n_blocks) of the blocks ``index`` (B, H, Mq, n) with valid entries ``counts`` (1|B, n)."""
     marked = torch.zeros(*index.shape[:-1], n_blocks, dtype=torch.bool, device=index.device)
     return marked.scatter_(-1, index, counts[:, None, None].expand(index.shape))
 
@@ -352,9 +359,9 @@ def _marked(index: Tensor, counts: Tensor, n_blocks: int) -> Tensor:
 def _critical_tiles(
     layout: TokenLayout, q_table: Tensor, k_table: Tensor, chosen: Tensor, kept: Tensor, whole: bool
 ) -> Tiles:
-    """One tile a query block: the tokens of its critical blocks, and the tokens off the grid. ``whole``: every block is
-    full, and all that were chosen count."""
-    text = global_index(layout, chosen.device)
+    """Tiles of one query block each: the tokens of its critical blocks, and the global tokens. ``whole``: all blocks
+    are full, and all entries of the lists are valid."""
+    global_tokens = global_index(layout, chosen.device)
     n_rows, block_kv = layout.seq_len, k_table.shape[1]
     queries = torch.where(q_table < 0, n_rows, q_table + layout.before)[None]
     n_keys = chosen.shape[-1] * block_kv
@@ -364,13 +371,13 @@ def _critical_tiles(
     def rows(start: int, stop: int) -> Rows:
         tokens = k_table[chosen[:, start:stop]]  # (B*H, tiles, n, block)
         keys = tokens.clamp(min=0).flatten(2) + layout.before
-        keys = torch.cat([keys, text.expand(groups, stop - start, -1)], -1)
+        keys = torch.cat([keys, global_tokens.expand(groups, stop - start, -1)], -1)
         if whole:
             return Rows(queries[:, start:stop], keys, None)
-        visible = F.pad(((tokens >= 0) & kept).flatten(2), (0, len(text)), value=True)
+        visible = F.pad(((tokens >= 0) & kept).flatten(2), (0, len(global_tokens)), value=True)
         return Rows(queries[:, start:stop], keys, visible[:, :, None])
 
-    return Tiles(count=len(q_table), n_queries=q_table.shape[1], n_keys=n_keys + len(text), rows=rows)
+    return Tiles(count=len(q_table), n_queries=q_table.shape[1], n_keys=n_keys + len(global_tokens), rows=rows)
 
 
 def _linear_part(
@@ -381,18 +388,18 @@ def _linear_part(
     q_table: Tensor,
     place: Tensor,
     k_table: Tensor,
-    real: Tensor,
+    valid: Tensor,
     marginal: Tensor | None,
     feature_map: str,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """The projected linear attention of the grid tokens, (B, H, N, D); ``marginal`` None = over all keys."""
+    """Projected linear attention of the grid tokens, (B, H, N, D); ``marginal`` None = over all keys."""
     q, k, v = (x[:, :, layout.grid_slice].to(_acc(query)) for x in (query, key, value))
     out = torch.zeros_like(q)
     if weight is not None:
-        phi_k = torch.where(real[:, None, :, None], feature(k, feature_map), 0)
-        v_and_one = F.pad(v, (0, 1), value=1.0)  # the last column adds up the features themselves
+        phi_k = torch.where(valid[:, None, :, None], feature(k, feature_map), 0)
+        v_and_one = F.pad(v, (0, 1), value=1.0)  # the last column sums the features themselves
         phi_q = feature(q, feature_map)
         if marginal is None:
             total = phi_q @ (phi_k.mT @ v_and_one)
@@ -417,7 +424,7 @@ define_operator(
     learned=("weight", "bias"),
     options="float critical, float negligible, int block_q, int block_kv, str feature_map, str linear_over, "
     "bool smooth_key, bool tile_order",
-    derive={"triton": sla_attention_triton_backward},
+    backward={"triton": sla_attention_triton_backward},
 )
 
 
@@ -440,51 +447,51 @@ def reference(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`sla_attention` through the full (S, S) weights: slow, and the specification."""
+    """:func:`sla_attention` through the full (S, S) weights: slow; the specification."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     layout = flat_layout(layout, query)
     acc = _acc(query)
-    q, k, v = (x.to(acc) for x in (query, hide(key, key_mask), hide(value, key_mask)))
+    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
     q_blocks, k_blocks = (_block_lists(layout, size, tile_order) for size in (block_q, block_kv))
-    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    real = real if key_mask is None else key_mask
+    valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    valid = valid if key_mask is None else key_mask
     out = []
     for b in range(len(q)):
-        seen = real[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): which keys the softmax sees
-        linear = torch.zeros_like(seen)  # and which the linear part
-        k_real = [[t for t in block if real[b, t]] for block in k_blocks]
-        k_real = [block for block in k_real if block]
-        every = [t for block in k_real for t in block]
-        n_critical, n_negligible = _n_critical(critical, len(k_real)), int(negligible * len(k_real))
+        visible = valid[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): keys in the softmax
+        linear = torch.zeros_like(visible)  # keys in the linear part
+        k_valid = [[t for t in block if valid[b, t]] for block in k_blocks]
+        k_valid = [block for block in k_valid if block]
+        every = [t for block in k_valid for t in block]
+        n_critical, n_negligible = _n_critical(critical, len(k_valid)), int(negligible * len(k_valid))
         for h in range(q.shape[1]):
             mean = k[b, h, every].mean(0) if smooth_key else 0
-            pooled = [k[b, h, block].mean(0) - mean for block in k_real]
+            pooled = [k[b, h, block].mean(0) - mean for block in k_valid]
             for block in q_blocks:
-                q_real = [t for t in block if real[b, t]]
-                pooled_q = q[b, h, q_real].mean(0) if q_real else torch.zeros_like(q[b, h, 0])
+                q_valid = [t for t in block if valid[b, t]]
+                pooled_q = q[b, h, q_valid].mean(0) if q_valid else torch.zeros_like(q[b, h, 0])
                 ranked = sorted(range(len(pooled)), key=lambda i: -(pooled_q @ pooled[i]).item())
                 kinds = {"critical": ranked[:n_critical], "marginal": ranked[n_critical : len(ranked) - n_negligible]}
-                tokens = {kind: [t for i in blocks for t in k_real[i]] for kind, blocks in kinds.items()}
+                tokens = {kind: [t for i in blocks for t in k_valid[i]] for kind, blocks in kinds.items()}
                 row = torch.zeros(q.shape[2], dtype=torch.bool)
                 row[tokens["critical"]] = True
                 row[: layout.before] = row[layout.grid_slice.stop :] = True
-                seen[h, block] = row.to(q.device) & real[b]
+                visible[h, block] = row.to(q.device) & valid[b]
                 row = torch.zeros(q.shape[2], dtype=torch.bool)
                 row[tokens["marginal"] if linear_over == "marginal" else every] = True
                 linear[h, block] = row.to(q.device)
-        sparse = softmax_rows(q[b] @ k[b].mT * scale, seen) @ v[b]
+        sparse = softmax_rows(q[b] @ k[b].mT * scale, visible) @ v[b]
         products = feature(q[b], feature_map) @ feature(k[b], feature_map).mT * linear
         part = products @ v[b] / (products.sum(-1, keepdim=True) + EPSILON)
         part = torch.zeros_like(part) if weight is None else part @ weight.to(acc).mT
         part = part if bias is None else part + bias.to(acc)
         on_grid = torch.zeros(q.shape[2], 1, dtype=torch.bool, device=q.device)
-        on_grid[layout.grid_slice] = bool(real[b].any())
+        on_grid[layout.grid_slice] = bool(valid[b].any())
         out.append(sparse + torch.where(on_grid, part, 0))
     return torch.stack(out).to(query.dtype)
 
 
 def _block_lists(layout: TokenLayout, block: int, tile_order: bool) -> list[list[int]]:
-    """The tokens of each block."""
+    """Tokens of each block."""
     first = layout.before
     if not tile_order:
         return [

@@ -1,4 +1,4 @@
-"""Conversions on a GPU: a captured step is the step."""
+"""Conversions on a GPU: captured steps equal eager steps."""
 
 import json
 
@@ -30,8 +30,8 @@ def losses(kind, out, cuda_graph):
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_captured_steps_are_the_steps(tmp_path, kind):
-    """Twelve steps of two batches each, in bfloat16; the first is the same kernels on the same numbers."""
+def test_captured_steps_equal_eager_steps(tmp_path, kind):
+    """Twelve steps of two batches each, in bfloat16; the first runs the same kernels on the same numbers."""
     eager, captured = (losses(kind, tmp_path / str(graph), graph) for graph in (False, True))
     assert captured[0] == pytest.approx(eager[0], rel=1e-5)
     assert captured == pytest.approx(eager, rel=0.02)

@@ -1,4 +1,4 @@
-"""Gradients by the Triton kernels on a GPU: against float64, the same twice, and within what training wraps them in."""
+"""Gradients of the Triton kernels on a GPU: compared with float64, deterministic, and inside training wrappers."""
 
 import pytest
 import torch
@@ -36,7 +36,8 @@ def gradients(name, layout, options, tensors, grad, mask=None, backend=None, aut
 
 
 def bands(tensors, grad, dtype):
-    """For query, key and value twice what the gradients of dense attention err in this dtype, and rounding."""
+    """Tolerance: twice the error of dense attention's gradients in this dtype for query, key and value, plus
+    rounding."""
     qkv = [tensors[x] for x in ("query", "key", "value")]
 
     def dense(xs, g):
@@ -52,14 +53,14 @@ def bands(tensors, grad, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_agree_with_float64_and_with_themselves(case, masked, dtype):
+def test_gradients_match_float64_and_are_deterministic(case, masked, dtype):
     name, layout, dim, options = case
     tensors = leaves_of(name, layout, dim, options, dtype)
     grad = torch.randn(2, layout.seq_len, 2, dim, device="cuda").to(dtype).transpose(1, 2)
     mask = torch.rand(2, layout.seq_len, device="cuda") > 0.3 if masked else None
     exact = gradients(name, layout, options, {k: x.double() for k, x in tensors.items()}, grad.double(), mask, "torch")
     allowed = bands(tensors, grad, dtype)
-    if masked:  # what is hidden is never read
+    if masked:  # masked keys are never read
         for x in ("key", "value"):
             tensors[x] = tensors[x].masked_fill(~mask[:, None, :, None], torch.nan)
     found = gradients(name, layout, options, tensors, grad, mask)
@@ -71,7 +72,7 @@ def test_gradients_agree_with_float64_and_with_themselves(case, masked, dtype):
 
 @pytest.mark.parametrize("linear_over", ["marginal", "all"])
 def test_long_sequences(linear_over):
-    """32,760 tokens in bfloat16 against the torch path in float32 for two heads."""
+    """32,760 tokens in bfloat16, compared with the torch path in float32 for two heads."""
     layout, options = L((21, 30, 52)), {"critical": 0.1, "block_q": 128, "linear_over": linear_over}
     tensors = leaves_of("sla", layout, 128, options, torch.bfloat16, batch=1)
     grad = torch.randn(1, 2, layout.seq_len, 128, device="cuda", dtype=torch.bfloat16)
@@ -82,7 +83,7 @@ def test_long_sequences(linear_over):
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[8], CASES[10], CASES[13]], ids=str)
-def test_checkpointing_autocast_and_compilation_give_the_same(case):
+def test_checkpointing_autocast_and_compile_agree(case):
     name, layout, dim, options = case
     tensors = leaves_of(name, layout, dim, options, torch.bfloat16)
     grad = torch.randn(2, 2, layout.seq_len, dim, device="cuda", dtype=torch.bfloat16)
@@ -124,7 +125,7 @@ def test_no_nan_from_extreme_inputs(case, kind):
 )
 def test_memory_of_a_training_step_grows_linearly(name, options):
     peaks = []
-    for side in (128, 256):  # beside which the scratch of libraries' matrix products is small
+    for side in (128, 256):  # sizes for which the scratch of libraries' matrix products is small
         layout = L((side, side))
         tensors = leaves_of(name, layout, 64, options, torch.bfloat16, batch=1)
         grad = torch.randn(1, 2, layout.seq_len, 64, device="cuda", dtype=torch.bfloat16)

@@ -1,5 +1,5 @@
-"""The kernels at their limits: tensors of more than 2**31 elements, memory that is full, the longest heads, sizes that
-change under torch.compile, and a head dim that nobody tuned."""
+"""The kernels at their limits: tensors of more than 2**31 elements, full memory, the largest heads, changing sizes
+under torch.compile, and a head dim without a table entry."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_accel import TokenLayout, functional
 from dit_accel.kernels import block_sparse_triton, tuning
-from dit_accel.mechanisms.gna import _sees
+from dit_accel.mechanisms.gna import _is_visible
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HEADS, DIM, BLOCK = 24, 128, 64
@@ -42,44 +42,44 @@ def call(name, tensors, layout, mask=None, **options):
 
 
 def make(arrangement, length, batch, device, dtype):
-    """(B, H, S, D), with heads or tokens first in memory."""
+    """Random (B, H, S, D), with heads or tokens first in memory."""
     if arrangement == "heads first":
         return torch.randn(batch, HEADS, length, DIM, device=device, dtype=dtype)
     return torch.randn(batch, length, HEADS, DIM, device=device, dtype=dtype).transpose(1, 2)
 
 
 def window_keys(name, place, grid):
-    """Rows of the grid that the token at this place sees."""
+    """Grid rows visible to the token at this position."""
     if name == "gna":
         options = zip(OPTIONS["gna"]["window"], OPTIONS["gna"]["stride"], strict=True)
         along = [
-            [y for y in range(n) if _sees(x, y, n, window, stride, 1, False)]
+            [y for y in range(n) if _is_visible(x, y, n, window, stride, 1, False)]
             for x, n, (window, stride) in zip(place, grid, options, strict=True)
         ]
-        seen = itertools.product(*along)
+        visible = itertools.product(*along)
     else:
         radius = OPTIONS["clear"]["radius"]
         along = [range(max(0, x - int(radius)), min(n, x + int(radius) + 1)) for x, n in zip(place, grid, strict=True)]
-        seen = (y for y in itertools.product(*along) if math.dist(place, y) < radius)
+        visible = (y for y in itertools.product(*along) if math.dist(place, y) < radius)
     steps = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
-    return [sum(x * step for x, step in zip(y, steps, strict=True)) for y in seen]
+    return [sum(x * step for x, step in zip(y, steps, strict=True)) for y in visible]
 
 
-def pooled(x, real):
-    """(M, D) means over the real tokens of each block of (N, D); real (N,)."""
-    weights = real.float().view(-1, BLOCK, 1)
+def pooled(x, key_mask):
+    """Means (M, D) over the valid tokens of each block of (N, D); key_mask (N,)."""
+    weights = key_mask.float().view(-1, BLOCK, 1)
     return (x.float().view(-1, BLOCK, x.shape[1]) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def block_keys(query, key, layout, token, real):
-    """For each head rows of the grid that the block of this grid token picks, or None where rounding may decide."""
+def block_keys(query, key, layout, token, key_mask):
+    """Grid rows selected by the block of this grid token, per head, or None if rounding may decide."""
     block_q = OPTIONS["sla"]["block_q"]
     first = token // block_q * block_q
     queries = torch.arange(first, min(first + block_q, layout.grid_len), device=query.device) + layout.before
-    queries = queries[real[queries]]
+    queries = queries[key_mask[queries]]
     found = []
     for q, k in zip(query, key, strict=True):
-        scores = (pooled(k[layout.grid_slice], real[layout.grid_slice]) * q[queries].float().mean(0)).sum(1)
+        scores = (pooled(k[layout.grid_slice], key_mask[layout.grid_slice]) * q[queries].float().mean(0)).sum(1)
         n = max(1, int(OPTIONS["sla"]["critical"] * len(scores)))
         best = scores.topk(n + 1)
         sure = best.values[n - 1] - best.values[n] > 1e-4 * best.values[0]
@@ -95,9 +95,10 @@ def attend(q, k, v, rows):
 
 
 def check(name, layout, tensors, mask, out, tolerance):
-    """A few rows of the last batch element against float32: first, last and some near the end, on the grid and off."""
+    """Compare rows of the last batch element with float32: first, last and some near the end, on the grid and
+    global."""
     query, key, value = (x[-1] for x in tensors)
-    real = torch.ones(layout.seq_len, dtype=torch.bool, device=query.device) if mask is None else mask[-1]
+    key_mask = torch.ones(layout.seq_len, dtype=torch.bool, device=query.device) if mask is None else mask[-1]
     off_grid = [*range(layout.before), *range(layout.grid_slice.stop, layout.seq_len)]
     near_end = torch.randint(layout.grid_len * 49 // 50, layout.grid_len, (3,)).tolist()
     tokens = [0, layout.grid_len // 2 + 3, *near_end, layout.grid_len - 1]
@@ -106,16 +107,16 @@ def check(name, layout, tensors, mask, out, tolerance):
         if row in off_grid:
             keys = [torch.arange(layout.seq_len)] * HEADS
         elif name == "sla":
-            keys = block_keys(query, key, layout, row - layout.before, real)
+            keys = block_keys(query, key, layout, row - layout.before, key_mask)
         else:
             keys = [torch.tensor(window_keys(name, layout.coordinates(row), layout.grid))] * HEADS
-        for h, seen in enumerate(keys):
-            if seen is None:
+        for h, visible in enumerate(keys):
+            if visible is None:
                 continue
-            seen = seen.to(query.device)
+            visible = visible.to(query.device)
             if row not in off_grid:
-                seen = torch.cat([seen + layout.before, torch.tensor(off_grid, device=query.device)])
-            want = attend(query[h, row], key[h], value[h], seen[real[seen]])
+                visible = torch.cat([visible + layout.before, torch.tensor(off_grid, device=query.device)])
+            want = attend(query[h, row], key[h], value[h], visible[key_mask[visible]])
             assert (out[-1, h, row].float() - want).norm() <= tolerance * want.norm(), (row, h)
             compared += 1
     assert compared > 0.8 * HEADS * (len(tokens) + 2)
@@ -140,7 +141,7 @@ def test_more_elements_than_int32_counts(name, arrangement, kernel, monkeypatch)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_full_memory_is_told_and_passes(name):
+def test_out_of_memory_is_explained_and_recoverable(name):
     layout = TokenLayout((2, 128, 128) if name == "gna" else (128, 256))
     x = torch.randn(1, layout.seq_len, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)  # 201 MB
     options = {**OPTIONS[name], **({"window": (2, 16, 16)} if name == "gna" else {})}
@@ -170,7 +171,7 @@ def test_the_largest_heads_with_a_projection(dtype, tolerance, linear_over):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_sizes_that_change_are_compiled_once_more_at_most(name):
+def test_changing_sizes_recompile_at_most_once(name):
     torch._dynamo.reset()
     options = {**OPTIONS[name], **({"window": (7, 8), "stride": (2, 4)} if name == "gna" else {})}
     counter = CompileCounterWithBackend("inductor")
@@ -189,7 +190,7 @@ def test_sizes_that_change_are_compiled_once_more_at_most(name):
     torch._dynamo.reset()
 
 
-def test_a_head_dim_that_the_table_lacks_is_tuned_once_and_kept(monkeypatch, tmp_path, caplog):
+def test_unlisted_head_dim_is_tuned_once_and_cached(monkeypatch, tmp_path, caplog):
     layout, options = TokenLayout((64, 80), 5, 3), {"window": (16, 16), "stride": (4, 8)}
     qkv = [torch.randn(1, 8, layout.seq_len, 96, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     untuned = call("gna", qkv, layout, **options)
@@ -202,11 +203,11 @@ def test_a_head_dim_that_the_table_lacks_is_tuned_once_and_kept(monkeypatch, tmp
     assert time.perf_counter() - start < tuning.BUDGET_S + 20  # a way that was begun is ended
     first, second = told = [record.getMessage() for record in caplog.records if record.name == "dit_accel"]
     print(*told, sep="\n")
-    assert "DIT_ACCEL_AUTOTUNE=0" in first and "head dim 96" in first and "taken: " in second
+    assert "DIT_ACCEL_AUTOTUNE=0" in first and "head dim 96" in first and "fastest: " in second
     assert (out.double() - untuned.double()).norm() <= 1e-2 * untuned.double().norm()
     (key,) = json.loads((tmp_path / "tuning.json").read_text())
     assert torch.cuda.get_device_name() in key
     assert torch.equal(call("gna", qkv, layout, **options), out)
-    monkeypatch.setattr(tuning, "_chosen", {})  # as in a process that starts
+    monkeypatch.setattr(tuning, "_chosen", {})  # as in a new process
     assert torch.equal(call("gna", qkv, layout, **options), out)
     assert [record.getMessage() for record in caplog.records if record.name == "dit_accel"] == told

@@ -1,4 +1,4 @@
-"""The torch path on a GPU: every function against float64, and an installed model compiled by Inductor."""
+"""The torch path on a GPU: every function compared with float64, and an installed model compiled by Inductor."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def error(x, exact):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_gradients_agree_with_float64(name, dtype):
-    """Selection is made from the same rounded inputs, so that only the arithmetic differs."""
+    """The selection uses the same rounded inputs, so that only the arithmetic differs."""
     function, reference, options = CASES[name]
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(2, 3, LAYOUT.seq_len, 64, device="cuda").to(dtype) for _ in range(4))

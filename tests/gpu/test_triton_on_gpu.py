@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: against float64, written whole, the same twice, in CUDA graphs."""
+"""The Triton kernels on a GPU: compared with float64, fully written, deterministic, in CUDA graphs."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def inputs(layout, dim, dtype, batch=2, heads=2):
 
 
 def band(tensors, dtype):
-    """Twice what dense attention in this dtype errs, and rounding."""
+    """Tolerance: twice the error of dense attention in this dtype, plus rounding."""
     exact = F.scaled_dot_product_attention(*(x.double() for x in tensors[:3]))
     return 2 * error(F.scaled_dot_product_attention(*tensors[:3]), exact) + 2 * torch.finfo(dtype).eps
 
@@ -62,7 +62,7 @@ def band(tensors, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_agrees_with_float64_and_with_itself(case, masked, dtype):
+def test_forward_agrees_with_float64_and_is_deterministic(case, masked, dtype):
     name, layout, dim, options = case
     tensors = inputs(layout, dim, dtype)
     mask = torch.rand(2, layout.seq_len, device="cuda") > 0.3 if masked else None
@@ -72,7 +72,7 @@ def test_forward_agrees_with_float64_and_with_itself(case, masked, dtype):
             x.masked_fill_(~mask[:, None, :, None], float("nan"))
     out = call(name, layout, tensors, options, mask, "triton")
     junk = torch.full((out.numel() * 8,), float("nan"), device="cuda", dtype=dtype)
-    del junk  # what the next call allocates holds NaN
+    del junk  # the next allocation contains NaN
     assert torch.equal(out, call(name, layout, tensors, options, mask, "triton"))
     assert error(out, exact) <= band(inputs(layout, dim, dtype), dtype)
 
@@ -94,7 +94,7 @@ FEW = [
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_one_to_three_tokens(case, heads, dtype):
-    """Sizes of 1 are constants to Triton. Forward and gradients."""
+    """Triton specializes sizes of 1 to constants. Forward and gradients."""
     name, layout, dim, options = case
     tensors = inputs(layout, dim, dtype, batch=1, heads=heads)
     grad = torch.randn_like(tensors[0])
@@ -152,8 +152,8 @@ def test_log_sum_exp_and_grouped_heads():
 @pytest.mark.parametrize("dim", [128, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", HOPPER_CASES)
-def test_hopper_kernel_errs_no_more_than_the_plain_one(case, dtype, dim, processors, monkeypatch):
-    """On few processors each program takes many tiles, one after the other."""
+def test_hopper_kernel_is_as_accurate_as_the_portable_one(case, dtype, dim, processors, monkeypatch):
+    """With few programs, each processes many tiles."""
     hopper = _hopper(torch.device("cuda", 0))
     if hopper is None:
         pytest.skip("a kernel for Hopper GPUs")

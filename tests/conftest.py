@@ -18,11 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 collect_ignore = ["browser"] if torch.cuda.is_available() else ["browser", "gpu"]  # browser: make test-browser
 
 
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("fuzz", "random cases; without options a fixed number of fixed ones")
+    group.addoption("--fuzz-minutes", type=float, help="let each fuzz draw new cases for this many minutes")
+    group.addoption("--fuzz-seed", type=int, help="seed of the first case; with --fuzz-minutes default the time of day")
+
+
 def pytest_report_header() -> str:
     gpu = "collected" if torch.cuda.is_available() else "not collected, torch sees no GPU"
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads; tests/gpu: {gpu}"
-
-
-def pytest_addoption(parser) -> None:
-    parser.addoption("--fuzz-minutes", type=float, default=None, help="minutes of random sequences, instead of a few")
-    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the random sequences")

@@ -12,6 +12,8 @@ from functools import cache
 
 import numpy as np
 
+MARGINS: list[float] = []  # score of the last selected block minus that of the first rejected one, per selection
+
 
 def coordinates(grid):
     """Return the coordinates of the grid tokens in raster order."""
@@ -29,6 +31,13 @@ def _softmax_over(q, keys, values, bias):
     logits = keys @ q + bias
     weights = np.exp(logits - logits.max())
     return weights @ values / weights.sum()
+
+
+def _ranked(score, *cuts):
+    """Return positions in descending order of score. Record the margin at each cut between two of them."""
+    order = np.argsort(-np.asarray(score), kind="stable")
+    MARGINS.extend(score[order[n - 1]] - score[order[n]] for n in cuts if 0 < n < len(order))
+    return list(order)
 
 
 def attend(query, key, value, key_mask, scale, select):
@@ -180,8 +189,9 @@ def sla(
             score = [
                 q[b, h, tokens_q].mean(0) @ (k[b, h, tokens].mean(0) - mean) if tokens_q else 0.0 for tokens in blocks
             ]
-            order = list(np.argsort(-np.array(score), kind="stable"))
-            high, low = order[: max(1, int(critical * m))], order[m - int(negligible * m) :]
+            n_high, n_rest = max(1, int(critical * m)), m - int(negligible * m)
+            order = _ranked(score, *((n_high, n_rest) if tokens_q else ()))
+            high, low = order[:n_high], order[n_rest:]
             middle = [i for i in range(m) if i not in high and i not in low]
             for i in block:
                 critical_of[b, h, first + i] = [t for j in high for t in blocks[j]]
@@ -232,8 +242,9 @@ def llsa(query, key, value, layout, *, boxes, topk=8, enrich=True, key_mask=None
                 candidates = [n for n in candidates if valid(b, levels[level][n])]
                 pooled += [(level, n) for n in candidates]
                 pooled_q = mean(q, b, h, levels[level][names[level][token]])
-                score = [-(pooled_q @ mean(k, b, h, levels[level][n])) for n in candidates]
-                kept = [candidates[i] for i in np.argsort(score, kind="stable")[:topk]]
+                score = [pooled_q @ mean(k, b, h, levels[level][n]) for n in candidates]
+                tokens_q = valid(b, levels[1][block])
+                kept = [candidates[i] for i in _ranked(score, *((topk,) if tokens_q else ()))[:topk]]
                 below = level - 1
                 candidates = [n for n, tokens in enumerate(levels[below]) if names[level][tokens[0]] in kept]
             selection[b, h, block] = candidates, pooled

@@ -230,7 +230,7 @@ def test_directed_sequence(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_sequences_leave_what_they_should(family, request):
-    minutes, seed = request.config.getoption("--fuzz-minutes"), request.config.getoption("--fuzz-seed")
+    minutes, seed = request.config.getoption("--fuzz-minutes"), request.config.getoption("--fuzz-seed") or 0
     stop = None if minutes is None else time.monotonic() + 60 * minutes / len(FAMILIES)
     number = 0
     while number < SEQUENCES[family] if stop is None else time.monotonic() < stop:

@@ -37,12 +37,13 @@ def check_host(model: nn.Module, path: Path) -> None:
 def _is_fused(module: nn.Module) -> bool:
     """Return whether the module uses fused projections.
 
-    An unfused U-Net keeps ``fused_projections``, so the processor decides: AttnProcessor2_0 reads separate ones.
+    diffusers' ``Attention`` keeps the mark after unfusing, so its processor decides: those that read fused ones are
+    named so.
     """
-    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.attention_processor import Attention
 
-    plain = isinstance(getattr(module, "processor", None), AttnProcessor2_0)
-    return getattr(module, "fused_projections", False) is True and not plain
+    marked = getattr(module, "fused_projections", False) is True
+    return marked and (not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused"))
 
 
 def check_installed(model: nn.Module, plan: Plan, path: Path) -> None:

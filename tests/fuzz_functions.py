@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from dit_accel import TokenLayout, functional
 from dit_accel.mechanisms._boxes import box_shape
-from dit_accel.mechanisms._tree import default_levels, patch_shapes
+from dit_accel.mechanisms._tree import default_levels, tile_shapes
 
 BACKENDS = {
     "gna": ("torch", "triton", "flex"),
@@ -244,7 +244,7 @@ def ask_oracle(case: Case, tensors: dict[str, torch.Tensor], mask: torch.Tensor 
     if case.name == "llsa":
         block, levels = options.pop("block_size"), options.pop("levels")
         levels = default_levels(grid, block, options["topk"]) if levels is None else levels
-        shapes = patch_shapes(grid, block, levels)
+        shapes = tile_shapes(grid, block, levels)
         options["boxes"] = list(itertools.accumulate(shapes, lambda a, b: tuple(map(math.prod, zip(a, b)))))  # noqa: B905
     return torch.from_numpy(getattr(oracle, case.name)(
         tensors["query"], tensors["key"], tensors["value"], case.layout, key_mask=mask,

@@ -201,6 +201,7 @@ DIRECTED: dict[str, tuple[str, list[Operation]]] = {
     "LoRA fused in a context": ("wan", [context("sla_all", [HOST, *MERGED]), step("lora_unfuse")]),
     "host weights loaded over fused projections": ("flux", [FUSE, HOST]),
     "host weights of fused projections reset": ("flux", [HOST, FUSE, RESET, UNFUSE]),
+    "host weights loaded after unfusing": ("sd3_single", [FUSE, UNFUSE, HOST]),
     "host weights loaded over a fused U-Net": ("sd15", [FUSE, HOST, UNFUSE]),
     "two sizes in two threads": ("flux", [SPARSE, step("threads")]),
     "two sizes in two threads of a U-Net": ("sd15", [SPARSE, step("threads")]),

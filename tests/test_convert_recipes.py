@@ -214,7 +214,7 @@ def test_transfer_trains_new_parameters_then_lora_alone(pipelines, tmp_path):
     assert moved[1] and all(".lora_" in name for name in moved[1])
     rates = [stage.lr for stage in trainer.plan.stages]
     assert rates == [1e-2, 1e-4] and [stage.end for stage in trainer.plan.stages] == [2, 4]
-    scaled = make_trainer(pipelines["flux"], tmp_path / "o", "attention-transfer", lr=2e-4).plan.parts
+    scaled = make_trainer(pipelines["flux"], tmp_path / "o", "attention-transfer", lr=2e-4).plan.stages
     assert [stage.lr for stage in scaled] == pytest.approx([2e-2, 2e-4])
 
 

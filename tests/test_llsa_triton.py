@@ -304,7 +304,7 @@ def check_gradients(case, dtype, padded):
     dense = zip(
         dense_gradients(plain, grad, key_mask), dense_gradients(plain, grad, key_mask, torch.double), strict=True
     )
-    bands = [(x.double() - y).norm() / y.norm() for x, y in zip(*dense, strict=True)]
+    bands = [(x.double() - y).norm() / y.norm() for x, y in dense]
     for x, y, z, band in zip(found, exact, rough, bands, strict=True):
         assert x.dtype == dtype and x.isfinite().all()
         size = y.norm() + grad.double().norm() * (y.norm() == 0)

@@ -82,8 +82,11 @@ def block_sparse_attention_backward(
     """
     check_inputs(query)
     check_plan(plan, pooled and pooled[2])
-    if added:
-        check_contiguous(**{f"added[{i}]": x.transpose(1, 2) for i, x in enumerate(added)})
+    if added and added[1].stride() != added[2].stride():
+        raise ValueError(
+            f"added gradients of key and value must have the same strides, got {added[1].stride()} and "
+            f"{added[2].stride()}: make both by empty_rows"
+        )
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     key_mask = key_mask if key_mask is None or key_mask.stride(-1) == 1 else key_mask.contiguous()
     batch, heads, length_q, dim = query.shape

@@ -130,6 +130,9 @@ def test_strided_lists_states_and_sums_are_refused():
             attend(**wrong)
     with pytest.raises(ValueError, match=r"^lse must be contiguous"):
         block_sparse_attention_backward(out, out, lse.mT.contiguous().mT, x, x, x, plan, scale=0.2)
+    with pytest.raises(ValueError, match="key and value must have the same strides"):
+        added = (out, x, x.mT.contiguous().mT)
+        block_sparse_attention_backward(out, out, lse, x, x, x, plan, scale=0.2, added=added)
     with pytest.raises(ValueError, match=r"^tiles must be contiguous"):
         wrong = BlockPlan(tiling, tiling, lists.mT, None, counts)
         block_sparse_attention_backward(out, out, lse, x, x, x, wrong, scale=0.2)

@@ -376,7 +376,7 @@ def test_missing_webdataset_is_reported(pipelines, shards, tmp_path, monkeypatch
         ("flux", ("--size", "32x32", "--size", "30x32"), "got 30×32; nearest: 28×32 or 32×32"),
         ("flux", ("--size", "32x32x5"), "FluxPipeline draws pictures, got a size of 5 frames"),
         ("flux", ("--frames", "5"), "FluxPipeline draws pictures, got a size of 5 frames"),
-        ("flux", ("--fps", "8"), "--fps is for clips"),
+        ("flux", ("--fps", "8"), "--fps applies to clips given with --data"),
         ("wan", ("--size", "16x16x6"), "nearest: 5 or 9"),
         ("wan", ("--data", "nowhere", "--fps", "0"), "--fps must be above 0"),
         ("flux", ("--attn", "gna:window=2x2x2"), "gna does not fit 16×16: window (2, 2, 2) has 3 values"),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import logging
 import re
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +15,19 @@ from torch import Tensor, nn
 from .attention_group import AttentionGroup, GivenLayout, ReadLayout, is_self_attention, self_attention_layers
 from .families import attention_groups_of, family_of, supported_models
 from .hooks import LayoutHook, StepClock, StepHook, forward_parameters
+from .host_weights import (
+    check_reachable,
+    record_replaced,
+    sample,
+    stop_recording,
+    warn_of_changes,
+    write_host_weight,
+)
 from .intercept import InterceptedProcessor, LayoutSlot, MechanismLayer, host_of, intercept_processor
 from .layout import TokenLayout
 from .processor import AcceleratedAttnProcessor
 
 __all__ = ["Installation", "attention", "denoisers", "installation_of", "reset_attn_processor", "set_attn_processor"]
-
-logger = logging.getLogger(__name__)
 
 Layers = Iterable[str] | str | re.Pattern[str] | Callable[[str], bool]
 
@@ -54,10 +58,7 @@ class _Scope:
     overwritten: dict[str, Tensor]
     written: dict[str, Tensor]
     attention_layers: int
-    replaced: dict[str, Tensor] = field(default_factory=dict)  # host weights as they were when the block began
-
-
-_SCOPES: weakref.WeakKeyDictionary[nn.Module, list[_Scope]] = weakref.WeakKeyDictionary()  # open ones, outer first
+    replaced: dict[str, Tensor]  # host weights as they were when the block began
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -371,23 +372,11 @@ def _reset(model: nn.Module) -> None:
     installation = installation_of(model)
     if installation is None:
         return
-    _check_reachable(model, installation.overwritten)
-    _warn_of_changes(model, installation.overwritten, installation.written)
+    check_reachable(model, installation.overwritten)
+    warn_of_changes(model, installation.overwritten, installation.written)
     _set_layers(model, {}, installation.steps.clock)
     for name, value in installation.overwritten.items():
         write_host_weight(model, name, value)
-
-
-def _warn_of_changes(model: nn.Module, names: Iterable[str], written: Mapping[str, Tensor]) -> None:
-    """Log a warning if weights that are about to be put back were changed after a load wrote them."""
-    changed = [name for name in names if name in written and _is_changed(model, name, written[name])]
-    if changed:
-        logger.warning(
-            "%d weights that load_attention had overwritten were changed afterwards, by training or a merged LoRA "
-            "(%s …): the values from before the load are put back, and the changes are lost",
-            len(changed),
-            changed[0],
-        )
 
 
 def overwrite_host_weight(model: nn.Module, name: str, value: Tensor) -> None:
@@ -397,33 +386,7 @@ def overwrite_host_weight(model: nn.Module, name: str, value: Tensor) -> None:
     if name not in installation.overwritten:
         installation.overwritten[name] = model.get_parameter(name).detach().to("cpu", copy=True)
     write_host_weight(model, name, value)
-    installation.written[name] = _sample(model.get_parameter(name))
-
-
-def _check_reachable(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises: RuntimeError: weights that are offloaded, so that nothing can be written into them."""
-    away = [name for name in names if model.get_parameter(name).is_meta]
-    if away:
-        raise RuntimeError(
-            f"{len(away)} weights are to be put back but are offloaded ({away[0]} …): remove the offloading hooks "
-            "first (pipe.remove_all_hooks())"
-        )
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """At most 64 numbers spread over a weight, on the CPU."""
-    flat = weight.detach().flatten()
-    return flat[:: max(1, len(flat) // 64)][:64].to("cpu", copy=True)
-
-
-def _is_changed(model: nn.Module, name: str, sample: Tensor) -> bool:
-    """Whether a weight holds other numbers than were written, by its sample; a conversion to 16 bits is no change."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if getattr(owner, "merged_adapters", ()):  # taken out and fused in again by write_host_weight
-        return False
-    now = _sample(model.get_parameter(name)).double()
-    dtypes = (sample.dtype, torch.float16, torch.bfloat16)
-    return not any(torch.equal(now, sample.to(dtype).double()) for dtype in dtypes)
+    installation.written[name] = sample(model.get_parameter(name))
 
 
 def keep_layers(model: nn.Module, names: Iterable[str]) -> None:
@@ -434,31 +397,6 @@ def keep_layers(model: nn.Module, names: Iterable[str]) -> None:
         return
     layers = {name: layer for name, layer in installed_layers(model).items() if name in kept}
     _set_layers(model, layers, installation.steps.clock)
-
-
-@torch.no_grad()
-def write_host_weight(model: nn.Module, name: str, value: Tensor) -> None:
-    """Overwrite a parameter of the host; open scopes keep what it was.
-
-    A LoRA that peft has fused into the weight is taken out before and fused in again after, so that the value counts as
-    the base weight's and unfusing later gives it. Projections that diffusers has fused are made again.
-    """
-    _check_reachable(model, [name])
-    parameter = model.get_parameter(name)
-    owner = model.get_submodule(name.rpartition(".")[0])
-    fused = list(getattr(owner, "merged_adapters", ()))
-    if fused:
-        owner.unmerge()  # type: ignore[operator]
-    for scope in _SCOPES.get(model, ()):
-        if name not in scope.replaced:
-            scope.replaced[name] = parameter.detach().to("cpu", copy=True)
-    parameter.copy_(value)
-    if fused:
-        owner.merge(adapter_names=fused)  # type: ignore[operator]
-    attn = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-    if getattr(attn, "fused_projections", False) is True:
-        setattr(attn, "fused_projections", False)  # noqa: B010 (a diffusers module's)
-        attn.fuse_projections()  # type: ignore[operator]
 
 
 @contextlib.contextmanager
@@ -476,7 +414,7 @@ def restored_afterwards(models: Iterable[nn.Module], *, on_success: bool = True)
         restore = on_success
     finally:
         for model, scope in scopes:
-            _SCOPES[model].remove(scope)
+            stop_recording(model, scope.replaced)
             if restore:
                 _restore(model, scope)
 
@@ -484,19 +422,16 @@ def restored_afterwards(models: Iterable[nn.Module], *, on_success: bool = True)
 def _open_scope(model: nn.Module) -> _Scope:
     installation = installation_of(model)
     if installation is None:
-        scope = _Scope(None, {}, {}, {}, 0)
-    else:
-        weights = dict(installation.overwritten), dict(installation.written)
-        layers = installed_layers(model)
-        scope = _Scope(installation.steps.clock, layers, *weights, installation.attention_layers)
-    _SCOPES.setdefault(model, []).append(scope)
-    return scope
+        return _Scope(None, {}, {}, {}, 0, record_replaced(model))
+    weights = dict(installation.overwritten), dict(installation.written)
+    layers = installed_layers(model)
+    return _Scope(installation.steps.clock, layers, *weights, installation.attention_layers, record_replaced(model))
 
 
 def _restore(model: nn.Module, scope: _Scope) -> None:
     installation = installation_of(model)
     if installation is not None:
-        _warn_of_changes(model, scope.replaced, installation.written)
+        warn_of_changes(model, scope.replaced, installation.written)
     for name, value in scope.replaced.items():
         write_host_weight(model, name, value)
     _set_layers(model, scope.layers, scope.clock or StepClock())

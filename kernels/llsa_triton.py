@@ -198,7 +198,7 @@ def _precision(query: Tensor) -> str:
 
 def _coarse_config(query: Tensor, uniform: bool) -> LaunchConfig:
     """Launch parameters of the coarse kernel. At 128 registers per thread, two programs or more share a multiprocessor
-    on Hopper; weights that differ between keys need so many registers that tiles must be smaller."""
+    on Hopper; weights that differ between keys take registers, so tiles must be smaller."""
     dim = query.shape[-1]
     if query.dtype == torch.float32:
         return LaunchConfig(32, 32, 8, 1) if dim > 64 else LaunchConfig(64, 32, 8, 1)

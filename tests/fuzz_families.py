@@ -80,7 +80,7 @@ PROCESSORS = {
 
 
 def layout_at(family: str, kind: str, size: tuple[int, ...], tokens: int | None = None) -> TokenLayout:
-    """The layout that a forward of this size has in a layer of so many tokens, written by hand.
+    """The layout that a forward of this size has in a layer of ``tokens`` tokens, written by hand.
 
     Args:
         kind: "native"; "flat", the same tokens on one axis; "turned", the last two axes exchanged; "fixed", the native

@@ -46,8 +46,9 @@ class LayoutHook:
             _CheckpointWithLayouts.enter(owner, self.slot)
 
     def leave(self, owner: nn.Module, *_: Any) -> None:
+        entered = self.slot.layout is not None  # else reading it has failed
         self.slot.layout = None
-        if not torch.compiler.is_compiling():
+        if entered and not torch.compiler.is_compiling():
             _CheckpointWithLayouts.leave(owner, self.slot)
 
     def remove(self) -> None:

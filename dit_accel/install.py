@@ -463,7 +463,7 @@ def installed_layers(model: nn.Module) -> dict[str, MechanismLayer]:
 
 
 def wrap_new_processors(model: nn.Module, processors: Mapping[str, Any]) -> dict[str, Any]:
-    """Processors that host tooling (an IP-Adapter's loader) made for all layers, rerouted where we are installed."""
+    """Intercept the processors that host tooling (an IP-Adapter's loader) made for installed layers."""
     installation = installation_of(model)
     adopted = dict(processors)
     for name in installation.originals if installation is not None else ():

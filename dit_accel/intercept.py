@@ -329,7 +329,7 @@ def _native_backend() -> Any:
 
 
 def host_of(processor: Any, default: Any) -> Any:
-    """The host's own processor that a rerouted one was made of; the default for one that diffusers constructed anew."""
+    """The host's own processor behind an intercepted one; the default for one that diffusers constructed anew."""
     return processor.__dict__.get(_HOST, default)
 
 

@@ -147,16 +147,15 @@ def _load(
     else:
         module = _release_of(file)
         name = _published_for(models, bare, module, component, path)
-        check_host(models[name], path)
         release, plans = module.NAME, {name: module.plan(models[name], file, options)}
     if layout is not None:
         plans = {name: replace(plan, layouts=dict.fromkeys(plan.processors, layout)) for name, plan in plans.items()}
     for name, plan in plans.items():
         check_installed(models[name], plan, path)
         check_layout(models[name], plan, path)
-        check_fit(models[name], plan, path)
         if any(".dit_accel." not in key for key in plan.weights):
             check_host(models[name], path)
+        check_fit(models[name], plan, path)
         check_writable(models[name], plan, path)
     _apply({name: models[name] for name in plans}, plans)
     parts = (_part(name, models[name], plan) for name, plan in plans.items())

@@ -13,7 +13,6 @@ from .attention_group import ReadLayout
 from .configuration import FUNCTION, SavedComponent, read_configuration
 from .install import installation_of
 from .layout import TokenLayout
-from .plan_checks import check_host
 from .published import Plan
 from .save import DOWN, UP
 from .weights import Weight, WeightsFile, shorten
@@ -82,13 +81,10 @@ def _layouts(saved: SavedComponent, path: Path) -> dict[str, TokenLayout | ReadL
 def _merge_lora(model: nn.Module, weights: dict[str, Weight], path: Path) -> dict[str, Weight]:
     """Replace the two factors of each LoRA by the merged weight, based on the file's weight or else the pretrained one.
 
-    Raises: ValueError: one factor without the other, factors with shapes that do not match, a fused projection, or a
-        projection that an adapter wraps.
+    Raises: ValueError: one factor without the other, or factors with shapes that do not match.
     """
     factors = (f".{DOWN}", f".{UP}")
     names = dict.fromkeys(key.rpartition(".")[0] for key in weights if key.endswith(factors))
-    if names:
-        check_host(model, path)
     rest = {key: x for key, x in weights.items() if not key.endswith(factors)}
     for name in names:
         down, up = weights.get(f"{name}.{DOWN}"), weights.get(f"{name}.{UP}")

@@ -207,7 +207,7 @@ class MechanismControls:
         )  # fmt: skip
         if trained:  # conversions may have been added in the meantime
             self.choice.focus(
-                self._refresh_choices, [self._kind, self.choice], self.choice, queue=False, api_visibility="private",
+                self._refresh_choices, self._kind, self.choice, queue=False, api_visibility="private",
                 show_progress="hidden",
             )  # fmt: skip
 
@@ -296,8 +296,9 @@ class MechanismControls:
         shown = _shown(kind, choice)
         return [gr.Slider(visible=name in shown) for name in self.sliders]
 
-    def _refresh_choices(self, kind: str, choice: str) -> Any:
-        return gr.Dropdown(choices=self._choices(kind), value=choice)
+    def _refresh_choices(self, kind: str) -> Any:
+        """The list only: the answer may arrive after the user has chosen, and must not undo it."""
+        return gr.Dropdown(choices=self._choices(kind))
 
 
 def _shown(kind: str, choice: str) -> list[str]:

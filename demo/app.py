@@ -92,6 +92,6 @@ def _theme() -> gr.Theme:
 
 
 if __name__ == "__main__":
-    from dit_accel.cli import main
+    from dit_accel.cli.app import main
 
     main(["demo", *sys.argv[1:]])

@@ -1,12 +1,11 @@
 """Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA, GNA and LinFusion in one line."""
 
 from . import functional
-from .describe import describe, logit_fraction
-from .install import attention, reset_attn_processor, set_attn_processor
+from .install.describe import describe, logit_fraction
+from .install.installation import attention, reset_attn_processor, set_attn_processor
+from .install.patch import patch_diffusers
 from .layout import TokenLayout
-from .load import LoadedAttention, LoadedPart, load_attention
-from .patch import patch_diffusers
-from .processor import (
+from .mechanisms.processor import (
     PROCESSORS,
     AcceleratedAttnProcessor,
     CLEARAttnProcessor,
@@ -15,7 +14,8 @@ from .processor import (
     LLSAAttnProcessor,
     SLAAttnProcessor,
 )
-from .save import save_attention
+from .weights.load import LoadedAttention, LoadedPart, load_attention
+from .weights.save import save_attention
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 import dit_accel
 from dit_accel import GNAAttnProcessor
-from dit_accel.bundled import IMAGE, read_defaults
+from dit_accel.common.bundled import IMAGE, read_defaults
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--size", type=int, default=512, help="height and width in pixels")

@@ -2,7 +2,7 @@
 
 Each picture has its caption in a .txt of the same name. Two commands make such a folder and train on it:
 
-python -m dit_accel.demo.write_scenes image --out scenes --count 64
+python -m dit_accel.demo.scenes.write_scenes image --out scenes --count 64
 python examples/fine_tune.py scenes --out my-gna
 """
 
@@ -11,8 +11,8 @@ import argparse
 from diffusers import DiffusionPipeline
 
 import dit_accel
-from dit_accel.bundled import IMAGE
-from dit_accel.cli import main
+from dit_accel.cli.app import main
+from dit_accel.common.bundled import IMAGE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("data", help="folder of pictures with captions")

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dit_accel
-from dit_accel.bundled import IMAGE, read_defaults
+from dit_accel.common.bundled import IMAGE, read_defaults
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--pipeline", default=IMAGE.folder, help="a folder or hub id; default the embedded image pipeline")

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dit_accel
-from dit_accel.bundled import IMAGE
+from dit_accel.common.bundled import IMAGE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", default="my-attention", help="folder of the file")

@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
-from ..layout import TokenLayout
-from ..position_ids import first_raster_grid, raster_grids
+from dit_accel.common.attention_group import AttentionGroup, TokenBox, self_attention_layers
+from dit_accel.common.position_ids import first_raster_grid, raster_grids
+from dit_accel.layout import TokenLayout
 
 MODELS = (FluxTransformer2DModel,)
 

@@ -6,8 +6,8 @@ from typing import Any
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
-from ..layout import TokenLayout
+from dit_accel.common.attention_group import AttentionGroup, TokenBox, self_attention_layers
+from dit_accel.layout import TokenLayout
 
 MODELS = (SD3Transformer2DModel,)
 

@@ -7,8 +7,8 @@ from typing import Any
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
-from ..layout import TokenLayout
+from dit_accel.common.attention_group import AttentionGroup, TokenBox, self_attention_layers
+from dit_accel.layout import TokenLayout
 
 MODELS = (UNet2DConditionModel,)
 

@@ -7,8 +7,8 @@ from typing import Any
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import nn
 
-from ..attention_group import AttentionGroup, TokenBox, self_attention_layers
-from ..layout import TokenLayout
+from dit_accel.common.attention_group import AttentionGroup, TokenBox, self_attention_layers
+from dit_accel.layout import TokenLayout
 
 MODELS = (WanTransformer3DModel, WanVACETransformer3DModel)
 

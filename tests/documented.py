@@ -18,10 +18,10 @@ from unittest import mock
 import typer.main
 from markdown_it import MarkdownIt
 
-from dit_accel.attn_spec import parse_attention
 from dit_accel.bench.command import _parser
-from dit_accel.cli import app
-from dit_accel.processor import PROCESSORS
+from dit_accel.cli.app import app
+from dit_accel.mechanisms.attn_spec import parse_attention
+from dit_accel.mechanisms.processor import PROCESSORS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -157,7 +157,9 @@ def script_parser(rest: list[str]) -> argparse.ArgumentParser | None:
     """Parser of a script, given the arguments of ``python``; None if the script has no parser."""
     if rest[0] == "-m":
         try:
-            module = importlib.import_module(f"{rest[1]}.__main__" if rest[1] == "dit_accel.bench" else rest[1])
+            module = importlib.import_module(
+                f"{rest[1]}.__main__" if rest[1] in ("dit_accel.bench", "dit_accel.cli") else rest[1]
+            )
         except ImportError as error:
             raise ValueError(f"no module {rest[1]}") from error
         return _parse_only(module.main, [rest[1], *rest[2:]])
@@ -177,9 +179,9 @@ def _accelerate(rest: list[str]) -> None:
         given = launch_command_parser().parse_args(rest[1:])
     except SystemExit as error:
         raise ValueError(f"accelerate rejects {rest}") from error
-    if not given.module or given.training_script != "dit_accel.convert":
-        raise ValueError(f"expected -m dit_accel.convert, got {given.training_script}")
-    _dit_accel(["convert", *given.training_script_args])
+    if not given.module or given.training_script != "dit_accel.cli":
+        raise ValueError(f"expected -m dit_accel.cli, got {given.training_script}")
+    _dit_accel(given.training_script_args)
 
 
 @functools.cache
@@ -192,7 +194,7 @@ def known_options() -> set[str]:
     found |= {name for option in group.params for name in option.opts} | {"--help"}
     bench: Any = next(a for a in _parser("bench")._actions if isinstance(a, argparse._SubParsersAction))
     scripts = ["train_embedded", "convert_embedded"]
-    own = [script_parser(["-m", f"dit_accel.demo.{name}", "image", "--out", "x"]) for name in scripts]
+    own = [script_parser(["-m", f"dit_accel.demo.training.{name}", "image", "--out", "x"]) for name in scripts]
     for parser in (launch_command_parser(), *bench.choices.values(), *own):
         assert parser is not None
         found |= set(parser._option_string_actions)

@@ -14,13 +14,7 @@ from tiny import TEXT, TINY, Tiny, sd3_inputs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dit_accel import (
-    CLEARAttnProcessor,
-    GNAAttnProcessor,
-    LLSAAttnProcessor,
-    SLAAttnProcessor,
-    TokenLayout,
-)
+from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor, TokenLayout
 
 
 def sd3_single() -> nn.Module:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dit_accel
-from dit_accel.install import installed_layers
+from dit_accel.install.installation import installed_layers
 
 
 @dataclass

@@ -28,7 +28,7 @@ from fuzz_models import SavedFile, draw, folder, prepared, template_of
 from torch import Tensor, nn
 
 import dit_accel
-from dit_accel.install import installation_of, installed_layers
+from dit_accel.install.installation import installation_of, installed_layers
 
 REFUSALS = (ValueError, TypeError, RuntimeError)
 OURS = ".dit_accel."

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dit_accel.kernels.block_plan import BlockPlan, window_plan
-from dit_accel.kernels.block_sparse_triton import LinearBranch, block_sparse_attention
+from dit_accel.kernels.block_sparse.forward import LinearBranch, block_sparse_attention
+from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
 from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
 
 
 def lists(grid, q_box, k_box, n):

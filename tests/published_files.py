@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny import TINY
 
 from dit_accel import SLAAttnProcessor
-from dit_accel.weights import Weight, find_weights
+from dit_accel.weights.tensors import Weight, find_weights
 
 WAN_1_3B = {"dim": 1536, "heads": 12, "ffn": 8960, "layers": 30}
 WAN_14B = {"dim": 5120, "heads": 40, "ffn": 13824, "layers": 40}

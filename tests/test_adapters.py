@@ -10,6 +10,7 @@ from test_families import NARROW, WIDE
 from tiny import TINY, flux_inputs, run, unet_inputs
 
 import dit_accel
+from dit_accel.install.installation import installed_layers
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
 
@@ -123,7 +124,7 @@ def test_offloading_keeps_the_output(kind, order):
 
     def install():
         model.set_attn_processor(NARROW["sla"])
-        for layer in dit_accel.install.installed_layers(model).values():
+        for layer in installed_layers(model).values():
             torch.manual_seed(15)
             torch.nn.init.normal_(layer.weight)
 
@@ -138,7 +139,7 @@ def test_offloading_keeps_the_output(kind, order):
 
     plain = TINY["flux"]()
     plain.set_attn_processor(NARROW["sla"])
-    for layer in dit_accel.install.installed_layers(plain).values():
+    for layer in installed_layers(plain).values():
         torch.manual_seed(15)
         torch.nn.init.normal_(layer.weight)
     for act in (install, offload) if order == "install first" else (offload, install):

@@ -13,11 +13,11 @@ from tiny import TINY, run
 
 import dit_accel
 from dit_accel import TokenLayout
-from dit_accel.backend import resolve
 from dit_accel.functional import clear_attention, gna_attention, llsa_attention, sla_attention
 from dit_accel.mechanisms import clear, gna, llsa, sla
 from dit_accel.mechanisms._operator import _check_gpu
-from dit_accel.processor import PROCESSORS
+from dit_accel.mechanisms.backend import resolve
+from dit_accel.mechanisms.processor import PROCESSORS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NEEDED = {"sla": {}, "clear": {"radius": 3}, "llsa": {}, "gna": {"window": 3}}
@@ -278,7 +278,7 @@ def test_backend_is_not_saved(tmp_path):
 
 
 def test_command_line_accepts_a_backend():
-    from dit_accel.attn_spec import parse_attention
+    from dit_accel.mechanisms.attn_spec import parse_attention
 
     assert parse_attention("sla:backend=torch").processor().backend == "torch"
     assert parse_attention("sla:backend=none").processor().backend is None

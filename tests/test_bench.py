@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_accel import cli
-from dit_accel.backend import SUPPORTED_BACKENDS
 from dit_accel.bench import attention, models, step, train, versus
 from dit_accel.bench.cases import BACKWARD, CASES, SCALING, select, small, smoke
 from dit_accel.bench.command import bench
@@ -25,8 +23,10 @@ from dit_accel.bench.results import read_results
 from dit_accel.bench.tables import table
 from dit_accel.bench.timing import _short_name as short_name
 from dit_accel.bench.timing import peak_memory, summarise, time_calls
-from dit_accel.errors import BadInput
-from dit_accel.signals import Stopped
+from dit_accel.cli import app as cli
+from dit_accel.common.errors import BadInput
+from dit_accel.common.signals import Stopped
+from dit_accel.mechanisms.backend import SUPPORTED_BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from dit_accel.bench.report import fill
 from dit_accel.bench.results import KEYS, Results, read_results
 from dit_accel.bench.tables import table
 from dit_accel.bench.timing import fit_growth
-from dit_accel.errors import BadInput
+from dit_accel.common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from diffusers import FluxPipeline, WanPipeline
 
-from dit_accel.demo import build
-from dit_accel.demo.batches import SceneStream
-from dit_accel.demo.scene_checker import check_clip, check_picture
-from dit_accel.demo.scenes import altered_captions, caption, is_held_out, parse_caption
-from dit_accel.demo.train_denoiser import StretchedRope, stretched_ids
-from dit_accel.demo.train_embedded import held_out_scenes, render_scenes
-from dit_accel.demo.train_text import t5_embeddings
-from dit_accel.demo.train_vae import decode_clip, draw, encode_clip, measure_psnr, normalise_latents
+from dit_accel.demo.scenes.scene import altered_captions, caption, is_held_out, parse_caption
+from dit_accel.demo.scenes.scene_checker import check_clip, check_picture
+from dit_accel.demo.training import build
+from dit_accel.demo.training.batches import SceneStream
+from dit_accel.demo.training.train_denoiser import StretchedRope, stretched_ids
+from dit_accel.demo.training.train_embedded import held_out_scenes, render_scenes
+from dit_accel.demo.training.train_text import t5_embeddings
+from dit_accel.demo.training.train_vae import decode_clip, draw, encode_clip, measure_psnr, normalise_latents
 
-DEMO = Path(build.__file__).parent
+DEMO = Path(build.__file__).parents[1]
 KINDS = {"image": (FluxPipeline, build.ImageConfig()), "video": (WanPipeline, build.VideoConfig())}
 TOKENS = {"image": 4096, "video": 3000}
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import pytest
 from tiny_pipelines import save_flux, save_wan
 
 from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
-from dit_accel.attn_spec import grid_defaults, parse_attention, parse_student, short_options
-from dit_accel.cli import main
+from dit_accel.cli.app import main
 from dit_accel.layout import TokenLayout
-from dit_accel.processor import PROCESSORS
-from dit_accel.weights import find_weights
+from dit_accel.mechanisms.attn_spec import grid_defaults, parse_attention, parse_student, short_options
+from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.weights.tensors import find_weights
 
 
 @pytest.fixture(scope="module")

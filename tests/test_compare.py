@@ -19,15 +19,16 @@ from PIL import Image
 from tiny_pipelines import save_flux, save_wan
 from torch import nn
 
-from dit_accel import describe, save_attention, set_attn_processor
-from dit_accel.bundled import IMAGE, VIDEO, Embedded
-from dit_accel.cli import main
-from dit_accel.compare.metrics import compare_frames
-from dit_accel.compare.step_timer import StepTimer
-from dit_accel.files import replacing
-from dit_accel.install import installation_of
+from dit_accel import save_attention, set_attn_processor
+from dit_accel.cli.app import main
+from dit_accel.common.bundled import IMAGE, VIDEO, Embedded
+from dit_accel.common.files import replacing
+from dit_accel.comparison.metrics import compare_frames
+from dit_accel.comparison.step_timer import StepTimer
+from dit_accel.install import describe
+from dit_accel.install.installation import installation_of
 from dit_accel.mechanisms import llsa
-from dit_accel.processor import GNAAttnProcessor
+from dit_accel.mechanisms.processor import GNAAttnProcessor
 
 FLUX = ["--height", "32", "--width", "40", "--steps", "2"]
 
@@ -262,7 +263,7 @@ def test_embedded_pipelines_default_to_their_conversions(tmp_path):
 
 
 def test_attention_context_restores_an_earlier_install(flux):
-    from dit_accel.install import attention
+    from dit_accel.install.installation import attention
 
     pipe = FluxPipeline.from_pretrained(flux)
     set_attn_processor(pipe, GNAAttnProcessor(window=3))
@@ -274,7 +275,7 @@ def test_attention_context_restores_an_earlier_install(flux):
 
 @pytest.mark.parametrize("embedded", [IMAGE, VIDEO])
 def test_default_prompts_are_held_out_captions(embedded):
-    from dit_accel.demo.scenes import caption, is_held_out, parse_caption
+    from dit_accel.demo.scenes.scene import caption, is_held_out, parse_caption
 
     for prompt in embedded.prompts:
         scene = parse_caption(prompt)
@@ -332,7 +333,7 @@ def test_unbounded_radius_is_written_to_the_report(flux, tmp_path):
 
 
 def test_drift_of_dense_gives_a_warning(flux, tmp_path, monkeypatch, capsys):
-    from dit_accel.compare import run as module
+    from dit_accel.comparison import run as module
 
     for slower, warned in ((1.1, False), (2.0, True), (0.5, True)):
         monkeypatch.setattr(

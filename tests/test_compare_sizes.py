@@ -15,8 +15,8 @@ from diffusers import (
 from tiny import TINY
 
 from dit_accel import GNAAttnProcessor, attention
-from dit_accel.compare.sizes import Size, check_size, default_size, token_grid
-from dit_accel.install import denoisers, installed_layers
+from dit_accel.comparison.sizes import Size, check_size, default_size, token_grid
+from dit_accel.install.installation import denoisers, installed_layers
 
 
 def vae() -> AutoencoderKL:

@@ -7,9 +7,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dit_accel
-from dit_accel.bundled import IMAGE, VIDEO, read_defaults
-from dit_accel.demo.evaluate_captions import prompt_check
-from dit_accel.install import denoisers
+from dit_accel.common.bundled import IMAGE, VIDEO, read_defaults
+from dit_accel.demo.scenes.evaluate_captions import prompt_check
+from dit_accel.install.installation import denoisers
 
 MECHANISMS = ("sla", "clear", "llsa", "gna")
 

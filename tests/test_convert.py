@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from tiny_pipelines import save_flux, save_sd, save_wan
 
 import dit_accel
-from dit_accel.cli import main
-from dit_accel.convert import trainer
-from dit_accel.convert.checkpoint import load_checkpoint
-from dit_accel.convert.noise import NoiseProcess, noise_process
-from dit_accel.convert.samples import batches, read_sample
+from dit_accel.cli.app import main
+from dit_accel.conversion import trainer
+from dit_accel.conversion.checkpoint import load_checkpoint
+from dit_accel.conversion.data.samples import batches, read_sample
+from dit_accel.conversion.recipes.noise import NoiseProcess, noise_process
+from dit_accel.install.installation import denoisers, installed_layers
 
 COMMON = (
     "--device", "cpu", "--height", "32", "--width", "32", "--samples", "4", "--batch", "2", "--steps", "4",
@@ -78,11 +79,11 @@ def test_every_family_converts_and_loads(pipelines, tmp_path, which, attn, more)
     wanted = {"loss", "flow"} | ({"prediction", "attention"} if about["recipe"]["name"] == "clear" else set())
     assert set(about["history"][0]) == wanted
     pipe = DiffusionPipeline.from_pretrained(pipelines[which])
-    model = next(iter(dit_accel.install.denoisers(pipe).values()))
+    model = next(iter(denoisers(pipe).values()))
     before = {name: p.clone() for name, p in model.state_dict().items()}
     dit_accel.load_attention(pipe, tmp_path)
     if ";" in attn:  # the options of each layer
-        radii = {name: layer.mechanism.radius for name, layer in dit_accel.install.installed_layers(model).items()}
+        radii = {name: layer.mechanism.radius for name, layer in installed_layers(model).items()}
         assert len(set(radii.values())) == 2 and all(x == 2 + ("single_" in name) for name, x in radii.items())
     trained = load_checkpoint(tmp_path)["parameters"]
     after = dict(model.named_parameters())

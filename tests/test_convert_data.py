@@ -14,13 +14,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_pipelines import save_flux, save_sd, save_sd3, save_sdxl, save_wan
 
-from dit_accel.cli import main
-from dit_accel.convert import media
-from dit_accel.convert.capture import unconditional
-from dit_accel.convert.data import find_data
-from dit_accel.convert.samples import Samples, read_sample
-from dit_accel.convert.trainer import Trainer
-from dit_accel.install import denoisers
+from dit_accel.cli.app import main
+from dit_accel.conversion.data import media
+from dit_accel.conversion.data.dataset import find_data
+from dit_accel.conversion.data.samples import Samples, read_sample
+from dit_accel.conversion.recipes.capture import unconditional
+from dit_accel.conversion.trainer import Trainer
+from dit_accel.install.installation import denoisers
 
 SAVE = {"flux": save_flux, "sd": lambda x: save_sd(x, "epsilon"), "sdxl": save_sdxl, "sd3": save_sd3, "wan": save_wan}
 WAN = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}

@@ -19,10 +19,10 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from test_convert_distributed import GNA, SLA, TRANSFER, assert_refused, convert, link_samples, read, read_about
 from tiny_pipelines import save_flux
 
-import dit_accel.convert.run
-from dit_accel.convert.checkpoint import load_checkpoint
-from dit_accel.convert.trainer import Trainer
-from dit_accel.convert.zero import set_up_zero
+import dit_accel.conversion.run
+from dit_accel.conversion.checkpoint import load_checkpoint
+from dit_accel.conversion.parallel.zero import set_up_zero
+from dit_accel.conversion.trainer import Trainer
 
 USE_DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 RUNS = {
@@ -110,7 +110,7 @@ def test_unsupported_launch_is_refused_before_any_work(tmp_path, monkeypatch, en
 
 def test_missing_deepspeed_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr("dit_accel.convert.zero.find_spec", lambda name: None)
+    monkeypatch.setattr("dit_accel.conversion.parallel.zero.find_spec", lambda name: None)
     assert_refused(tmp_path, capsys, "not installed: pip install deepspeed")
 
 
@@ -149,7 +149,7 @@ def run_as_one_of_two(folder, name, status):
     """Run one of two processes. On machines without GPUs accelerate needs an explicit backend."""
     torch.set_num_threads(1)
     gloo = [InitProcessGroupKwargs(backend="gloo")]
-    dit_accel.convert.run.Accelerator = partial(Accelerator, kwargs_handlers=gloo)
+    dit_accel.conversion.run.Accelerator = partial(Accelerator, kwargs_handlers=gloo)
     if status:
         Trainer._accumulate = stop_in_the_third_step
     return convert(folder, folder / "two" / name, 1, *RUNS[name][1], device=None)

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from tiny import TINY
 from tiny_pipelines import save_flux
 
-from dit_accel.cli import main
-from dit_accel.convert.checkpoint import load_checkpoint
-from dit_accel.convert.sharding import choose_blocks
-from dit_accel.convert.trainer import Trainer
+from dit_accel.cli.app import main
+from dit_accel.conversion.checkpoint import load_checkpoint
+from dit_accel.conversion.parallel.sharding import choose_blocks
+from dit_accel.conversion.trainer import Trainer
 
 SLA, GNA = "sla:critical=0.3,block_q=8,block_kv=8", "gna:window=3"
 FSDP = {

@@ -23,22 +23,22 @@ from safetensors import safe_open
 from tiny_pipelines import save_flux, save_sd, save_wan
 
 import dit_accel
-from dit_accel.attn_spec import parse_attention
-from dit_accel.cli import main
-from dit_accel.convert.capture import Conditions, capture
-from dit_accel.convert.checkpoint import NAME
-from dit_accel.convert.matching import matching_loss
-from dit_accel.convert.noise import NoiseProcess, noise_process
-from dit_accel.convert.objective import Batch, losses_of
-from dit_accel.convert.recipes import RECIPES, reweighted
-from dit_accel.convert.request import Request, Source
-from dit_accel.convert.run import run
-from dit_accel.convert.samples import Sample
-from dit_accel.convert.selection import Selection, default_layer_count
-from dit_accel.convert.stages import plan
-from dit_accel.convert.trainer import Trainer
-from dit_accel.errors import BadInput
-from dit_accel.install import denoisers, installed_layers
+from dit_accel.cli.app import main
+from dit_accel.common.errors import BadInput
+from dit_accel.conversion.checkpoint import NAME
+from dit_accel.conversion.data.samples import Sample
+from dit_accel.conversion.recipes.capture import Conditions, capture
+from dit_accel.conversion.recipes.matching import matching_loss
+from dit_accel.conversion.recipes.noise import NoiseProcess, noise_process
+from dit_accel.conversion.recipes.objective import Batch, losses_of
+from dit_accel.conversion.recipes.recipe import RECIPES, reweighted
+from dit_accel.conversion.recipes.selection import Selection, default_layer_count
+from dit_accel.conversion.recipes.stages import plan
+from dit_accel.conversion.request import Request, Source
+from dit_accel.conversion.run import run
+from dit_accel.conversion.trainer import Trainer
+from dit_accel.install.installation import denoisers, installed_layers
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 SLA = "sla:critical=0.3,block_q=8,block_kv=8"
 CALL = {"height": 32, "width": 32}

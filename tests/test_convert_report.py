@@ -12,17 +12,17 @@ from tiny_pipelines import save_flux, save_sd
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import dit_accel
-from dit_accel.attn_spec import parse_attention
-from dit_accel.bundled import IMAGE
-from dit_accel.cli import main
-from dit_accel.compare import metrics
-from dit_accel.convert import card, finish
-from dit_accel.convert.evaluate import Evaluation
-from dit_accel.convert.noise import noise_process
-from dit_accel.convert.request import Source
-from dit_accel.convert.samples import read_sample
-from dit_accel.demo.vocabulary import build_clip_tokenizer
-from dit_accel.install import installed_layers
+from dit_accel.cli.app import main
+from dit_accel.common.bundled import IMAGE
+from dit_accel.comparison import metrics
+from dit_accel.conversion import card, finish
+from dit_accel.conversion.data.samples import read_sample
+from dit_accel.conversion.evaluate import Evaluation
+from dit_accel.conversion.recipes.noise import noise_process
+from dit_accel.conversion.request import Source
+from dit_accel.demo.scenes.vocabulary import build_clip_tokenizer
+from dit_accel.install.installation import denoisers, installed_layers
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def test_evaluate_agrees_with_a_direct_computation(pipelines, tmp_path, which):
         "evaluate.png",
         "picture-0.png",
     ]
-    student = next(iter(dit_accel.install.denoisers(pipe).values()))
-    teacher = next(iter(dit_accel.install.denoisers(DiffusionPipeline.from_pretrained(pipelines[which])).values()))
+    student = next(iter(denoisers(pipe).values()))
+    teacher = next(iter(denoisers(DiffusionPipeline.from_pretrained(pipelines[which])).values()))
     process, errors, flows = noise_process(pipe.scheduler), [], []
     for i in range(2):
         sample = read_sample(tmp_path / f"out/samples/{i:06d}.safetensors")
@@ -255,6 +255,6 @@ def test_clip_score_is_the_cosine_with_weights_else_none(tmp_path, monkeypatch):
 
 
 def test_caption_check_accepts_the_embedded_pipeline():
-    from dit_accel.cli import _prompt_check
+    from dit_accel.cli.app import _prompt_check
 
     assert callable(_prompt_check(str(IMAGE.folder)))

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import save_flux
 
-from dit_accel.cli import main
-from dit_accel.convert import run as convert_run
-from dit_accel.convert.checkpoint import load_checkpoint
-from dit_accel.convert.pictures import Pictures
-from dit_accel.convert.samples import SampleCache
-from dit_accel.files import locked
+from dit_accel.cli.app import main
+from dit_accel.common.files import locked
+from dit_accel.conversion import run as convert_run
+from dit_accel.conversion.checkpoint import load_checkpoint
+from dit_accel.conversion.data.samples import SampleCache
+from dit_accel.conversion.pictures import Pictures
 
 COMMON = (
     "--attn", "gna:window=3", "--device", "cpu", "--samples", "4", "--batch", "2", "--steps", "4", "--save-every", "2",

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 from tiny_pipelines import save_flux
 
-from dit_accel.attn_spec import parse_attention
-from dit_accel.convert.request import Request, Source
-from dit_accel.convert.run import run
-from dit_accel.convert.watch import Watch
-from dit_accel.install import installed_layers
+from dit_accel.conversion.request import Request, Source
+from dit_accel.conversion.run import run
+from dit_accel.conversion.watch import Watch
+from dit_accel.install.installation import installed_layers
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 
 @pytest.fixture(scope="module")

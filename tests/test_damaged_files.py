@@ -25,7 +25,7 @@ from tiny import TINY
 
 import dit_accel
 from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, SLAAttnProcessor, TokenLayout
-from dit_accel.install import installation_of
+from dit_accel.install.installation import installation_of
 
 
 def own_file(folder):

@@ -15,16 +15,16 @@ pytest.importorskip("gradio")
 
 import gradio as gr
 
-from dit_accel.attn_spec import parse_attention
-from dit_accel.cli import main
-from dit_accel.compare.calling import to_frames
-from dit_accel.compare.sizes import Size
+from dit_accel.cli.app import main
+from dit_accel.common.errors import BadInput
+from dit_accel.comparison.calling import to_frames
+from dit_accel.comparison.sizes import Size
 from dit_accel.demo.ui import compare_tab
 from dit_accel.demo.ui.comparison import Comparison, Progress, compare_attention, python_lines
 from dit_accel.demo.ui.controls import DrawingControls, DrawingOptions, MechanismControls, check_drawing
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
 from dit_accel.demo.ui.preview import Preview
-from dit_accel.errors import BadInput
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 CPU = torch.device("cpu")
 VALID = {"prompt": "a red circle", "seed": 0, "height": 32, "width": 32, "frames": None, "steps": 2}
@@ -253,5 +253,5 @@ def test_invalid_command_arguments_give_a_clear_error(arguments, missing, messag
 
 
 def test_cli_import_does_not_import_gradio():
-    code = "import sys, dit_accel.cli; assert 'gradio' not in sys.modules"
+    code = "import sys, dit_accel.cli.app; assert 'gradio' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -10,11 +10,11 @@ import torch
 from tiny_pipelines import save_flux, save_wan
 
 import dit_accel
-from dit_accel.compare.sizes import Size
+from dit_accel.common.errors import BadInput
+from dit_accel.comparison.sizes import Size
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
 from dit_accel.demo.ui.work import Stops, message_for, stream
-from dit_accel.errors import BadInput
-from dit_accel.install import denoisers, installation_of
+from dit_accel.install.installation import denoisers, installation_of
 
 CPU = torch.device("cpu")
 

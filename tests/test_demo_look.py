@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from dit_accel.attn_spec import parse_attention
-from dit_accel.compare.sizes import Size
+from dit_accel.common.errors import BadInput
+from dit_accel.comparison.sizes import Size
 from dit_accel.demo.ui import look_tab
 from dit_accel.demo.ui.attention_maps import AttentionCall, Recording
 from dit_accel.demo.ui.controls import DrawingOptions
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
 from dit_accel.demo.ui.inspection import Drawings, Drawn, Position, Step, coverage_by_layer, draw, inspect_token
 from dit_accel.demo.ui.plots import overlay, overlay_scale
-from dit_accel.errors import BadInput
 from dit_accel.layout import TokenLayout
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 CPU = torch.device("cpu")
 

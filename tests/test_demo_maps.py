@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from tiny_pipelines import save_flux, save_sd, save_sd3, save_wan
 from torch.overrides import TorchFunctionMode
 
+from dit_accel.common.pipeline_loading import load_pipeline
 from dit_accel.demo.ui import attention_maps as maps
 from dit_accel.layout import TokenLayout
 from dit_accel.mechanisms import llsa, sla
-from dit_accel.pipeline_loading import load_pipeline
-from dit_accel.processor import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
+from dit_accel.mechanisms.processor import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
 
 CPU = torch.device("cpu")
 LAYOUTS = [

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dit_accel.common.errors import BadInput
 from dit_accel.demo.ui import speed
 from dit_accel.demo.ui.engine import Cancelled, Stop
 from dit_accel.demo.ui.speed import Plan, Speed, break_even
-from dit_accel.errors import BadInput
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32

@@ -12,18 +12,18 @@ import torch
 from tiny_pipelines import save_flux, save_wan
 
 import dit_accel
-from dit_accel.attn_spec import parse_attention
-from dit_accel.bundled import IMAGE
-from dit_accel.compare.sizes import Size
-from dit_accel.convert import checkpoint
-from dit_accel.convert.request import Request
+from dit_accel.common.bundled import IMAGE
+from dit_accel.common.errors import BadInput
+from dit_accel.comparison.sizes import Size
+from dit_accel.conversion import checkpoint
+from dit_accel.conversion.request import Request
 from dit_accel.demo.ui import training
 from dit_accel.demo.ui.engine import Cancelled, Engine, Stop
 from dit_accel.demo.ui.training import ConversionOptions, Converted, command_line, convert
 from dit_accel.demo.ui.training_watch import Distance, Drawn, Preparing, Step
 from dit_accel.demo.ui.work import Waiting
-from dit_accel.errors import BadInput
-from dit_accel.install import denoisers
+from dit_accel.install.installation import denoisers
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 CPU = torch.device("cpu")
 SIDE = 32
@@ -249,8 +249,8 @@ def test_scenes_for_embedded_pipelines_are_rendered_once(tiny, tmp_path, monkeyp
 @pytest.mark.parametrize("attention, train", [("sla", "lora"), ("gna", None)])
 def test_command_line_gives_the_same_request(monkeypatch, attention, train):
     """The parsed command gives the request of the page, except for paths and prompts."""
-    from dit_accel import cli
-    from dit_accel.convert import finish, run
+    from dit_accel.cli import app as cli
+    from dit_accel.conversion import finish, run
 
     asked = []
     monkeypatch.setattr(run, "run", lambda request, console: asked.append(request))
@@ -280,8 +280,8 @@ def test_command_line_gives_the_same_request(monkeypatch, attention, train):
 
 def test_each_recipe_has_a_label_and_fixed_choices_are_disabled():
     pytest.importorskip("gradio")
-    from dit_accel.convert.recipes import RECIPES
-    from dit_accel.convert.request import TRAINABLE
+    from dit_accel.conversion.recipes.recipe import RECIPES
+    from dit_accel.conversion.request import TRAINABLE
     from dit_accel.demo.ui import convert_tab
 
     assert set(convert_tab._RECIPES) == set(RECIPES) and set(convert_tab._TRAIN) == {*TRAINABLE, ""}

@@ -17,9 +17,9 @@ from tiny_pipelines import save_flux, save_wan
 
 import dit_accel
 from dit_accel.bench.tables import milliseconds
-from dit_accel.bundled import IMAGE, VIDEO
-from dit_accel.cli import main
-from dit_accel.processor import PROCESSORS
+from dit_accel.cli.app import main
+from dit_accel.common.bundled import IMAGE, VIDEO
+from dit_accel.mechanisms.processor import PROCESSORS
 
 LANGUAGES = {"python", "bash", "yaml", "math", ""}
 SMALL = {
@@ -114,10 +114,10 @@ def check_accelerate(text: str, folder: Path) -> None:
         "dit-accel compare --attn gna:windw=3",
         "dit-accel paint",
         "dit-accel bench step --modell x",
-        "accelerate launch -m dit_accel.convert --attn sla --out x --stepps 3",
-        "accelerate launch --fsdp_versions 2 -m dit_accel.convert --attn sla --out x",
+        "accelerate launch -m dit_accel.cli convert --attn sla --out x --stepps 3",
+        "accelerate launch --fsdp_versions 2 -m dit_accel.cli convert --attn sla --out x",
         "python -m dit_accel.demo.no_such_script",
-        "python -m dit_accel.demo.write_scenes image --out x",
+        "python -m dit_accel.demo.scenes.write_scenes image --out x",
         "python examples/generate.py --no-such-option",
         "python examples/no_such_example.py",
         "make tea",

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import dit_accel
 from dit_accel import TokenLayout
-from dit_accel.install import installed_layers
+from dit_accel.install.installation import installed_layers
 from dit_accel.mechanisms import clear, gna, llsa, sla
 
 NARROW = {

@@ -8,7 +8,7 @@ from test_triton_kernels import build
 from dit_accel import TokenLayout, functional
 
 BUILD = """
-import importlib, pkgutil, sys, torch, offline_gpu
+import importlib, pathlib, sys, torch, offline_gpu
 import dit_accel.kernels
 from dit_accel import TokenLayout
 from dit_accel.mechanisms import _llsa_triton, _sla_triton, clear, gna
@@ -19,9 +19,9 @@ def offline(kernel):
         def __getitem__(self, grid):
             return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
     return Launch()
-for found in pkgutil.iter_modules(dit_accel.kernels.__path__):
-    if "_triton" in found.name and not found.name.endswith("_kernel"):
-        module = importlib.import_module(f"dit_accel.kernels.{found.name}")
+for path in pathlib.Path(list(dit_accel.kernels.__path__)[0]).glob("*/*.py"):
+    if path.stem in ("forward", "backward", "pool", "select", "tree"):
+        module = importlib.import_module(f"dit_accel.kernels.{path.parent.name}.{path.stem}")
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 setattr(module, name, offline(getattr(module, name)))

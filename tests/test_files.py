@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dit_accel import files
-from dit_accel.compare.sheet import save_clip
-from dit_accel.files import CannotWrite, locked, remove_leftovers, replacing, write_json
+from dit_accel.common import files
+from dit_accel.common.files import CannotWrite, locked, remove_leftovers, replacing, write_json
+from dit_accel.comparison.sheet import save_clip
 
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 WRITERS = {

@@ -5,10 +5,10 @@ import torch
 
 from dit_accel import TokenLayout
 from dit_accel.functional import clear_attention, gna_attention, sla_attention
-from dit_accel.kernels.block_plan import BlockPlan, window_plan
-from dit_accel.kernels.block_sparse_flex import block_sparse_flex, check_compiled, flex_mask, kernel_options
+from dit_accel.kernels.block_sparse.flex import block_sparse_flex, check_compiled, flex_mask, kernel_options
+from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
 from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
 from dit_accel.mechanisms import sla
 
 L = TokenLayout
@@ -159,7 +159,7 @@ def test_sla_block_lists_cover_all_visible_keys(layout, options, masked, monkeyp
         )
         return block_sparse_flex(query, key, value, plan, scale=scale, before=before, key_mask=key_mask)
 
-    monkeypatch.setattr("dit_accel.kernels.block_sparse_flex.block_sparse_flex", recorded)
+    monkeypatch.setattr("dit_accel.kernels.block_sparse.flex.block_sparse_flex", recorded)
     key_mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
     sla_attention(*inputs(layout), layout, key_mask=key_mask, backend="flex", **options)
     [mask] = masks

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import TokenLayout
-from dit_accel.kernels import block_plan
+from dit_accel.kernels.block_sparse import plan as block_plan
 from dit_accel.mechanisms import clear, gna, llsa, sla
 
 FUNCTIONS = {

@@ -6,13 +6,11 @@ import torch
 from gluon_interpreter import Interpreted
 from hopper_cases import HOPPER_CASES, hopper_case
 
-from dit_accel.kernels import (
-    block_sparse_hopper,
-    block_sparse_hopper_fetch,
-    block_sparse_hopper_kernel,
-    block_sparse_hopper_walk,
-    block_sparse_triton,
-)
+from dit_accel.kernels.block_sparse import forward as block_sparse_triton
+from dit_accel.kernels.block_sparse import hopper as block_sparse_hopper
+from dit_accel.kernels.block_sparse import hopper_fetch as block_sparse_hopper_fetch
+from dit_accel.kernels.block_sparse import hopper_kernel as block_sparse_hopper_kernel
+from dit_accel.kernels.block_sparse import hopper_walk as block_sparse_hopper_walk
 
 MODULES = (block_sparse_hopper_walk, block_sparse_hopper_fetch, block_sparse_hopper_kernel)
 

@@ -14,14 +14,8 @@ from safetensors.torch import save_file
 from tiny import TINY, run
 
 import dit_accel
-from dit_accel import (
-    CLEARAttnProcessor,
-    GNAAttnProcessor,
-    LLSAAttnProcessor,
-    SLAAttnProcessor,
-    TokenLayout,
-)
-from dit_accel.install import installed_layers
+from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor, TokenLayout
+from dit_accel.install.installation import installed_layers
 
 GNA = GNAAttnProcessor(window=3)
 SLA = SLAAttnProcessor(critical=0.3, block_q=16, block_kv=8)
@@ -491,7 +485,7 @@ def test_failed_save_keeps_the_previous_file(tmp_path, monkeypatch):
             file.write(whole[:100])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dit_accel.save.save_file", broken)
+    monkeypatch.setattr("dit_accel.weights.save.save_file", broken)
     with pytest.raises(OSError, match="No space"):
         dit_accel.save_attention(model, tmp_path)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]

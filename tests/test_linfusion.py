@@ -13,11 +13,12 @@ from tiny import TINY, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
-from dit_accel import LinFusionAttnProcessor, TokenLayout, intercept
+from dit_accel import LinFusionAttnProcessor, TokenLayout
 from dit_accel.functional import linfusion_attention
-from dit_accel.install import installed_layers
+from dit_accel.install import intercept
+from dit_accel.install.installation import installed_layers
 from dit_accel.mechanisms import linfusion
-from dit_accel.processor import PROCESSORS
+from dit_accel.mechanisms.processor import PROCESSORS
 
 UNETS = pytest.mark.parametrize("family", ["sd15", "sdxl"])
 

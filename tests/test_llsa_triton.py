@@ -18,10 +18,10 @@ import pytest
 
 from dit_accel import TokenLayout
 from dit_accel.functional import llsa_attention
-from dit_accel.kernels import llsa_select_triton
-from dit_accel.kernels.llsa_select_triton import select_tree
-from dit_accel.kernels.llsa_tree_triton import pool_tree
-from dit_accel.kernels.llsa_triton import LaunchConfig, llsa_blocks_attention
+from dit_accel.kernels.llsa import select as llsa_select_triton
+from dit_accel.kernels.llsa.forward import LaunchConfig, llsa_blocks_attention
+from dit_accel.kernels.llsa.select import select_tree
+from dit_accel.kernels.llsa.tree import pool_tree
 from dit_accel.mechanisms import llsa
 from dit_accel.mechanisms._llsa_triton import llsa_attention_triton
 from dit_accel.mechanisms._tree import make_tree, tile_shapes

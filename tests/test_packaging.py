@@ -82,7 +82,7 @@ def test_wheel_metadata_is_complete(built):
         assert info.replace("METADATA", "licenses/LICENSE") in wheel.namelist()
     assert "Name: dit-accel" in metadata and "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.10" in metadata and "Provides-Extra: train" in metadata
-    assert "dit-accel = dit_accel.cli:main" in scripts
+    assert "dit-accel = dit_accel.cli.app:main" in scripts
 
 
 def test_installed_wheel_works_and_shadows_no_packages(unpacked, tmp_path):
@@ -92,7 +92,7 @@ import dit_accel.cli, dit_accel.bundled, dit_accel.pipelines.flux
 site = pathlib.Path(sys.argv[1])
 assert pathlib.Path(dit_accel.__file__).is_relative_to(site), dit_accel.__file__
 assert pathlib.Path(dit_accel.pipelines.flux.__file__).is_relative_to(site)
-assert dit_accel.bundled.IMAGE.folder.is_relative_to(site)
+assert dit_accel.common.bundled.IMAGE.folder.is_relative_to(site)
 for name in ("kernels", "pipelines", "demo"):
     found = importlib.util.find_spec(name)
     assert found is None or "dit" not in str(found.origin or found.submodule_search_locations), found

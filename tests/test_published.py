@@ -29,10 +29,10 @@ from tiny import TINY, run
 
 import dit_accel
 from dit_accel import CLEARAttnProcessor, LinFusionAttnProcessor, SLAAttnProcessor
-from dit_accel.install import installed_layers
+from dit_accel.install.installation import installed_layers
 from dit_accel.mechanisms.linfusion import reference
-from dit_accel.published.turbodiffusion import dequantize
-from dit_accel.weights import Weight, WeightsFile
+from dit_accel.weights.published.turbodiffusion import dequantize
+from dit_accel.weights.tensors import Weight, WeightsFile
 
 
 def with_weights(model, state, processor, learned):

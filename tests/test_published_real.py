@@ -20,9 +20,9 @@ from published_files import (
 )
 
 from dit_accel import CLEARAttnProcessor
-from dit_accel.plan_checks import check_fit
-from dit_accel.published import RELEASES, clear, fastvideo, linfusion, recognise, turbodiffusion
-from dit_accel.weights import Weight, WeightsFile
+from dit_accel.weights.plan_checks import check_fit
+from dit_accel.weights.published import RELEASES, clear, fastvideo, linfusion, recognise, turbodiffusion
+from dit_accel.weights.tensors import Weight, WeightsFile
 
 
 def fits(release, model, shapes, name, options=None, config=None):

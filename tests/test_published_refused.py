@@ -24,8 +24,8 @@ from tiny import TINY, run
 
 import dit_accel
 from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, SLAAttnProcessor
-from dit_accel.install import installed_layers
-from dit_accel.weights import Weight, WeightsFile, find_weights, read_weights
+from dit_accel.install.installation import installed_layers
+from dit_accel.weights.tensors import Weight, WeightsFile, find_weights, read_weights
 
 
 def refused(model, inputs, words, *arguments, error=ValueError, **options):
@@ -373,7 +373,7 @@ def test_failed_load_restores_the_model(before, tmp_path, monkeypatch):
         __call__ = read
 
     broken = {key: Weight(x.shape, x.dtype, Breaking(x.read())) for key, x in weights.items()}
-    monkeypatch.setattr("dit_accel.load.read_weights", lambda path: WeightsFile(path, broken))
+    monkeypatch.setattr("dit_accel.weights.load.read_weights", lambda path: WeightsFile(path, broken))
     refused(model, inputs, "the disk is gone", path, error=OSError)
     assert next(count) == 21
     dit_accel.reset_attn_processor(model)

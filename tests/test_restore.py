@@ -13,7 +13,7 @@ from tiny import TEXT, TINY, run, sd3_inputs
 
 import dit_accel
 from dit_accel import GNAAttnProcessor, TokenLayout
-from dit_accel.install import installed_layers
+from dit_accel.install.installation import installed_layers
 
 TALL, WIDE = (TokenLayout(grid, before=TEXT) for grid in ((7, 10), (10, 7)))
 KEY = "transformer_blocks.0.attn.to_q.weight"

@@ -20,8 +20,8 @@ from tiny import TINY, run
 
 import dit_accel
 from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor, TokenLayout
-from dit_accel.attention_group import self_attention_layers
-from dit_accel.install import installed_layers
+from dit_accel.common.attention_group import self_attention_layers
+from dit_accel.install.installation import installed_layers
 
 GNA = GNAAttnProcessor(window=3)
 SLA = SLAAttnProcessor(critical=0.3, block_q=16, block_kv=8)

@@ -9,11 +9,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from dit_accel.demo import scene_checker
-from dit_accel.demo.batches import NUM_CLASSES, SceneStream
-from dit_accel.demo.render import PRESENT, layout_scene, render
-from dit_accel.demo.scene_checker import check_clip, check_picture, find_blobs
-from dit_accel.demo.scenes import (
+from dit_accel.demo.scenes import scene_checker
+from dit_accel.demo.scenes.render import PRESENT, layout_scene, render
+from dit_accel.demo.scenes.scene import (
     COLOURS,
     HELD_OUT_ONE_IN,
     PLACES,
@@ -31,7 +29,9 @@ from dit_accel.demo.scenes import (
     sample_scene,
     words_of_language,
 )
-from dit_accel.demo.vocabulary import build_clip_tokenizer, build_t5_tokenizer
+from dit_accel.demo.scenes.scene_checker import check_clip, check_picture, find_blobs
+from dit_accel.demo.scenes.vocabulary import build_clip_tokenizer, build_t5_tokenizer
+from dit_accel.demo.training.batches import NUM_CLASSES, SceneStream
 
 MOMENTS = torch.linspace(0, 1, 5)
 KINDS = ("single", "placed", "pair", "copies")

@@ -7,11 +7,11 @@ import torch
 from diffusers import DiffusionPipeline
 from tiny_pipelines import save_wan
 
-from dit_accel.attn_spec import parse_attention
-from dit_accel.convert.capture import capture
-from dit_accel.convert.samples import Sample
-from dit_accel.demo.search_layer_options import Options, Search, main
-from dit_accel.install import denoisers, installed_layers
+from dit_accel.conversion.data.samples import Sample
+from dit_accel.conversion.recipes.capture import capture
+from dit_accel.demo.training.search_layer_options import Options, Search, main
+from dit_accel.install.installation import denoisers, installed_layers
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 
 @pytest.mark.parametrize("grid", [(64, 64), (13, 16, 16)])

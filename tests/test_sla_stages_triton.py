@@ -13,15 +13,11 @@ import math
 
 import pytest
 
-from dit_accel.kernels import block_linear_triton, block_select_triton
-from dit_accel.kernels.block_linear_triton import (
-    block_states,
-    linear_state,
-    marginal_linear_state,
-    marginal_states,
-)
-from dit_accel.kernels.block_pool_triton import pool_blocks, pool_pair
-from dit_accel.kernels.block_select_triton import select_blocks
+from dit_accel.kernels.block_linear import forward as block_linear_triton
+from dit_accel.kernels.block_linear.forward import block_states, linear_state, marginal_linear_state, marginal_states
+from dit_accel.kernels.selection import select as block_select_triton
+from dit_accel.kernels.selection.pool import pool_blocks, pool_pair
+from dit_accel.kernels.selection.select import select_blocks
 from dit_accel.kernels.tiling import Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dit_accel import TokenLayout, functional
-from dit_accel.kernels import block_sparse_triton
-from dit_accel.kernels.block_plan import BlockPlan, window_plan
-from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
-from dit_accel.kernels.block_sparse_triton import Config, LinearBranch, block_sparse_attention, check_inputs
+from dit_accel.kernels.block_sparse import forward as block_sparse_triton
+from dit_accel.kernels.block_sparse.backward import block_sparse_attention_backward
+from dit_accel.kernels.block_sparse.forward import Config, LinearBranch, block_sparse_attention, check_inputs
+from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
 from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels on the GPU")
 L = TokenLayout

@@ -11,10 +11,10 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_plan import window_plan
-from dit_accel.kernels.block_sparse_triton import block_sparse_attention
+from dit_accel.kernels.block_sparse.forward import block_sparse_attention
+from dit_accel.kernels.block_sparse.plan import window_plan
 from dit_accel.kernels.tuning import BUDGET_S, MAX_CONFIGS, Config, candidate_configs, choose_config, launch_tuned
-from dit_accel.kernels.window import BallAxis
+from dit_accel.kernels.windows.geometry import BallAxis
 
 GUESS = Config(64, 64, 4, 2)
 QUERY = torch.empty(1, 1, 1, 96, dtype=torch.float16)

@@ -20,13 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.hooks import StepClock
-from dit_accel.install import attention, denoisers, installation_of, installed_layers
-from dit_accel.intercept import MechanismLayer, key_padding
+from dit_accel.install.hooks import StepClock
+from dit_accel.install.installation import attention, denoisers, installation_of, installed_layers
+from dit_accel.install.intercept import MechanismLayer, key_padding
 from dit_accel.layout import TokenLayout
 from dit_accel.mechanisms._boxes import box_blocks, box_shape
 from dit_accel.mechanisms._tree import default_levels, make_tree
-from dit_accel.processor import AcceleratedAttnProcessor, CLEARAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
+from dit_accel.mechanisms.processor import (
+    AcceleratedAttnProcessor,
+    CLEARAttnProcessor,
+    LLSAAttnProcessor,
+    SLAAttnProcessor,
+)
 
 __all__ = [
     "CRITICAL",

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dit_accel.compare.sheet import save_clip
-from dit_accel.compare.students import Student
+from dit_accel.comparison.sheet import save_clip
+from dit_accel.comparison.students import Student
 
 from .comparison import Comparison, Progress, compare_attention, python_lines
 from .controls import DrawingControls, MechanismControls

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_accel.attn_spec import AttentionSpec
-from dit_accel.compare.metrics import compare_frames
-from dit_accel.compare.sizes import token_grid
-from dit_accel.compare.students import Student, make_students
+from dit_accel.comparison.metrics import compare_frames
+from dit_accel.comparison.sizes import token_grid
+from dit_accel.comparison.students import Student, make_students
+from dit_accel.mechanisms.attn_spec import AttentionSpec
 
 from .controls import DrawingOptions, check_fits
 from .engine import Drawing, Engine, Loaded, Stop

@@ -9,9 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from dit_accel.attn_spec import AttentionSpec, grid_defaults
-from dit_accel.compare.sizes import Size, check_size, token_grid
-from dit_accel.errors import BadInput
+from dit_accel.common.errors import BadInput
+from dit_accel.comparison.sizes import Size, check_size, token_grid
+from dit_accel.mechanisms.attn_spec import AttentionSpec, grid_defaults
 
 from .engine import Engine, Loaded
 

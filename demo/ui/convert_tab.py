@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from dit_accel.compare.sizes import token_grid
-from dit_accel.convert.recipes import RECIPES
-from dit_accel.errors import BadInput
+from dit_accel.common.errors import BadInput
+from dit_accel.comparison.sizes import token_grid
+from dit_accel.conversion.recipes.recipe import RECIPES
 
 from .controls import MechanismControls, check_fits
 from .engine import MAX_WAITING, Cancelled, Engine

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_accel.bundled import IMAGE, OTHER_PROMPTS, VIDEO
-from dit_accel.compare.calling import average_logit_fraction, default_call, to_frames
-from dit_accel.compare.sizes import Size
-from dit_accel.compare.step_timer import StepTimer
-from dit_accel.errors import BadInput
-from dit_accel.install import denoisers, reset_attn_processor
-from dit_accel.pipeline_loading import load_pipeline
+from dit_accel.common.bundled import IMAGE, OTHER_PROMPTS, VIDEO
+from dit_accel.common.errors import BadInput
+from dit_accel.common.pipeline_loading import load_pipeline
+from dit_accel.comparison.calling import average_logit_fraction, default_call, to_frames
+from dit_accel.comparison.sizes import Size
+from dit_accel.comparison.step_timer import StepTimer
+from dit_accel.install.installation import denoisers, reset_attn_processor
 
 __all__ = ["Cancelled", "Drawing", "Engine", "Loaded", "Stop"]
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_accel.attn_spec import AttentionSpec
-from dit_accel.errors import BadInput
+from dit_accel.common.errors import BadInput
 from dit_accel.layout import TokenLayout
-from dit_accel.processor import AcceleratedAttnProcessor
+from dit_accel.mechanisms.attn_spec import AttentionSpec
+from dit_accel.mechanisms.processor import AcceleratedAttnProcessor
 
 from .attention_maps import (
     Attended,

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
-from dit_accel.attn_spec import AttentionSpec
+from dit_accel.mechanisms.attn_spec import AttentionSpec
 
 from .attention_maps import Coverage
 from .controls import DrawingControls, MechanismControls

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_accel.compare.sizes import Size
+from dit_accel.comparison.sizes import Size
 
 __all__ = ["Preview"]
 

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.attn_spec import grid_defaults
 from dit_accel.bench.cases import Case
 from dit_accel.bench.results import Row, about
 from dit_accel.bench.timing import TIMING, time_calls, time_once
-from dit_accel.compare.step_timer import synchronize
-from dit_accel.errors import BadInput
-from dit_accel.files import replacing, write_json
+from dit_accel.common.errors import BadInput
+from dit_accel.common.files import replacing, write_json
+from dit_accel.comparison.step_timer import synchronize
 from dit_accel.layout import TokenLayout
+from dit_accel.mechanisms.attn_spec import grid_defaults
 
 from .engine import Stop
 from .plots import NAMES, speed_figure, two_digits

@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from dit_accel.attn_spec import AttentionSpec, short_options
-from dit_accel.compare.sizes import token_grid
-from dit_accel.convert.recipes import RECIPES
-from dit_accel.convert.request import Request, Source
-from dit_accel.convert.run import Diverged, run
-from dit_accel.demo.write_scenes import write_scenes
-from dit_accel.errors import BadInput
-from dit_accel.weights import FILE_NAME
+from dit_accel.common.errors import BadInput
+from dit_accel.comparison.sizes import token_grid
+from dit_accel.conversion.recipes.recipe import RECIPES
+from dit_accel.conversion.request import Request, Source
+from dit_accel.conversion.run import Diverged, run
+from dit_accel.demo.scenes.write_scenes import write_scenes
+from dit_accel.mechanisms.attn_spec import AttentionSpec, short_options
+from dit_accel.weights.tensors import FILE_NAME
 
 from .engine import Cancelled, Engine, Loaded, Stop
 from .training_watch import StopRequested, TrainingWatch
@@ -223,8 +223,8 @@ def command_line(engine: Engine, options: ConversionOptions) -> str:
     before = ""
     if request.source.data is not None:
         before = (
-            f"python -m dit_accel.demo.write_scenes {options.kind} --out scenes --count {request.source.samples} "
-            f"--seed {_SEED} && "
+            f"python -m dit_accel.demo.scenes.write_scenes {options.kind} --out scenes "
+            f"--count {request.source.samples} --seed {_SEED} && "
         )
         words += [*(["--video"] if options.kind == "video" else []), "--data", "scenes"]
     else:

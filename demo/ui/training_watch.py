@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dit_accel.convert.noise import NoiseProcess
-from dit_accel.convert.samples import Samples
-from dit_accel.convert.watch import Watch
-from dit_accel.files import write_json
+from dit_accel.common.files import write_json
+from dit_accel.conversion.data.samples import Samples
+from dit_accel.conversion.recipes.noise import NoiseProcess
+from dit_accel.conversion.watch import Watch
 
 from .engine import Cancelled, Stop
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ..backend import check_backend, resolve
-from ..errors import BadInput
+from ..common.errors import BadInput
+from ..mechanisms.backend import check_backend, resolve
 from .cases import BACKWARD, CASES, Case, select, smoke
 from .progress import Progress
 from .request import Request

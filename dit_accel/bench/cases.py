@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..backend import SUPPORTED_BACKENDS
 from ..layout import TokenLayout
-from ..processor import PROCESSORS
+from ..mechanisms.backend import SUPPORTED_BACKENDS
+from ..mechanisms.processor import PROCESSORS
 
 __all__ = ["BACKWARD", "CASES", "SCALING", "Case", "select", "small", "smoke"]
 

@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import BadInput
-from ..signals import Stopped
+from ..common.errors import BadInput
+from ..common.signals import Stopped
 from .request import Request, make_request
 
 __all__ = ["PAGES", "bench", "main"]
@@ -158,7 +158,7 @@ def _request(given: argparse.Namespace, command: tuple[str, ...]) -> Request:
 
 def main() -> None:
     """Entry point of ``python -m dit_accel.bench``: ``dit-accel bench`` without typer."""
-    from ..signals import interruptible
+    from ..common.signals import interruptible
 
     try:
         with interruptible():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..processor import AcceleratedAttnProcessor, CLEARAttnProcessor, SLAAttnProcessor
+from ..mechanisms.processor import AcceleratedAttnProcessor, CLEARAttnProcessor, SLAAttnProcessor
 
 __all__ = ["MODELS", "TRAINING", "StepModel", "select", "smoke"]
 

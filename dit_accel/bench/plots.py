@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
-from ..files import replacing
+from ..common.errors import BadInput
+from ..common.files import replacing
 from .results import Row
 from .tables import milliseconds, variant
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import BadInput
-from ..files import replacing
+from ..common.errors import BadInput
+from ..common.files import replacing
 from .plots import plot
 from .results import KEYS, read_results
 from .tables import table

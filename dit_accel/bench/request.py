@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..environment import pick_device, pick_dtype
-from ..errors import BadInput
-from ..files import require_writable
+from ..common.environment import pick_device, pick_dtype
+from ..common.errors import BadInput
+from ..common.files import require_writable
 
 __all__ = ["Request", "dense_attention", "make_request"]
 

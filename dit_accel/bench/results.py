@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..environment import about_machine, about_versions
-from ..files import write_json
-from ..signals import ignore_interrupts
+from ..common.environment import about_machine, about_versions
+from ..common.files import write_json
+from ..common.signals import ignore_interrupts
 
 __all__ = ["KEYS", "Results", "Row", "about", "now", "read_results"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BadInput
+from ..common.errors import BadInput
 from .progress import Progress
 from .request import Request
 from .results import Results, Row, about, now

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..describe import describe, logit_fraction
-from ..errors import BadInput
-from ..install import attention, installed_layers
+from ..common.errors import BadInput
+from ..install.describe import describe, logit_fraction
+from ..install.installation import attention, installed_layers
 from .models import MODELS, StepModel, select, smoke
 from .progress import Progress
 from .request import Request, dense_attention

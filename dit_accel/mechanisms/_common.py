@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse import Tiles, every_key
+from dit_accel.kernels.block_sparse.reference import Tiles, every_key
 from dit_accel.layout import TokenLayout
 
 __all__ = [

@@ -11,8 +11,8 @@ from dit_accel.layout import TokenLayout
 from ._tree import Level, default_levels, make_tree
 
 if TYPE_CHECKING:
-    from dit_accel.kernels.llsa_tree_triton import PooledTree
-    from dit_accel.kernels.llsa_triton import Pooled
+    from dit_accel.kernels.llsa.forward import Pooled
+    from dit_accel.kernels.llsa.tree import PooledTree
 
 __all__ = ["llsa_attention_triton", "llsa_attention_triton_backward"]
 
@@ -31,7 +31,7 @@ def llsa_attention_triton(
     enrich: bool,
 ) -> tuple[Tensor, Tensor]:
     """``llsa_attention`` on a GPU, and its log-sum-exp (B, H, S) float32, -inf for a row without a visible key."""
-    from dit_accel.kernels.llsa_triton import llsa_blocks_attention
+    from dit_accel.kernels.llsa.forward import llsa_blocks_attention
 
     chosen = _make_selection(query, key, value, key_mask, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention(
@@ -68,7 +68,7 @@ def llsa_attention_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Pooling and selection are cheap and are recomputed, bitwise equal to the
     forward pass."""
-    from dit_accel.kernels.llsa_bwd_triton import llsa_blocks_attention_backward
+    from dit_accel.kernels.llsa.backward import llsa_blocks_attention_backward
 
     chosen = _make_selection(query, key, value, key_mask, layout, block_size, topk, levels, enrich)
     return llsa_blocks_attention_backward(
@@ -117,10 +117,10 @@ def _make_selection(
     levels: int | None,
     enrich: bool,
 ) -> _Selection:
-    from dit_accel.kernels.block_sparse_triton import check_inputs
-    from dit_accel.kernels.llsa_select_triton import select_tree
-    from dit_accel.kernels.llsa_tree_triton import pool_tree
-    from dit_accel.kernels.llsa_triton import Pooled
+    from dit_accel.kernels.block_sparse.forward import check_inputs
+    from dit_accel.kernels.llsa.forward import Pooled
+    from dit_accel.kernels.llsa.select import select_tree
+    from dit_accel.kernels.llsa.tree import pool_tree
 
     check_inputs(query)
     levels = default_levels(layout.grid, block_size, topk) if levels is None else levels

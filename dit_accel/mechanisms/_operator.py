@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dit_accel.backend import ENV_VARIABLE, resolve
 from dit_accel.layout import TokenLayout
+from dit_accel.mechanisms.backend import ENV_VARIABLE, resolve
 
 __all__ = ["autograd_inside_op", "check_no_tangents", "define_operator"]
 

@@ -33,8 +33,8 @@ def critical_by_flex(
         query, key, value: (B, H, S, D).
         chosen: (B*H, query blocks, n) key blocks. kept: (1|B, n) bool, the valid entries, which come first.
     """
-    from dit_accel.kernels.block_plan import BlockPlan
-    from dit_accel.kernels.block_sparse_flex import block_sparse_flex
+    from dit_accel.kernels.block_sparse.flex import block_sparse_flex
+    from dit_accel.kernels.block_sparse.plan import BlockPlan
 
     q, kv = block_tilings(layout, block_q, block_kv, tile_order)
     counts = kept.sum(-1, dtype=torch.int32).repeat_interleave(len(chosen) // len(kept))

@@ -12,8 +12,8 @@ from dit_accel.layout import TokenLayout
 from ._boxes import box_blocks, box_shape
 
 if TYPE_CHECKING:
-    from dit_accel.kernels.block_linear_triton import LinearState
-    from dit_accel.kernels.block_plan import BlockPlan
+    from dit_accel.kernels.block_linear.forward import LinearState
+    from dit_accel.kernels.block_sparse.plan import BlockPlan
     from dit_accel.kernels.tiling import Tiling
 
 __all__ = ["block_tilings", "sla_attention_triton", "sla_attention_triton_backward"]
@@ -34,7 +34,7 @@ def sla_attention_triton(
     **cut: Any,
 ) -> tuple[Tensor, Tensor]:
     """``sla_attention`` on a GPU, and its log-sum-exp (B, H, S) float32."""
-    from dit_accel.kernels.block_sparse_triton import LinearBranch, block_sparse_attention
+    from dit_accel.kernels.block_sparse.forward import LinearBranch, block_sparse_attention
 
     before = layout.before
     marginal_only = weight is not None and linear_over == "marginal"
@@ -78,8 +78,8 @@ def sla_attention_triton_backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, and of weight and bias if they are given. The selection is cheap and is
     recomputed, bitwise equal to the forward pass."""
-    from dit_accel.kernels.block_linear_bwd_triton import linear_backward
-    from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
+    from dit_accel.kernels.block_linear.backward import linear_backward
+    from dit_accel.kernels.block_sparse.backward import block_sparse_attention_backward
 
     before = layout.before
     if key_mask is not None:  # a row without a visible key has no linear part
@@ -129,10 +129,10 @@ def _make_selection(
 ) -> _Selection:
     """Select critical and marginal blocks. ``smooth_key`` has no effect: it moves all scores of a query block by the
     same amount."""
-    from dit_accel.kernels.block_plan import BlockPlan
-    from dit_accel.kernels.block_pool_triton import pool_pair
-    from dit_accel.kernels.block_select_triton import select_blocks
-    from dit_accel.kernels.block_sparse_triton import check_inputs
+    from dit_accel.kernels.block_sparse.forward import check_inputs
+    from dit_accel.kernels.block_sparse.plan import BlockPlan
+    from dit_accel.kernels.selection.pool import pool_pair
+    from dit_accel.kernels.selection.select import select_blocks
 
     check_inputs(query)
     batch, heads = query.shape[:2]
@@ -168,7 +168,7 @@ def _sums(
 ) -> LinearState:
     """Sums of the linear branch, with the projection if it is given, in the keys' dtype: (B, H, 1, D, D) over all keys,
     or (B*H, query blocks, D, D) over marginal blocks."""
-    from dit_accel.kernels.block_linear_triton import LinearState, linear_state, marginal_linear_state
+    from dit_accel.kernels.block_linear.forward import LinearState, linear_state, marginal_linear_state
 
     more = (feature_map, weight, key_mask)
     if chosen.marginal is not None:

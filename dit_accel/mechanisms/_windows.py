@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse import tile_attention
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis, window_tiles
+from dit_accel.kernels.block_sparse.reference import tile_attention
+from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis, window_tiles
 from dit_accel.layout import TokenLayout
 
 from ._common import global_rows, global_tiles, mask_bias, zero_masked
 
 if TYPE_CHECKING:
-    from dit_accel.kernels.block_plan import BlockPlan
-    from dit_accel.kernels.block_sparse_bwd_triton import Gradients
+    from dit_accel.kernels.block_sparse.backward import Gradients
+    from dit_accel.kernels.block_sparse.plan import BlockPlan
 
 __all__ = ["window_attention", "window_attention_backward"]
 
@@ -40,15 +40,15 @@ def window_attention(
     pooled_value and pooled_mask, which is None without a padding mask. Triton also returns the log-sum-exp."""
     if backend == "torch":
         return _by_tiles(query, key, value, key_mask, axes, limit, layout, scale, pooled)
-    from dit_accel.kernels.block_plan import cheapest_window_plan
+    from dit_accel.kernels.block_sparse.plan import cheapest_window_plan
 
     more = {"scale": scale, "before": (layout.before, layout.before), "key_mask": key_mask, "pooled": pooled}
     if backend == "flex":
-        from dit_accel.kernels.block_sparse_flex import block_sparse_flex
+        from dit_accel.kernels.block_sparse.flex import block_sparse_flex
 
         plan = cheapest_window_plan(axes, limit, FLEX_VOLUMES, query.device)
         return block_sparse_flex(query, key, value, plan, **more)  # type: ignore[arg-type]
-    from dit_accel.kernels.block_sparse_triton import block_sparse_attention
+    from dit_accel.kernels.block_sparse.forward import block_sparse_attention
 
     return block_sparse_attention(query, key, value, _triton_plan(query, axes, limit), return_lse=True, **more)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def window_attention_backward(
     pooled: Pooled | None = None,
 ) -> Gradients:
     """Gradients of :func:`window_attention` with Triton, from its output and log-sum-exp."""
-    from dit_accel.kernels.block_sparse_bwd_triton import block_sparse_attention_backward
+    from dit_accel.kernels.block_sparse.backward import block_sparse_attention_backward
 
     plan, before = _triton_plan(query, axes, limit), (layout.before, layout.before)
     return block_sparse_attention_backward(
@@ -77,8 +77,8 @@ def window_attention_backward(
 
 
 def _triton_plan(query: Tensor, axes: Axes, limit: float) -> BlockPlan:
-    from dit_accel.kernels.block_plan import cheapest_window_plan
-    from dit_accel.kernels.block_sparse_triton import check_inputs, tile_volumes
+    from dit_accel.kernels.block_sparse.forward import check_inputs, tile_volumes
+    from dit_accel.kernels.block_sparse.plan import cheapest_window_plan
 
     check_inputs(query)
     kind = "ball" if any(isinstance(axis, BallAxis) for axis in axes) else "interval"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.backend import BACKENDS, check_backend
-from dit_accel.kernels.window import BallAxis
+from dit_accel.kernels.windows.geometry import BallAxis
 from dit_accel.layout import TokenLayout
+from dit_accel.mechanisms.backend import BACKENDS, check_backend
 
 from ._common import (
     as_tuple,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.backend import resolve
-from dit_accel.kernels.block_linear import feature
+from dit_accel.kernels.block_linear.reference import feature
 from dit_accel.layout import TokenLayout
+from dit_accel.mechanisms.backend import resolve
 
 from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, zero_masked
 

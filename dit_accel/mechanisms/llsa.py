@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.backend import check_backend
-from dit_accel.kernels.block_linear import gather_rows
-from dit_accel.kernels.block_sparse import Rows, Tiles, tile_attention
+from dit_accel.kernels.block_linear.reference import gather_rows
+from dit_accel.kernels.block_sparse.reference import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
+from dit_accel.mechanisms.backend import check_backend
 
 from ._common import (
     check_layout_and_scale,

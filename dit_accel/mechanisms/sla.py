@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.backend import check_backend
-from dit_accel.kernels.block_linear import FEATURE_MAPS, block_linear_sums, feature, gather_blocks
-from dit_accel.kernels.block_sparse import Rows, Tiles, tile_attention
+from dit_accel.kernels.block_linear.reference import FEATURE_MAPS, block_linear_sums, feature, gather_blocks
+from dit_accel.kernels.block_sparse.reference import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
+from dit_accel.mechanisms.backend import check_backend
 
 from ._boxes import box_blocks, box_shape
 from ._common import (

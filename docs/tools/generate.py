@@ -21,11 +21,11 @@ from typing import Any
 import typer.main
 
 from dit_accel import functional
-from dit_accel.backend import BACKENDS, SUPPORTED_BACKENDS
 from dit_accel.bench.report import fill
-from dit_accel.cli import app
-from dit_accel.convert.recipes import RECIPES, Stage
-from dit_accel.processor import PROCESSORS, AcceleratedAttnProcessor
+from dit_accel.cli.app import app
+from dit_accel.conversion.recipes.recipe import RECIPES, Stage
+from dit_accel.mechanisms.backend import BACKENDS, SUPPORTED_BACKENDS
+from dit_accel.mechanisms.processor import PROCESSORS, AcceleratedAttnProcessor
 
 DOCS = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"<!-- (generated:[\w-]+) -->")

@@ -5,10 +5,10 @@ import json
 import pytest
 from rich.console import Console
 
-from dit_accel.attn_spec import parse_attention
-from dit_accel.bundled import IMAGE, VIDEO
-from dit_accel.convert.request import Request, Source
-from dit_accel.convert.run import run
+from dit_accel.common.bundled import IMAGE, VIDEO
+from dit_accel.conversion.request import Request, Source
+from dit_accel.conversion.run import run
+from dit_accel.mechanisms.attn_spec import parse_attention
 
 SPECS = {
     "image": "sla:critical=0.1,block_q=8,block_kv=8",

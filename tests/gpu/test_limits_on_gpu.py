@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_accel import TokenLayout, functional
-from dit_accel.kernels import block_sparse_triton, tuning
+from dit_accel.kernels import tuning
+from dit_accel.kernels.block_sparse import forward as block_sparse_triton
 from dit_accel.mechanisms.gna import _is_visible
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hopper_cases import HOPPER_CASES, hopper_case
 
 from dit_accel import TokenLayout, functional
-from dit_accel.kernels.block_plan import window_plan
-from dit_accel.kernels.block_sparse_triton import Config, _hopper, block_sparse_attention
-from dit_accel.kernels.window import BallAxis
+from dit_accel.kernels.block_sparse.forward import Config, _hopper, block_sparse_attention
+from dit_accel.kernels.block_sparse.plan import window_plan
+from dit_accel.kernels.windows.geometry import BallAxis
 
 L = TokenLayout
 # function, layout, head dim, options; SLA has a learned projection

@@ -1,0 +1,1 @@
+"""Training samples: files, captions, sizes and latents."""

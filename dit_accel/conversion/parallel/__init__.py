@@ -1,0 +1,1 @@
+"""Training in several processes: FSDP2 and DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Recipes: stages, losses, noise levels and what is trained."""

@@ -1,0 +1,1 @@
+"""Files of learned attention: saving, loading, and the formats of published weights."""

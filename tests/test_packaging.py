@@ -88,7 +88,7 @@ def test_wheel_metadata_is_complete(built):
 def test_installed_wheel_works_and_shadows_no_packages(unpacked, tmp_path):
     code = """
 import importlib.util, pathlib, sys
-import dit_accel.cli, dit_accel.bundled, dit_accel.pipelines.flux
+import dit_accel.cli, dit_accel.common.bundled, dit_accel.pipelines.flux
 site = pathlib.Path(sys.argv[1])
 assert pathlib.Path(dit_accel.__file__).is_relative_to(site), dit_accel.__file__
 assert pathlib.Path(dit_accel.pipelines.flux.__file__).is_relative_to(site)

@@ -87,10 +87,12 @@ def test_float16_gradients_of_small_relu_features_are_finite(size, linear_over):
 
 BUILD = """
 import sys, torch, offline_gpu
-from dit_accel.kernels import block_linear_bwd_triton as l, block_linear_triton as s, block_sparse_bwd_triton as b
-from dit_accel.kernels.block_plan import BlockPlan, window_plan
+from dit_accel.kernels.block_linear import backward as l
+from dit_accel.kernels.block_linear import forward as s
+from dit_accel.kernels.block_sparse import backward as b
+from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
 from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
 built = []
 def offline(module, name):
     kernel = getattr(module, name)

@@ -197,10 +197,10 @@ def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
 
 BUILD = """
 import sys, torch, offline_gpu
-from dit_accel.kernels import block_sparse_triton as b
-from dit_accel.kernels.block_plan import BlockPlan, window_plan
+from dit_accel.kernels.block_sparse import forward as b
+from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
 from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
 b.check_inputs = lambda query: None
 kernel, built = b.block_sparse_fwd_kernel, []
 class Launch:
@@ -237,10 +237,11 @@ print(len(built), sorted(built[-1].asm))
 
 BUILD_HOPPER = """
 import torch, offline_gpu
-from dit_accel.kernels import block_sparse_hopper as h, block_sparse_triton as b
-from dit_accel.kernels.block_plan import BlockPlan, window_plan
+from dit_accel.kernels.block_sparse import hopper as h
+from dit_accel.kernels.block_sparse import forward as b
+from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
 from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.window import BallAxis, NeighborhoodAxis
+from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
 kernel, built, masked = h.block_sparse_hopper_kernel, [], []
 class Launch:
     def __getitem__(self, grid):

@@ -5,15 +5,13 @@ from .install.describe import describe, logit_fraction
 from .install.installation import attention, reset_attn_processor, set_attn_processor
 from .install.patch import patch_diffusers
 from .layout import TokenLayout
-from .mechanisms.processor import (
-    PROCESSORS,
-    AcceleratedAttnProcessor,
-    CLEARAttnProcessor,
-    GNAAttnProcessor,
-    LinFusionAttnProcessor,
-    LLSAAttnProcessor,
-    SLAAttnProcessor,
-)
+from .mechanisms.clear import CLEARAttnProcessor
+from .mechanisms.gna import GNAAttnProcessor
+from .mechanisms.linfusion import LinFusionAttnProcessor
+from .mechanisms.llsa import LLSAAttnProcessor
+from .mechanisms.processor import AcceleratedAttnProcessor
+from .mechanisms.registry import PROCESSORS, register_processor
+from .mechanisms.sla import SLAAttnProcessor
 from .weights.load import LoadedAttention, LoadedPart, load_attention
 from .weights.save import save_attention
 
@@ -35,6 +33,7 @@ __all__ = [
     "functional",
     "load_attention",
     "logit_fraction",
+    "register_processor",
     "reset_attn_processor",
     "save_attention",
     "set_attn_processor",

@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from dit_accel.bench.command import _parser
 from dit_accel.cli.app import app
 from dit_accel.mechanisms.attn_spec import parse_attention
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,8 +10,8 @@ from tiny_pipelines import save_flux, save_wan
 from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
 from dit_accel.cli.app import main
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.attn_spec import grid_defaults, parse_attention, parse_student, short_options
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.attn_spec import parse_attention, parse_student, short_options
+from dit_accel.mechanisms.registry import PROCESSORS
 from dit_accel.weights.tensors import find_weights
 
 
@@ -94,8 +94,7 @@ def test_options_per_layer_are_parsed():
 def test_default_windows_compute_about_a_tenth_of_the_logits(name, grid):
     processor = parse_attention(name).processor(grid)
     layout = TokenLayout(grid)
-    options = processor.mechanism.fit(layout, **processor.layer_options(layout))
-    assert 0.05 < processor.mechanism.count_logits(layout, **options) / layout.seq_len**2 < 0.13
+    assert 0.05 < processor.layer_logits(layout) / layout.seq_len**2 < 0.13
 
 
 def test_missing_option_on_an_unknown_grid_is_an_error():
@@ -104,7 +103,7 @@ def test_missing_option_on_an_unknown_grid_is_an_error():
 
 
 def test_gna_defaults_match_the_paper_on_its_grid():
-    window = grid_defaults("gna", (256, 256))
+    window = PROCESSORS["gna"].suggest((256, 256))
     assert window == {"window": (81, 81), "stride": (16, 16)}  # 80 and 16 in the paper
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .. import functional
 from ..layout import TokenLayout
-from ..mechanisms.backend import SUPPORTED_BACKENDS
-from ..mechanisms.processor import PROCESSORS
+from ..mechanisms.registry import PROCESSORS
 
 __all__ = ["BACKWARD", "CASES", "SCALING", "Case", "select", "small", "smoke"]
 
@@ -35,13 +34,12 @@ class Case:
     @property
     def default(self) -> bool:
         """Whether the case is measured by default; without Triton kernels, its real size takes too long."""
-        return "triton" in SUPPORTED_BACKENDS[self.mechanism]
+        return "triton" in PROCESSORS[self.mechanism].backends
 
     @property
     def fraction(self) -> float:
         """Computed softmax logits as a share of dense attention's."""
-        count = PROCESSORS[self.mechanism].mechanism.count_logits(self.layout, **self.options)
-        return count / self.layout.seq_len**2
+        return PROCESSORS[self.mechanism](**self.options).count_logits(self.layout) / self.layout.seq_len**2
 
     @property
     def dense_flop(self) -> float:

@@ -74,7 +74,7 @@ def compare(
     from ..comparison.request import Request
     from ..comparison.run import run
     from ..mechanisms.attn_spec import parse_student
-    from ..mechanisms.processor import PROCESSORS
+    from ..mechanisms.registry import PROCESSORS
 
     try:
         embedded = _embedded(pipeline, video)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import types
@@ -12,9 +11,10 @@ from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from .processor import PROCESSORS, AcceleratedAttnProcessor
+from .processor import AcceleratedAttnProcessor
+from .registry import PROCESSORS
 
-__all__ = ["AttentionSpec", "ByLayer", "grid_defaults", "parse_attention", "parse_student", "short_options"]
+__all__ = ["AttentionSpec", "ByLayer", "parse_attention", "parse_student", "short_options"]
 
 ByLayer = tuple[tuple[str | None, AcceleratedAttnProcessor], ...]  # (layers, processor); None: all layers
 
@@ -45,15 +45,15 @@ class AttentionSpec:
         """
         options = dict(self.options)
         if not options and grid is not None:
-            options = grid_defaults(self.name, grid)
+            options = PROCESSORS[self.name].suggest(grid)
         elif self.needs_grid:
             if grid is None:
-                name = next(iter(grid_defaults(self.name, (1, 1))))
+                name = next(iter(PROCESSORS[self.name].suggest((1, 1))))
                 raise ValueError(
                     f"{self.name} needs {name} for this pipeline, whose token grid is unknown: "
                     f"write {self.name}:{name}=…"
                 )
-            options = {**grid_defaults(self.name, grid), **options}
+            options = {**PROCESSORS[self.name].suggest(grid), **options}
         return PROCESSORS[self.name](**options)
 
     def by_layer(self, default: AcceleratedAttnProcessor) -> ByLayer:
@@ -126,27 +126,6 @@ def parse_student(text: str) -> AttentionSpec | str:
     if name not in PROCESSORS and (os.path.exists(text) or "/" in text):
         return text
     return parse_attention(text)
-
-
-def grid_defaults(name: str, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
-    """Default options for a grid: those that compute about ``share`` of the logits.
-
-    SLA: a share of the blocks, as tiles instead of raster order, which gives better results without training.
-    CLEAR: the radius of an ellipse or ellipsoid that covers this share of the grid; one per axis if the sides differ.
-    GNA: a window that covers this share of the grid, in the grid's proportions, and a stride of a fifth of the window;
-    on 256×256 close to the paper's values for Flux (80 and 16).
-    LLSA: the processor's defaults, which compute about a tenth on 64×64. They do not depend on ``share``, because the
-    number of keys per query hardly grows with the grid.
-    """
-    side = share ** (1 / len(grid))
-    if name == "clear":
-        ball = {1: 2.0, 2: math.pi, 3: 4 / 3 * math.pi}[len(grid)]
-        radii = tuple(max(1.5, round(n * side / ball ** (1 / len(grid)), 1)) for n in grid)
-        return {"radius": radii[0] if len(set(radii)) == 1 else radii}
-    if name == "gna":
-        window = tuple(max(1, round(n * side)) for n in grid)
-        return {"window": window, "stride": tuple(max(1, n // 5) for n in window)}
-    return {"critical": share, "tile_order": True} if name == "sla" else {}
 
 
 def short_options(processor: AcceleratedAttnProcessor) -> str:

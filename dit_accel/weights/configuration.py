@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..layout import TokenLayout
-from ..mechanisms.processor import PROCESSORS, AcceleratedAttnProcessor
+from ..mechanisms.processor import AcceleratedAttnProcessor
+from ..mechanisms.registry import PROCESSORS
 
 __all__ = ["FUNCTION", "SavedComponent", "SavedGroup", "read_configuration", "write_configuration"]
 

@@ -6,7 +6,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import entry_points
 from textwrap import indent
 from typing import Any, TypeVar
 
@@ -19,7 +20,13 @@ from ._operator import define_operator
 from ._options import operator_arguments, operator_options, option_fields, to_hashable
 from .processor import AcceleratedAttnProcessor
 
-__all__ = ["PROCESSORS", "attention_function", "reference_function", "register_processor"]
+__all__ = [
+    "PROCESSORS",
+    "attention_function",
+    "find_processor",
+    "reference_function",
+    "register_processor",
+]
 
 PROCESSORS: dict[str, type[AcceleratedAttnProcessor]] = {}
 
@@ -67,6 +74,23 @@ def register_processor(kind: Kind) -> Kind:
         kind.operator = define_operator(kind)
     PROCESSORS[kind.name] = kind
     return kind
+
+
+def find_processor(name: str) -> type[AcceleratedAttnProcessor] | None:
+    """Return the processor class of a mechanism; None if there is none.
+
+    For an unknown name, the modules in the entry point group ``dit_accel.processors`` of installed packages are
+    imported, so that their mechanisms are known to the command line.
+    """
+    if name not in PROCESSORS:
+        _load_entry_points()
+    return PROCESSORS.get(name)
+
+
+@cache
+def _load_entry_points() -> None:
+    for point in entry_points(group="dit_accel.processors"):
+        point.load()
 
 
 def attention_function(kind: type[AcceleratedAttnProcessor]) -> Callable[..., Tensor]:

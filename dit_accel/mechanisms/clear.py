@@ -28,6 +28,7 @@ from ._common import (
 from ._controls import Control, join_axes
 from ._operator import autograd_inside_op
 from ._windows import window_attention, window_attention_backward
+from ._workloads import FLUX_4096, Workload
 from .backend import BACKENDS
 from .processor import AcceleratedAttnProcessor
 from .registry import attention_function, reference_function, register_processor
@@ -69,6 +70,15 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
     learned: ClassVar[Mapping[str, str]] = {"pool_weight": "(f, f) learned weights of a tile; None = 1 / f²."}
     recipe: ClassVar[str] = "clear"
     needs_layout: ClassVar[bool] = True
+
+    workloads: ClassVar[tuple[Workload, ...]] = tuple(
+        Workload(
+            f"clear-flux-4096-r{radius}", f"CLEAR radius {radius}, Flux 4096²", 24, 128, FLUX_4096,
+            {"radius": radius}, goals,
+        )
+        for radius, goals in ((8, {"forward": 25.0}), (16, {"forward": 16.0, "backward": 10.0}), (32, {"forward": 8.0}))
+    )  # fmt: skip
+    comparison_grid: ClassVar[tuple[int, ...]] = (64, 64)
 
     def check(self) -> None:
         radii = as_tuple(self.radius)
@@ -198,6 +208,10 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
         side = (share / ball) ** (1 / len(grid))
         radii = tuple(max(1.5, round(n * side, 1)) for n in grid)
         return {"radius": radii[0] if len(set(radii)) == 1 else radii}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        return {**options, "radius": options["radius"] / 4}
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

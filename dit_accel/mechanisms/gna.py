@@ -24,6 +24,7 @@ from ._common import (
 )
 from ._controls import Control
 from ._windows import window_attention, window_attention_backward
+from ._workloads import HUNYUAN_720P, Workload
 from .backend import BACKENDS
 from .processor import AcceleratedAttnProcessor
 from .registry import attention_function, reference_function, register_processor
@@ -59,6 +60,18 @@ class GNAAttnProcessor(AcceleratedAttnProcessor):
     backends: ClassVar[tuple[str, ...]] = BACKENDS
     backward_backends: ClassVar[tuple[str, ...]] = ("triton",)
     needs_layout: ClassVar[bool] = True
+
+    workloads: ClassVar[tuple[Workload, ...]] = (
+        Workload(
+            "gna-hunyuan", "GNA 18×24×24, stride 16×8×8, Hunyuan", 24, 128, HUNYUAN_720P,
+            {"window": (18, 24, 24), "stride": (16, 8, 8)}, {"forward": 9.7, "backward": 6.0},
+        ),
+        Workload(
+            "gna-flux-256", "GNA 80², stride 16², Flux 256×256", 24, 128, TokenLayout((256, 256)),
+            {"window": 80, "stride": 16}, {"forward": 9.2},
+        ),
+    )  # fmt: skip
+    comparison_grid: ClassVar[tuple[int, ...]] = (20, 32, 32)
 
     def check(self) -> None:
         values: dict[str, tuple[Any, ...]] = {}
@@ -164,6 +177,10 @@ class GNAAttnProcessor(AcceleratedAttnProcessor):
         window; on 256×256 close to the paper's values for Flux (80 and 16)."""
         window = tuple(max(1, round(n * share ** (1 / len(grid)))) for n in grid)
         return {"window": window, "stride": tuple(max(1, n // 5) for n in window)}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        return {"window": tuple(n // 2 for n in grid), "stride": tuple(n // 4 for n in grid)}
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +26,7 @@ from ._common import (
 from ._controls import Control
 from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
 from ._tree import Level, default_levels, level_grids, make_tree, tile_shapes
+from ._workloads import Workload
 from .processor import AcceleratedAttnProcessor
 from .registry import attention_function, reference_function, register_processor
 
@@ -59,6 +60,25 @@ class LLSAAttnProcessor(AcceleratedAttnProcessor):
     paper: ClassVar[str] = "arXiv 2512.16615"
     backends: ClassVar[tuple[str, ...]] = ("torch", "triton")
     backward_backends: ClassVar[tuple[str, ...]] = ("triton",)
+
+    workloads: ClassVar[tuple[Workload, ...]] = (
+        Workload(
+            "llsa-256", "LLSA, 256×256 pixels", 12, 64, TokenLayout((256, 256)),
+            {"block_size": 16, "topk": 8, "levels": 2}, {"forward": 30.0, "backward": 20.0},
+        ),
+        Workload(
+            "llsa-256-wide", "LLSA, 256×256 pixels", 24, 128, TokenLayout((256, 256)),
+            {"block_size": 16, "topk": 8, "levels": 2}, {"forward": 30.0, "backward": None},
+        ),
+        *(  # number of levels: default for each size
+            Workload(
+                f"llsa-{side}x{side}", f"LLSA, {side}×{side}", 8, 64, TokenLayout((side, side)),
+                {"block_size": 16, "topk": 8}, {"scaling": None},
+            )
+            for side in (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+        ),
+    )  # fmt: skip
+    comparison_grid: ClassVar[tuple[int, ...]] = (64, 64)
 
     def check(self) -> None:
         check_positive_int("block_size", self.block_size, least=2)
@@ -175,6 +195,10 @@ class LLSAAttnProcessor(AcceleratedAttnProcessor):
         """The defaults, which compute about a tenth on 64×64. They do not depend on ``share``, because the number of
         keys per query hardly grows with the grid."""
         return {}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        return {**options, "block_size": 4, "topk": 2}
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

@@ -20,6 +20,7 @@ from ._common import check_layout_and_scale, check_number, check_tensors, flat_l
 from ._controls import Control, option_controls
 from ._operator import check_no_tangents
 from ._options import OperatorOption, operator_arguments, option_fields, to_hashable
+from ._workloads import Workload
 from .backend import check_backend
 
 __all__ = ["AcceleratedAttnProcessor"]
@@ -61,6 +62,8 @@ class AcceleratedAttnProcessor:
     recipe: ClassVar[str] = "sla"  # default recipe of dit-accel convert
     any_host: ClassVar[bool] = True  # supports every self-attention layer, and works without training
     needs_layout: ClassVar[bool] = False  # without a layout there is no default
+    workloads: ClassVar[tuple[Workload, ...]] = ()  # what dit-accel bench measures
+    comparison_grid: ClassVar[tuple[int, ...]] = ()  # largest grid of a workload that torch computes in float32
 
     SET_ON_MODEL: ClassVar[str] = (
         "expected a dit_accel processor to be installed on a model, got one set on a single attention module, which "
@@ -197,6 +200,11 @@ class AcceleratedAttnProcessor:
     def suggest(cls, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
         """Return options that compute about ``share`` of the logits on a grid; all others have defaults."""
         return {}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        """Return the options of a workload for a grid of a few tokens, to test that it runs."""
+        return dict(options)
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

@@ -28,6 +28,7 @@ from ._common import (
 from ._controls import Control
 from ._sla_flex import critical_by_flex
 from ._sla_triton import sla_attention_triton, sla_attention_triton_backward
+from ._workloads import HUNYUAN_720P, WAN_480P, WAN_720P, Workload
 from .backend import BACKENDS
 from .processor import AcceleratedAttnProcessor
 from .registry import attention_function, reference_function, register_processor
@@ -36,6 +37,31 @@ __all__ = ["SLAAttnProcessor", "reference", "sla_attention"]
 
 LINEAR_OVER = ("marginal", "all")
 EPSILON = 1e-5
+
+
+def _workloads(
+    name: str,
+    title: str,
+    heads: int,
+    layout: TokenLayout,
+    benchmark: str,
+    goals: tuple[float, float],
+    critical: float = 0.05,
+) -> tuple[Workload, ...]:
+    """Blocks of 128×64: the linear branch over all keys with smooth keys, as in the authors' later release, and over
+    the marginal blocks."""
+    common: dict[str, Any] = {"critical": critical, "negligible": 0.10, "block_q": 128, "block_kv": 64}
+    forms: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("all", {"linear_over": "all", "smooth_key": True}),
+        ("marginal", {"linear_over": "marginal"}),
+    )
+    return tuple(
+        Workload(
+            f"{name}-{form}", f"SLA {100 * critical:g} %, {form}, {title}", heads, 128, layout, common | options,
+            {benchmark: goal},
+        )
+        for (form, options), goal in zip(forms, goals, strict=True)
+    )  # fmt: skip
 
 
 @register_processor
@@ -76,6 +102,14 @@ class SLAAttnProcessor(AcceleratedAttnProcessor):
         "weight": "(D, D), the learned projection of the linear part; None = 0.",
         "bias": "(D,), its bias; None = 0.",
     }
+
+    workloads: ClassVar[tuple[Workload, ...]] = (
+        *_workloads("sla-wan1.3b-480p", "Wan2.1-1.3B 480p", 12, WAN_480P, "forward", (12.0, 9.0)),
+        *_workloads("sla-wan14b-720p", "Wan-14B 720p", 40, WAN_720P, "forward", (15.0, 12.0)),
+        *_workloads("sla-hunyuan-720p", "Hunyuan 720p", 24, HUNYUAN_720P, "forward", (15.5, 12.5)),
+        *_workloads("sla-wan1.3b-480p-10", "Wan2.1-1.3B 480p", 12, WAN_480P, "backward", (5.0, 5.0), critical=0.10),
+    )
+    comparison_grid: ClassVar[tuple[int, ...]] = (6, 16, 16)
 
     def check(self) -> None:
         if not 0 < check_number("critical", self.critical) <= 1:
@@ -210,6 +244,10 @@ class SLAAttnProcessor(AcceleratedAttnProcessor):
     def suggest(cls, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
         """This share of the blocks, as tiles instead of raster order, which gives better results without training."""
         return {"critical": share, "tile_order": True}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        return {**options, "block_q": 32, "block_kv": 16, "critical": 0.25}
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

@@ -1,6 +1,7 @@
 """Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA, GNA and LinFusion in one line."""
 
 from . import functional
+from .common.version import __version__ as __version__
 from .install.describe import describe, logit_fraction
 from .install.installation import attention, reset_attn_processor, set_attn_processor
 from .install.patch import patch_diffusers
@@ -16,8 +17,6 @@ from .mechanisms.processor import (
 )
 from .weights.load import LoadedAttention, LoadedPart, load_attention
 from .weights.save import save_attention
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PROCESSORS",

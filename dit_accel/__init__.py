@@ -1,6 +1,13 @@
 """Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA, GNA and LinFusion in one line."""
 
-from . import functional
+try:
+    from . import functional
+except ModuleNotFoundError as error:  # of a module of the package, if git wrote its links as text files
+    from pathlib import Path
+
+    from .common.links import explain_import
+
+    raise explain_import(error, Path(__file__).parent) from None
 from .common.version import __version__ as __version__
 from .install.describe import describe, logit_fraction
 from .install.installation import attention, reset_attn_processor, set_attn_processor

@@ -191,9 +191,9 @@ def test_lists_of_all_query_tiles_cover_their_balls():
     assert visited == needed
 
 
-@pytest.mark.parametrize("dtype, dim, told", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
-def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize("dtype, dim, message", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
+def test_unsupported_inputs_name_what_is_supported(dtype, dim, message):
+    with pytest.raises(ValueError, match=message):
         check_inputs(torch.zeros(1, 1, 4, dim, dtype=dtype))
 
 
@@ -297,9 +297,9 @@ def test_hopper_kernel_builds():
 def test_kernel_builds_for(target):
     """The variants differ in constexprs: the interpreter accepts branches that the compiler's type checks refuse."""
     variants = () if target == "sm_90" else ("clear",)
-    told = build(BUILD, target, *variants)
-    assert told.startswith("1" if variants else "5")
-    assert ("hsaco" if target.startswith("gfx") else "cubin") in told
+    printed = build(BUILD, target, *variants)
+    assert printed.startswith("1" if variants else "5")
+    assert ("hsaco" if target.startswith("gfx") else "cubin") in printed
 
 
 def test_interpreter_is_on():

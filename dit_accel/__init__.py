@@ -1,6 +1,14 @@
 """Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA, GNA and LinFusion in one line."""
 
-from . import functional
+try:
+    from . import functional
+except ModuleNotFoundError as error:  # of a module of the package, if git wrote its links as text files
+    from pathlib import Path
+
+    from .common.links import explain_import
+
+    raise explain_import(error, Path(__file__).parent) from None
+from .common.version import __version__ as __version__
 from .install.describe import describe, logit_fraction
 from .install.installation import attention, reset_attn_processor, set_attn_processor
 from .install.patch import patch_diffusers
@@ -14,8 +22,6 @@ from .mechanisms.registry import PROCESSORS, register_processor
 from .mechanisms.sla import SLAAttnProcessor
 from .weights.load import LoadedAttention, LoadedPart, load_attention
 from .weights.save import save_attention
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PROCESSORS",

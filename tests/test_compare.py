@@ -255,9 +255,9 @@ def test_attention_trained_for_another_model_is_rejected(flux, tmp_path, capsys,
 
 
 def test_embedded_pipelines_default_to_their_conversions(tmp_path):
-    embedded = Embedded(tmp_path, (), tmp_path / "conversions")
-    (tmp_path / "conversions/gna").mkdir(parents=True)
-    assert embedded.students(["sla", "gna"]) == ["sla", str(tmp_path / "conversions/gna")]
+    embedded = Embedded("image", (), tmp_path)
+    (tmp_path / "conversions/image/gna").mkdir(parents=True)
+    assert embedded.students(["sla", "gna"]) == ["sla", str(tmp_path / "conversions/image/gna")]
 
 
 def test_attention_context_restores_an_earlier_install(flux):

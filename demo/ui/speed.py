@@ -86,7 +86,7 @@ def check_plan(plan: Plan) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
             raise BadInput(f"{words[name].capitalize()}: give a number from {low} to {high}, got {value}.")
         if name in ("heads", "head_dim") and value != int(value):
-            raise BadInput(f"{words[name].capitalize()}: give a whole number, got {value}.")
+            raise BadInput(f"{words[name].capitalize()}: give an integer, got {value}.")
     if plan.kind not in _GRID_SIDES:
         raise BadInput(f"Grid: choose one of {', '.join(_GRID_SIDES)}.")
     if not plan.mechanisms:

@@ -46,8 +46,8 @@ def test_function_operator_and_compilation():
     compiled = torch.compile(functional.comb_attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v, layout, period=3), out)
     assert "period: distance between the keys" in functional.comb_attention.__doc__
-    with pytest.raises(TypeError, match="comb has no option 'peroid'; expected period"):
-        functional.comb_attention(q, k, v, layout, peroid=3)
+    with pytest.raises(TypeError, match="comb has no option 'periods'; expected period"):
+        functional.comb_attention(q, k, v, layout, periods=3)
 
 
 def test_install_describe_save_and_load(tmp_path):

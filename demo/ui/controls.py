@@ -63,7 +63,7 @@ def check_drawing(
 
 def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer():
-        raise BadInput(f"The {name} must be a whole number.")
+        raise BadInput(f"The {name} must be an integer.")
     if value < low or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"from {low} to {high}"
         raise BadInput(f"The {name} must be {limits}, got {int(value)}.")

@@ -213,7 +213,7 @@ class AcceleratedAttnProcessor:
 
     @classmethod
     def from_controls(cls, values: Mapping[str, Any], axes: int) -> dict[str, Any]:
-        """Return the options for values of the sliders, on a grid with so many axes."""
+        """Return the options for values of the sliders, on a grid with this number of axes."""
         return dict(values)
 
     def without_pooled_tokens(self: Self) -> Self:

@@ -49,7 +49,7 @@ MESSAGES = {
     long: "10,009 characters",
     odd_size: "nearest: 248×248 or 256×256",
     huge: "too large for this page",
-    no_size: "The width must be a whole number",
+    no_size: "The width must be an integer",
     negative_seed: "The seed must be from 0",
     large_window: "larger than the grid of 16×16 tokens",
     large_stride: "stride 8 is larger than window 4",

@@ -6,6 +6,8 @@ import ast
 import importlib.util
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import dit_accel
 from dit_accel.bench.tables import milliseconds
 from dit_accel.cli.app import main
 from dit_accel.common.bundled import IMAGE, VIDEO
+from dit_accel.mechanisms.attn_spec import parse_attention
 from dit_accel.mechanisms.registry import PROCESSORS
 
 LANGUAGES = {"python", "bash", "yaml", "math", ""}
@@ -64,6 +67,7 @@ def made_small(text: str, tiny: dict[str, Path]) -> str:
 def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
     """Blocks of a page run in order, in one namespace. Blocks that need the hub or a GPU are only parsed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "snippet", types.ModuleType("snippet"))  # dataclasses look for their module
     namespace = {"__name__": "snippet"}
     for fence in fences(page):
         assert fence.language in LANGUAGES, f"{fence}: no test for {fence.language}"
@@ -83,7 +87,11 @@ def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
                         main([*words[1:], *more])
                     assert end.value.code == 0, f"{fence}: {words}"
         elif fence.language == "yaml":
-            check_accelerate(fence.text, tmp_path)
+            if "attention:" in fence.text:
+                (tmp_path / "options.yaml").write_text(fence.text)
+                parse_attention("options.yaml")
+            else:
+                check_accelerate(fence.text, tmp_path)
 
 
 def names_of_the_library(tree: ast.AST) -> set[str]:

@@ -67,8 +67,8 @@ def made_small(text: str, tiny: dict[str, Path]) -> str:
 def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
     """Blocks of a page run in order, in one namespace. Blocks that need the hub or a GPU are only parsed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "snippet", types.ModuleType("snippet"))  # dataclasses look for their module
-    namespace = {"__name__": "snippet"}
+    module = types.ModuleType("snippet")
+    monkeypatch.setitem(sys.modules, "snippet", module)  # where dataclasses look for their module
     for fence in fences(page):
         assert fence.language in LANGUAGES, f"{fence}: no test for {fence.language}"
         if fence.language == "python":
@@ -76,7 +76,7 @@ def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
             missing = {name for name in names_of_the_library(tree) if not hasattr(dit_accel, name)}
             assert not missing, f"{fence}: dit_accel has no {missing}"
             if fence.needs is None:
-                exec(compile(made_small(fence.text, tiny), str(fence), "exec"), namespace)
+                exec(compile(made_small(fence.text, tiny), str(fence), "exec", dont_inherit=True), vars(module))
         elif fence.language == "bash":
             for words in commands(fence.text):
                 if words[0] not in ("git", "cd") or fence.needs is None:

@@ -1,6 +1,7 @@
 """Sub-quadratic attention for Hugging Face diffusers pipelines: SLA, CLEAR, LLSA, GNA and LinFusion in one line."""
 
 from . import functional
+from .api import compare, convert, evaluate
 from .install.describe import describe, logit_fraction
 from .install.installation import attention, reset_attn_processor, set_attn_processor
 from .install.patch import patch_diffusers
@@ -31,7 +32,10 @@ __all__ = [
     "SLAAttnProcessor",
     "TokenLayout",
     "attention",
+    "compare",
+    "convert",
     "describe",
+    "evaluate",
     "functional",
     "load_attention",
     "logit_fraction",

@@ -59,10 +59,10 @@ class Comparison:
     drawn: dict[tuple[int, int], NDArray[np.uint8]]  # (prompt, column) -> (T, H, W, 3)
 
 
-def run(request: Request, console: Console) -> int:
+def run(request: Request, console: Console) -> Report:
     """Run the comparison and write its files to ``request.out``, even if it is stopped or a mechanism fails.
 
-    Returns: exit status: 0, or 1 if a mechanism failed.
+    Returns: the report; its status is "failed" if a mechanism failed.
     Raises:
         BadInput: the pipeline does not support the options; nothing was drawn.
         KeyboardInterrupt: stopped (SIGINT, SIGTERM); finished pictures are saved.
@@ -86,7 +86,7 @@ def run(request: Request, console: Console) -> int:
     finally:
         with ignore_interrupts():
             _finish(comparison, console)
-    return 0 if report.status == "complete" else 1
+    return report
 
 
 def _source(request: Request) -> str:

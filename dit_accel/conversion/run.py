@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from ..common.environment import about_machine, about_versions
-from ..common.errors import BadInput
+from ..common.errors import BadInput, Diverged
 from ..common.files import read_json, write_json
 from ..common.pipeline_loading import load_pipeline
 from ..install.installation import processors_by_layer
@@ -28,7 +28,7 @@ from .recipes.noise import noise_process
 from .recipes.recipe import RECIPES, Recipe, reweighted
 from .recipes.stages import check_graph, check_request, plan
 from .request import Request
-from .trainer import Diverged, Trainer
+from .trainer import Trainer
 from .watch import Watch
 
 __all__ = ["Diverged", "run"]
@@ -36,11 +36,10 @@ __all__ = ["Diverged", "run"]
 ABOUT = "convert.json"
 
 
-def run(request: Request, console: Console, watch: Watch | None = None) -> int:
+def run(request: Request, console: Console, watch: Watch | None = None) -> None:
     """Run a conversion; it resumes from the last checkpoint of the same request in the output folder.
 
     Args: watch: callbacks for progress.
-    Returns: exit status 0.
     Raises:
         BadInput: the request cannot be carried out; raised before any work is done.
         Diverged: the loss became NaN or infinite.
@@ -67,7 +66,6 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         raise BadInput(str(error)) from error
     with lock_for_run(request.source.out, accelerator.is_main_process, console):
         _convert(request, recipe, accelerator, console, watch)
-    return 0
 
 
 def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console: Console, watch: Watch) -> None:

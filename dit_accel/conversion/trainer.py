@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..common.errors import BadInput
+from ..common.errors import BadInput, Diverged
 from ..common.signals import Stopped, defer_interrupts, ignore_interrupts, record_interrupts
 from ..install.installation import installation_of, installed_layers, keep_layers, set_by_layer
 from ..mechanisms.attn_spec import ByLayer
@@ -45,14 +45,10 @@ from .recipes.stages import Plan, ScheduledStage, host_parameters
 from .recipes.transfer import TeacherForced
 from .request import Request
 
-__all__ = ["Diverged", "Trainer"]
+__all__ = ["Trainer"]
 
 
 _LOG_INTERVAL = 20.0  # seconds between printed lines if the output is not a terminal, which shows no progress bar
-
-
-class Diverged(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 class Trainer:

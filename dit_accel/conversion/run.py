@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -20,8 +19,8 @@ from .card import REPORT
 from .checkpoint import check_steps, load_checkpoint
 from .data.buckets import find_buckets, processors_for
 from .data.prepare import lock_for_run, make_samples, offload_unused_components, only_denoiser, progress_bar
-from .parallel.sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
-from .parallel.zero import check_zero, set_up_zero
+from .parallel.launch import check_launch, new_parallel
+from .parallel.protocol import Parallel
 from .pictures import Pictures
 from .recipes.capture import unconditional
 from .recipes.noise import noise_process
@@ -50,8 +49,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> None:
     try:
         recipe = reweighted(RECIPES[request.recipe], dict(request.weights))
         check_request(request, recipe)
-        check_launch(request.mixed_precision)
-        check_zero(request.mixed_precision, recipe.selects)
+        check_launch(request.mixed_precision, recipe.selects)
     except ValueError as error:
         raise BadInput(str(error)) from error
     accelerator = Accelerator(
@@ -59,17 +57,16 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> None:
         project_dir=request.source.out,
     )  # fmt: skip
     try:
-        set_up(accelerator)
-        set_up_zero(accelerator, request.batch, request.mixed_precision)
-        check_graph(request, accelerator)
+        parallel = new_parallel(accelerator, request.batch, request.mixed_precision)
+        check_graph(request, parallel)
     except ValueError as error:
         raise BadInput(str(error)) from error
     with lock_for_run(request.source.out, accelerator.is_main_process, console):
-        _convert(request, recipe, accelerator, console, watch)
+        _convert(request, recipe, parallel, console, watch)
 
 
-def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console: Console, watch: Watch) -> None:
-    sharded = is_sharded(accelerator)  # if so, every process draws and gathers, and the main process writes
+def _convert(request: Request, recipe: Recipe, parallel: Parallel, console: Console, watch: Watch) -> None:
+    accelerator = parallel.accelerator
     if accelerator.is_main_process:
         _claim(request, accelerator.num_processes, console)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
@@ -78,7 +75,7 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
         process = replace(noise_process(pipe.scheduler), sampling=request.sampling).to(accelerator.device)
         component, model = only_denoiser(pipe)
         model.register_forward_pre_hook(lambda *_: watch.check())
-        choose_blocks(accelerator, model)
+        parallel.check_model(model)
         choices = processors_for(request.attention, buckets, accelerator.print)
         processors_by_layer({component: model}, choices)  # raises for layers that do not exist, before any work
         stages = plan(request, recipe, model, choices[0][1])
@@ -88,21 +85,20 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     pictures = None
-    if request.sample_every and (accelerator.is_main_process or sharded):
+    if request.sample_every and (accelerator.is_main_process or parallel.collective):
         source = request.source
         pictures = Pictures(source.out / "pictures", pipe, component, buckets[0].call, source.prompts[:2], source.seed)
     offload_unused_components(pipe, component)
     watch.ready(model, process, samples)
-    trainer = Trainer(request, stages, accelerator, pipe, model, choices, process, samples)
+    trainer = Trainer(request, stages, parallel, pipe, model, choices, process, samples)
     trainer.resume(console)
 
     def draw(step: int) -> None:
         if request.sample_every and step % request.sample_every == 0:
             if pictures is not None:
-                with accelerator.autocast() if sharded else nullcontext():
+                with parallel.drawing(model):
                     for path in pictures.against_teacher(step, accelerator.is_main_process):
                         watch.picture(step, path)
-                reshard(model)
             accelerator.wait_for_everyone()
 
     def after(step: int) -> None:
@@ -118,7 +114,7 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
         trainer.train(progress, after)
     if accelerator.is_main_process and read_json(request.source.out / ABOUT).get("steps") != trainer.step:
         (request.source.out / REPORT / "evaluate.json").unlink(missing_ok=True)  # it describes earlier weights
-    if accelerator.is_main_process or sharded:
+    if accelerator.is_main_process or parallel.collective:
         path = save_attention(pipe, request.source.out, getattr(torch, request.save_dtype))
     accelerator.wait_for_everyone()  # no process may leave while another still gathers
     accelerator.end_training()

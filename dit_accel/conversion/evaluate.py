@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -22,13 +23,14 @@ from ..common.environment import about_machine, about_versions
 from ..common.errors import BadInput, as_bad_input
 from ..common.files import remove_leftovers, replacing, write_json
 from ..common.pipeline_loading import load_pipeline
+from ..common.progress import progress_bar
 from ..comparison.metrics import clip_score, compare_frames
 from ..install.describe import logit_fraction
 from ..install.installation import installed_layers, reset_attn_processor, set_by_layer
 from ..mechanisms.attn_spec import AttentionSpec
 from ..weights.load import load_attention
 from .data.buckets import find_buckets, processors_for
-from .data.prepare import make_samples, only_denoiser, progress_bar
+from .data.prepare import make_samples, only_denoiser
 from .data.samples import Sample
 from .recipes.capture import merge
 from .recipes.noise import NoiseProcess, noise_process
@@ -121,8 +123,8 @@ class Evaluation:
         try:
             self.model.eval()
             sums = _Sums(np.zeros(self.levels), np.zeros(self.levels), np.zeros(self.levels))
-            with progress_bar(self.console, self.accelerator) as progress:
-                task = progress.add_task("measuring", total=len(self.samples), figures="")
+            with self._progress() as progress:
+                task = progress.add_task("measuring", total=len(self.samples))
                 for i, sample in enumerate(self.samples):
                     seed, device = self.source.seed + i, self.accelerator.device
                     with self.accelerator.autocast():
@@ -156,6 +158,9 @@ class Evaluation:
             "figures": FIGURES,
         }  # fmt: skip
 
+    def _progress(self) -> Progress:
+        return progress_bar(self.console, disable=not self.accelerator.is_main_process)
+
     def _draw(self, i: int) -> NDArray[np.uint8]:
         """Draw the i-th prompt: (T, H, W, 3) uint8."""
         generator = torch.Generator().manual_seed(self.source.seed + i)
@@ -168,8 +173,8 @@ class Evaluation:
         """Whether each of the first ``captions`` held-out captions is drawn correctly; None without a check."""
         if self.check is None or not captions:
             return None
-        with progress_bar(self.console, self.accelerator) as progress, self.accelerator.autocast():
-            task = progress.add_task(f"{model}'s captions", total=captions, figures="")
+        with self._progress() as progress, self.accelerator.autocast():
+            task = progress.add_task(f"{model}'s captions", total=captions)
             return self.check(self.pipe, self.call, captions, lambda n: progress.advance(task, n))
 
 

@@ -13,12 +13,13 @@ from ..common.environment import about_machine, about_versions
 from ..common.errors import BadInput, Diverged
 from ..common.files import read_json, write_json
 from ..common.pipeline_loading import load_pipeline
+from ..common.progress import progress_bar
 from ..install.installation import processors_by_layer
 from ..weights.save import save_attention
 from .card import REPORT
 from .checkpoint import check_steps, load_checkpoint
 from .data.buckets import find_buckets, processors_for
-from .data.prepare import lock_for_run, make_samples, offload_unused_components, only_denoiser, progress_bar
+from .data.prepare import lock_for_run, make_samples, offload_unused_components, only_denoiser
 from .parallel.launch import check_launch, new_parallel
 from .parallel.protocol import Parallel
 from .pictures import Pictures
@@ -67,6 +68,11 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> None:
 
 def _convert(request: Request, recipe: Recipe, parallel: Parallel, console: Console, watch: Watch) -> None:
     accelerator = parallel.accelerator
+
+    def tell(text: str) -> None:
+        if accelerator.is_main_process:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     if accelerator.is_main_process:
         _claim(request, accelerator.num_processes, console)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
@@ -76,7 +82,7 @@ def _convert(request: Request, recipe: Recipe, parallel: Parallel, console: Cons
         component, model = only_denoiser(pipe)
         model.register_forward_pre_hook(lambda *_: watch.check())
         parallel.check_model(model)
-        choices = processors_for(request.attention, buckets, accelerator.print)
+        choices = processors_for(request.attention, buckets, tell)
         processors_by_layer({component: model}, choices)  # raises for layers that do not exist, before any work
         stages = plan(request, recipe, model, choices[0][1])
         samples = make_samples(request.source, accelerator, pipe, model, buckets, console, watch.sample)
@@ -110,7 +116,7 @@ def _convert(request: Request, recipe: Recipe, parallel: Parallel, console: Cons
     missing = pictures is not None and (trainer.step == 0 or pictures.is_missing(trainer.step))
     if accelerator.gather(torch.tensor(missing, device=accelerator.device)).any():  # a run was killed while drawing
         draw(trainer.step)
-    with progress_bar(console, accelerator) as progress:
+    with progress_bar(console, disable=not accelerator.is_main_process) as progress:
         trainer.train(progress, after)
     if accelerator.is_main_process and read_json(request.source.out / ABOUT).get("steps") != trainer.step:
         (request.source.out / REPORT / "evaluate.json").unlink(missing_ok=True)  # it describes earlier weights

@@ -211,7 +211,7 @@ class Trainer:
         drawn = islice(order, self.step * request.accumulate, None)
         first, began = self.step, time.perf_counter()
         logged = began
-        task = progress.add_task(self._stage_label(), total=request.steps, completed=self.step, figures="")
+        task = progress.add_task(self._stage_label(), total=request.steps, completed=self.step)
         together = self.parallel.stops_together  # if so, interrupts are recorded instead of raised
         uninterrupted = nullcontext if together else defer_interrupts
         while self.step < request.steps:

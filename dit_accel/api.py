@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "convert", "evaluate"]
 
 StrPath = str | os.PathLike[str]
-Attention = str | AcceleratedAttnProcessor  # text in the format of the command line, or a processor
+Attention = StrPath | AcceleratedAttnProcessor  # an argument of --attn, or a processor
 
 
 def convert(
@@ -151,7 +151,7 @@ def convert(
 
 
 def evaluate(
-    attn: Attention | os.PathLike[str],
+    attn: Attention,
     out: StrPath,
     *,
     pipeline: StrPath | None = None,
@@ -215,7 +215,7 @@ def evaluate(
 
 
 def compare(
-    attn: Attention | os.PathLike[str] | Sequence[Attention | os.PathLike[str]] | None = None,
+    attn: Attention | Sequence[Attention] | None = None,
     *,
     pipeline: StrPath | None = None,
     video: bool = False,
@@ -289,12 +289,12 @@ def _spec(attn: Attention) -> AttentionSpec:
         values = {field.name: getattr(attn, field.name) for field in fields(attn)}
         changed = {field.name: values[field.name] for field in fields(attn) if values[field.name] != field.default}
         return AttentionSpec(attn.name, changed or values)
-    if not isinstance(attn, str):
+    if not isinstance(attn, (str, os.PathLike)):
         raise TypeError(f"--attn: expected text or a dit_accel processor, got {attn!r}")
-    return parse_attention(attn)
+    return parse_attention(os.fspath(attn))
 
 
-def _student(attn: Attention | os.PathLike[str]) -> AttentionSpec | str:
+def _student(attn: Attention) -> AttentionSpec | str:
     """As :func:`_spec`; an argument of ``load_attention`` is returned as text."""
     from .mechanisms.attn_spec import parse_student
 

@@ -17,6 +17,7 @@ from ..common.errors import BadInput, Diverged
 from ..common.files import CannotWrite, explain_os_error
 from ..common.signals import Stopped, interruptible
 from . import options
+from .bench import bench_app
 
 __all__ = ["app", "main"]
 
@@ -243,15 +244,7 @@ def demo(
     return 0
 
 
-@app.command(
-    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    options_metavar="attention|step|report [OPTIONS]",
-)  # fmt: skip
-def bench(context: typer.Context) -> int:
-    """Time attention calls and whole denoiser steps against dense attention on this GPU; see `bench --help`."""
-    from ..bench.command import bench as run_bench  # has its own parser: python -m dit_accel.bench runs without typer
-
-    return run_bench(context.args, "dit-accel bench")
+app.add_typer(bench_app, name="bench")
 
 
 def _fail(message: str, status: int) -> None:
@@ -262,9 +255,10 @@ def _fail(message: str, status: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit. Exit status: 0 success, 1 a part failed, 2 bad input (one line on stderr), 130 or 143
     stopped by SIGINT or SIGTERM."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         with interruptible():
-            status: Any = app(arguments, prog_name="dit-accel", standalone_mode=False)
+            status: Any = app(given, prog_name="dit-accel", standalone_mode=False, obj=given)
     except Exception as error:
         describe_usage = getattr(error, "format_message", None)  # typer's own errors
         if describe_usage is not None:

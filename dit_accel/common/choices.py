@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 __all__ = [
-    "Dtype", "LoraLayers", "MixedPrecision", "Recipe", "Sampling", "SaveDtype", "Schedule", "Train", "check_choice",
-    "check_count", "check_positive",
+    "Dtype", "LoraLayers", "MixedPrecision", "Order", "Recipe", "Sampling", "SaveDtype", "Schedule", "Train",
+    "check_choice", "check_count", "check_positive",
 ]  # fmt: skip
 
 Recipe = Literal["sla", "clear", "attention-transfer", "linvideo", "lit"]
@@ -20,6 +20,7 @@ Sampling = Literal["shift", "uniform", "mixed"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Order = Literal["tokens-first", "heads-first"]
 
 
 def check_choice(option: str, value: object, choices: Any) -> None:

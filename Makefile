@@ -1,4 +1,4 @@
-# make demo | make test | make test-browser | make lint | make docs | make clean. Each makes the environment in .venv when it is not there yet.
+# make demo | make test | make test-browser | make lint | make docs | make wheels | make clean. Each makes the environment in .venv when it is not there yet.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 DEMO   ?= compare-demo
 CHROMIUM := /usr/bin/chromium
 
-.PHONY: demo test test-browser lint docs format clean
+.PHONY: demo test test-browser lint docs wheels format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -25,10 +25,17 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files -z | xargs -0 $(BIN)/codespell
 
 docs: $(READY)
 	$(BIN)/python docs/tools/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheels: $(READY)
+	rm -rf build/lib demo/build
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist --wheel demo
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -41,4 +48,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo/build demo/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,9 +1,8 @@
-"""Demo app with one tab per view. Start it with ``dit-accel demo`` or ``python demo/app.py``."""
+"""Demo app with one tab per view. Start it with ``dit-accel demo``."""
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -89,9 +88,3 @@ def _theme() -> gr.Theme:
         **{f"block_title_{name}": value for name, value in plain.items()},
         button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    from dit_accel.cli.app import main
-
-    main(["demo", *sys.argv[1:]])

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .common.choices import Dtype, LoraLayers, MixedPrecision, Recipe, Sampling, SaveDtype, Schedule, Train, check_count
 from .common.errors import as_bad_input
-from .mechanisms.processor import PROCESSORS, AcceleratedAttnProcessor
+from .mechanisms.processor import AcceleratedAttnProcessor
+from .mechanisms.registry import PROCESSORS
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from .launch import has_large_shared_memory
 
-__all__ = ["Config", "choose_config", "launch_tuned", "measured"]
+__all__ = ["LaunchConfig", "choose_config", "launch_tuned", "measured"]
 
 KERNEL = 1  # increase it when the kernel changes: older measurements are then ignored
 MAX_CONFIGS = 6
@@ -40,7 +40,7 @@ LOG = logging.getLogger("dit_accel")
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """Launch configuration of the kernel: maximum rows of a tile, warps, stages of the pipeline, tiles by tensor
     descriptor, maximum registers per thread (so that two programs share a multiprocessor)."""
 
@@ -63,23 +63,23 @@ class Measured(NamedTuple):
     kind: str
     itemsize: int
     dims: range
-    config: Config
+    config: LaunchConfig
 
 
 # The fastest of seven each on an H100 (16-bit, D = 128), by the kind of mask of a plan. At 128 registers per thread two
 # programs share a multiprocessor, and one's softmax overlaps the other's matrix products.
 HOPPER = {
-    "list": Config(128, 64, 8, 3, True, 128),
-    "interval": Config(128, 64, 8, 2, True, 128),
-    "ball": Config(128, 64, 8, 2, True, 128),
+    "list": LaunchConfig(128, 64, 8, 3, True, 128),
+    "interval": LaunchConfig(128, 64, 8, 2, True, 128),
+    "ball": LaunchConfig(128, 64, 8, 2, True, 128),
 }
 TABLE = [Measured((9, 0), kind, 2, range(128, 129), config) for kind, config in HOPPER.items()]
 
-_chosen: dict[str, Config] = {}
+_chosen: dict[str, LaunchConfig] = {}
 _lock = Lock()
 
 
-def measured(query: Tensor, kind: str) -> Config | None:
+def measured(query: Tensor, kind: str) -> LaunchConfig | None:
     """Entry of `TABLE` for this GPU, kind of plan, dtype and head dim, or None."""
     if query.device.type != "cuda" or torch.version.hip:
         return None
@@ -87,18 +87,18 @@ def measured(query: Tensor, kind: str) -> Config | None:
     return next((row.config for row in TABLE if row[:3] == wanted and query.shape[-1] in row.dims), None)
 
 
-def choose_config(query: Tensor, kind: str) -> Config:
+def choose_config(query: Tensor, kind: str) -> LaunchConfig:
     """Configuration from the table, else a guess that fits the shared memory of every GPU of its class."""
     if known := measured(query, kind):
         return known
     if query.dtype == torch.float32:
-        return Config(32, 32, 8, 1) if query.shape[-1] > 64 else Config(64, 32, 8, 1)
+        return LaunchConfig(32, 32, 8, 1) if query.shape[-1] > 64 else LaunchConfig(64, 32, 8, 1)
     if query.shape[-1] > 128:
-        return Config(64, 32, 8, 1)
-    return HOPPER[kind] if has_large_shared_memory(query) else Config(64, 64, 4, 2)  # fits Ada's 99 KiB
+        return LaunchConfig(64, 32, 8, 1)
+    return HOPPER[kind] if has_large_shared_memory(query) else LaunchConfig(64, 64, 4, 2)  # fits Ada's 99 KiB
 
 
-def candidate_configs(guess: Config, itemsize: int, boxes: bool) -> list[Config]:
+def candidate_configs(guess: LaunchConfig, itemsize: int, boxes: bool) -> list[LaunchConfig]:
     """The guess and alternatives with the same tile sizes; ``boxes``: whether descriptors are supported."""
     candidates: list[tuple[int, int, bool, int | None]]
     if torch.version.hip:
@@ -130,7 +130,9 @@ def candidate_configs(guess: Config, itemsize: int, boxes: bool) -> list[Config]
     return list(dict.fromkeys([guess, *found]))[:MAX_CONFIGS]
 
 
-def launch_tuned(launch: Callable[[Config], None], query: Tensor, what: str, guess: Config, boxes: bool) -> None:
+def launch_tuned(
+    launch: Callable[[LaunchConfig], None], query: Tensor, what: str, guess: LaunchConfig, boxes: bool
+) -> None:
     """Launch the kernel in its fastest configuration for ``what``. The first call of a kind on a GPU measures a few
     configurations on the caller's tensors and logs the result; not in the interpreter, off the GPU, or during the
     capture of a CUDA graph.
@@ -167,7 +169,7 @@ def _gpu(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device)
 
 
-def _choose(launch: Callable[[Config], None], key: str, candidates: list[Config]) -> Config:
+def _choose(launch: Callable[[LaunchConfig], None], key: str, candidates: list[LaunchConfig]) -> LaunchConfig:
     """Configuration from memory, else from disk, else by a search, whose result is stored in both."""
     with _lock:  # concurrent searches would slow one another down
         if key in _chosen:
@@ -198,13 +200,13 @@ def _choose(launch: Callable[[Config], None], key: str, candidates: list[Config]
         return best
 
 
-def _search(launch: Callable[[Config], None], candidates: list[Config]) -> dict[Config, float]:
+def _search(launch: Callable[[LaunchConfig], None], candidates: list[LaunchConfig]) -> dict[LaunchConfig, float]:
     """Milliseconds of each configuration that fits, until the budget is spent.
 
     Raises: OutOfResources, PTXASError: none fits; the error of the first.
     """
     start = perf_counter()
-    times: dict[Config, float] = {}
+    times: dict[LaunchConfig, float] = {}
     refusals: list[Exception] = []
     for config in candidates:
         if times and perf_counter() - start > BUDGET_S:

@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 
 from dit_accel.cli.app import app
 from dit_accel.mechanisms.attn_spec import parse_attention
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -140,6 +140,12 @@ def _pip(rest: list[str]) -> None:
     known = {re.split(r"[<>=\[;]", need)[0] for needs in extras.values() for need in needs}
     assert rest[0] == "install"
     for word in rest[1:]:
+        if word in ("--no-index", "--no-deps") or re.fullmatch(r"dist/dit_accel(_demo)?-\*\.whl", word):
+            continue
+        if word.startswith("./"):
+            if not (ROOT / word / "pyproject.toml").is_file():
+                raise ValueError(f"{word} is not a folder with a pyproject.toml")
+            continue
         own = re.fullmatch(r"(?:\.|dit-accel)(?:\[(\w+)\])?", word)
         if own and own[1] is not None and own[1] not in extras:
             raise ValueError(f"pyproject.toml has no extra {own[1]}")

@@ -136,7 +136,7 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 
 def native_layers(model: nn.Module) -> list[str]:
-    """Names of the self-attention modules, told apart by the width of their keys' input alone."""
+    """Names of the self-attention modules, distinguished by the width of their keys' input alone."""
     names = []
     for name, module in model.named_modules():
         if hasattr(module, "to_q") and name.endswith((".attn", ".attn1", ".attn2")):

@@ -23,7 +23,7 @@ from dit_accel.conversion.recipes.recipe import RECIPES
 from dit_accel.conversion.request import Request, Source
 from dit_accel.install.installation import denoisers, installed_layers
 from dit_accel.mechanisms.attn_spec import parse_attention
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS
 
 SIZE = {"height": 32, "width": 32}
 SMALL = {**SIZE, "device": "cpu", "quiet": True}

@@ -14,14 +14,12 @@ from tiny import TINY, run
 import dit_accel
 from dit_accel import TokenLayout
 from dit_accel.functional import clear_attention, gna_attention, llsa_attention, sla_attention
-from dit_accel.mechanisms import clear, gna, llsa, sla
 from dit_accel.mechanisms._operator import _check_gpu
 from dit_accel.mechanisms.backend import resolve
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NEEDED = {"sla": {}, "clear": {"radius": 3}, "llsa": {}, "gna": {"window": 3}}
-MODULES = {"sla": sla, "clear": clear, "llsa": llsa, "gna": gna}
 FUNCTIONS = {"sla": sla_attention, "clear": clear_attention, "llsa": llsa_attention, "gna": gna_attention}
 
 
@@ -41,69 +39,69 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_default_is_triton_on_a_gpu_and_torch_elsewhere(name, machine):
-    assert resolve(None, CPU, name) == "torch"
-    assert resolve(None, torch.device("mps"), name) == "torch"
-    assert resolve(None, GPU, name) == "triton"
+    assert resolve(None, CPU, PROCESSORS[name]) == "torch"
+    assert resolve(None, torch.device("mps"), PROCESSORS[name]) == "torch"
+    assert resolve(None, GPU, PROCESSORS[name]) == "triton"
 
 
 def test_argument_overrides_environment(machine):
     machine.setenv("DIT_ACCEL_BACKEND", "torch")
-    assert resolve(None, GPU, "gna") == "torch"
-    assert resolve("triton", GPU, "gna") == "triton"
+    assert resolve(None, GPU, PROCESSORS["gna"]) == "torch"
+    assert resolve("triton", GPU, PROCESSORS["gna"]) == "triton"
     machine.setenv("DIT_ACCEL_BACKEND", "")
-    assert resolve(None, GPU, "gna") == "triton"
+    assert resolve(None, GPU, PROCESSORS["gna"]) == "triton"
 
 
 def test_unknown_names_give_a_suggestion_and_all_names(monkeypatch):
     with pytest.raises(ValueError, match=r"unknown backend 'tritn'; did you mean 'triton'\? .* torch, triton"):
-        resolve("tritn", CPU, "sla")
+        resolve("tritn", CPU, PROCESSORS["sla"])
     monkeypatch.setenv("DIT_ACCEL_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"unknown DIT_ACCEL_BACKEND 'cuda'.* torch, triton"):
-        resolve(None, CPU, "sla")
+        resolve(None, CPU, PROCESSORS["sla"])
     with pytest.raises(TypeError, match="backend must be one of"):
-        resolve(3, CPU, "sla")  # type: ignore[arg-type]
+        resolve(3, CPU, PROCESSORS["sla"])  # type: ignore[arg-type]
 
 
 def test_llsa_does_not_support_flex(machine):
     with pytest.raises(ValueError, match=r"backend=flex: llsa does not support this backend; available: torch, triton"):
-        resolve("flex", GPU, "llsa")
+        resolve("flex", GPU, PROCESSORS["llsa"])
     machine.setenv("DIT_ACCEL_BACKEND", "flex")
     with pytest.raises(ValueError, match=r"DIT_ACCEL_BACKEND=flex: llsa does not support this backend"):
-        resolve(None, CPU, "llsa")
+        resolve(None, CPU, PROCESSORS["llsa"])
 
 
 def test_linfusion_uses_torch_on_every_device(machine):
-    assert resolve(None, CPU, "linfusion") == resolve(None, GPU, "linfusion") == "torch"
+    assert resolve(None, CPU, PROCESSORS["linfusion"]) == resolve(None, GPU, PROCESSORS["linfusion"]) == "torch"
     with pytest.raises(ValueError, match=r"backend=triton: linfusion does not support this backend; available: torch"):
-        resolve("triton", GPU, "linfusion")
+        resolve("triton", GPU, PROCESSORS["linfusion"])
 
 
 @pytest.mark.parametrize("name", ["sla", "clear", "gna"])
 def test_flex_is_available_on_any_device(name):
-    assert resolve("flex", CPU, name) == resolve("flex", GPU, name) == "flex"
+    assert resolve("flex", CPU, PROCESSORS[name]) == resolve("flex", GPU, PROCESSORS[name]) == "flex"
 
 
 def test_triton_on_the_cpu_needs_its_interpreter(machine):
     with pytest.raises(ValueError, match=r"needs a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
-        resolve("triton", CPU, "sla")
+        resolve("triton", CPU, PROCESSORS["sla"])
     machine.setenv("TRITON_INTERPRET", "1")
-    assert resolve("triton", CPU, "sla") == "triton"
-    assert resolve(None, CPU, "sla") == "torch"
+    assert resolve("triton", CPU, PROCESSORS["sla"]) == "triton"
+    assert resolve(None, CPU, PROCESSORS["sla"]) == "torch"
     with pytest.raises(ValueError, match="got tensors on mps"):
-        resolve("triton", torch.device("mps"), "sla")
+        resolve("triton", torch.device("mps"), PROCESSORS["sla"])
 
 
 @pytest.mark.parametrize("requested", [None, "triton"])
 def test_missing_requirements_of_triton_are_reported(requested, machine):
     machine.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"needs a C compiler and found none.*DIT_ACCEL_BACKEND=torch"):
-        resolve(requested, GPU, "clear")
+        resolve(requested, GPU, PROCESSORS["clear"])
     machine.setenv("CC", "cc-of-mine -m64")
     machine.setattr(shutil, "which", lambda name: name if name == "cc-of-mine" else None)
-    assert resolve(requested, GPU, "clear") == "triton"
+    assert resolve(requested, GPU, PROCESSORS["clear"]) == "triton"
     machine.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"package triton, which is not installed"):
-        resolve(requested, GPU, "clear")
+        resolve(requested, GPU, PROCESSORS["clear"])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -120,22 +118,31 @@ def test_functions_and_processors_check_the_backend(name):
     assert "backend" not in PROCESSORS[name](**NEEDED[name], backend="torch").options()
 
 
-@pytest.mark.parametrize("module", [sla, clear, gna])
-def test_environment_is_read_per_call_and_flex_backward_is_torch(module, monkeypatch):
+def patched(monkeypatch, name, **replacements):
+    """Patch the mechanism's computation per backend: functions (plain computation, tensors, options)."""
+    kind, plain = PROCESSORS[name], PROCESSORS[name].compute
+
+    def compute(self, backend, *tensors, **options):
+        def by_torch(*tensors):
+            return plain(self, "torch", *tensors, **options)
+
+        if backend in replacements:
+            return replacements[backend](by_torch, *tensors)
+        return plain(self, backend, *tensors, **options)
+
+    monkeypatch.setattr(kind, "compute", compute)
+
+
+@pytest.mark.parametrize("name", ["sla", "clear", "gna"])
+def test_environment_is_read_per_call_and_flex_backward_is_torch(name, monkeypatch):
     """Each backend has its own factor on the output, which gradients of flex must not have."""
-    name = module.__name__.rpartition(".")[2]
-    plain = module._COMPUTE["torch"]
     lse = torch.zeros(1, 1, 16)
-    monkeypatch.setitem(module._COMPUTE, "triton", lambda *x, **y: (2 * plain(*x, **y), lse))
-    if "flex" in module._COMPUTE:
-        monkeypatch.setitem(module._COMPUTE, "flex", lambda *x, **y: 3 * plain(*x, **y))
+    patched(monkeypatch, name, triton=lambda plain, *x: (2 * plain(*x), lse), flex=lambda plain, *x: 3 * plain(*x))
     layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16, requires_grad=True) for _ in range(3)]
     want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
     wanted = torch.autograd.grad(want.sum(), qkv)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for factor, backend in ((2, "triton"), (3, "flex"), (1, "torch")):
-        if backend not in module._COMPUTE:
-            continue
         monkeypatch.setenv("DIT_ACCEL_BACKEND", backend)
         got = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
         torch.testing.assert_close(got, factor * want)
@@ -148,11 +155,11 @@ def test_environment_is_read_per_call_and_flex_backward_is_torch(module, monkeyp
 def raising(monkeypatch, name, backend, error):
     """A call of the mechanism, patched so that this backend raises the error."""
 
-    def compute(*args, **options):
+    def fail(plain, *tensors):
         raise error
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(MODULES[name]._COMPUTE, backend, compute)
+    patched(monkeypatch, name, **{backend: fail})
     layout, qkv = TokenLayout((4, 4), 2), [torch.randn(1, 3, 18, 16) for _ in range(3)]
     return lambda: FUNCTIONS[name](*qkv, layout, **NEEDED[name], backend=backend)
 
@@ -161,7 +168,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
 
 
 @pytest.mark.parametrize(
-    "name, backend", [(name, "torch") for name in MODULES] + [("sla", "triton"), ("gna", "triton")]
+    "name, backend", [(name, "torch") for name in FUNCTIONS] + [("sla", "triton"), ("gna", "triton")]
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_out_of_memory_error_names_mechanism_and_shape(name, backend, compiled, monkeypatch):
@@ -183,7 +190,7 @@ def test_out_of_memory_error_names_the_backward_pass(monkeypatch):
         raise FULL
 
     with monkeypatch.context() as patch:
-        patch.setitem(gna._COMPUTE, "torch", full)
+        patched(patch, "gna", torch=full)
         with pytest.raises(torch.OutOfMemoryError, match=r"gna \(backend torch\).*Tried to allocate 4.00 GiB"):
             out.sum().backward(retain_graph=True)
 
@@ -191,8 +198,7 @@ def test_out_of_memory_error_names_the_backward_pass(monkeypatch):
         forward = staticmethod(lambda ctx, x: x.clone())
         backward = staticmethod(full)
 
-    plain = gna._COMPUTE["torch"]
-    monkeypatch.setitem(gna._COMPUTE, "torch", lambda q, *x, **y: plain(Leaky.apply(q), *x, **y))
+    patched(monkeypatch, "gna", torch=lambda plain, q, *x: plain(Leaky.apply(q), *x))
     with pytest.raises(torch.OutOfMemoryError, match=r"the backward pass of gna .*\(1, 3, 16, 16\) in float32"):
         out.sum().backward()
 

@@ -27,7 +27,7 @@ from dit_accel.bench.timing import peak_memory, summarise, time_calls
 from dit_accel.cli import app as cli
 from dit_accel.common.errors import BadInput
 from dit_accel.common.signals import Stopped
-from dit_accel.mechanisms.backend import SUPPORTED_BACKENDS
+from dit_accel.mechanisms.registry import PROCESSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -90,10 +90,10 @@ def test_cases_have_the_shapes_of_real_models():
 
 
 def test_cases_without_kernels_are_measured_only_if_named(monkeypatch):
-    monkeypatch.setitem(SUPPORTED_BACKENDS, "llsa", ("torch",))
+    monkeypatch.setattr(PROCESSORS["llsa"], "backends", ("torch",))
     assert {case.mechanism for case in select([])} == {"sla", "clear", "gna"}
     assert len(select([], SCALING)) == len(SCALING)  # no case is a default one: all
-    monkeypatch.setitem(SUPPORTED_BACKENDS, "llsa", ("torch", "triton"))
+    monkeypatch.setattr(PROCESSORS["llsa"], "backends", ("torch", "triton"))
     assert {case.mechanism for case in select([])} == {"sla", "clear", "gna", "llsa"}
     assert [case.goal for case in select(["llsa-256", "llsa-256-wide"])] == [30.0, 30.0]
 

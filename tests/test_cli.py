@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from tiny_pipelines import save_flux, save_wan
@@ -10,8 +11,8 @@ from tiny_pipelines import save_flux, save_wan
 from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
 from dit_accel.cli.app import main
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.attn_spec import grid_defaults, parse_attention, parse_student, short_options
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.attn_spec import parse_attention, parse_student, short_options
+from dit_accel.mechanisms.registry import PROCESSORS
 from dit_accel.weights.tensors import find_weights
 
 
@@ -51,9 +52,9 @@ def test_attention_text_is_parsed_to_a_processor(text, processor):
         ("sla:topk=3", "sla has no option 'topk'"),
         ("gna:window", "option window has no value"),
         ("gna:window=3,window=5", "option window is given twice"),
-        ("gna:window=wide", "window takes a whole number or one per axis such as 16x16, got 'wide'"),
-        ("gna:window=3.5", "window takes a whole number or one per axis"),
-        ("gna:window=16x", "window takes a whole number or one per axis"),
+        ("gna:window=wide", "window takes an integer or one per axis such as 16x16, got 'wide'"),
+        ("gna:window=3.5", "window takes an integer or one per axis"),
+        ("gna:window=16x", "window takes an integer or one per axis"),
         ("sla:smooth_key=yes", "smooth_key takes true or false, got 'yes'"),
         ("sla:critical=1.5", "critical must be in"),
         ("clear:radius=nan", "radius must be"),
@@ -94,8 +95,7 @@ def test_options_per_layer_are_parsed():
 def test_default_windows_compute_about_a_tenth_of_the_logits(name, grid):
     processor = parse_attention(name).processor(grid)
     layout = TokenLayout(grid)
-    options = processor.mechanism.fit(layout, **processor.layer_options(layout))
-    assert 0.05 < processor.mechanism.count_logits(layout, **options) / layout.seq_len**2 < 0.13
+    assert 0.05 < processor.layer_logits(layout) / layout.seq_len**2 < 0.13
 
 
 def test_missing_option_on_an_unknown_grid_is_an_error():
@@ -104,7 +104,7 @@ def test_missing_option_on_an_unknown_grid_is_an_error():
 
 
 def test_gna_defaults_match_the_paper_on_its_grid():
-    window = grid_defaults("gna", (256, 256))
+    window = PROCESSORS["gna"].suggest((256, 256))
     assert window == {"window": (81, 81), "stride": (16, 16)}  # 80 and 16 in the paper
 
 
@@ -195,3 +195,37 @@ def test_version_and_help_exit_with_status_0(capsys):
             main(arguments)
         assert stop.value.code == 0
         assert "dit-accel" in capsys.readouterr().out
+
+
+def test_options_per_layer_from_a_yaml_file(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "attention: clear\noptions: {radius: [3.5, .inf], train_tokens: null}\n"
+        "layers:\n  'blocks\\.1\\.': {radius: 8, down_factor: 2}\n  single: {radius: 2x4.5}\n"
+    )
+    text = r"clear:radius=3.5xinf,train_tokens=none;radius=8,down_factor=2@blocks\.1\.;radius=2x4.5@single"
+    assert parse_attention(str(file)) == parse_student(str(file)) == parse_attention(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file"),
+        ("attention: [", "is not a YAML file"),
+        ("- gna", "expected a mapping with the key attention"),
+        ("attention: gnaa", "did you mean 'gna'"),
+        ("attention: gna\noption: {window: 3}", "unknown key 'option'; did you mean 'options'"),
+        ("attention: gna\noptions: {windw: 3}", "no option 'windw'; did you mean 'window'"),
+        ("attention: gna\noptions: {window: wide}", "window takes an integer"),
+        ("attention: gna\noptions: {window: 3, stride: 4}", "stride 4 is larger than window 3"),
+        ("attention: gna\noptions: [3]", "options must be a mapping"),
+        ("attention: gna\noptions: {window: 3}\nlayers: [a]", "layers must map"),
+        ("attention: gna\noptions: {window: 3}\nlayers: {'(': {window: 5}}", "not a regular expression"),
+    ],
+)
+def test_bad_yaml_file_is_refused_with_a_reason(tmp_path, content, message):
+    file = tmp_path / "options.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_attention(str(file))

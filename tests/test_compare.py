@@ -19,16 +19,13 @@ from PIL import Image
 from tiny_pipelines import save_flux, save_wan
 from torch import nn
 
-from dit_accel import save_attention, set_attn_processor
+from dit_accel import GNAAttnProcessor, LLSAAttnProcessor, describe, save_attention, set_attn_processor
 from dit_accel.cli.app import main
 from dit_accel.common.bundled import IMAGE, VIDEO, Embedded
 from dit_accel.common.files import replacing
 from dit_accel.comparison.metrics import compare_frames
 from dit_accel.comparison.step_timer import StepTimer
-from dit_accel.install import describe
 from dit_accel.install.installation import installation_of
-from dit_accel.mechanisms import llsa
-from dit_accel.mechanisms.processor import GNAAttnProcessor
 
 FLUX = ["--height", "32", "--width", "40", "--steps", "2"]
 
@@ -171,7 +168,7 @@ def test_other_mechanisms_run_if_one_fails(flux, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(llsa, "_attend", fail)
+    monkeypatch.setattr(LLSAAttnProcessor, "attend", fail)
     specs = ["--attn", "sla", "--attn", "llsa", "--attn", "gna:window=3"]
     status, report = compare(tmp_path, "--pipeline", str(flux), *FLUX, "--prompt", "a", *specs)
     assert status == 1 and report["status"] == "failed"
@@ -257,9 +254,9 @@ def test_attention_trained_for_another_model_is_rejected(flux, tmp_path, capsys,
 
 
 def test_embedded_pipelines_default_to_their_conversions(tmp_path):
-    embedded = Embedded(tmp_path, (), tmp_path / "conversions")
-    (tmp_path / "conversions/gna").mkdir(parents=True)
-    assert embedded.students(["sla", "gna"]) == ["sla", str(tmp_path / "conversions/gna")]
+    embedded = Embedded("image", (), tmp_path)
+    (tmp_path / "conversions/image/gna").mkdir(parents=True)
+    assert embedded.students(["sla", "gna"]) == ["sla", str(tmp_path / "conversions/image/gna")]
 
 
 def test_attention_context_restores_an_earlier_install(flux):

@@ -143,7 +143,8 @@ def test_conversion_made_in_the_app_can_be_selected(image, tmp_path):
     with gr.Blocks():
         controls = MechanismControls(image)
     image.add_conversion("image", "mine", tmp_path)
-    assert ("mine", "mine") in controls._refresh_choices("image", "sla").choices
+    update = controls._refresh_choices("image")
+    assert ("mine", "mine") in update.choices and "value" not in update._constructor_args[0]
     assert controls.student("image", "mine", *[slider.value for slider in controls.sliders.values()]) == str(tmp_path)
     image._app_conversions["image"].clear()
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from tiny_pipelines import save_flux, save_sd, save_sd3, save_wan
 from torch.overrides import TorchFunctionMode
 
+from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
 from dit_accel.common.pipeline_loading import load_pipeline
 from dit_accel.demo.ui import attention_maps as maps
 from dit_accel.layout import TokenLayout
 from dit_accel.mechanisms import llsa, sla
-from dit_accel.mechanisms.processor import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor
 
 CPU = torch.device("cpu")
 LAYOUTS = [
@@ -176,9 +176,7 @@ def test_sla_map_equals_the_selection(layout):
             layout,
             *tables,
             key_mask,
-            processor.critical,
-            processor.negligible,
-            processor.smooth_key,
+            processor,
         )
         expected = marginal[0].int() * maps.LINEAR
         for row, blocks in enumerate(indices[0]):
@@ -208,7 +206,7 @@ def test_map_agrees_with_the_attended_mask(layout):
     for name in ("sla", "sla-tiles", "llsa"):
         call, processor = make_call(layout), PROCESSORS[name]
         found = maps.block_map(call, processor)
-        blocks = maps._block_of(maps._tables(layout, processor)[1], layout.grid_len)
+        blocks = maps._block_of(processor.block_tables(layout)[1], layout.grid_len)
         for place in (0, layout.grid_len // 2, layout.grid_len - 1):
             mask = maps.attended_mask(call, processor, layout.before + place)[layout.grid_slice]
             row = found.states[found.query_block[place]] == maps.CRITICAL

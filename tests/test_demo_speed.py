@@ -189,7 +189,7 @@ def test_share_of_the_logits_is_close_to_the_plan(kind, share):
     ("change", "message"),
     [
         ({"heads": 0}, "from 1 to 64"),
-        ({"heads": 1.5}, "whole number"),
+        ({"heads": 1.5}, "give an integer, got 1.5"),
         ({"head_dim": 1000}, "from 16 to 256"),
         ({"share": 0.0}, "Share of the logits"),
         ({"share": None}, "Share of the logits"),

@@ -19,7 +19,7 @@ import dit_accel
 from dit_accel.bench.tables import milliseconds
 from dit_accel.cli.app import main
 from dit_accel.common.bundled import IMAGE, VIDEO
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS
 
 LANGUAGES = {"python", "bash", "yaml", "math", ""}
 SMALL = {

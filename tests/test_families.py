@@ -98,7 +98,7 @@ class ReferenceInstead(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def reference(self, query, key, value, layout):
-        options = NARROW[self.name].mechanism.fit(layout, **NARROW[self.name].options())
+        options = NARROW[self.name].fit(layout).options()
         options.pop("train_tokens", None)  # an option of the processor only
         return REFERENCE[self.name](query, key, value, layout, **options)
 
@@ -124,9 +124,12 @@ def test_cross_attention_is_never_replaced(family, monkeypatch):
     else:  # 512 text tokens and a grid of 512
         model, inputs = TINY[family](), TINY[family].inputs((2, 16, 16))
     keys = []
-    monkeypatch.setattr(
-        gna, "_attend", lambda q, k, v, layout, **_: keys.append(k) or F.scaled_dot_product_attention(q, k, v)
-    )
+
+    def attend(self, q, k, v, layout, **_):
+        keys.append(k)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setattr(dit_accel.GNAAttnProcessor, "attend", attend)
     cross, softmax = [], F.scaled_dot_product_attention
 
     class RecordOthers(TorchFunctionMode):

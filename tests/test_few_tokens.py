@@ -11,7 +11,7 @@ BUILD = """
 import importlib, pathlib, sys, torch, offline_gpu
 import dit_accel.kernels
 from dit_accel import TokenLayout
-from dit_accel.mechanisms import _llsa_triton, _sla_triton, clear, gna
+from dit_accel.mechanisms import clear, gna, llsa, sla
 built, empty = [], torch.empty
 torch.empty = lambda *a, **k: empty(*a, **k).zero_()  # lists that no kernel has written are of block 0
 def offline(kernel):
@@ -27,26 +27,23 @@ for path in pathlib.Path(list(dit_accel.kernels.__path__)[0]).glob("*/*.py"):
                 setattr(module, name, offline(getattr(module, name)))
             elif name == "check_inputs":
                 module.check_inputs = lambda query: None
-def run(forward, backward, *learned, n, before=0, heads=1, dim=16, key_mask=None, **options):
+def run(processor, *learned, n, before=0, heads=1, dim=16, key_mask=None):
     x = torch.zeros(1, heads, before + n, dim, dtype=torch.float16)
-    more = {"layout": TokenLayout((n,), before), "scale": 0.1, **options}
-    out, lse = forward(x, x, x, key_mask, *learned, **more)
-    backward(x, out, lse, x, x, x, key_mask, *learned, **more)
-sla = {"critical": 1.0, "negligible": 0.0, "block_q": 64, "block_kv": 64, "smooth_key": False, "tile_order": False}
-llsa = {"block_size": 2, "topk": 1, "enrich": True}
+    more = {"layout": TokenLayout((n,), before), "scale": 0.1}
+    out, lse = processor.compute("triton", x, x, x, key_mask, *learned, **more)
+    processor.backward(x, out, lse, x, x, x, key_mask, *learned, **more)
 def call(name, **size):
     dim = size.get("dim", 16)
     weight = torch.zeros(dim, dim, dtype=torch.float16)
     if name.startswith("sla"):
-        over = name.split()[1]
-        run(_sla_triton.sla_attention_triton, _sla_triton.sla_attention_triton_backward, weight, weight[0],
-            feature_map="relu", linear_over=over, **sla, **size)
+        options = {"critical": 1.0, "negligible": 0.0, "feature_map": "relu", "linear_over": name.split()[1]}
+        run(sla.SLAAttnProcessor(**options), weight, weight[0], **size)
     elif name == "llsa":
-        run(_llsa_triton.llsa_attention_triton, _llsa_triton.llsa_attention_triton_backward, levels=2, **llsa, **size)
+        run(llsa.LLSAAttnProcessor(block_size=2, topk=1, levels=2), **size)
     elif name == "gna":
-        run(gna._COMPUTE["triton"], gna._backward, window=1, stride=1, dilation=1, is_causal=False, **size)
+        run(gna.GNAAttnProcessor(window=1), **size)
     else:
-        run(clear._COMPUTE["triton"], clear._backward, None, radius=1.0, down_factor=1, **size)
+        run(clear.CLEARAttnProcessor(radius=1.0), None, **size)
 with offline_gpu.target("sm_90"):
     for n in map(int, sys.argv[2].split(",")):
         for more in map(eval, sys.argv[3:]):

@@ -82,7 +82,7 @@ def test_grouped_heads():
 def test_block_mask_marks_the_plans_tiles():
     axes = (NeighborhoodAxis(32, 16, 8, 1, False), NeighborhoodAxis(32, 16, 8, 1, False))
     plan = window_plan(axes, 1.0, 64, 64, torch.device("cpu"))
-    mask = plan.to_block_mask((1024, 1024)).block_mask
+    mask = flex_mask(plan, (1024, 1024)).block_mask
     assert mask.BLOCK_SIZE == (64, 64)
     dense = torch.zeros(plan.q.n_tiles, plan.kv.n_tiles, dtype=torch.int)
     for tile, (n, listed) in enumerate(zip(plan.n_tiles[0].tolist(), plan.tiles[0].tolist(), strict=True)):
@@ -154,9 +154,7 @@ def test_sla_block_lists_cover_all_visible_keys(layout, options, masked, monkeyp
     masks = []
 
     def recorded(query, key, value, plan, *, scale, before, key_mask):
-        masks.append(
-            plan.to_block_mask((layout.seq_len,) * 2, before, key_mask=key_mask, heads=query.shape[1]).block_mask
-        )
+        masks.append(flex_mask(plan, (layout.seq_len,) * 2, before, key_mask=key_mask, heads=query.shape[1]).block_mask)
         return block_sparse_flex(query, key, value, plan, scale=scale, before=before, key_mask=key_mask)
 
     monkeypatch.setattr("dit_accel.kernels.block_sparse.flex.block_sparse_flex", recorded)
@@ -203,11 +201,11 @@ def test_unsupported_flex_inputs_are_refused():
     plan = BlockPlan(tiling, tiling, torch.zeros(6, 2, 1, dtype=torch.int32), None, ones)
     for heads in (None, 4):
         with pytest.raises(ValueError, match=f"6 lists, of each batch element and head: give heads, got {heads}"):
-            plan.to_block_mask((64, 64), heads=heads)
-    assert plan.to_block_mask((64, 64), heads=3).block_mask.shape == (2, 3, 64, 64)
+            flex_mask(plan, (64, 64), heads=heads)
+    assert flex_mask(plan, (64, 64), heads=3).block_mask.shape == (2, 3, 64, 64)
     window = window_plan((NeighborhoodAxis(64, 9, 1, 1, False),), 1.0, 32, 32, torch.device("cpu"))
     with pytest.raises(ValueError, match="mask of a window: make one plan for each"):
-        BlockPlan(tiling, tiling, plan.tiles, None, ones, window.mask).to_block_mask((64, 64), heads=3)
+        flex_mask(BlockPlan(tiling, tiling, plan.tiles, None, ones, window.mask), (64, 64), heads=3)
     with pytest.raises(ValueError, match=r"got float64: convert .* or choose backend"):
         check_compiled(torch.float64, 64)
     with pytest.raises(ValueError, match="head dims from 16, got 8: pad"):

@@ -87,14 +87,14 @@ def padding(layout, batch=2, seed=2):
     return mask
 
 
-def expected(name, qkv, layout, options, told):
+def expected(name, qkv, layout, options, given):
     skipped = {"sla": ("tile_order",), "llsa": ("block_size", "levels")}.get(name, ())
     options = {k: v for k, v in options.items() if k not in skipped}
-    return torch.from_numpy(getattr(oracle, name)(*qkv, layout, **options, **told))
+    return torch.from_numpy(getattr(oracle, name)(*qkv, layout, **options, **given))
 
 
-def check(name, qkv, layout, options, told, *, rows=None):
-    want = expected(name, qkv, layout, options, told)
+def check(name, qkv, layout, options, given, *, rows=None):
+    want = expected(name, qkv, layout, options, given)
     for function in FUNCTIONS[name]:
         got = function(*qkv, layout, **options).double()
         error = (got - want).abs()
@@ -104,27 +104,27 @@ def check(name, qkv, layout, options, told, *, rows=None):
 
 
 @pytest.mark.parametrize("text", [(0, 0), (5, 3)], ids=["image", "text"])
-@pytest.mark.parametrize("name, grid, options, told", CASES)
-def test_agrees_with_the_paper(name, grid, options, told, text):
+@pytest.mark.parametrize("name, grid, options, given", CASES)
+def test_agrees_with_the_paper(name, grid, options, given, text):
     layout = TokenLayout(grid, *text)
     options = options | learned(name, options, 16)
-    check(name, inputs(layout, 16), layout, options, told)
+    check(name, inputs(layout, 16), layout, options, given)
 
 
-@pytest.mark.parametrize("name, grid, options, told", CASES)
-def test_padding_is_as_if_it_were_not_there(name, grid, options, told):
+@pytest.mark.parametrize("name, grid, options, given", CASES)
+def test_padding_is_as_if_it_were_not_there(name, grid, options, given):
     layout = TokenLayout(grid, 4, 3)
     mask = padding(layout)
     options = options | learned(name, options, 16)
-    check(name, inputs(layout, 16), layout, options | {"key_mask": mask}, told, rows=mask)
+    check(name, inputs(layout, 16), layout, options | {"key_mask": mask}, given, rows=mask)
 
 
 @pytest.mark.parametrize("dim", [40, 64, 80, 96, 128])
-@pytest.mark.parametrize("name, grid, options, told", [CASES[2], CASES[11], CASES[16], CASES[22]])
-def test_head_dims(name, grid, options, told, dim):
+@pytest.mark.parametrize("name, grid, options, given", [CASES[2], CASES[11], CASES[16], CASES[22]])
+def test_head_dims(name, grid, options, given, dim):
     layout = TokenLayout(grid, 2, 1)
     options = options | learned(name, options, dim) | {"scale": 0.07}
-    check(name, inputs(layout, dim, batch=1), layout, options, told)
+    check(name, inputs(layout, dim, batch=1), layout, options, given)
 
 
 LENGTHS = {
@@ -139,9 +139,9 @@ LENGTHS = {
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths(name, length):
     layout = TokenLayout((length,))
-    options, told = LENGTHS[name](length)
+    options, given = LENGTHS[name](length)
     qkv = inputs(layout, 16, batch=1, heads=1)
-    want = expected(name, qkv, layout, options, told)
+    want = expected(name, qkv, layout, options, given)
     got = FUNCTIONS[name][0](*qkv, layout, **options)
     assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
@@ -155,8 +155,8 @@ def test_no_layout_is_one_axis(name):
     torch.testing.assert_close(reference(*qkv, **options), function(*qkv, **options), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, grid, options, told", [CASES[4], CASES[13], CASES[19], CASES[24]])
-def test_any_strides(name, grid, options, told):
+@pytest.mark.parametrize("name, grid, options, given", [CASES[4], CASES[13], CASES[19], CASES[24]])
+def test_any_strides(name, grid, options, given):
     layout = TokenLayout(grid, 2, 3)
     qkv = inputs(layout, 16, heads=2)
     options = options | learned(name, options, 16)
@@ -196,8 +196,8 @@ def test_wide_open_is_dense(name, options, masked):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name, grid, options, told", [CASES[4], CASES[13], CASES[19], CASES[16], CASES[22]])
-def test_low_precision_is_as_good_as_dense_attention(name, grid, options, told, dtype, masked):
+@pytest.mark.parametrize("name, grid, options, given", [CASES[4], CASES[13], CASES[19], CASES[16], CASES[22]])
+def test_low_precision_is_as_good_as_dense_attention(name, grid, options, given, dtype, masked):
     layout = TokenLayout(grid, 5, 3)
     qkv = inputs(layout, 64, dtype=dtype)
     options = options | learned(name, options, 64)
@@ -218,11 +218,11 @@ def test_float64_stays_float64():
     assert gna.gna_attention(*qkv, layout, window=3).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name, grid, options, told", [case for case in CASES if case[0] == "llsa"][:2])
-def test_float64_is_exact_to_float64(name, grid, options, told):
+@pytest.mark.parametrize("name, grid, options, given", [case for case in CASES if case[0] == "llsa"][:2])
+def test_float64_is_exact_to_float64(name, grid, options, given):
     layout = TokenLayout(grid, 2, 1)
     qkv = inputs(layout, 16, dtype=torch.float64)
-    want = expected(name, qkv, layout, options, told)
+    want = expected(name, qkv, layout, options, given)
     torch.testing.assert_close(FUNCTIONS[name][0](*qkv, layout, **options), want, rtol=1e-12, atol=1e-12)
 
 
@@ -265,8 +265,8 @@ def test_a_tiny_circle_holds_the_token_itself(radius):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "flex"])
-@pytest.mark.parametrize("name, grid, options, told", [CASES[2], CASES[11], CASES[16], CASES[22]])
-def test_scales_of_any_sign(name, grid, options, told, backend):
+@pytest.mark.parametrize("name, grid, options, given", [CASES[2], CASES[11], CASES[16], CASES[22]])
+def test_scales_of_any_sign(name, grid, options, given, backend):
     """The selection depends on the scores only, for any scale."""
     if name == "llsa" and backend == "flex":
         pytest.skip("LLSA has no such backend")
@@ -276,7 +276,7 @@ def test_scales_of_any_sign(name, grid, options, told, backend):
     options = options | learned(name, options, 8)
     qkv = inputs(layout, 8, batch=1, heads=1)
     for scale in (-0.7, -20.0, 0.0):
-        want = expected(name, qkv, layout, options | {"scale": scale}, told)
+        want = expected(name, qkv, layout, options | {"scale": scale}, given)
         got = FUNCTIONS[name][0](*qkv, layout, **options, scale=scale, backend=backend)
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
 

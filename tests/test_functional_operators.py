@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit_accel import TokenLayout
-from dit_accel.mechanisms import clear, gna, llsa, sla
+from dit_accel import PROCESSORS, TokenLayout, functional
 
 W, B, P = torch.randn(16, 16), torch.randn(16), torch.rand(2, 2)
 CASES = {
-    "gna": (gna, {"window": (3, 4), "stride": 2}, {}),
-    "clear": (clear, {"radius": (2.5, 3), "down_factor": 2}, {"pool_weight": P}),
-    "sla": (sla, {"block_q": 8, "block_kv": 8, "critical": 0.4}, {"weight": W, "bias": B}),
-    "llsa": (llsa, {"block_size": 4, "topk": 2, "levels": 2}, {}),
+    "gna": ({"window": (3, 4), "stride": 2}, {}),
+    "clear": ({"radius": (2.5, 3), "down_factor": 2}, {"pool_weight": P}),
+    "sla": ({"block_q": 8, "block_kv": 8, "critical": 0.4}, {"weight": W, "bias": B}),
+    "llsa": ({"block_size": 4, "topk": 2, "levels": 2}, {}),
 }
 ARGUMENTS = {
     "gna": ([3, 4], [2], [1], [False]),
@@ -33,7 +32,7 @@ def inputs(layout, dim=16, *, requires_grad=True, batch=2):
 def test_opcheck(name, masked):
     layout = TokenLayout((6, 7), 3, 2)
     mask = torch.rand(2, layout.seq_len) > 0.2 if masked else None
-    learned = [x.clone().requires_grad_() for x in CASES[name][2].values()]
+    learned = [x.clone().requires_grad_() for x in CASES[name][1].values()]
     arguments = (*inputs(layout), mask, *learned, [6, 7], 3, 2, *ARGUMENTS[name], None, False)
     operators = torch.ops.dit_accel
     torch.library.opcheck(getattr(operators, f"{name}_attention").default, arguments)
@@ -48,7 +47,7 @@ def test_backward_leaves_its_arguments_alone(name):
     layout = TokenLayout((6, 7), 3, 2)
     arguments = [*(torch.randn(2, 2, layout.seq_len, 16) for _ in range(2)), torch.empty(0)]
     arguments += [*inputs(layout, requires_grad=False), None]
-    arguments += [x.clone() for x in CASES[name][2].values()]
+    arguments += [x.clone() for x in CASES[name][1].values()]
     before = [x if x is None else x.clone() for x in arguments]
     grads = getattr(torch.ops.dit_accel, f"{name}_attention_backward")(
         *arguments, [6, 7], 3, 2, *ARGUMENTS[name], None, False
@@ -60,9 +59,11 @@ def test_backward_leaves_its_arguments_alone(name):
 
 
 def attend(name, layout):
-    module, options, learned = CASES[name]
-    return lambda q, k, v, grid: module._attend(
-        q, k, v, TokenLayout(grid, layout.before, layout.after), **options, **learned, fit=True
+    """The mechanism as an installed layer calls it."""
+    options, learned = CASES[name]
+    processor = PROCESSORS[name](**options)
+    return lambda q, k, v, grid: processor.attend(
+        q, k, v, TokenLayout(grid, layout.before, layout.after), parameters=learned
     )
 
 
@@ -112,7 +113,8 @@ def test_sizes_read_from_data(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_learned_tensors_get_gradients_under_compile(name):
-    module, options, learned = CASES[name]
+    options, learned = CASES[name]
+    function = getattr(functional, f"{name}_attention")
     layout = TokenLayout((6, 7), 3, 2)
     learned = {key: x.clone().requires_grad_() for key, x in learned.items()}
     qkv = inputs(layout)
@@ -120,7 +122,7 @@ def test_learned_tensors_get_gradients_under_compile(name):
 
     def loss(*tensors):
         named = dict(zip(learned, tensors[3:], strict=True))
-        return module._attend(*tensors[:3], layout, **options, **named).square().sum()
+        return function(*tensors[:3], layout, **options, **named).square().sum()
 
     got = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves), leaves)
     torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves))
@@ -128,12 +130,13 @@ def test_learned_tensors_get_gradients_under_compile(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_autocast_changes_nothing_inside(name):
-    module, options, learned = CASES[name]
+    options, learned = CASES[name]
+    function = getattr(functional, f"{name}_attention")
     layout = TokenLayout((6, 7))
     qkv = inputs(layout, requires_grad=False)
-    want = module._attend(*qkv, layout, **options, **learned)
+    want = function(*qkv, layout, **options, **learned)
     with torch.autocast("cpu", torch.bfloat16):
-        got = module._attend(*qkv, layout, **options, **learned)
+        got = function(*qkv, layout, **options, **learned)
     assert got.dtype == torch.float32
     assert torch.equal(got, want)
 
@@ -141,12 +144,13 @@ def test_autocast_changes_nothing_inside(name):
 @pytest.mark.parametrize("name", CASES)
 def test_train_after_inference_mode(name):
     """Plans and trees cached in inference mode are usable in training."""
-    module, options, learned = CASES[name]
+    options, learned = CASES[name]
+    function = getattr(functional, f"{name}_attention")
     layout = TokenLayout((9, 5), 1)
     qkv = inputs(layout)
     with torch.inference_mode():
-        want = module._attend(*qkv, layout, **options, **learned)
-    got = module._attend(*qkv, layout, **options, **learned)
+        want = function(*qkv, layout, **options, **learned)
+    got = function(*qkv, layout, **options, **learned)
     got.sum().backward()
     torch.testing.assert_close(got, want.clone())
     assert all(torch.isfinite(x.grad).all() for x in qkv)
@@ -154,7 +158,8 @@ def test_train_after_inference_mode(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_output_has_tokens_first_in_memory(name):
-    module, options, learned = CASES[name]
+    options, learned = CASES[name]
+    function = getattr(functional, f"{name}_attention")
     layout = TokenLayout((6, 7))
-    out = module._attend(*inputs(layout, requires_grad=False), layout, **options, **learned)
+    out = function(*inputs(layout, requires_grad=False), layout, **options, **learned)
     assert out.transpose(1, 2).is_contiguous()

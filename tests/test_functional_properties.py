@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel import TokenLayout
+from dit_accel import CLEARAttnProcessor, GNAAttnProcessor, LLSAAttnProcessor, SLAAttnProcessor, TokenLayout, functional
 from dit_accel.mechanisms import clear, gna, llsa, sla
 
 FUNCTIONS = [sla.sla_attention, clear.clear_attention, llsa.llsa_attention, gna.gna_attention]
-MODULES = {sla.sla_attention: sla, clear.clear_attention: clear, llsa.llsa_attention: llsa, gna.gna_attention: gna}
+MODULES = dict(zip(FUNCTIONS, (sla, clear, llsa, gna), strict=True))
+KINDS = dict(zip(FUNCTIONS, (SLAAttnProcessor, CLEARAttnProcessor, LLSAAttnProcessor, GNAAttnProcessor), strict=True))
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 
 grids = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
@@ -130,7 +131,7 @@ def test_counted_logits_are_those_of_the_mask(call):
     function, layout, options = call
     if function in (sla.sla_attention, llsa.llsa_attention):
         return  # the kept blocks depend on the data: see below
-    counted = MODULES[function].count_logits(layout, **options)
+    counted = KINDS[function](**options).count_logits(layout)
     length = layout.seq_len
     zeros, eye = torch.zeros(1, 1, length, length), torch.eye(length)[None, None]
     without_pooling = {name: x for name, x in options.items() if name != "down_factor"}
@@ -144,54 +145,63 @@ def test_counted_logits_are_those_of_the_mask(call):
 def test_counted_logits_of_data_dependent_masks():
     layout = TokenLayout((16, 16), 10)
     text = 10 * 10 + 2 * 10 * 256
-    assert sla.count_logits(layout, critical=0.25, block_kv=16) == 256 * 4 * 16 + text
-    assert sla.count_logits(layout, critical=0.25, block_kv=64, tile_order=True) == 256 * 64 + text
-    assert sla.count_logits(layout, critical=1.0, negligible=0.0) == layout.seq_len**2
-    assert llsa.count_logits(layout, topk=4) == 256 * (4 * 16 + 16) + text
-    assert llsa.count_logits(layout, topk=4, enrich=False) == 256 * 4 * 16 + text
-    assert llsa.count_logits(layout, topk=2, block_size=4, levels=2) == 256 * (8 + 8 + 16) + text
+    assert SLAAttnProcessor(critical=0.25, block_kv=16).count_logits(layout) == 256 * 4 * 16 + text
+    assert SLAAttnProcessor(critical=0.25, block_kv=64, tile_order=True).count_logits(layout) == 256 * 64 + text
+    assert SLAAttnProcessor(critical=1.0, negligible=0.0).count_logits(layout) == layout.seq_len**2
+    assert LLSAAttnProcessor(topk=4).count_logits(layout) == 256 * (4 * 16 + 16) + text
+    assert LLSAAttnProcessor(topk=4, enrich=False).count_logits(layout) == 256 * 4 * 16 + text
+    assert LLSAAttnProcessor(topk=2, block_size=4, levels=2).count_logits(layout) == 256 * (8 + 8 + 16) + text
 
 
 @pytest.mark.parametrize(
-    "module, options",
-    [(gna, {"window": 48}), (clear, {"radius": 30, "down_factor": 4}), (sla, {}), (llsa, {"levels": 2}), (llsa, {})],
-)
-def test_counting_is_cheap_at_a_million_tokens(module, options):
+    "processor",
+    [
+        GNAAttnProcessor(window=48), CLEARAttnProcessor(radius=30, down_factor=4), SLAAttnProcessor(),
+        LLSAAttnProcessor(levels=2), LLSAAttnProcessor(),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_counting_is_cheap_at_a_million_tokens(processor):
     for layout in (TokenLayout((1024, 1024), 512), TokenLayout((64, 128, 128))):
-        assert 0 < module.count_logits(layout, **options) < 0.2 * layout.seq_len**2
+        assert 0 < processor.count_logits(layout) < 0.2 * layout.seq_len**2
 
 
 FITS = [
-    (gna, (4, 8, 6), {"window": 7, "stride": 5}, {"window": (4, 7, 6), "stride": (4, 5, 5)}),
-    (gna, (1, 30, 30), {"window": (5, 9, 9), "dilation": (1, 4, 2)}, {"window": (1, 9, 9), "dilation": (1, 3, 2)}),
-    (gna, (9,), {"window": 3}, {"window": (3,), "stride": (1,), "dilation": (1,), "is_causal": (False,)}),
-    (clear, (4, 5), {"radius": 8, "down_factor": 9}, {"radius": (8, 8), "down_factor": 9}),
-    (clear, (40,), {"radius": 8, "down_factor": 2}, {"radius": (8,), "down_factor": 1}),
-    (llsa, (4, 4), {"levels": 3}, {"levels": 1}),
-    (llsa, (16, 17), {"levels": 9}, {"levels": 3}),
-    (llsa, (16, 17), {}, {"levels": None, "block_size": 16, "topk": 8, "enrich": True}),
-    (sla, (5, 5), {"critical": 0.3}, {"critical": 0.3}),
+    (GNAAttnProcessor, (4, 8, 6), {"window": 7, "stride": 5}, {"window": (4, 7, 6), "stride": (4, 5, 5)}),
+    (
+        GNAAttnProcessor,
+        (1, 30, 30),
+        {"window": (5, 9, 9), "dilation": (1, 4, 2)},
+        {"window": (1, 9, 9), "dilation": (1, 3, 2)},
+    ),
+    (GNAAttnProcessor, (9,), {"window": 3}, {"window": (3,), "stride": (1,), "dilation": (1,), "is_causal": (False,)}),
+    (CLEARAttnProcessor, (4, 5), {"radius": 8, "down_factor": 9}, {"radius": (8, 8), "down_factor": 9}),
+    (CLEARAttnProcessor, (40,), {"radius": 8, "down_factor": 2}, {"radius": (8,), "down_factor": 1}),
+    (LLSAAttnProcessor, (4, 4), {"levels": 3}, {"levels": 1}),
+    (LLSAAttnProcessor, (16, 17), {"levels": 9}, {"levels": 3}),
+    (LLSAAttnProcessor, (16, 17), {}, {"levels": None, "block_size": 16, "topk": 8, "enrich": True}),
+    (SLAAttnProcessor, (5, 5), {"critical": 0.3}, {"critical": 0.3}),
 ]
 
 
-@pytest.mark.parametrize("module, grid, options, expected", FITS)
-def test_fit_shrinks_to_the_layout(module, grid, options, expected):
-    layout = TokenLayout(grid, 2)
-    fitted = module.fit(layout, **options)
-    assert {name: fitted[name] for name in expected} == expected
-    assert module.fit(layout, **fitted) == fitted
+@pytest.mark.parametrize("kind, grid, options, expected", FITS)
+def test_fit_shrinks_to_the_layout(kind, grid, options, expected):
+    layout, processor = TokenLayout(grid, 2), kind(**options)
+    fitted = processor.fit(layout)
+    assert {name: fitted.options()[name] for name in expected} == expected
+    assert fitted.fit(layout) == fitted
     tensors = qkv(layout)
-    shrunk = module._attend(*tensors, layout, **options, fit=True)
-    assert torch.equal(shrunk, module._attend(*tensors, layout, **fitted))
+    function = getattr(functional, f"{kind.name}_attention")
+    assert torch.equal(processor.attend(*tensors, layout), function(*tensors, layout, **fitted.options()))
 
 
-@pytest.mark.parametrize("module, options", [(gna, {"window": (3, 3)}), (clear, {"radius": (3, 3)})])
-def test_fit_refuses_another_number_of_axes(module, options):
+@pytest.mark.parametrize("processor", [GNAAttnProcessor(window=(3, 3)), CLEARAttnProcessor(radius=(3, 3))], ids=str)
+def test_fit_refuses_another_number_of_axes(processor):
     layout = TokenLayout((4, 5, 6))
     with pytest.raises(ValueError, match=r"2 values but grid .* has 3 axes"):
-        module.fit(layout, **options)
+        processor.fit(layout)
     with pytest.raises(ValueError, match=r"2 values but grid .* has 3 axes"):
-        module._attend(*qkv(layout), layout, **options, fit=True)
+        processor.attend(*qkv(layout), layout)
 
 
 def test_high_resolution_scale():
@@ -200,5 +210,5 @@ def test_high_resolution_scale():
     for f, length in ((1, 45), (2, 450)):
         scale = math.sqrt(math.log(length, 20) / 8)
         want = clear.clear_attention(*tensors, layout, radius=radius, down_factor=f, scale=scale)
-        got = clear._attend(*tensors, layout, radius=radius, down_factor=f, train_tokens=20)
+        got = clear.clear_attention(*tensors, layout, radius=radius, down_factor=f, train_tokens=20)
         torch.testing.assert_close(got, want)

@@ -18,7 +18,7 @@ from dit_accel.functional import linfusion_attention
 from dit_accel.install import intercept
 from dit_accel.install.installation import installed_layers
 from dit_accel.mechanisms import linfusion
-from dit_accel.mechanisms.processor import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS
 
 UNETS = pytest.mark.parametrize("family", ["sd15", "sdxl"])
 

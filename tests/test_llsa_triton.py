@@ -355,10 +355,10 @@ def test_tiles_of_any_size_give_the_same(block_q, block_k):
     torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("dtype, dim, told", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
-def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
+@pytest.mark.parametrize("dtype, dim, message", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
+def test_unsupported_inputs_name_what_is_supported(dtype, dim, message):
     x = torch.zeros(1, 1, 16, dim, dtype=dtype, device=DEVICE)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         llsa_attention(x, x, x, L((4, 4)), backend="triton")
 
 

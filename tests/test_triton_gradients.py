@@ -141,6 +141,6 @@ print(len(built), sorted(built[-1].asm))
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_kernels_build_for(target):
-    told = build(BUILD, target, *(("clear", "pooled", "gna", "sla") if target == "sm_90" else ("sla",)))
-    assert told.startswith("16 " if target == "sm_90" else "7 "), told
-    assert ("hsaco" if target.startswith("gfx") else "cubin") in told
+    printed = build(BUILD, target, *(("clear", "pooled", "gna", "sla") if target == "sm_90" else ("sla",)))
+    assert printed.startswith("16 " if target == "sm_90" else "7 "), printed
+    assert ("hsaco" if target.startswith("gfx") else "cubin") in printed

@@ -13,7 +13,7 @@ import torch
 from dit_accel import TokenLayout, functional
 from dit_accel.kernels.block_sparse import forward as block_sparse_triton
 from dit_accel.kernels.block_sparse.backward import block_sparse_attention_backward
-from dit_accel.kernels.block_sparse.forward import Config, LinearBranch, block_sparse_attention, check_inputs
+from dit_accel.kernels.block_sparse.forward import LaunchConfig, LinearBranch, block_sparse_attention, check_inputs
 from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
 from dit_accel.kernels.tiling import Tiling
 from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
@@ -81,7 +81,9 @@ def test_descriptors_and_pointers_load_the_same_tiles(boxes, ragged):
     s = grid[0] * grid[1] * grid[2] + 7
     q, k, v = (torch.randn(1, s, 2, 64).half().transpose(1, 2) for _ in range(3))
     plan = window_plan(axes, 1.0, 64, 32, q.device)
-    out, _ = block_sparse_attention(q, k, v, plan, scale=0.125, before=(7, 7), config=Config(64, 32, 4, 1, boxes=boxes))
+    out, _ = block_sparse_attention(
+        q, k, v, plan, scale=0.125, before=(7, 7), config=LaunchConfig(64, 32, 4, 1, boxes=boxes)
+    )
     options = {"window": (3, 5, 7), "stride": (1, 2, 4)}
     exact = functional.gna_attention(q.double(), k.double(), v.double(), L(grid, 7), backend="torch", **options)
     assert (out.double() - exact).norm() <= 2e-3 * exact.norm()
@@ -94,7 +96,7 @@ def test_keys_and_values_may_have_different_strides():
     lists, counts = torch.arange(4, dtype=torch.int32).expand(1, 4, 4), torch.full((1, 4), 4, dtype=torch.int32)
     plan = BlockPlan(Tiling.of((64,), (16,)), Tiling.of((64,), (16,)), lists.contiguous(), None, counts)
     for key, value in ((k, v), (v, k)):
-        out, _ = block_sparse_attention(q, key, value, plan, scale=0.2, config=Config(16, 16, 4, 1, boxes=True))
+        out, _ = block_sparse_attention(q, key, value, plan, scale=0.2, config=LaunchConfig(16, 16, 4, 1, boxes=True))
         exact = (q.double() @ key.double().mT * 0.2).softmax(-1) @ value.double()
         assert (out.double() - exact).norm() <= 2e-3 * exact.norm()
 
@@ -189,9 +191,9 @@ def test_lists_of_all_query_tiles_cover_their_balls():
     assert visited == needed
 
 
-@pytest.mark.parametrize("dtype, dim, told", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
-def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize("dtype, dim, message", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
+def test_unsupported_inputs_name_what_is_supported(dtype, dim, message):
+    with pytest.raises(ValueError, match=message):
         check_inputs(torch.zeros(1, 1, 4, dim, dtype=dtype))
 
 
@@ -208,7 +210,7 @@ class Launch:
         return lambda *a, **k: built.append(kernel.warmup(*a, grid=grid, **k))
 b.block_sparse_fwd_kernel = Launch()
 target = sys.argv[1]
-config = b.Config(64, 32, 4, 2, boxes=target in ("sm_90", "sm_100"))
+config = b.LaunchConfig(64, 32, 4, 2, boxes=target in ("sm_90", "sm_100"))
 q = torch.empty(1, 2, 16 * 32 + 8, 64, dtype=torch.bfloat16)
 key_mask = torch.ones(1, 16 * 32 + 8, dtype=torch.bool)
 pooled = (torch.empty(1, 2, 70, 64, dtype=q.dtype),) * 2
@@ -295,9 +297,9 @@ def test_hopper_kernel_builds():
 def test_kernel_builds_for(target):
     """The variants differ in constexprs: the interpreter accepts branches that the compiler's type checks refuse."""
     variants = () if target == "sm_90" else ("clear",)
-    told = build(BUILD, target, *variants)
-    assert told.startswith("1" if variants else "5")
-    assert ("hsaco" if target.startswith("gfx") else "cubin") in told
+    printed = build(BUILD, target, *variants)
+    assert printed.startswith("1" if variants else "5")
+    assert ("hsaco" if target.startswith("gfx") else "cubin") in printed
 
 
 def test_interpreter_is_on():

@@ -13,10 +13,10 @@ from triton.runtime.errors import OutOfResources
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.forward import block_sparse_attention
 from dit_accel.kernels.block_sparse.plan import window_plan
-from dit_accel.kernels.tuning import BUDGET_S, MAX_CONFIGS, Config, candidate_configs, choose_config, launch_tuned
+from dit_accel.kernels.tuning import BUDGET_S, MAX_CONFIGS, LaunchConfig, candidate_configs, choose_config, launch_tuned
 from dit_accel.kernels.windows.geometry import BallAxis
 
-GUESS = Config(64, 64, 4, 2)
+GUESS = LaunchConfig(64, 64, 4, 2)
 QUERY = torch.empty(1, 1, 1, 96, dtype=torch.float16)
 CANDIDATES = candidate_configs(GUESS, 2, False)
 
@@ -24,10 +24,10 @@ CANDIDATES = candidate_configs(GUESS, 2, False)
 class Machine:
     """Fake GPU with the given times in seconds; other configurations do not fit."""
 
-    def __init__(self, times: dict[Config, float]) -> None:
+    def __init__(self, times: dict[LaunchConfig, float]) -> None:
         self.times, self.now, self.launched, self.timed = times, 0.0, [], 0
 
-    def launch(self, config: Config) -> None:
+    def launch(self, config: LaunchConfig) -> None:
         if config not in self.times:
             raise OutOfResources(120000, 101376, "shared memory")
         self.launched.append(config)
@@ -39,7 +39,7 @@ class Machine:
         self.timed += 1
         return 1000 * (self.now - before)
 
-    def run(self, what="list 64x64", guess=GUESS, query=QUERY, boxes=False) -> Config:
+    def run(self, what="list 64x64", guess=GUESS, query=QUERY, boxes=False) -> LaunchConfig:
         """Configuration of the last launch, whose result is kept."""
         launch_tuned(self.launch, query, what, guess, boxes)
         return self.launched[-1]

@@ -18,6 +18,7 @@ from dit_accel.demo.scenes.scene import LANE_MOTIONS, MAX_OBJECTS, PLACES, SHAPE
 # columns of an object's row; positions and radius are fractions of the side, velocities fractions per clip
 X, Y, RADIUS, ROTATION, SHAPE, TEXTURE, ANGLE, PRESENT, VX, VY, RED, DARK_RED = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13
 FIELDS = 16
+IMAGE_SIZE, CLIP_SIZE, CLIP_FRAMES = 512, 256, 25  # pixels per side and frames of the embedded pipelines
 IMAGE_RADIUS = {"small": 0.11, "medium": 0.14, "large": 0.165}
 CLIP_RADIUS = {"small": 0.155, "medium": 0.19, "large": 0.225}
 LANES = {"top": 0.26, "bottom": 0.74, "left": 0.26, "right": 0.74}

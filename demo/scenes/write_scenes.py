@@ -22,9 +22,8 @@ import torch
 from PIL import Image
 
 from dit_accel.common.files import replacing
-from dit_accel.demo.scenes.render import layout_scene, render
+from dit_accel.demo.scenes.render import CLIP_FRAMES, CLIP_SIZE, IMAGE_SIZE, layout_scene, render
 from dit_accel.demo.scenes.scene import caption, sample_scene
-from dit_accel.demo.training.build import ImageConfig, VideoConfig
 
 __all__ = ["write_scenes"]
 
@@ -45,7 +44,7 @@ def write_scenes(
         workers: number of processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw = partial(_draw, folder, clip, seed, held_out, size or (VideoConfig() if clip else ImageConfig()).size)
+    draw = partial(_draw, folder, clip, seed, held_out, size or (CLIP_SIZE if clip else IMAGE_SIZE))
     starts = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
     if workers > 1:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -59,7 +58,7 @@ def write_scenes(
 def _draw(folder: Path, clip: bool, seed: int, held_out: bool, size: int, numbers: range) -> list[str]:
     """Write the scenes with these numbers; return their lines of metadata.jsonl."""
     torch.set_num_threads(1)
-    moments = torch.linspace(0, 1, VideoConfig().frames) if clip else None
+    moments = torch.linspace(0, 1, CLIP_FRAMES) if clip else None
     lines = []
     for i in numbers:
         rng = random.Random(f"{seed} {i}")  # a scene does not depend on those before it

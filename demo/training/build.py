@@ -26,6 +26,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from dit_accel.demo.scenes.render import CLIP_FRAMES, CLIP_SIZE, IMAGE_SIZE
 from dit_accel.demo.scenes.scene import TEXT_LENGTH
 from dit_accel.demo.scenes.vocabulary import build_clip_tokenizer, build_t5_tokenizer, neutral_ids
 
@@ -47,7 +48,7 @@ class Phase:
 class ImageConfig:
     """FluxPipeline: 512×512 pixels, downsampled by 4 and packed by 2 to 64×64 = 4,096 tokens."""
 
-    size: int = 512
+    size: int = IMAGE_SIZE
     steps: int = 10
     shift: float = 3.0
     heads: int = 2
@@ -90,8 +91,8 @@ class ImageConfig:
 class VideoConfig:
     """WanPipeline: 25 frames of 256×256, downsampled by (2, 8, 8), patch size (1, 2, 2): 13×16×16 = 3,328 tokens."""
 
-    size: int = 256
-    frames: int = 25
+    size: int = CLIP_SIZE
+    frames: int = CLIP_FRAMES
     steps: int = 10
     shift: float = 3.0
     heads: int = 2

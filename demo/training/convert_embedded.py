@@ -38,57 +38,19 @@ from dit_accel.demo.scenes.evaluate_captions import prompt_check
 from dit_accel.demo.scenes.write_scenes import write_scenes
 from dit_accel.install.installation import denoisers, installed_layers
 from dit_accel.mechanisms.attn_spec import parse_attention
+from dit_accel.mechanisms.registry import PROCESSORS
 
 __all__ = ["MECHANISMS"]
 
-# A tenth of the logits of 64×64 tokens with 40 text tokens (image), and of 13×16×16 tokens (video). The options per
-# layer were found with search_layer_options (125 seconds each on a GPU, starting from options chosen by hand), except
-# the image's LLSA, which was chosen by hand: its loss after the same number of steps was lower (+24.0 %, against
-# +31.1 % for the result of the search).
+# Options of about a tenth of the logits of 64×64 tokens with 40 text tokens (image), and of 13×16×16 tokens (video).
+# The options per layer were found with search_layer_options (125 seconds each on a GPU, starting from options chosen by
+# hand), except the image's LLSA, which was chosen by hand: its loss after the same number of steps was lower (+24.0 %,
+# against +31.1 % for the result of the search).
+_OPTIONS = Path(__file__).parent / "options"
 MECHANISMS = {
-    "image": {
-        "sla": r"sla:critical=0.15,block_q=8,block_kv=8,tile_order=true"
-        + r";critical=0.02@\.transformer_blocks\.0\."
-        + r";critical=0.03@\.single_transformer_blocks\.(0|1)\."
-        + r";critical=0.08@\.single_transformer_blocks\.2\."
-        + r";critical=0.06@\.single_transformer_blocks\.3\."
-        + r";critical=0.04@\.single_transformer_blocks\.4\."
-        + r";critical=0.18@\.single_transformer_blocks\.6\.",
-        "clear": r"clear:radius=3.5x4;radius=8.5x256@\.transformer_blocks\.1\."
-        + r";radius=2x4.5@\.single_transformer_blocks\.0\."
-        + r";radius=256x1.5@\.single_transformer_blocks\.1\."
-        + r";radius=24.5x7@\.single_transformer_blocks\.2\."
-        + r";radius=10.5x10.5@\.single_transformer_blocks\.3\."
-        + r";radius=10.5x2.5@\.single_transformer_blocks\.4\."
-        + r";radius=12.5x10.5@\.single_transformer_blocks\.5\."
-        + r";radius=256x4.5@\.single_transformer_blocks\.6\.",
-        "llsa": r"llsa:block_size=8,topk=12,levels=2;topk=56@\.transformer_blocks\.1\.",
-        "gna": r"gna:window=8x4;window=20x48@\.transformer_blocks\.1\."
-        + r";window=4x20@\.single_transformer_blocks\.0\."
-        + r";window=20x8@\.single_transformer_blocks\.1\."
-        + r";window=32x20@\.single_transformer_blocks\.2\."
-        + r";window=13x13@\.single_transformer_blocks\.3\."
-        + r";window=13x6@\.single_transformer_blocks\.4\."
-        + r";window=13x32@\.single_transformer_blocks\.5\."
-        + r";window=48x10@\.single_transformer_blocks\.6\.",
-    },
-    "video": {
-        "sla": r"sla:critical=0.06,block_q=8,block_kv=8,tile_order=true;critical=0.26@\.blocks\.0\."
-        + r";critical=0.1@\.blocks\.(2|9)\.;critical=0.03@\.blocks\.3\."
-        + r";critical=0.08@\.blocks\.(4|8)\.;critical=0.12@\.blocks\.(5|6)\.",
-        "clear": r"clear:radius=52x64x1;radius=2.5x4.5x64@\.blocks\.0\.;radius=52x4x3@\.blocks\.1\."
-        + r";radius=1.5x4.5x64@\.blocks\.2\.;radius=2.5x4x64@\.blocks\.3\."
-        + r";radius=2x5.5x64@\.blocks\.4\.;radius=4x64x4.5@\.blocks\.6\.;radius=4x1x64@\.blocks\.8\."
-        + r";radius=4.5x3x4.5@\.blocks\.9\.",
-        "llsa": r"llsa:block_size=8,levels=2,topk=24;block_size=32,levels=1,topk=8@\.blocks\.1\."
-        + r";topk=4@\.blocks\.2\.;topk=12@\.blocks\.3\.;topk=20@\.blocks\.4\."
-        + r";block_size=16,levels=1,topk=16@\.blocks\.5\.;topk=32@\.blocks\.6\."
-        + r";block_size=16,levels=1,topk=12@\.blocks\.7\.;topk=16@\.blocks\.8\.;topk=6@\.blocks\.9\.",
-        "gna": r"gna:window=2x8x16;window=3x10x16@\.blocks\.0\.;window=13x6x4@\.blocks\.1\."
-        + r";window=3x5x16@\.blocks\.3\.;window=13x13x1@\.blocks\.5\.;window=4x16x16@\.blocks\.6\."
-        + r";window=13x16x1@\.blocks\.7\.;window=7x1x16@\.blocks\.8\.;window=8x6x5@\.blocks\.9\.",
-    },
-}  # fmt: skip
+    kind: {name: str(path) for name in PROCESSORS if (path := _OPTIONS / kind / f"{name}.yaml").is_file()}
+    for kind in ("image", "video")
+}
 LEVELS = 8
 HELD_OUT_SEED = 20261125
 

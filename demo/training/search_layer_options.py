@@ -32,7 +32,6 @@ from dit_accel.common.pipeline_loading import load_pipeline
 from dit_accel.conversion.data.samples import Sample, read_sample
 from dit_accel.conversion.recipes.capture import merge
 from dit_accel.conversion.recipes.noise import noise_process
-from dit_accel.install.describe import count_logits
 from dit_accel.install.installation import denoisers, installed_layers, reset_attn_processor, set_by_layer
 from dit_accel.layout import TokenLayout
 from dit_accel.mechanisms.attn_spec import AttentionSpec, parse_attention
@@ -163,7 +162,7 @@ class Search:
         """Share of the logits in one layer."""
         if (choice, layout) not in self.shares:
             processor = parse_attention(f"{self.name}:{self.options.text(choice)}").processor()
-            self.shares[choice, layout] = count_logits(processor, layout) / layout.seq_len**2
+            self.shares[choice, layout] = processor.layer_logits(layout) / layout.seq_len**2
         return self.shares[choice, layout]
 
     def cost(self, choices: Mapping[str, Choice]) -> float:

@@ -24,14 +24,8 @@ from dit_accel.install.hooks import StepClock
 from dit_accel.install.installation import attention, denoisers, installation_of, installed_layers
 from dit_accel.install.intercept import MechanismLayer, key_padding
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms._boxes import box_blocks, box_shape
-from dit_accel.mechanisms._tree import default_levels, make_tree
-from dit_accel.mechanisms.processor import (
-    AcceleratedAttnProcessor,
-    CLEARAttnProcessor,
-    LLSAAttnProcessor,
-    SLAAttnProcessor,
-)
+from dit_accel.mechanisms.clear import CLEARAttnProcessor
+from dit_accel.mechanisms.processor import AcceleratedAttnProcessor
 
 __all__ = [
     "CRITICAL",
@@ -203,12 +197,7 @@ def mechanism_weights(
 
 def _without_pooling(processor: AcceleratedAttnProcessor) -> AcceleratedAttnProcessor:
     """Return the processor without pooled tokens, at the host's scale, with the torch backend."""
-    changes: dict[str, Any] = {"scale": None, "backend": "torch"}
-    if isinstance(processor, CLEARAttnProcessor):
-        changes |= {"down_factor": 1, "train_tokens": None}
-    elif isinstance(processor, LLSAAttnProcessor):
-        changes["enrich"] = False
-    return replace(processor, **changes)
+    return replace(processor.without_pooled_tokens(), scale=None, backend="torch")
 
 
 def attended_mask(call: AttentionCall, processor: AcceleratedAttnProcessor, token: int) -> Tensor:
@@ -309,9 +298,7 @@ def coverage(
         total, global_share = (x.to(device) for x in recording.dense[key])
         mass.append((_partition_sum(one, plain)[rows].log() - total).exp())
         on_global.append(global_share)
-    grid = processor.grid_layout(layout)
-    options = processor.mechanism.fit(grid, **processor.layer_options(layout))
-    logits = processor.mechanism.count_logits(grid, **options) / layout.seq_len**2
+    logits = processor.layer_logits(layout) / layout.seq_len**2
     mean_mass, mean_global = (float(torch.stack(x).mean()) for x in (mass, on_global))
     return Coverage(mean_mass, mean_global, logits, n_queries=number, n_grid_tokens=layout.grid_len)
 
@@ -341,7 +328,7 @@ def block_map(call: AttentionCall, processor: AcceleratedAttnProcessor) -> Block
 
     None for windows, which select no blocks, and for more than 1,024 blocks per side.
     """
-    tables = _tables(call.layout, processor)
+    tables = processor.for_layout(call.layout).block_tables(processor.grid_layout(call.layout))
     if tables is None or max(map(len, tables)) > _MAX_BLOCKS:
         return None
     query_block, key_block = (_block_of(table, call.layout.grid_len) for table in tables)
@@ -355,33 +342,15 @@ def block_map(call: AttentionCall, processor: AcceleratedAttnProcessor) -> Block
         value[0, 0, call.layout.grid_slice] = own.to(value.dtype)
         sparse = _attend(call, plain, value, scale=0.0)[0, 0, first]
         chosen.append(sparse > 0)
-        if isinstance(processor, SLAAttnProcessor):  # adds the linear part, with the identity as its projection
-            both = _attend(call, plain, value, scale=0.0, parameters={"weight": torch.eye(dim).to(value)})
+        identity = processor.identity_parameters(dim)
+        if identity is not None:  # adds the linear part, with the identity as its projection
+            parameters = {name: x.to(value) for name, x in identity.items()}
+            both = _attend(call, plain, value, scale=0.0, parameters=parameters)
             linear.append(both[0, 0, first] > sparse)
     states = torch.cat(chosen, -1).int() * CRITICAL
     if linear:
         states = torch.maximum(states, torch.cat(linear, -1).int() * LINEAR)
     return BlockMap(states[:, : len(tables[1])].cpu(), query_block.cpu())
-
-
-def _tables(layout: TokenLayout, processor: AcceleratedAttnProcessor) -> tuple[Tensor, Tensor] | None:
-    """(M, block) grid tokens of each query block and of each key block; -1 pads short blocks."""
-    layout = processor.grid_layout(layout)
-    options = processor.mechanism.fit(layout, **processor.layer_options(layout))
-    cpu = torch.device("cpu")
-    if isinstance(processor, LLSAAttnProcessor):
-        size, levels = options["block_size"], options["levels"]
-        levels = levels or default_levels(layout.grid, size, options["topk"])
-        blocks = make_tree(layout.grid, size, levels, cpu)[0].children
-        return blocks, blocks
-    if not isinstance(processor, SLAAttnProcessor):
-        return None
-    sizes = (options["block_q"], options["block_kv"])
-    if options["tile_order"]:
-        pair = [box_blocks(layout.grid, box_shape(size, layout.grid), cpu)[0] for size in sizes]
-    else:
-        pair = [box_blocks((layout.grid_len,), (size,), cpu)[0] for size in sizes]
-    return pair[0], pair[1]
 
 
 def _block_of(table: Tensor, n_tokens: int) -> Tensor:

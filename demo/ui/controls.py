@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import gradio as gr
 
 from dit_accel.common.errors import BadInput
 from dit_accel.comparison.sizes import Size, check_size, token_grid
-from dit_accel.mechanisms.attn_spec import AttentionSpec, grid_defaults
+from dit_accel.mechanisms._controls import Control
+from dit_accel.mechanisms.attn_spec import AttentionSpec
+from dit_accel.mechanisms.registry import PROCESSORS
 
 from .engine import Engine, Loaded
 
@@ -22,19 +24,6 @@ MAX_STEPS = 100
 MAX_RELATIVE_SIZE = 4  # times the pipeline's default number of pixels: limits memory
 _MAX_SEED = 2**32 - 1
 _KIND_NAMES = {"image": "Image", "video": "Video"}
-_MECHANISMS = {
-    "sla": "SLA: critical blocks, linear attention for the rest",
-    "clear": "CLEAR: circular window around each token",
-    "llsa": "LLSA: top-k blocks, selected from coarse to fine",
-    "gna": "GNA: sliding window with a stride",
-}
-_SHOWN_FOR = {
-    "sla": ("critical",),
-    "clear": ("radius", "radius_time"),
-    "llsa": ("topk",),
-    "gna": ("window", "window_time", "stride"),
-}
-_ONLY_VIDEO = ("radius_time", "window_time")
 
 
 @dataclass(frozen=True)
@@ -226,13 +215,14 @@ class MechanismControls:
         folder = self.engine.conversions(kind).get(choice)
         if folder is not None:
             return str(folder)
-        if choice not in _MECHANISMS:
+        if choice not in _mechanisms():
             raise BadInput("Choose an attention from the list.")
-        spec = _spec(choice, len(self._grid(kind)), dict(zip(self.sliders, values, strict=True)))
+        own = {slider: x for (name, slider), x in zip(self.sliders, values, strict=True) if name == choice}
+        spec = AttentionSpec(choice, PROCESSORS[choice].from_controls(own, len(self._grid(kind))))
         try:
             spec.processor()
         except (ValueError, TypeError) as error:
-            raise BadInput(f"{choice.upper()}: {error}") from None
+            raise BadInput(f"{PROCESSORS[choice].label}: {error}") from None
         return spec
 
     def _grid(self, kind: str) -> tuple[int, ...]:
@@ -241,93 +231,48 @@ class MechanismControls:
 
     def _choices(self, kind: str) -> list[tuple[str, str]]:
         trained = self.engine.conversions(kind) if self.trained else {}
-        return [(label, name) for name, label in _MECHANISMS.items()] + [(label, label) for label in trained]
+        untrained = [(f"{PROCESSORS[name].label}: {PROCESSORS[name].summary}", name) for name in _mechanisms()]
+        return untrained + [(label, label) for label in trained]
 
-    def _sliders(self, kind: str) -> dict[str, gr.Slider]:
-        shown, own = _shown(kind, self.first), _default_values(self._grid(kind))
-        side = max(self._grid(kind)[-2:])
-        frames = self._grid(kind)[0] if kind == "video" else 1
+    def _controls(self, kind: str) -> dict[tuple[str, str], Control]:
+        """Sliders of all mechanisms for this kind, by the names of mechanism and slider."""
+        grid = self._grid(kind)
+        return {(name, x.name): x for name in _mechanisms() for x in PROCESSORS[name].controls(grid)}
+
+    def _sliders(self, kind: str) -> dict[tuple[str, str], gr.Slider]:
+        """Sliders for all kinds; those of another kind are hidden."""
+        own = self._controls(kind)
+        controls = {key: x for each in self.engine.kinds for key, x in self._controls(each).items()}
         return {
-            "critical": gr.Slider(
-                0.01, 0.9, own["critical"], step=0.01, label="Critical fraction", visible="critical" in shown,
-                info="Share of key blocks that each query block attends to exactly.",
-            ),
-            "radius": gr.Slider(
-                1, side, own["radius"], step=0.5, label="Radius, in tokens", visible="radius" in shown,
-                info="Each token attends to the tokens within this distance.",
-            ),
-            "radius_time": gr.Slider(
-                0.5, max(frames, 1), own["radius_time"], step=0.5, label="Radius in time, in tokens",
-                visible="radius_time" in shown, info="The same along the time axis.",
-            ),
-            "topk": gr.Slider(
-                1, 64, own["topk"], step=1, precision=0, label="Blocks kept (topk)", visible="topk" in shown,
-                info="Number of blocks of 16 tokens that are kept at each level.",
-            ),
-            "window": gr.Slider(
-                1, side, own["window"], step=1, precision=0, label="Window, in tokens", visible="window" in shown,
-                info="Side of the square window of each token.",
-            ),
-            "window_time": gr.Slider(
-                1, max(frames, 2), own["window_time"], step=1, precision=0, label="Window in time, in tokens",
-                visible="window_time" in shown, info="The same along the time axis.",
-            ),
-            "stride": gr.Slider(
-                1, side, own["stride"], step=1, precision=0, label="Stride, in tokens", visible="stride" in shown,
-                info="Number of neighbours that share one window; 1 = one window per token. At most the window.",
-            ),
-        }  # fmt: skip
+            key: gr.Slider(**_limits(own.get(key, x)), label=x.label, info=x.help, visible=self._shown(own, key))
+            for key, x in sorted(controls.items(), key=lambda item: _mechanisms().index(item[0][0]))
+        }
+
+    def _shown(self, controls: Mapping[tuple[str, str], Control], key: tuple[str, str], choice: str = "") -> bool:
+        return key in controls and key[0] == (choice or self.first)
 
     def _for_kind(self, kind: str) -> list[Any]:
-        grid = self._grid(kind)
-        own, side, frames = _default_values(grid), max(grid[-2:]), grid[0] if kind == "video" else 1
-        maxima = {"radius": side, "window": side, "stride": side, "radius_time": frames, "window_time": max(frames, 2)}
-        choices = self._choices(kind)
-        shown = _shown(kind, self.first)
+        controls = self._controls(kind)
         sliders = [
-            gr.Slider(
-                value=own[name], visible=name in shown, maximum=maxima.get(name, slider.maximum)
-            )
-            for name, slider in self.sliders.items()
-        ]  # fmt: skip
-        return [kind, gr.Dropdown(choices=choices, value=self.first), *sliders]
+            gr.Slider(**(_limits(controls[key]) if key in controls else {}), visible=self._shown(controls, key))
+            for key in self.sliders
+        ]
+        return [kind, gr.Dropdown(choices=self._choices(kind), value=self.first), *sliders]
 
     def _visibility(self, kind: str, choice: str) -> list[Any]:
-        shown = _shown(kind, choice)
-        return [gr.Slider(visible=name in shown) for name in self.sliders]
+        controls = self._controls(kind)
+        return [gr.Slider(visible=self._shown(controls, key, choice)) for key in self.sliders]
 
     def _refresh_choices(self, kind: str) -> Any:
         """The list only: the answer may arrive after the user has chosen, and must not undo it."""
         return gr.Dropdown(choices=self._choices(kind))
 
 
-def _shown(kind: str, choice: str) -> list[str]:
-    names = _SHOWN_FOR.get(choice, ())
-    return [name for name in names if kind == "video" or name not in _ONLY_VIDEO]
+def _mechanisms() -> list[str]:
+    """Mechanisms that work without training, registered ones included."""
+    return [name for name, kind in PROCESSORS.items() if kind.any_host]
 
 
-def _default_values(grid: tuple[int, ...]) -> dict[str, Any]:
-    """Slider values for the default options on this grid."""
-    radius, gna = grid_defaults("clear", grid)["radius"], grid_defaults("gna", grid)
-    radii = radius if isinstance(radius, tuple) else (radius,) * len(grid)
-    in_time = {"radius_time": round(2 * radii[0]) / 2, "window_time": gna["window"][0]}
-    return {
-        "critical": grid_defaults("sla", grid)["critical"], "radius": round(2 * radii[-1]) / 2, "topk": 8,
-        "window": gna["window"][-1], "stride": gna["stride"][-1],
-        **(in_time if len(grid) == 3 else dict.fromkeys(in_time, 1)),
-    }  # fmt: skip
-
-
-def _spec(name: str, axes: int, values: dict[str, Any]) -> AttentionSpec:
-    if name == "sla":
-        return AttentionSpec(name, {"critical": values["critical"], "tile_order": True})
-    if name == "llsa":
-        return AttentionSpec(name, {"topk": values["topk"]})
-    if name == "clear":
-        radius, time = values["radius"], values["radius_time"]
-        return AttentionSpec(name, {"radius": (time, radius, radius) if axes == 3 else radius})
-    window, stride = values["window"], values["stride"]
-    if axes < 3:
-        return AttentionSpec(name, {"window": (window,) * axes, "stride": (stride,) * axes})
-    time = values["window_time"]
-    return AttentionSpec(name, {"window": (time, window, window), "stride": (min(stride, time), stride, stride)})
+def _limits(control: Control) -> dict[str, Any]:
+    integer = {"precision": 0} if isinstance(control.step, int) else {}
+    return {"minimum": control.low, "maximum": control.high, "value": control.value, "step": control.step, **integer}

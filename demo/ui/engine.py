@@ -79,10 +79,12 @@ class Engine:
 
     Args:
         pipeline: folder or hub id; None = the two embedded pipelines.
-    Raises: BadInput: the pipeline cannot be loaded, or has no prompt argument.
+    Raises: BadInput: the pipeline cannot be loaded, or has no prompt argument; the embedded ones are not installed.
     """
 
     def __init__(self, pipeline: str | None, device: torch.device, dtype: torch.dtype) -> None:
+        if pipeline is None:
+            _ = IMAGE.folder  # raises before the page is served
         self.device, self.dtype = device, dtype
         self.folder = Path(tempfile.mkdtemp(prefix="dit-accel-"))
         self._loading = threading.Lock()

@@ -15,7 +15,7 @@ from .attention_maps import Coverage
 from .controls import DrawingControls, MechanismControls
 from .engine import MAX_WAITING, Cancelled, Engine
 from .inspection import Drawings, Drawn, Inspection, Position, Step, coverage_by_layer, draw, inspect_token
-from .plots import NAMES, coverage_figure, map_figure, overlay_scale
+from .plots import coverage_figure, label_of, map_figure, overlay_scale
 from .status import progress_line, status_line, waiting_line
 from .work import Stops, message_for, stream
 
@@ -145,10 +145,10 @@ class _View:
         return self.drawing(gr.skip(), gr.skip(), bar, gr.Column(visible=True), event.picture)
 
     def inspected(self, found: Inspection, position: Position, steps: int) -> list[Any]:
-        name = NAMES[found.processor.name]
+        name = label_of(found.processor.name)
         chosen: Any = gr.Plot(visible=False)
         if found.blocks is not None:
-            figure = map_figure(found.processor.name, found.blocks.states.numpy(), found.row)
+            figure = map_figure(found.blocks.states.numpy(), found.row)
             chosen = gr.Plot(figure, visible=True)
         pictures = [found.picture, found.dense, gr.Image(found.other, label=name)]
         summary = _summary(found, position, steps)
@@ -157,7 +157,7 @@ class _View:
     def show_coverage(self, name: str, shares: dict[str, Coverage], layer: str) -> list[Any]:
         coverage = next(iter(shares.values()))
         title = (
-            f"Share of dense attention covered by {NAMES[name]}: mean of {coverage.n_queries:,} of "
+            f"Share of dense attention covered by {label_of(name)}: mean of {coverage.n_queries:,} of "
             f"{coverage.n_grid_tokens:,} tokens"
         )
         is_window = name in ("clear", "gna")  # windows have no block map beside it
@@ -295,7 +295,7 @@ def _page(request: gr.Request) -> str:
 
 def _summary(found: Inspection, position: Position, steps: int) -> str:
     """Table of the shares of one query token."""
-    one, name = found.attended, NAMES[found.processor.name]
+    one, name = found.attended, label_of(found.processor.name)
     axes = ("frame", "row", "column")[-len(found.place) :]
     place = ", ".join(f"{axis} {i + 1} of {n}" for axis, i, n in zip(axes, found.place, found.layout.grid, strict=True))
     n_tokens, n_attended = found.layout.grid_len, int(one.mask.sum())

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from dit_accel.mechanisms.registry import PROCESSORS
+
 __all__ = [
-    "NAMES",
     "coverage_figure",
     "label_axes",
+    "label_of",
     "map_figure",
     "new_figure",
     "overlay",
@@ -25,14 +27,27 @@ __all__ = [
     "two_digits",
 ]  # fmt: skip
 
-NAMES = {"dense": "Dense", "sla": "SLA", "clear": "CLEAR", "llsa": "LLSA", "gna": "GNA"}
-_COLOURS = {"dense": "#7d838c", "sla": "#2f7ed8", "clear": "#e08214", "llsa": "#2a9d5c", "gna": "#9b5fc0"}
-_MARKS = {"dense": "s", "sla": "o", "clear": "^", "llsa": "D", "gna": "v"}  # distinguishable without colours
+_DENSE = "dense"
+_COLOURS = ("#2f7ed8", "#e08214", "#2a9d5c", "#9b5fc0", "#b23a6f", "#1f9aa5")  # of the mechanisms, in their order
+_MARKS = ("o", "^", "D", "v", "P", "X")  # distinguishable without colours
 _INK, _GRID = "#7b8290", "#7b829040"  # grey: legible on white and on black
 _STATES = ("#7b829022", "#9ec5f0", "#1f5fae")  # left out, linear, critical
 _PLACE = "#e4572e"
 _MIN_PIXELS = 512
 _HEAT = np.array([[13, 8, 60], [126, 3, 168], [204, 71, 120], [248, 149, 64], [252, 253, 150]], np.float32)
+
+
+def label_of(attention: str) -> str:
+    """Label of a mechanism, or of dense attention, by its name."""
+    return "Dense" if attention == _DENSE else PROCESSORS[attention].label
+
+
+def _style_of(attention: str) -> tuple[str, str]:
+    """Colour and mark."""
+    if attention == _DENSE:
+        return "#7d838c", "s"
+    place = list(PROCESSORS).index(attention)
+    return _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -63,7 +78,8 @@ def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], s
     figure, axes = new_figure(9, 5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    for name, colour in _COLOURS.items():
+    for name in (_DENSE, *PROCESSORS):
+        colour, mark = _style_of(name)
         series = sorted(
             (row["tokens"], row["ms"], row["q1"], row["q3"])
             for row in rows
@@ -73,7 +89,7 @@ def speed_figure(rows: Sequence[Mapping[str, Any]], points: Mapping[str, Any], s
             tokens, ms, q1, q3 = zip(*series, strict=True)
             axes.fill_between(tokens, q1, q3, color=colour, alpha=0.2, linewidth=0)
             width = 3 if name == "dense" else 1.8
-            axes.plot(tokens, ms, color=colour, marker=_MARKS[name], markersize=5, lw=width, label=NAMES[name])
+            axes.plot(tokens, ms, color=colour, marker=mark, markersize=5, lw=width, label=label_of(name))
     for name, point in points.items():
         _mark_break_even(axes, name, point)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -95,11 +111,11 @@ def _mark_break_even(axes: Any, name: str, point: Any) -> None:
     """Mark the break-even with a star and a vertical line, if it lies between two measured sizes."""
     if point.tokens is None or point.slower is None:
         return
-    colour = _COLOURS[name]
+    colour = _style_of(name)[0]
     axes.plot([point.tokens], [point.ms], "*", color=colour, markersize=17, markeredgecolor="white", zorder=5)
     axes.axvline(point.tokens, color=colour, linestyle=":", linewidth=1.2)
     axes.annotate(
-        f" {NAMES[name]}: {two_digits(point.tokens):,}", (point.tokens, 0), xycoords=("data", "axes fraction"),
+        f" {label_of(name)}: {two_digits(point.tokens):,}", (point.tokens, 0), xycoords=("data", "axes fraction"),
         rotation=90, ha="right", va="bottom", color=colour, fontsize=8,
     )  # fmt: skip
 
@@ -113,7 +129,7 @@ def coverage_figure(
     """
     figure, axes = new_figure(*((9.5, 3.8) if wide else (8, 4.4)))
     places = range(len(layers))
-    colour = _COLOURS[name]
+    colour = _style_of(name)[0]
     alphas = [1.0 if layer == chosen else 0.45 for layer in layers]
     for place, one, alpha in zip(places, found, alphas, strict=True):
         axes.bar(place, 100 * one.mass, color=colour, alpha=alpha, width=0.7)
@@ -121,7 +137,7 @@ def coverage_figure(
         axes.text(place, 100 * one.mass + 1, f"{100 * one.mass:.0f}", ha="center", color=_INK, fontsize=8)
     if found:
         axes.axhline(100 * found[0].logits, color=_PLACE, linestyle="--", linewidth=1.2, label="uniform attention")
-    axes.bar(0, 0, color=colour, label=f"covered by {NAMES[name]}")
+    axes.bar(0, 0, color=colour, label=f"covered by {label_of(name)}")
     if any(one.on_global > 0.005 for one in found):
         axes.bar(0, 0, color="none", edgecolor=_INK, hatch="////", label="thereof on text", linewidth=0)
     axes.set_xticks(list(places), [str(place + 1) for place in places])
@@ -132,13 +148,14 @@ def coverage_figure(
     return figure
 
 
-def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
+def map_figure(states: NDArray[np.int32], row: int) -> Figure:
     """Map of query blocks by key blocks; the row of the inspected token is marked."""
     figure, axes = new_figure(5.3, 4.4)
     axes.imshow(states, cmap=ListedColormap(_STATES), vmin=0, vmax=2, interpolation="nearest", aspect="auto")
     axes.axhline(row - 0.5, color=_PLACE, linewidth=0.8)
     axes.axhline(row + 0.5, color=_PLACE, linewidth=0.8)
-    words = ["left out", "linear", "critical"] if name == "sla" else ["not kept", "", "kept"]
+    linear = bool((states == 1).any())
+    words = ["left out", "linear", "critical"] if linear else ["not kept", "", "kept"]
     for colour, word in zip(reversed(_STATES), reversed(words), strict=True):
         if word:
             axes.plot([], [], "s", color=colour, markeredgecolor=_INK, markeredgewidth=0.5, label=word)
@@ -146,9 +163,7 @@ def map_figure(name: str, states: NDArray[np.int32], row: int) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     label_axes(axes, "key blocks", "query blocks")
-    _add_title_and_legend(
-        figure, f"Key blocks that each query block {'selected' if name == 'sla' else 'kept'}", columns=4
-    )
+    _add_title_and_legend(figure, f"Key blocks that each query block {'selected' if linear else 'kept'}", columns=4)
     return figure
 
 

@@ -24,10 +24,10 @@ from dit_accel.common.errors import BadInput
 from dit_accel.common.files import replacing, write_json
 from dit_accel.comparison.step_timer import synchronize
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.attn_spec import grid_defaults
+from dit_accel.mechanisms.registry import PROCESSORS
 
 from .engine import Stop
-from .plots import NAMES, speed_figure, two_digits
+from .plots import label_of, speed_figure, two_digits
 
 __all__ = [
     "DENSE",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 DENSE = "dense"
-MECHANISMS = ("sla", "clear", "llsa", "gna")
+MECHANISMS = tuple(name for name, kind in PROCESSORS.items() if kind.any_host)
 _GRID_SIDES = {
     "image": (16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     "video": (8, 12, 16, 20, 24, 32, 40, 48, 64, 80),
@@ -86,7 +86,7 @@ def check_plan(plan: Plan) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
             raise BadInput(f"{words[name].capitalize()}: give a number from {low} to {high}, got {value}.")
         if name in ("heads", "head_dim") and value != int(value):
-            raise BadInput(f"{words[name].capitalize()}: give a whole number, got {value}.")
+            raise BadInput(f"{words[name].capitalize()}: give an integer, got {value}.")
     if plan.kind not in _GRID_SIDES:
         raise BadInput(f"Grid: choose one of {', '.join(_GRID_SIDES)}.")
     if not plan.mechanisms:
@@ -106,8 +106,9 @@ def _layouts(plan: Plan, dtype: torch.dtype) -> Iterator[TokenLayout]:
 
 
 def _case(plan: Plan, name: str, layout: TokenLayout) -> Case:
-    learned = {"weight": (plan.head_dim,) * 2, "bias": (plan.head_dim,)} if name == "sla" else {}
-    options = grid_defaults(name, layout.grid, plan.share)
+    kind = PROCESSORS[name]
+    options = kind.suggest(layout.grid, plan.share)
+    learned = {key: tuple(x.shape) for key, x in kind(**options).initial_parameters(plan.head_dim).items()}
     return Case(name, name, name, plan.heads, plan.head_dim, layout, options, None, learned)
 
 
@@ -153,7 +154,7 @@ def measure(plan: Plan, device: torch.device, dtype: torch.dtype, stop: Stop) ->
         series = [name for name in series if budget.allows(name, layout.seq_len)]
         if not series:
             return
-        tensors = _case(plan, "gna", layout).inputs(device, dtype, "tokens-first", seed=0)
+        tensors = _case(plan, MECHANISMS[0], layout).inputs(device, dtype, "tokens-first", seed=0)
         for name in list(series):
             stop.check()
             if not budget.allows(name, layout.seq_len):
@@ -285,9 +286,9 @@ class Speed:
     def sentences(self) -> list[str]:
         """Summary, one sentence per mechanism."""
         return (
-            [_sentence(NAMES[name], point) for name, point in self.points.items()]
+            [_sentence(label_of(name), point) for name, point in self.points.items()]
             + [
-                f"{NAMES[row['attention']]}: {row['error']} at {row['tokens']:,} tokens."
+                f"{label_of(row['attention'])}: {row['error']} at {row['tokens']:,} tokens."
                 for row in self.rows
                 if row["status"] == "failed"
             ]

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from .engine import MAX_WAITING, Cancelled, Engine, Stop
-from .plots import NAMES
+from .plots import label_of
 from .speed import DENSE, MECHANISMS, Plan, Speed, check_plan, measure
 from .status import progress_line, status_line, waiting_line
 from .work import Stops, message_for, stream
@@ -64,7 +64,7 @@ def _inputs() -> list[Any]:
             [("Image (H, W)", "image"), ("Video (T, H, W)", "video")], value="image", label="Token grid",
             elem_id="speed-kind",
         ),
-        gr.CheckboxGroup([(NAMES[name], name) for name in MECHANISMS], value=list(MECHANISMS), label="Mechanisms"),
+        gr.CheckboxGroup([(label_of(name), name) for name in MECHANISMS], value=list(MECHANISMS), label="Mechanisms"),
         gr.Slider(
             0.02, 0.5, 0.1, step=0.01, label="Share of the logits",
             info="Approximate share of dense attention's logits. LLSA keeps 8 blocks of 16 tokens per level instead.",
@@ -103,7 +103,7 @@ class _View:
 
     def show_row(self, speed: Speed, spent: float) -> list[Any]:
         row = speed.rows[-1]
-        done = f"{NAMES[row['attention']]} at {row['tokens']:,} tokens"
+        done = f"{label_of(row['attention'])} at {row['tokens']:,} tokens"
         bar = progress_line(f"Measured: {done}", spent, speed.plan.seconds, "Time limit")
         return self._changed(status=bar, plot=speed.figure(), sentences=_bullets(speed), table=_table(speed))
 
@@ -190,7 +190,7 @@ def _bullets(speed: Speed) -> str:
 def _table(speed: Speed) -> str:
     """Table of milliseconds by tokens and attention, with the share of the logits."""
     names = [DENSE, *speed.plan.mechanisms]
-    head = ["tokens", *(NAMES[name] for name in names)]
+    head = ["tokens", *(label_of(name) for name in names)]
     cells = {(row["tokens"], row["attention"]): _cell(row) for row in speed.rows}
     lines = [head, ["--:"] * len(head)]
     for tokens in sorted({tokens for tokens, _ in cells}):

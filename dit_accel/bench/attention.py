@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.errors import BadInput
 from ..mechanisms.backend import check_backend, resolve
+from ..mechanisms.registry import PROCESSORS
 from .cases import BACKWARD, CASES, Case, select, smoke
 from .progress import Progress
 from .request import Request
@@ -85,7 +86,7 @@ def measure_cases(
 def _name_backend(case: Case, backend: str | None, request: Request) -> str:
     """Backend name for a row. A requested backend that this machine cannot run is kept; its row then fails."""
     try:
-        return resolve(backend, request.device, case.mechanism)
+        return resolve(backend, request.device, PROCESSORS[case.mechanism])
     except (ValueError, RuntimeError):
         if backend is None:
             raise

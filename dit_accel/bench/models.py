@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..mechanisms.processor import AcceleratedAttnProcessor, CLEARAttnProcessor, SLAAttnProcessor
+from ..mechanisms.clear import CLEARAttnProcessor
+from ..mechanisms.processor import AcceleratedAttnProcessor
+from ..mechanisms.sla import SLAAttnProcessor
 
 __all__ = ["MODELS", "TRAINING", "StepModel", "select", "smoke"]
 

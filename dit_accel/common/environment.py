@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .version import __version__
 
 __all__ = ["about_machine", "about_versions", "pick_device", "pick_dtype"]
 

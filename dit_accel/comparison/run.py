@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from ..common.bundled import IMAGE, OTHER_PROMPTS, VIDEO
+from ..common.bundled import IMAGE, VIDEO, prompts_of
 from ..common.environment import about_machine, about_versions
 from ..common.errors import BadInput
 from ..common.pipeline_loading import load_pipeline
@@ -111,8 +111,7 @@ def _prepare(request: Request) -> Comparison:
     call |= {"height": size.height, "width": size.width}
     if size.frames is not None:
         call["num_frames"] = size.frames
-    embedded = {str(embedded.folder): embedded.prompts for embedded in (IMAGE, VIDEO)}
-    prompts = list(request.prompts or embedded.get(_source(request), OTHER_PROMPTS))
+    prompts = list(request.prompts or prompts_of(_source(request)))
     variants = [Variant("dense", logit_fraction=1.0, short="softmax over all keys"), *map(_variant, students)]
     report = Report(request.out / "report.json", _about(request, pipe, size, steps, call), prompts, variants)
     return Comparison(request, pipe, size, steps, call, [None, *students], report, {})

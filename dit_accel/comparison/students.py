@@ -76,8 +76,7 @@ def make_students(requested: Sequence[AttentionSpec | str], pipe: Any, grid: tup
             with attention(pipe, choices[0][1]):  # raises for unknown models and layers
                 set_by_layer(pipe, choices)
         for _, processor in choices if grid is not None else ():  # raises for a window with another number of axes
-            layout = TokenLayout(grid or ())
-            processor.mechanism.fit(layout, **processor.layer_options(layout))
+            processor.for_layout(TokenLayout(grid or ()))
         counts[name] = counts.get(name, 0) + 1
         label = name if counts[name] == 1 else f"{name}-{counts[name]}"
         students.append(Student(label, choices[0][1], source, choices[1:]))

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCardData
 
 from ..common.files import read_json, replacing
-from ..mechanisms.processor import PROCESSORS
+from ..mechanisms.registry import PROCESSORS
 from ..weights.tensors import FILE_NAME
 
 __all__ = ["REPORT", "check_hub", "push_to_hub", "write_card"]

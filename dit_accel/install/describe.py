@@ -10,11 +10,10 @@ from torch import nn
 
 from ..layout import TokenLayout
 from ..mechanisms.backend import resolve
-from ..mechanisms.processor import AcceleratedAttnProcessor
 from .installation import denoisers, installation_of, installed_layers
 from .intercept import MechanismLayer
 
-__all__ = ["count_logits", "describe", "logit_fraction"]
+__all__ = ["describe", "logit_fraction"]
 
 
 def describe(pipe_or_model: Any) -> str:
@@ -57,7 +56,7 @@ def _backend(model: nn.Module, name: str, layer: MechanismLayer) -> tuple[str, s
     if layout is not None and _stays_dense(layer, layout):
         return "", ""
     try:
-        return resolve(processor.backend, device, processor.name), ""
+        return resolve(processor.backend, device, type(processor)), ""
     except (ValueError, RuntimeError) as error:
         return "none", f"cannot run: {error}"
 
@@ -71,7 +70,7 @@ def _note(layer: MechanismLayer) -> str:
     if _stays_dense(layer, layout):
         return f"dense: {layout.grid_len} tokens < min_tokens={processor.min_tokens}"
     options = processor.layer_options(layout)
-    fitted = processor.mechanism.fit(processor.grid_layout(layout), **options)
+    fitted = processor.for_layout(layout).options()
     for key, value in fitted.items():
         if _repeat_like(options[key], value) != value:
             notes.append(f"{key} {options[key]} → {value} (grid {'×'.join(map(str, layout.grid))})")
@@ -126,13 +125,6 @@ def logit_fraction(pipe_or_model: Any) -> float:
     return computed / dense if dense else 1.0
 
 
-def count_logits(processor: AcceleratedAttnProcessor, layout: TokenLayout) -> float:
-    """Count the logits that the exact mask keeps in a layer with this layout; options are capped to the grid."""
-    grid = processor.grid_layout(layout)
-    fitted = processor.mechanism.fit(grid, **processor.layer_options(layout))
-    return float(processor.mechanism.count_logits(grid, **fitted))
-
-
 def _logits(model: nn.Module) -> tuple[float, float]:
     """Return the logits that a model computes, and those of dense attention."""
     layers = installed_layers(model)
@@ -148,7 +140,7 @@ def _logits(model: nn.Module) -> tuple[float, float]:
         if _stays_dense(layer, layout):
             computed += logits
             continue
-        computed += count_logits(layer.mechanism, layout)
+        computed += layer.mechanism.layer_logits(layout)
     installation = installation_of(model)
     not_installed = installation.attention_layers - len(layers) if installation else 0
     rest = not_installed * (dense / len(executed)) if executed else 0.0

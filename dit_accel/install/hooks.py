@@ -117,25 +117,25 @@ def _set_layouts(layouts: Mapping[LayoutSlot, TokenLayout | None]) -> None:
 class StepClock:
     """Counts denoising steps by the timesteps that go past: falling within a generation, up again at the next one.
 
-    Shared by the denoisers of a pipeline, so that Wan 2.2's second transformer goes on counting. Threads count apart.
+    Shared by the denoisers of a pipeline: Wan 2.2's second transformer continues the count. Threads count separately.
     """
 
     def __init__(self) -> None:
-        self._here = ThreadSlot()  # (latest timestep, its step)
+        self._latest = ThreadSlot()  # (latest timestep, its step)
 
     @property
     def step(self) -> int:
         """Number, from 0, of this thread's latest step."""
-        return self._here.value[1] if self._here.value else 0
+        return self._latest.value[1] if self._latest.value else 0
 
     def tick(self, timestep: float) -> int:
         """Number, from 0, of the step that this timestep belongs to; equal timesteps are one step (guidance)."""
-        last, step = self._here.value or (timestep, 0)
+        last, step = self._latest.value or (timestep, 0)
         if timestep > last:
             step = 0
         elif timestep < last:
             step += 1
-        self._here.value = timestep, step
+        self._latest.value = timestep, step
         return step
 
 

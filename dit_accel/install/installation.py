@@ -335,14 +335,14 @@ def _intercepted(processor: Any) -> Any:
 
 
 def _uninstall(model: nn.Module, name: str, original: Any) -> None:
-    """Give an attention module the host's own processor again, where diffusers has put ours away, too."""
+    """Restore the host's own processor of an attention module, also among those that diffusers stored."""
     attn = model.get_submodule(name)
     if isinstance(attn.processor, InterceptedProcessor):  # else the user has set another one since
         attn.processor = host_of(attn.processor, original)
-    put_away = getattr(model, "original_attn_processors", None)  # by fuse_qkv_projections, for unfuse_qkv_projections
-    ours = put_away.get(f"{name}.processor") if isinstance(put_away, dict) else None
+    stored = getattr(model, "original_attn_processors", None)  # by fuse_qkv_projections, for unfuse_qkv_projections
+    ours = stored.get(f"{name}.processor") if isinstance(stored, dict) else None
     if isinstance(ours, InterceptedProcessor):
-        put_away[f"{name}.processor"] = host_of(ours, original)  # type: ignore[index]
+        stored[f"{name}.processor"] = host_of(ours, original)  # type: ignore[index]
     del attn.dit_accel
 
 

@@ -70,15 +70,15 @@ class LayoutSlot:
     def __init__(self, group: AttentionGroup | None = None) -> None:
         self.group = group
         self.last: TokenLayout | None = None
-        self._here = ThreadSlot()
+        self._layout = ThreadSlot()
 
     @property
     def layout(self) -> TokenLayout | None:
-        return self._here.value
+        return self._layout.value
 
     @layout.setter
     def layout(self, layout: TokenLayout | None) -> None:
-        self._here.value = layout
+        self._layout.value = layout
 
 
 class MechanismLayer(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "global_tiles",
     "mask_bias",
     "per_axis",
+    "repeated",
     "softmax_rows",
     "zero_masked",
 ]
@@ -125,6 +126,12 @@ def per_axis(name: str, value: T | Sequence[T], layout: TokenLayout) -> tuple[T,
             "give one value, or one per axis"
         )
     return values
+
+
+def repeated(value: Any, axes: int) -> tuple[Any, ...]:
+    """One value per axis; a single value, or a tuple of one, is repeated for all axes."""
+    values = as_tuple(value)
+    return values * axes if len(values) == 1 else values
 
 
 def as_tuple(value: T | Sequence[T]) -> tuple[T, ...]:

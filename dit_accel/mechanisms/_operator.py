@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,41 +21,26 @@ _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask"
 _LAYOUT = "SymInt[] grid, SymInt before, SymInt after"
 
 
-def define_operator(
-    name: str,
-    compute: dict[str, Callable[..., Any]],
-    fit: Callable[..., dict[str, Any]],
-    *,
-    learned: tuple[str, ...],
-    options: str,
-    backward: dict[str, Callable[..., Sequence[Tensor]]] | None = None,
-) -> None:
-    """Register ``dit_accel::<name>`` and ``dit_accel::<name>_backward``.
+def define_operator(kind: Any) -> Any:
+    """Register ``dit_accel::<name>_attention`` and ``dit_accel::<name>_attention_backward`` for a processor class.
 
     The operator returns the output and, for backends with their own backward pass, the log-sum-exp (B, H, S) that it
     needs; for others an empty tensor. Its arguments are, in order: query, key, value, key_mask, the learned tensors,
     grid, before, after, the options, scale, fit, backend (optional). Grid lengths may be symbolic while tracing, but
     are numbers inside the operator. Checks that depend on them (is the window larger than its axis?) are therefore made
-    here, after ``fit`` has shrunk the options if requested.
+    here, after ``fit`` has capped the options if requested. For a backend without a backward pass of its own, the
+    backward pass recomputes the output with torch and differentiates it by autograd.
 
-    Args:
-        name: the operator's name.
-        compute: for each backend ``compute(query, key, value, key_mask, *learned, layout, scale, **options)``.
-        fit: the mechanism's ``fit``.
-        learned: names of the learned tensors.
-        options: the options as operator schema, such as ``"float critical, bool smooth_key"``.
-        backward: for some backends, ``backward(grad, out, lse, <as compute>)``, which returns the gradients of query,
-            key, value and of the learned tensors that were given; their compute returns (output, log-sum-exp). For
-            other backends the backward pass recomputes the output and differentiates it by autograd.
+    Args: kind: a processor class with ``operator_options``.
+    Returns: the operator.
     """
-    backward = backward or {}
-    n_tensors = 4 + len(learned)
-    tensors = ", ".join([_TENSORS, *(f"Tensor? {x}" for x in learned)])
-    option_names = [x.split()[-1] for x in options.split(", ")]
-    arguments = f"{tensors}, {_LAYOUT}, {options}, float? scale, bool fit, str? backend=None"
-
-    mechanism = name.removesuffix("_attention")
-    n_rest = 3 + len(option_names) + 3
+    mechanism, name = kind.name, f"{kind.name}_attention"
+    backward = kind.backward_backends
+    n_tensors = 4 + len(kind.learned)
+    tensors = ", ".join([_TENSORS, *(f"Tensor? {x}" for x in kind.learned)])
+    options = [f"{option.schema} {option.name}" for option in kind.operator_options]
+    arguments = ", ".join([tensors, _LAYOUT, *options, "float? scale", "bool fit", "str? backend=None"])
+    n_rest = 3 + len(options) + 3
 
     def run(
         tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], forward: tuple[Tensor, Tensor, Tensor] | None = None
@@ -70,10 +56,8 @@ def define_operator(
                 f"layout {layout} has {layout.seq_len} tokens but query has {query.shape[2]}: "
                 "pass the layout of this sequence, with all global tokens in before or after"
             )
-        chosen = dict(zip(option_names, values, strict=True))
-        if shrink:
-            chosen = fit(layout, **chosen)
-        backend = resolve(backend, query.device, mechanism)
+        processor = _processor(kind, tuple(map(_to_hashable, values)), layout if shrink else None)
+        backend = resolve(backend, query.device, kind)
         if forward is not None and backend not in backward:
             backend = "torch"
         _check_gpu(mechanism, backend, query)
@@ -82,14 +66,16 @@ def define_operator(
         with (
             torch.cuda.device_of(query),
             _no_autocast(query.device.type),
-            _explained(mechanism if forward is None else f"the backward pass of {mechanism}", backend, compute, query),
+            _explained(
+                mechanism if forward is None else f"the backward pass of {mechanism}", backend, kind.backends, query
+            ),
         ):
-            given = {"layout": layout, "scale": scale, **chosen}
             if forward is None:
-                return compute[backend](*tensors, **given)
+                return processor.compute(backend, *tensors, layout=layout, scale=scale)
             if backend in backward:
-                return backward[backend](*forward, *tensors, **given)
-            return _by_autograd(compute[backend], forward[0], tensors, given)
+                return processor.backward(*forward, *tensors, layout=layout, scale=scale)
+            compute = partial(processor.compute, backend, layout=layout, scale=scale)
+            return _by_autograd(compute, forward[0], tensors)
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         query = args[0]
@@ -101,7 +87,7 @@ def define_operator(
 
     def fake(*args: Any) -> tuple[Tensor, Tensor]:
         query, backend = args[0], args[-1] if len(args) == n_tensors + n_rest else None
-        has_lse = resolve(backend, query.device, mechanism) in backward
+        has_lse = resolve(backend, query.device, kind) in backward
         return _empty(query), query.new_empty(query.shape[:3] if has_lse else (0,), dtype=torch.float32)
 
     def compute_gradients(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
@@ -135,6 +121,18 @@ def define_operator(
     )
     backward_op.register_fake(lambda _g, _o, _l, *args: [_empty(args[i]) for i in _differentiable(args[:n_tensors])])
     forward_op.register_autograd(differentiate, setup_context=setup_context)
+    return getattr(torch.ops.dit_accel, name)
+
+
+def _to_hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=1024)
+def _processor(kind: Any, values: tuple[Any, ...], layout: TokenLayout | None) -> Any:
+    """Processor for the options of an operator call, capped to the layout if one is given."""
+    processor = kind(**{option.name: value for option, value in zip(kind.operator_options, values, strict=True)})
+    return processor if layout is None else processor.fit(layout)
 
 
 def check_no_tangents(mechanism: str, *tensors: Tensor | None) -> None:
@@ -153,9 +151,7 @@ def check_no_tangents(mechanism: str, *tensors: Tensor | None) -> None:
             )
 
 
-def _by_autograd(
-    compute: Callable[..., Tensor], grad: Tensor, tensors: tuple[Tensor | None, ...], given: dict[str, Any]
-) -> Sequence[Tensor]:
+def _by_autograd(compute: Callable[..., Tensor], grad: Tensor, tensors: tuple[Tensor | None, ...]) -> Sequence[Tensor]:
     """Gradients of the differentiable tensors, by recomputing the output in plain torch."""
     arguments = list(tensors)
     leaves = []
@@ -164,7 +160,7 @@ def _by_autograd(
         arguments[i] = leaf
         leaves.append(leaf)
     with autograd_inside_op():
-        out = compute(*arguments, **given)
+        out = compute(*arguments)
         return torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
 
 from ._sla_triton import block_tilings
+
+if TYPE_CHECKING:
+    from .sla import SLAAttnProcessor
 
 __all__ = ["critical_by_flex"]
 
@@ -22,9 +27,7 @@ def critical_by_flex(
     *,
     layout: TokenLayout,
     scale: float,
-    block_q: int,
-    block_kv: int,
-    tile_order: bool,
+    options: SLAAttnProcessor,
 ) -> Tensor:
     """Softmax attention of each query block over its critical blocks and the global tokens; global queries attend to
     all.
@@ -36,7 +39,7 @@ def critical_by_flex(
     from dit_accel.kernels.block_sparse.flex import block_sparse_flex
     from dit_accel.kernels.block_sparse.plan import BlockPlan
 
-    q, kv = block_tilings(layout, block_q, block_kv, tile_order)
+    q, kv = block_tilings(layout, options.block_q, options.block_kv, options.tile_order)
     counts = kept.sum(-1, dtype=torch.int32).repeat_interleave(len(chosen) // len(kept))
     plan = BlockPlan(q, kv, chosen.int(), None, counts[:, None].expand(-1, q.n_tiles))
     before = (layout.before, layout.before)

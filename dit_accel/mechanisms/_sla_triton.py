@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dit_accel.kernels.block_linear.forward import LinearState
     from dit_accel.kernels.block_sparse.plan import BlockPlan
     from dit_accel.kernels.tiling import Tiling
+
+    from .sla import SLAAttnProcessor
 
 __all__ = ["block_tilings", "sla_attention_triton", "sla_attention_triton_backward"]
 
@@ -29,23 +31,21 @@ def sla_attention_triton(
     *,
     layout: TokenLayout,
     scale: float,
-    feature_map: str,
-    linear_over: str,
-    **cut: Any,
+    options: SLAAttnProcessor,
 ) -> tuple[Tensor, Tensor]:
     """``sla_attention`` on a GPU, and its log-sum-exp (B, H, S) float32."""
     from dit_accel.kernels.block_sparse.forward import LinearBranch, block_sparse_attention
 
     before = layout.before
-    marginal_only = weight is not None and linear_over == "marginal"
-    chosen = _make_selection(query, key, key_mask, layout, marginal_only, **cut)
+    marginal_only = weight is not None and options.linear_over == "marginal"
+    chosen = _make_selection(query, key, key_mask, layout, marginal_only, options)
     branch = None
     if weight is not None:
-        sums = _sums(key, value, key_mask, layout, chosen, feature_map, weight)
+        sums = _sums(key, value, key_mask, layout, chosen, options.feature_map, weight)
         state, norm = sums.state.flatten(0, -4), sums.norm.flatten(0, -3)
-        branch = LinearBranch(state, norm, sums.eps, bias, feature_map)
+        branch = LinearBranch(state, norm, sums.eps, bias, options.feature_map)
     elif bias is not None:
-        branch = LinearBranch(None, None, None, bias, feature_map)
+        branch = LinearBranch(None, None, None, bias, options.feature_map)
     return block_sparse_attention(
         query,
         key,
@@ -72,9 +72,7 @@ def sla_attention_triton_backward(
     *,
     layout: TokenLayout,
     scale: float,
-    feature_map: str,
-    linear_over: str,
-    **cut: Any,
+    options: SLAAttnProcessor,
 ) -> list[Tensor]:
     """Gradients of query, key, value, and of weight and bias if they are given. The selection is cheap and is
     recomputed, bitwise equal to the forward pass."""
@@ -84,15 +82,15 @@ def sla_attention_triton_backward(
     before = layout.before
     if key_mask is not None:  # a row without a visible key has no linear part
         grad = torch.where((lse > -torch.inf)[..., None], grad, 0)
-    marginal_only = weight is not None and linear_over == "marginal"
-    chosen = _make_selection(query, key, key_mask, layout, marginal_only, **cut)
+    marginal_only = weight is not None and options.linear_over == "marginal"
+    chosen = _make_selection(query, key, key_mask, layout, marginal_only, options)
     plan = chosen.plan
     linear_delta, added, learned = None, None, []
     if weight is not None:
-        sums = _sums(key, value, key_mask, layout, chosen, feature_map, None)
+        sums = _sums(key, value, key_mask, layout, chosen, options.feature_map, None)
         linear = linear_backward(
-            grad, query, key, value, sums, weight, feature_map, plan.q, plan.kv, before, key_mask, chosen.marginal,
-            chosen.n_marginal,
+            grad, query, key, value, sums, weight, options.feature_map, plan.q, plan.kv, before, key_mask,
+            chosen.marginal, chosen.n_marginal,
         )  # fmt: skip
         linear_delta, added = linear.delta, linear[:3]
         learned.append(linear.weight.to(weight.dtype))
@@ -119,13 +117,7 @@ def _make_selection(
     key_mask: Tensor | None,
     layout: TokenLayout,
     want_marginal: bool,
-    *,
-    critical: float,
-    negligible: float,
-    block_q: int,
-    block_kv: int,
-    smooth_key: bool,
-    tile_order: bool,
+    options: SLAAttnProcessor,
 ) -> _Selection:
     """Select critical and marginal blocks. ``smooth_key`` has no effect: it moves all scores of a query block by the
     same amount."""
@@ -136,15 +128,15 @@ def _make_selection(
 
     check_inputs(query)
     batch, heads = query.shape[:2]
-    q, kv = block_tilings(layout, block_q, block_kv, tile_order)
+    q, kv = block_tilings(layout, options.block_q, options.block_kv, options.tile_order)
     n_blocks = kv.n_tiles
-    most, least = max(1, int(critical * n_blocks)), int(negligible * n_blocks)
+    most, least = max(1, int(options.critical * n_blocks)), int(options.negligible * n_blocks)
     counts: tuple[int | Tensor, int | Tensor] = (most, least)
     valid_blocks = None
     if key_mask is not None:
         valid_blocks = _valid_blocks(key_mask[:, layout.grid_slice], kv)
         n_valid = valid_blocks.sum(-1).double()
-        counts = ((critical * n_valid).int().clamp(min=1), (negligible * n_valid).int())
+        counts = ((options.critical * n_valid).int().clamp(min=1), (options.negligible * n_valid).int())
     pooled_q, pooled_k = pool_pair(query, key, q, kv, layout.before, key_mask)
     lists, marginal = select_blocks(
         pooled_q, pooled_k, *counts, valid_blocks, want_marginal, map_dtype=query.dtype, n_max=most

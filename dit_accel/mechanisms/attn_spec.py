@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from .processor import PROCESSORS, AcceleratedAttnProcessor
+import yaml
 
-__all__ = ["AttentionSpec", "ByLayer", "grid_defaults", "parse_attention", "parse_student", "short_options"]
+from ._options import members_of
+from .processor import AcceleratedAttnProcessor
+from .registry import PROCESSORS, find_processor
+
+__all__ = ["AttentionSpec", "ByLayer", "parse_attention", "parse_student", "short_options"]
 
 ByLayer = tuple[tuple[str | None, AcceleratedAttnProcessor], ...]  # (layers, processor); None: all layers
 
@@ -45,15 +48,15 @@ class AttentionSpec:
         """
         options = dict(self.options)
         if not options and grid is not None:
-            options = grid_defaults(self.name, grid)
+            options = PROCESSORS[self.name].suggest(grid)
         elif self.needs_grid:
             if grid is None:
-                name = next(iter(grid_defaults(self.name, (1, 1))))
+                name = next(iter(PROCESSORS[self.name].suggest((1, 1))))
                 raise ValueError(
                     f"{self.name} needs {name} for this pipeline, whose token grid is unknown: "
                     f"write {self.name}:{name}=…"
                 )
-            options = {**grid_defaults(self.name, grid), **options}
+            options = {**PROCESSORS[self.name].suggest(grid), **options}
         return PROCESSORS[self.name](**options)
 
     def by_layer(self, default: AcceleratedAttnProcessor) -> ByLayer:
@@ -71,38 +74,118 @@ def parse_attention(text: str) -> AttentionSpec:
     Parts ``;key=value,key=value@LAYERS`` may follow: options that differ on the layers whose name matches the regular
     expression.
 
+    A text that ends with ``.yaml`` or ``.yml`` is a file::
+
+        attention: gna
+        options: {window: [16, 16], stride: 8}
+        layers:
+          'blocks\\.1\\.': {window: [40, 40]}
+
     Raises: ValueError: an unknown name or option (the message suggests the nearest), or an invalid value.
     """
+    if _is_yaml(text):
+        return _read_yaml(Path(text.strip()))
     default, *others = text.strip().split(";")
     name, _, rest = default.strip().partition(":")
     name = name.strip().lower()
-    if name not in PROCESSORS:
-        raise ValueError(f"unknown attention {name!r}{_suggest(name, PROCESSORS)}")
+    _check_name(name)
     options = _parse_options(name, rest)
-    spec = AttentionSpec(name, options, tuple(_parse_exception(name, other) for other in others))
-    tuples = (value for part in (options, *(x for _, x in spec.exceptions)) for value in part.values())
+    return _checked(AttentionSpec(name, options, tuple(_parse_exception(name, other) for other in others)))
+
+
+def _check_name(name: str) -> None:
+    if find_processor(name) is None:
+        raise ValueError(f"unknown attention {name!r}{_suggest(name, PROCESSORS)}")
+
+
+def _checked(spec: AttentionSpec) -> AttentionSpec:
+    """The specification. Raises: ValueError: an option is out of range."""
+    tuples = (value for part in (spec.options, *(x for _, x in spec.exceptions)) for value in part.values())
     axes = max((len(value) for value in tuples if isinstance(value, tuple)), default=2)
     try:
         spec.by_layer(spec.processor((4096,) * min(axes, 3)))  # the pipeline's grid is unknown here
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{spec.name}: {error}") from None
     return spec
+
+
+def _is_yaml(text: str) -> bool:
+    return text.strip().lower().endswith((".yaml", ".yml"))
+
+
+def _read_yaml(path: Path) -> AttentionSpec:
+    """Read the specification from a YAML file with the keys ``attention``, ``options`` and ``layers``.
+
+    Raises: ValueError: no such file, no YAML, an unknown key or option, or an invalid value.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    keys = ("attention", "options", "layers")
+    if not isinstance(content, dict) or not isinstance(content.get("attention"), str):
+        raise ValueError(f"{path}: expected a mapping with the key attention, such as 'attention: gna'")
+    unknown = [key for key in content if key not in keys]
+    if unknown:
+        raise ValueError(f"{path} has the unknown key {unknown[0]!r}{_suggest(str(unknown[0]), keys)}")
+    name = content["attention"].strip().lower()
+    _check_name(name)
+    layers = content.get("layers") or {}
+    if not isinstance(layers, dict):
+        raise ValueError(f"{path}: layers must map regular expressions of layer names to options, got {layers!r}")
+    exceptions = tuple(
+        (_check_layers(name, str(pattern)), _yaml_options(name, options)) for pattern, options in layers.items()
+    )
+    try:
+        return _checked(AttentionSpec(name, _yaml_options(name, content.get("options") or {}), exceptions))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _yaml_options(name: str, given: Any) -> dict[str, Any]:
+    """Options from YAML: numbers, true, false, null, lists for one value per axis, or text as on the command line."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{name}: options must be a mapping such as {{window: [16, 16]}}, got {given!r}")
+    known = _option_types(name)
+    options: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}{_suggest(str(key), known)}")
+        text = "x".join(map(_yaml_text, value)) if isinstance(value, list) else _yaml_text(value)
+        options[key] = _parse_value(name, key, text, known[key])
+    return options
+
+
+def _yaml_text(value: Any) -> str:
+    """A YAML value in command-line format."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parse_exception(name: str, text: str) -> tuple[str, dict[str, Any]]:
     options, at, layers = (piece.strip() for piece in text.partition("@"))
     if not at or not layers or not options:
         raise ValueError(f"{name}: expected options and layers, got {text.strip()!r}; write key=VALUE@LAYERS")
+    return _check_layers(name, layers), _parse_options(name, options)
+
+
+def _check_layers(name: str, layers: str) -> str:
+    """The regular expression. Raises: ValueError: it is none."""
     try:
         re.compile(layers)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{name}: {layers!r} is not a regular expression for layer names: {error}") from None
-    return layers, _parse_options(name, options)
+    return layers
+
+
+def _option_types(name: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(PROCESSORS[name])
+    return {field.name: hints[field.name] for field in fields(PROCESSORS[name])}
 
 
 def _parse_options(name: str, text: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(PROCESSORS[name])
-    known = {field.name: hints[field.name] for field in fields(PROCESSORS[name])}
+    known = _option_types(name)
     options: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -123,30 +206,9 @@ def parse_student(text: str) -> AttentionSpec | str:
     """
     text = text.strip()
     name = text.partition(":")[0].strip().lower()
-    if name not in PROCESSORS and (os.path.exists(text) or "/" in text):
+    if not _is_yaml(text) and find_processor(name) is None and (os.path.exists(text) or "/" in text):
         return text
     return parse_attention(text)
-
-
-def grid_defaults(name: str, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
-    """Default options for a grid: those that compute about ``share`` of the logits.
-
-    SLA: a share of the blocks, as tiles instead of raster order, which gives better results without training.
-    CLEAR: the radius of an ellipse or ellipsoid that covers this share of the grid; one per axis if the sides differ.
-    GNA: a window that covers this share of the grid, in the grid's proportions, and a stride of a fifth of the window;
-    on 256×256 close to the paper's values for Flux (80 and 16).
-    LLSA: the processor's defaults, which compute about a tenth on 64×64. They do not depend on ``share``, because the
-    number of keys per query hardly grows with the grid.
-    """
-    side = share ** (1 / len(grid))
-    if name == "clear":
-        ball = {1: 2.0, 2: math.pi, 3: 4 / 3 * math.pi}[len(grid)]
-        radii = tuple(max(1.5, round(n * side / ball ** (1 / len(grid)), 1)) for n in grid)
-        return {"radius": radii[0] if len(set(radii)) == 1 else radii}
-    if name == "gna":
-        window = tuple(max(1, round(n * side)) for n in grid)
-        return {"window": window, "stride": tuple(max(1, n // 5) for n in window)}
-    return {"critical": share, "tile_order": True} if name == "sla" else {}
 
 
 def short_options(processor: AcceleratedAttnProcessor) -> str:
@@ -171,12 +233,8 @@ def _suggest(word: str, known: Iterable[str]) -> str:
     return (f"; did you mean {close[0]!r}?" if close else ".") + f" Available: {', '.join(known)}"
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
 def _parse_value(name: str, key: str, text: str, hint: Any) -> Any:
-    members = _members(hint)
+    members = members_of(hint)
     if type(None) in members and text.lower() == "none":
         return None
     for member in members:
@@ -195,6 +253,8 @@ def _parse_scalar(text: str, kind: type) -> Any:
     """The value as ``kind``; None if the text does not have this type."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower())
+    if typing.get_origin(kind) is typing.Literal:
+        return text if text in typing.get_args(kind) else None
     try:
         return kind(text)
     except ValueError:
@@ -202,9 +262,11 @@ def _parse_scalar(text: str, kind: type) -> Any:
 
 
 def _expected(members: Sequence[Any]) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
     named = [words[member] for member in members if member in words]
     for member in members:
+        if typing.get_origin(member) is typing.Literal:
+            named.extend(map(repr, typing.get_args(member)))
         if typing.get_origin(member) is Sequence:
             example = {bool: "truexfalse", float: "4x8.5"}.get(typing.get_args(member)[0], "16x16")
             named.append(f"one per axis such as {example}")

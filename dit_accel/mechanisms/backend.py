@@ -7,20 +7,21 @@ import os
 import shutil
 import sys
 from difflib import get_close_matches
+from typing import Protocol
 
 import torch
 
-__all__ = ["BACKENDS", "ENV_VARIABLE", "SUPPORTED_BACKENDS", "check_backend", "resolve"]
+__all__ = ["BACKENDS", "ENV_VARIABLE", "check_backend", "resolve"]
 
 ENV_VARIABLE = "DIT_ACCEL_BACKEND"
 BACKENDS = ("torch", "triton", "flex")
-SUPPORTED_BACKENDS = {
-    "sla": BACKENDS,
-    "clear": BACKENDS,
-    "gna": BACKENDS,
-    "llsa": ("torch", "triton"),
-    "linfusion": ("torch",),
-}  # by mechanism
+
+
+class Mechanism(Protocol):
+    """What is needed of a processor class."""
+
+    name: str
+    backends: tuple[str, ...]
 
 
 def check_backend(backend: str | None, source: str = "backend") -> None:
@@ -37,14 +38,14 @@ def check_backend(backend: str | None, source: str = "backend") -> None:
     raise ValueError(f"unknown {source} {backend!r}{hint} Available: {', '.join(BACKENDS)}")
 
 
-def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
+def resolve(backend: str | None, device: torch.device, mechanism: Mechanism) -> str:
     """Resolve the backend of a call: the argument, else ``DIT_ACCEL_BACKEND``, else Triton if the tensors are on a GPU
     and the mechanism supports it, else torch. A requested backend that is not available raises; there is no fallback.
 
     Args:
         backend: "torch", "triton", "flex" or None.
         device: device of the tensors.
-        mechanism: "sla", "clear", "llsa", "gna" or "linfusion".
+        mechanism: its processor class.
     Returns: "torch", "triton" or "flex".
     Raises:
         ValueError: an unknown name, or a backend that the mechanism or the device does not support.
@@ -54,12 +55,12 @@ def resolve(backend: str | None, device: torch.device, mechanism: str) -> str:
     if requested is None:
         requested, source = os.environ.get(ENV_VARIABLE) or None, ENV_VARIABLE  # an empty value counts as unset
     check_backend(requested, source)
-    supported = SUPPORTED_BACKENDS[mechanism]
+    supported = mechanism.backends
     if requested is None:
         requested = "triton" if device.type == "cuda" and "triton" in supported else "torch"
     elif requested not in supported:
         raise ValueError(
-            f"{source}={requested}: {mechanism} does not support this backend; available: {', '.join(supported)}. "
+            f"{source}={requested}: {mechanism.name} does not support this backend; available: {', '.join(supported)}. "
             f'Pass backend="{supported[0]}"'
         )
     if requested == "triton":

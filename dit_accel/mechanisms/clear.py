@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.windows.geometry import BallAxis
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.backend import BACKENDS, check_backend
 
 from ._common import (
     as_tuple,
-    check_layout_and_scale,
-    check_learned,
     check_number,
     check_positive_int,
-    check_tensors,
     global_logits,
     per_axis,
+    repeated,
     softmax_rows,
     zero_masked,
 )
-from ._operator import autograd_inside_op, check_no_tangents, define_operator
+from ._controls import Control, join_axes
+from ._operator import autograd_inside_op
 from ._windows import window_attention, window_attention_backward
+from ._workloads import FLUX_4096, Workload
+from .backend import BACKENDS
+from .processor import AcceleratedAttnProcessor
+from .registry import attention_function, reference_function, register_processor
 
-__all__ = ["check_options", "clear_attention", "count_logits", "fit", "reference"]
+__all__ = ["CLEARAttnProcessor", "clear_attention", "reference"]
 
 Radius = float | Sequence[float]
 UNBOUNDED = 2.0**32  # an axis with a larger radius is visible as a whole, so that no square overflows
@@ -38,141 +41,201 @@ EXACT_LIMIT = 2**51  # integer costs up to about this limit are exact in float64
 BORDER = 1e-15  # costs closer to a limit of 1 than this count as on it: float64 may be off by half as much
 
 
-def clear_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout,
-    *,
-    radius: Radius,
-    down_factor: int = 1,
-    pool_weight: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor:
+@register_processor
+@dataclass(frozen=True, kw_only=True)
+class CLEARAttnProcessor(AcceleratedAttnProcessor):
     """Attention within a circle (ball, ellipsoid) of grid tokens. [CLEAR, arXiv 2412.16112]
 
     A query attends to a key iff Σ (Δ_a / radius_a)² < 1 over the axes a, or if either is a global token. With
     ``down_factor`` f > 1 grid queries also attend to keys and values pooled over f×f tiles, in the same softmax.
 
     Args:
-        query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: position of the grid in the sequence.
         radius: one for all axes (the authors' window_size: 8, 16, 32), or one per axis; inf = the whole axis. A key
             exactly on the border is outside, also with a radius such as 2.6.
         down_factor: side f of the pooled tiles on the last two axes; 1 = no pooled tokens.
-        pool_weight: (f, f) learned weights of a tile; None = 1 / f².
-        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
-        scale: factor on the logits; default D**-0.5.
-        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
-    Raises: ValueError: radius <= 0 or NaN, wrong number of axes, pooling on a 1-D grid, a layout that does not match,
-        tensors that do not match each other.
+        train_tokens: sequence length that the model was trained with (Flux: 64² + 512). Sets the paper's
+            high-resolution scale, ``sqrt(log(S, train_tokens) / D)``, with 10·S instead of S if ``down_factor > 1``.
     """
-    return _attend(
-        query,
-        key,
-        value,
-        layout,
-        key_mask=key_mask,
-        scale=scale,
-        backend=backend,
-        radius=radius,
-        down_factor=down_factor,
-        pool_weight=pool_weight,
-    )
+
+    radius: float | Sequence[float]
+    down_factor: int = 1
+    train_tokens: int | None = None
+
+    name: ClassVar[str] = "clear"
+    label: ClassVar[str] = "CLEAR"
+    summary: ClassVar[str] = "circular window around each token"
+    paper: ClassVar[str] = "arXiv 2412.16112"
+    backends: ClassVar[tuple[str, ...]] = BACKENDS
+    backward_backends: ClassVar[tuple[str, ...]] = ("triton",)
+    learned: ClassVar[Mapping[str, str]] = {"pool_weight": "(f, f) learned weights of a tile; None = 1 / f²."}
+    recipe: ClassVar[str] = "clear"
+    needs_layout: ClassVar[bool] = True
+
+    workloads: ClassVar[tuple[Workload, ...]] = tuple(
+        Workload(
+            f"clear-flux-4096-r{radius}", f"CLEAR radius {radius}, Flux 4096²", 24, 128, FLUX_4096,
+            {"radius": radius}, goals,
+        )
+        for radius, goals in ((8, {"forward": 25.0}), (16, {"forward": 16.0, "backward": 10.0}), (32, {"forward": 8.0}))
+    )  # fmt: skip
+    comparison_grid: ClassVar[tuple[int, ...]] = (64, 64)
+
+    def check(self) -> None:
+        radii = as_tuple(self.radius)
+        if not 1 <= len(radii) <= 3:
+            raise ValueError(f"radius must be a number or one per axis, got {self.radius!r}")
+        for r in radii:
+            if not check_number("radius", r) > 0:
+                raise ValueError(f"radius must be greater than 0, got {r}")
+        check_positive_int("down_factor", self.down_factor)
+        if self.train_tokens is not None:
+            check_positive_int("train_tokens", self.train_tokens, least=2)
+
+    def check_scale(self, scale: float | None) -> None:
+        if self.train_tokens is not None and scale is not None:
+            raise ValueError("expected scale or train_tokens, got both: train_tokens sets the scale, leave one out")
+
+    def fit(self, layout: TokenLayout) -> CLEARAttnProcessor:
+        """Give one radius per axis. Nothing shrinks: a circle may be larger than the grid, and a tile over the edge is
+        cut off. A 1-D grid is not pooled.
+
+        Raises: ValueError: another number of radii than axes.
+        """
+        down_factor = self.down_factor if len(layout.grid) > 1 else 1
+        return replace(self, radius=per_axis("radius", self.radius, layout), down_factor=down_factor)
+
+    def count_logits(self, layout: TokenLayout) -> float:
+        axes, limit = _axes(layout, self.radius)
+        cost = torch.zeros(1, dtype=torch.float64, device="cpu")
+        pairs = torch.ones(1, dtype=torch.float64, device="cpu")
+        for axis in axes:
+            distance = torch.arange(min(axis.reach, axis.length - 1) + 1, dtype=torch.float64, device="cpu")
+            both_ways = (axis.length - distance) * torch.where(distance > 0, 2.0, 1.0)
+            cost = (cost[:, None] + axis.weight * distance.square()).flatten()
+            pairs = (pairs[:, None] * both_ways).flatten()
+        near = float(pairs[cost < limit].sum())
+        return near + global_logits(layout) + float(layout.grid_len * _n_pooled(layout, self.down_factor))
+
+    def compute(
+        self,
+        backend: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Any:
+        axes, limit = _axes(layout, self.radius)
+        pooled = _pooled_tokens(key, value, key_mask, learned[0], layout, self.down_factor)
+        scale = self._scale(layout, scale, query)
+        return window_attention(backend, query, key, value, key_mask, axes, limit, layout, scale, pooled)
+
+    def backward(
+        self,
+        grad: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Sequence[Tensor]:
+        axes, limit = _axes(layout, self.radius)
+        scale = self._scale(layout, scale, query)
+        pool_weight = learned[0]
+        leaves = [x.detach().requires_grad_() for x in (key, value, pool_weight) if x is not None]
+        with autograd_inside_op():
+            weight = None if pool_weight is None else leaves[2]
+            pooled = _pooled_tokens(leaves[0], leaves[1], key_mask, weight, layout, self.down_factor)
+        detached = None if pooled is None else (pooled[0].detach(), pooled[1].detach(), pooled[2])
+        found = window_attention_backward(
+            grad, out, lse, query, key, value, key_mask, axes, limit, layout, scale, detached
+        )
+        if pooled is None:
+            return [*found[:3], *(torch.zeros_like(x) for x in leaves[2:])]
+        more = torch.autograd.grad(pooled[:2], leaves, found[3:], allow_unused=True, materialize_grads=True)
+        return [found.query, found.key + more[0], found.value + more[1], *more[2:]]
+
+    def dense_reference(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        *,
+        key_mask: Tensor | None = None,
+        scale: float,
+        **learned: Tensor | None,
+    ) -> Tensor:
+        acc = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
+        places = [layout.coordinates(token) for token in range(layout.seq_len)]
+        costs = _whole_costs(tuple(_radii(layout, self.radius)))
+        visible = torch.tensor([[_is_visible(a, b, *costs) for b in places] for a in places], device=query.device)
+        visible = visible.expand(len(q), 1, -1, -1)
+        valid = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)
+        valid = valid if key_mask is None else key_mask
+        visible = visible & valid[:, None, None, :]
+        if self.down_factor > 1:
+            pool, nonempty = _pool_matrix(layout, self.down_factor, learned.get("pool_weight"), valid, acc)
+            k, v = (torch.cat([x, pool[:, None] @ x], 2) for x in (k, v))
+            on_grid = torch.tensor([place is not None for place in places], device=q.device)
+            visible = torch.cat([visible, on_grid[:, None] & nonempty[:, None, None, :]], -1)
+        return (softmax_rows(q @ k.mT * scale, visible) @ v).to(query.dtype)
+
+    def learned_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+        return {"pool_weight": (self.down_factor, self.down_factor)}
+
+    def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
+        f = self.down_factor
+        return {"pool_weight": torch.full((f, f), 1.0 / f**2)} if f > 1 else {}
+
+    def image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
+        return {"radius": (math.inf, *repeated(self.radius, axes))}
+
+    def without_pooled_tokens(self) -> CLEARAttnProcessor:
+        return replace(self, down_factor=1, train_tokens=None)
+
+    @classmethod
+    def suggest(cls, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
+        """The radius of an ellipse or ellipsoid that covers this share of the grid; one per axis if sides differ."""
+        ball = {1: 2.0, 2: math.pi, 3: 4 / 3 * math.pi}[len(grid)]
+        side = (share / ball) ** (1 / len(grid))
+        radii = tuple(max(1.5, round(n * side, 1)) for n in grid)
+        return {"radius": radii[0] if len(set(radii)) == 1 else radii}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        return {**options, "radius": options["radius"] / 4}
+
+    @classmethod
+    def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:
+        radii = [round(2 * r) / 2 for r in repeated(cls.suggest(grid)["radius"], len(grid))]
+        text = "Each token attends to the tokens within this distance."
+        space = Control("radius", "Radius, in tokens", 1, max(grid[-2:]), radii[-1], 0.5, text)
+        if len(grid) < 3:
+            return (space,)
+        text = "The same along the time axis."
+        return space, Control("radius_time", "Radius in time, in tokens", 0.5, max(grid[0], 1), radii[0], 0.5, text)
+
+    @classmethod
+    def from_controls(cls, values: Mapping[str, Any], axes: int) -> dict[str, Any]:
+        return {"radius": join_axes(values, "radius", axes)}
+
+    def _scale(self, layout: TokenLayout, scale: float, query: Tensor) -> float:
+        if self.train_tokens is None:
+            return scale
+        pooled = _n_pooled(layout, self.down_factor) > 0
+        return _resolution_scale(layout, self.train_tokens, pooled, query.shape[-1])
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout,
-    *,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    fit: bool = False,
-    backend: str | None = None,
-    pool_weight: Tensor | None = None,
-    radius: Radius,
-    down_factor: int = 1,
-    train_tokens: int | None = None,
-) -> Tensor:
-    """:func:`clear_attention`; ``fit`` adapts the options to a layout that they were not chosen for.
-
-    ``train_tokens`` sets the high-resolution scale in place of ``scale``.
-    """
-    if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_mask)
-        check_layout_and_scale(layout, scale)
-        check_options(radius=radius, down_factor=down_factor, train_tokens=train_tokens, backend=backend)
-        check_learned("pool_weight", pool_weight, (down_factor, down_factor), query)
-    check_no_tangents("clear", query, key, value, pool_weight)
-    return torch.ops.dit_accel.clear_attention(
-        query,
-        key,
-        value,
-        key_mask,
-        pool_weight,
-        list(layout.grid),
-        layout.before,
-        layout.after,
-        [float(r) for r in as_tuple(radius)],
-        down_factor,
-        train_tokens,
-        scale,
-        fit,
-        backend,
-    )[0]
-
-
-def check_options(
-    *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None, backend: str | None = None
-) -> None:
-    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
-    check_backend(backend)
-    radii = as_tuple(radius)
-    if not 1 <= len(radii) <= 3:
-        raise ValueError(f"radius must be a number or one per axis, got {radius!r}")
-    for r in radii:
-        if not check_number("radius", r) > 0:
-            raise ValueError(f"radius must be greater than 0, got {r}")
-    check_positive_int("down_factor", down_factor)
-    if train_tokens is not None:
-        check_positive_int("train_tokens", train_tokens, least=2)
-
-
-def fit(
-    layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
-) -> dict[str, Any]:
-    """Options for this layout, with one radius per axis. Nothing shrinks: a circle may be larger than the grid, and a
-    tile over the edge is cut off. A 1-D grid is not pooled.
-
-    Raises: ValueError: another number of radii than axes.
-    """
-    high_resolution = {} if train_tokens is None else {"train_tokens": train_tokens}
-    return {
-        "radius": per_axis("radius", radius, layout),
-        "down_factor": down_factor if len(layout.grid) > 1 else 1,
-        **high_resolution,
-    }
-
-
-def count_logits(
-    layout: TokenLayout, *, radius: Radius, down_factor: int = 1, train_tokens: int | None = None
-) -> float:
-    """Logits per batch element and head, global and pooled tokens included; dense would be ``seq_len ** 2``."""
-    axes, limit = _axes(layout, radius)
-    cost = torch.zeros(1, dtype=torch.float64, device="cpu")
-    pairs = torch.ones(1, dtype=torch.float64, device="cpu")
-    for axis in axes:
-        distance = torch.arange(min(axis.reach, axis.length - 1) + 1, dtype=torch.float64, device="cpu")
-        both_ways = (axis.length - distance) * torch.where(distance > 0, 2.0, 1.0)
-        cost = (cost[:, None] + axis.weight * distance.square()).flatten()
-        pairs = (pairs[:, None] * both_ways).flatten()
-    near = float(pairs[cost < limit].sum())
-    return near + global_logits(layout) + float(layout.grid_len * _n_pooled(layout, down_factor))
+clear_attention = attention_function(CLEARAttnProcessor)
+reference = reference_function(CLEARAttnProcessor)
 
 
 def _radii(layout: TokenLayout, radius: Radius) -> list[float]:
@@ -261,32 +324,6 @@ def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
     return (tiles.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
 
 
-def _compute(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    pool_weight: Tensor | None,
-    *,
-    layout: TokenLayout,
-    scale: float,
-    radius: Radius,
-    down_factor: int,
-    train_tokens: int | None = None,
-) -> Any:
-    axes, limit = _axes(layout, radius)
-    scale = _scale(layout, scale, down_factor, train_tokens, query)
-    pooled = _pooled_tokens(key, value, key_mask, pool_weight, layout, down_factor)
-    return window_attention(backend, query, key, value, key_mask, axes, limit, layout, scale, pooled)
-
-
-def _scale(layout: TokenLayout, scale: float, down_factor: int, train_tokens: int | None, query: Tensor) -> float:
-    if train_tokens is None:
-        return scale
-    return _resolution_scale(layout, train_tokens, _n_pooled(layout, down_factor) > 0, query.shape[-1])
-
-
 def _pooled_tokens(
     key: Tensor,
     value: Tensor,
@@ -302,79 +339,6 @@ def _pooled_tokens(
     weights, nonempty = _tile_weights(layout, down_factor, pool_weight, key_mask, key)
     pooled_mask = None if key_mask is None else nonempty.expand(len(key), -1)
     return _pool(key, weights, layout), _pool(value, weights, layout), pooled_mask
-
-
-def _backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    pool_weight: Tensor | None,
-    *,
-    layout: TokenLayout,
-    scale: float,
-    radius: Radius,
-    down_factor: int,
-    train_tokens: int | None = None,
-) -> Sequence[Tensor]:
-    axes, limit = _axes(layout, radius)
-    scale = _scale(layout, scale, down_factor, train_tokens, query)
-    leaves = [x.detach().requires_grad_() for x in (key, value, pool_weight) if x is not None]
-    learned = None if pool_weight is None else leaves[2]
-    with autograd_inside_op():
-        pooled = _pooled_tokens(leaves[0], leaves[1], key_mask, learned, layout, down_factor)
-    detached = None if pooled is None else (pooled[0].detach(), pooled[1].detach(), pooled[2])
-    found = window_attention_backward(grad, out, lse, query, key, value, key_mask, axes, limit, layout, scale, detached)
-    if pooled is None:
-        return [*found[:3], *(torch.zeros_like(x) for x in leaves[2:])]
-    more = torch.autograd.grad(pooled[:2], leaves, found[3:], allow_unused=True, materialize_grads=True)
-    return [found.query, found.key + more[0], found.value + more[1], *more[2:]]
-
-
-_COMPUTE: dict[str, Callable[..., Any]] = {backend: partial(_compute, backend) for backend in BACKENDS}
-
-define_operator(
-    "clear_attention",
-    _COMPUTE,
-    fit,
-    learned=("pool_weight",),
-    options="float[] radius, int down_factor, int? train_tokens",
-    backward={"triton": _backward},
-)
-
-
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout,
-    *,
-    radius: Radius,
-    down_factor: int = 1,
-    pool_weight: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """:func:`clear_attention` through the full weights: slow; the specification."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
-    places = [layout.coordinates(token) for token in range(layout.seq_len)]
-    costs = _whole_costs(tuple(_radii(layout, radius)))
-    visible = torch.tensor([[_is_visible(a, b, *costs) for b in places] for a in places], device=query.device)
-    visible = visible.expand(len(q), 1, -1, -1)
-    valid = torch.ones(q.shape[0], layout.seq_len, dtype=torch.bool, device=q.device)
-    valid = valid if key_mask is None else key_mask
-    visible = visible & valid[:, None, None, :]
-    if down_factor > 1:
-        pool, nonempty = _pool_matrix(layout, down_factor, pool_weight, valid, acc)
-        k, v = (torch.cat([x, pool[:, None] @ x], 2) for x in (k, v))
-        on_grid = torch.tensor([place is not None for place in places], device=q.device)
-        visible = torch.cat([visible, on_grid[:, None] & nonempty[:, None, None, :]], -1)
-    return (softmax_rows(q @ k.mT * scale, visible) @ v).to(query.dtype)
 
 
 def _is_visible(a: tuple[int, ...] | None, b: tuple[int, ...] | None, weights: list[int], limit: int) -> bool:

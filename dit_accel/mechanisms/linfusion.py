@@ -2,20 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dit_accel.kernels.block_linear.reference import feature
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.backend import resolve
 
 from ._common import check_layout_and_scale, check_positive_int, check_tensors, flat_layout, zero_masked
+from .backend import resolve
+from .processor import AcceleratedAttnProcessor
+from .registry import register_processor
 
-__all__ = ["check_options", "count_logits", "fit", "input_projection", "linfusion_attention", "reference"]
+__all__ = ["LinFusionAttnProcessor", "input_projection", "linfusion_attention", "reference"]
 
 EPSILON = 1e-4
+
+
+@register_processor
+@dataclass(frozen=True, kw_only=True)
+class LinFusionAttnProcessor(AcceleratedAttnProcessor):
+    """Linear attention for U-Nets. [LinFusion, arXiv 2409.02097]
+
+    Query and key are projected from ``x + to_q_(x)`` and ``x + to_k_(x)``, with two learned modules per layer. Needs
+    trained weights: :func:`dit_accel.load_attention` loads the authors'. See
+    :func:`dit_accel.functional.linfusion_attention`.
+
+    Args:
+        projection_mid_dim: inner width of ``to_q_`` and ``to_k_``; None = the layer's width.
+    """
+
+    projection_mid_dim: int | None = None
+
+    name: ClassVar[str] = "linfusion"
+    label: ClassVar[str] = "LinFusion"
+    summary: ClassVar[str] = "linear attention with learned inputs"
+    paper: ClassVar[str] = "arXiv 2409.02097"
+    any_host: ClassVar[bool] = False
+
+    def check(self) -> None:
+        if self.projection_mid_dim is not None:
+            check_positive_int("projection_mid_dim", self.projection_mid_dim)
+
+    def check_scale(self, scale: float | None) -> None:
+        if scale is not None:
+            raise ValueError(f"linear attention has no logits to scale, got scale={scale}: leave scale out")
+
+    def count_logits(self, layout: TokenLayout) -> float:
+        """Return 0: linear attention has no logits."""
+        return 0.0
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        *,
+        key_mask: Tensor | None = None,
+        host_scale: float | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Compute plain matrix products, which need no operator of their own."""
+        return _attend(
+            query, key, value, self.grid_layout(layout), key_mask=key_mask, scale=host_scale, backend=self.backend
+        )
+
+    def input_projections(self, attn: nn.Module) -> dict[str, nn.Module]:
+        width: Any = attn.query_dim
+        return {name: input_projection(width, self.projection_mid_dim) for name in ("to_q", "to_k")}
+
+    def check_host(self, attn: nn.Module, name: str) -> None:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        if not isinstance(attn.processor, AttnProcessor2_0) or attn.norm_q is not None or attn.norm_k is not None:
+            raise ValueError(
+                "LinFusion supports only the self-attention of U-Nets: expected diffusers' AttnProcessor2_0 without "
+                f"query or key norms, got {type(attn.processor).__name__} on {name}. Use another mechanism for this "
+                "model; for a U-Net, restore its default processors first (unfuse_qkv_projections(), "
+                "set_default_attn_processor())"
+            )
 
 
 def linfusion_attention(
@@ -52,17 +121,14 @@ def _attend(
     *,
     key_mask: Tensor | None = None,
     scale: float | None = None,
-    fit: bool = False,
     backend: str | None = None,
-    projection_mid_dim: int | None = None,
 ) -> Tensor:
-    """:func:`linfusion_attention` with the arguments common to all mechanisms: ``fit`` and ``projection_mid_dim`` have
-    no effect."""
+    """Return :func:`linfusion_attention`; a ``scale`` is refused."""
     if not torch.compiler.is_compiling():
         check_tensors(query, key, value, key_mask)
         check_layout_and_scale(layout, None, default=True)
         _check_sequence(flat_layout(layout, query), query, scale)
-        resolve(backend, query.device, "linfusion")
+        resolve(backend, query.device, LinFusionAttnProcessor)
     acc = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         q, k = _feature(query.to(acc)), _feature(zero_masked(key, key_mask).to(acc))
@@ -122,22 +188,6 @@ def _unset_linear(in_features: int, out_features: int) -> nn.Linear:
     return nn.Linear(in_features, out_features, device="meta").to_empty(device=torch.get_default_device())
 
 
-def check_options(*, projection_mid_dim: int | None = None, backend: str | None = None) -> None:
-    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
-    if projection_mid_dim is not None:
-        check_positive_int("projection_mid_dim", projection_mid_dim)
-
-
-def fit(layout: TokenLayout, **options: Any) -> dict[str, Any]:
-    """Options for this layout: unchanged, because they do not depend on the grid."""
-    return options
-
-
-def count_logits(layout: TokenLayout, **options: Any) -> float:
-    """Number of logits: 0 in linear attention."""
-    return 0.0
-
-
 def reference(
     query: Tensor,
     key: Tensor,
@@ -145,9 +195,8 @@ def reference(
     layout: TokenLayout | None = None,
     *,
     key_mask: Tensor | None = None,
-    projection_mid_dim: int | None = None,
 ) -> Tensor:
-    """:func:`linfusion_attention` through the full (S, S) weights: slow; the specification."""
+    """Return :func:`linfusion_attention` through the full (S, S) weights: slow; the specification."""
     acc = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
     weights = _feature(q) @ _feature(k).mT

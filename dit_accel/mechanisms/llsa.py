@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,9 @@ from torch import Tensor
 from dit_accel.kernels.block_linear.reference import gather_rows
 from dit_accel.kernels.block_sparse.reference import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.backend import check_backend
 
 from ._common import (
-    check_layout_and_scale,
     check_positive_int,
-    check_tensors,
-    flat_layout,
     global_index,
     global_logits,
     global_tiles,
@@ -26,27 +23,19 @@ from ._common import (
     softmax_rows,
     zero_masked,
 )
+from ._controls import Control
 from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
-from ._operator import check_no_tangents, define_operator
 from ._tree import Level, default_levels, level_grids, make_tree, tile_shapes
+from ._workloads import Workload
+from .processor import AcceleratedAttnProcessor
+from .registry import attention_function, reference_function, register_processor
 
-__all__ = ["check_options", "count_logits", "fit", "llsa_attention", "reference"]
+__all__ = ["LLSAAttnProcessor", "llsa_attention", "reference"]
 
 
-def llsa_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout | None = None,
-    *,
-    block_size: int = 16,
-    topk: int = 8,
-    levels: int | None = None,
-    enrich: bool = True,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor:
+@register_processor
+@dataclass(frozen=True, kw_only=True)
+class LLSAAttnProcessor(AcceleratedAttnProcessor):
     """Log-linear hierarchical sparse attention. [LLSA, arXiv 2512.16615]
 
     Tokens are pooled block by block to a tree; from its top down each query block keeps the ``topk`` pooled keys with
@@ -54,110 +43,174 @@ def llsa_attention(
     the pooled tokens considered on the way, with log(number of tokens that they cover) added to their logits.
 
     Args:
-        query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: position of the grid in the sequence; None = the whole sequence is the grid, 1-D.
         block_size: tokens in a block, and pooled tokens in a block of the next level.
         topk: blocks that a query block keeps at each level; all if there are fewer.
         levels: levels of pooled tokens; None = the fewest that leave at most 64·topk tokens at the top.
         enrich: whether to attend to pooled tokens.
-        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
-        scale: factor on the logits; default D**-0.5.
-        backend: "torch" or "triton"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
-    Raises: ValueError: block_size < 2, topk < 1, levels < 1, a layout that does not match, tensors that do not match
-        each other.
     """
-    return _attend(
-        query,
-        key,
-        value,
-        layout,
-        key_mask=key_mask,
-        scale=scale,
-        backend=backend,
-        block_size=block_size,
-        topk=topk,
-        levels=levels,
-        enrich=enrich,
-    )
+
+    block_size: int = 16
+    topk: int = 8
+    levels: int | None = None
+    enrich: bool = True
+
+    name: ClassVar[str] = "llsa"
+    label: ClassVar[str] = "LLSA"
+    summary: ClassVar[str] = "top-k blocks, selected from coarse to fine"
+    paper: ClassVar[str] = "arXiv 2512.16615"
+    backends: ClassVar[tuple[str, ...]] = ("torch", "triton")
+    backward_backends: ClassVar[tuple[str, ...]] = ("triton",)
+
+    workloads: ClassVar[tuple[Workload, ...]] = (
+        Workload(
+            "llsa-256", "LLSA, 256×256 pixels", 12, 64, TokenLayout((256, 256)),
+            {"block_size": 16, "topk": 8, "levels": 2}, {"forward": 30.0, "backward": 20.0},
+        ),
+        Workload(
+            "llsa-256-wide", "LLSA, 256×256 pixels", 24, 128, TokenLayout((256, 256)),
+            {"block_size": 16, "topk": 8, "levels": 2}, {"forward": 30.0, "backward": None},
+        ),
+        *(  # number of levels: default for each size
+            Workload(
+                f"llsa-{side}x{side}", f"LLSA, {side}×{side}", 8, 64, TokenLayout((side, side)),
+                {"block_size": 16, "topk": 8}, {"scaling": None},
+            )
+            for side in (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+        ),
+    )  # fmt: skip
+    comparison_grid: ClassVar[tuple[int, ...]] = (64, 64)
+
+    def check(self) -> None:
+        check_positive_int("block_size", self.block_size, least=2)
+        check_positive_int("topk", self.topk)
+        if self.levels is not None:
+            check_positive_int("levels", self.levels)
+        if not isinstance(self.enrich, bool):
+            raise TypeError(f"enrich must be True or False, got {self.enrich!r}")
+
+    def fit(self, layout: TokenLayout) -> LLSAAttnProcessor:
+        """Cap the levels to those that lead to a single token at the top."""
+        if self.levels is None:
+            return self
+        grids = level_grids(layout.grid, tile_shapes(layout.grid, self.block_size, self.levels))
+        levels = next((i for i, grid in enumerate(grids[1:], 1) if math.prod(grid) == 1), self.levels)
+        return replace(self, levels=levels)
+
+    def count_logits(self, layout: TokenLayout) -> float:
+        """Return the logits per batch element and head, global and pooled tokens included. The kept blocks depend on
+        the data: a short block counts as an average one."""
+        levels = self._n_levels(layout)
+        grids = level_grids(layout.grid, tile_shapes(layout.grid, self.block_size, levels))
+        sizes = [math.prod(grid) for grid in grids]
+        keys = 0.0
+        for level in range(levels):  # kept at level + 1, in tokens of this level
+            kept = min(self.topk, sizes[level + 1]) / sizes[level + 1] * sizes[level]
+            keys += kept if level == 0 or self.enrich else 0
+        keys += sizes[levels] if self.enrich else 0
+        return keys * layout.grid_len + global_logits(layout)
+
+    def compute(
+        self,
+        backend: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Any:
+        if backend == "triton":
+            return llsa_attention_triton(query, key, value, key_mask, layout=layout, scale=scale, **self._options)
+        return _compute_torch(query, key, value, key_mask, layout, scale, self)
+
+    def backward(
+        self,
+        grad: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Sequence[Tensor]:
+        return llsa_attention_triton_backward(
+            grad, out, lse, query, key, value, key_mask, layout=layout, scale=scale, **self._options
+        )
+
+    def dense_reference(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        *,
+        key_mask: Tensor | None = None,
+        scale: float,
+        **learned: Tensor | None,
+    ) -> Tensor:
+        levels = self._n_levels(layout)
+        acc = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
+        valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+        valid = valid if key_mask is None else key_mask
+        covered = _covered(layout, tile_shapes(layout.grid, self.block_size, levels))
+        out = []
+        for b in range(len(q)):
+            inside = [[[t for t in node if valid[b, t]] for node in level] for level in covered]  # the valid tokens
+            columns = [(l, i) for l in range(1, levels + 1) for i in range(len(covered[l]))]  # of the pooled tokens
+            average = torch.zeros(len(columns), q.shape[2], dtype=acc, device=q.device)
+            for row, (l, i) in enumerate(columns):
+                average[row, inside[l][i]] = 1 / max(1, len(inside[l][i]))
+            counts = torch.tensor([len(inside[l][i]) for l, i in columns], dtype=acc, device=q.device)
+            for h in range(q.shape[1]):
+                visible = torch.zeros(q.shape[2], q.shape[2] + len(columns), dtype=torch.bool)
+                visible[:, : q.shape[2]] = True
+                for block, fine, pooled in _choices(
+                    average @ q[b, h], average @ k[b, h], columns, inside, covered, self.topk
+                ):
+                    keys = torch.zeros(visible.shape[1], dtype=torch.bool)
+                    keys[: layout.before] = keys[layout.grid_slice.stop : layout.seq_len] = True
+                    keys[fine + ([q.shape[2] + i for i in pooled] if self.enrich else [])] = True
+                    visible[block] = keys
+                visible[:, : q.shape[2]] &= valid[b].cpu()
+                pool_k, pool_v = (torch.cat([x[b, h], average @ x[b, h]]) for x in (k, v))
+                logits = q[b, h] @ pool_k.mT * scale
+                logits = logits + torch.cat([logits.new_zeros(q.shape[2]), counts.clamp(min=1).log()])
+                out.append(softmax_rows(logits, visible.to(q.device)) @ pool_v)
+        return torch.stack(out).view(q.shape).to(query.dtype)
+
+    def without_pooled_tokens(self) -> LLSAAttnProcessor:
+        return replace(self, enrich=False)
+
+    def block_tables(self, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        tree = make_tree(layout.grid, self.block_size, self._n_levels(layout), torch.device("cpu"))
+        return tree[0].children, tree[0].children
+
+    @classmethod
+    def suggest(cls, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
+        """The defaults, which compute about a tenth on 64×64. They do not depend on ``share``, because the number of
+        keys per query hardly grows with the grid."""
+        return {}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        return {**options, "block_size": 4, "topk": 2}
+
+    @classmethod
+    def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:
+        text = "Number of blocks of 16 tokens that are kept at each level."
+        return (Control("topk", "Blocks kept (topk)", 1, 64, cls.topk, 1, text),)
+
+    def _n_levels(self, layout: TokenLayout) -> int:
+        return default_levels(layout.grid, self.block_size, self.topk) if self.levels is None else self.levels
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout | None = None,
-    *,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    fit: bool = False,
-    backend: str | None = None,
-    block_size: int = 16,
-    topk: int = 8,
-    levels: int | None = None,
-    enrich: bool = True,
-) -> Tensor:
-    """:func:`llsa_attention`; ``fit`` first shrinks the options to the layout."""
-    if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_mask)
-        check_layout_and_scale(layout, scale, default=True)
-        check_options(block_size=block_size, topk=topk, levels=levels, enrich=enrich, backend=backend)
-    check_no_tangents("llsa", query, key, value)
-    layout = flat_layout(layout, query)
-    return torch.ops.dit_accel.llsa_attention(
-        query,
-        key,
-        value,
-        key_mask,
-        list(layout.grid),
-        layout.before,
-        layout.after,
-        block_size,
-        topk,
-        levels,
-        enrich,
-        scale,
-        fit,
-        backend,
-    )[0]
-
-
-def check_options(
-    *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True, backend: str | None = None
-) -> None:
-    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
-    check_backend(backend)
-    check_positive_int("block_size", block_size, least=2)
-    check_positive_int("topk", topk)
-    if levels is not None:
-        check_positive_int("levels", levels)
-    if not isinstance(enrich, bool):
-        raise TypeError(f"enrich must be True or False, got {enrich!r}")
-
-
-def fit(
-    layout: TokenLayout, *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True
-) -> dict[str, Any]:
-    """Options for this layout: at most as many levels as lead to a single token at the top."""
-    if levels is not None:
-        grids = level_grids(layout.grid, tile_shapes(layout.grid, block_size, levels))
-        levels = next((i for i, grid in enumerate(grids[1:], 1) if math.prod(grid) == 1), levels)
-    return {"block_size": block_size, "topk": topk, "levels": levels, "enrich": enrich}
-
-
-def count_logits(
-    layout: TokenLayout, *, block_size: int = 16, topk: int = 8, levels: int | None = None, enrich: bool = True
-) -> float:
-    """Logits per batch element and head, global and pooled tokens included; dense would be ``seq_len ** 2``. The kept
-    blocks depend on the data: a short block counts as an average one."""
-    levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
-    sizes = [math.prod(grid) for grid in level_grids(layout.grid, tile_shapes(layout.grid, block_size, levels))]
-    keys = 0.0
-    for level in range(levels):  # kept at level + 1, in tokens of this level
-        kept = min(topk, sizes[level + 1]) / sizes[level + 1] * sizes[level]
-        keys += kept if level == 0 or enrich else 0
-    keys += sizes[levels] if enrich else 0
-    return keys * layout.grid_len + global_logits(layout)
+llsa_attention = attention_function(LLSAAttnProcessor)
+reference = reference_function(LLSAAttnProcessor)
 
 
 class _Pooled(NamedTuple):
@@ -217,25 +270,21 @@ def _compute_torch(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
-    *,
     layout: TokenLayout,
     scale: float,
-    block_size: int,
-    topk: int,
-    levels: int | None,
-    enrich: bool,
+    options: LLSAAttnProcessor,
 ) -> Tensor:
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
-    levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
-    tree = make_tree(layout.grid, block_size, levels, query.device)
+    levels = options._n_levels(layout)
+    tree = make_tree(layout.grid, options.block_size, levels, query.device)
     valid = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
     if key_mask is not None:
         valid = key_mask[:, layout.grid_slice]
     q, k, v = (x[:, :, layout.grid_slice] for x in (query, key, value))
     with torch.no_grad():
-        kept, candidates = _select(_pool(q.detach(), tree, valid), _pool(k.detach(), tree, valid), tree, topk)
+        kept, candidates = _select(_pool(q.detach(), tree, valid), _pool(k.detach(), tree, valid), tree, options.topk)
     bias = mask_bias(key_mask)
-    if enrich:
+    if options.enrich:
         pooled_k, pooled_v = (_pool(x, tree, valid) for x in (k, v))
         key = torch.cat([key, *(level.mean().to(key.dtype) for level in pooled_k)], 2)
         value = torch.cat([value, *(level.mean().to(value.dtype) for level in pooled_v)], 2)
@@ -243,7 +292,7 @@ def _compute_torch(
         bias = torch.zeros(1, layout.seq_len, device=query.device) if bias is None else bias
         bias = torch.cat([bias, counts], 1)
     whole = key_mask is None and all(level.full for level in tree)
-    plan = (_tiles(layout, tree, kept, candidates, enrich, whole), *global_tiles(layout, query.device))
+    plan = (_tiles(layout, tree, kept, candidates, options.enrich, whole), *global_tiles(layout, query.device))
     return tile_attention(
         query, key, value, plan, scale=scale, key_bias=bias, may_have_empty_rows=key_mask is not None, per_head=True
     )
@@ -284,65 +333,6 @@ def _tiles(
     n_keys = kept.shape[2] * block + len(everywhere)
     n_keys += sum(found.shape[2] for _, found, _ in pooled_lists) if enrich else 0
     return Tiles(count=n_blocks, n_queries=block, n_keys=n_keys, rows=rows)
-
-
-_COMPUTE: dict[str, Callable[..., Any]] = {"torch": _compute_torch, "triton": llsa_attention_triton}
-
-
-define_operator(
-    "llsa_attention",
-    _COMPUTE,
-    fit,
-    learned=(),
-    options="int block_size, int topk, int? levels, bool enrich",
-    backward={"triton": llsa_attention_triton_backward},
-)
-
-
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout | None = None,
-    *,
-    block_size: int = 16,
-    topk: int = 8,
-    levels: int | None = None,
-    enrich: bool = True,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """:func:`llsa_attention` through the full (S, S + pooled) weights: slow; the specification."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    layout = flat_layout(layout, query)
-    levels = default_levels(layout.grid, block_size, topk) if levels is None else levels
-    acc = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
-    valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    valid = valid if key_mask is None else key_mask
-    covered = _covered(layout, tile_shapes(layout.grid, block_size, levels))
-    out = []
-    for b in range(len(q)):
-        inside = [[[t for t in node if valid[b, t]] for node in level] for level in covered]  # the valid tokens
-        columns = [(l, i) for l in range(1, levels + 1) for i in range(len(covered[l]))]  # of the pooled tokens
-        average = torch.zeros(len(columns), q.shape[2], dtype=acc, device=q.device)
-        for row, (l, i) in enumerate(columns):
-            average[row, inside[l][i]] = 1 / max(1, len(inside[l][i]))
-        counts = torch.tensor([len(inside[l][i]) for l, i in columns], dtype=acc, device=q.device)
-        for h in range(q.shape[1]):
-            visible = torch.zeros(q.shape[2], q.shape[2] + len(columns), dtype=torch.bool)
-            visible[:, : q.shape[2]] = True
-            for block, fine, pooled in _choices(average @ q[b, h], average @ k[b, h], columns, inside, covered, topk):
-                keys = torch.zeros(visible.shape[1], dtype=torch.bool)
-                keys[: layout.before] = keys[layout.grid_slice.stop : layout.seq_len] = True
-                keys[fine + ([q.shape[2] + i for i in pooled] if enrich else [])] = True
-                visible[block] = keys
-            visible[:, : q.shape[2]] &= valid[b].cpu()
-            pool_k, pool_v = (torch.cat([x[b, h], average @ x[b, h]]) for x in (k, v))
-            logits = q[b, h] @ pool_k.mT * scale
-            logits = logits + torch.cat([logits.new_zeros(q.shape[2]), counts.clamp(min=1).log()])
-            out.append(softmax_rows(logits, visible.to(q.device)) @ pool_v)
-    return torch.stack(out).view(q.shape).to(query.dtype)
 
 
 def _covered(layout: TokenLayout, shapes: Sequence[tuple[int, ...]]) -> list[list[list[int]]]:

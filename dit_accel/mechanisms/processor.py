@@ -1,45 +1,31 @@
-"""Attention processors: the mechanism, its options, and the conditions under which a layer stays dense.
+"""Base class of the attention processors: options of the user, and the mathematics of the mechanism.
 
 A processor is a frozen dataclass without weights or model. Installing it (see :mod:`dit_accel.install`) adds one
-:class:`dit_accel.install.intercept.MechanismLayer` with the learned parameters to every attention module.
+:class:`dit_accel.install.intercept.MechanismLayer` with the learned parameters to every attention module. A mechanism
+is one subclass in one file, made known by :func:`dit_accel.register_processor`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from types import ModuleType
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from . import clear, gna, linfusion, llsa, sla
-from ._common import check_number
+from ._common import check_layout_and_scale, check_number, check_tensors, flat_layout
+from ._controls import Control, option_controls
+from ._operator import check_no_tangents
+from ._options import OperatorOption, operator_arguments, option_fields, to_hashable
+from ._workloads import Workload
 from .backend import check_backend
 
-__all__ = [
-    "PROCESSORS",
-    "AcceleratedAttnProcessor",
-    "CLEARAttnProcessor",
-    "GNAAttnProcessor",
-    "LLSAAttnProcessor",
-    "LinFusionAttnProcessor",
-    "SLAAttnProcessor",
-]
+__all__ = ["AcceleratedAttnProcessor"]
 
-
-def _to_hashable(value: Any) -> Any:
-    """Convert a list to a tuple, so that the processor is hashable; return any other value unchanged."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _per_axis(value: Any, axes: int) -> tuple[Any, ...]:
-    """Return one value per axis; a single value, or a tuple of one, is repeated for all axes."""
-    values = value if isinstance(value, tuple) else (value,)
-    return values * axes if len(values) == 1 else values
+Self = TypeVar("Self", bound="AcceleratedAttnProcessor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +51,33 @@ class AcceleratedAttnProcessor:
     reference: str = "whole"
     backend: str | None = None
 
-    name: ClassVar[str]
-    mechanism: ClassVar[ModuleType]
-    paper: ClassVar[str]
+    # A mechanism sets these:
+    name: ClassVar[str]  # in --attn, in files, and of the function <name>_attention
+    label: ClassVar[str]  # for people
+    summary: ClassVar[str]  # a few words after the label
+    paper: ClassVar[str] = ""
+    backends: ClassVar[tuple[str, ...]] = ("torch",)  # the first one is named in messages
+    backward_backends: ClassVar[tuple[str, ...]] = ()  # those with a backward pass of their own
+    learned: ClassVar[Mapping[str, str]] = {}  # learned tensors, in the order of ``compute``, with their description
+    recipe: ClassVar[str] = "sla"  # default recipe of dit-accel convert
     any_host: ClassVar[bool] = True  # supports every self-attention layer, and works without training
+    needs_layout: ClassVar[bool] = False  # without a layout there is no default
+    workloads: ClassVar[tuple[Workload, ...]] = ()  # what dit-accel bench measures
+    comparison_grid: ClassVar[tuple[int, ...]] = ()  # largest grid of a workload that torch computes in float32
+
     SET_ON_MODEL: ClassVar[str] = (
         "expected a dit_accel processor to be installed on a model, got one set on a single attention module, which "
         "has no token layout: call model.set_attn_processor(processor) or pipe.set_attn_processor(processor), with "
         'layers=["transformer_blocks.0.attn"] for single layers'
     )
-    _options: ClassVar[dict[str, Any]]  # set on the instance
+    operator: ClassVar[Any] = None  # set by register_processor
+    operator_options: ClassVar[tuple[OperatorOption, ...]] = ()
+    _options: ClassVar[dict[str, Any]]  # set on the instance, because dynamo cannot trace dataclasses.fields
+    _arguments: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _to_hashable(getattr(self, field.name)))
+            object.__setattr__(self, field.name, to_hashable(getattr(self, field.name)))
         for name in ("dense_steps", "min_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -93,21 +92,94 @@ class AcceleratedAttnProcessor:
             if not 0 < check_number("scale", self.scale) < math.inf:
                 raise ValueError(f"scale must be positive and finite, got {self.scale}")
         check_backend(self.backend)
-        common = {field.name for field in fields(AcceleratedAttnProcessor)}
-        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
-        object.__setattr__(self, "_options", options)  # computed once: dynamo cannot trace dataclasses.fields
-        self.mechanism.check_options(**options)
+        options = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
+        object.__setattr__(self, "_options", options)
+        self.check()
+        self.check_scale(self.scale)
+        if self.operator_options:
+            object.__setattr__(self, "_arguments", operator_arguments(self.name, self.operator_options, options))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: TypeError: always. diffusers calls it if the processor was set on a single attention module."""
         raise TypeError(self.SET_ON_MODEL)
 
-    def options(self) -> dict[str, Any]:
-        """Return the keyword options of the mechanism's function."""
-        return dict(self._options)
+    # What a mechanism defines
+
+    def check(self) -> None:
+        """Raises: TypeError, ValueError: an option that is invalid for every layout."""
+
+    def check_scale(self, scale: float | None) -> None:
+        """Raises: ValueError: a factor on the logits that the options exclude."""
+
+    def fit(self: Self, layout: TokenLayout) -> Self:
+        """Return the processor with options capped to this layout."""
+        return self
+
+    def count_logits(self, layout: TokenLayout) -> float:
+        """Return the logits per batch element and head, global tokens included; dense would be ``seq_len ** 2``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define count_logits")
+
+    def compute(
+        self,
+        backend: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Any:
+        """Return the output (B, H, S, D), and for ``backward_backends`` also the log-sum-exp (B, H, S) float32.
+
+        Runs inside a torch operator, with options that :meth:`fit` has capped to the layout if a model calls it.
+
+        Args:
+            backend: one of ``backends``. "torch" must be differentiable; without a backward pass of its own, another
+                backend is differentiated through it.
+            query, key, value: (B, H, S, D), one dtype and device, any strides.
+            key_mask: (B, S) bool, True = attend; masked keys may hold NaN.
+            learned: the learned tensors, each None if it is not given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define compute")
+
+    def backward(
+        self,
+        grad: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Sequence[Tensor]:
+        """Return the gradients of query, key, value and of the learned tensors that are given; for
+        ``backward_backends``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define backward")
+
+    def dense_reference(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        *,
+        key_mask: Tensor | None = None,
+        scale: float,
+        **learned: Tensor | None,
+    ) -> Tensor:
+        """Return the output through the full (S, S) weights: slow; the specification, for tests and drawings."""
+        raise NotImplementedError(f"{type(self).__name__} does not define dense_reference")
+
+    def learned_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the learned tensors of one layer."""
+        return {}
 
     def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
-        """Return the initial learned parameters of one layer, by the function's keyword."""
+        """Return the initial learned parameters of one layer."""
         return {}
 
     def input_projections(self, attn: nn.Module) -> dict[str, nn.Module]:
@@ -118,10 +190,50 @@ class AcceleratedAttnProcessor:
         return {}
 
     def check_host(self, attn: nn.Module, name: str) -> None:
-        """Check that the mechanism supports this attention module.
+        """Raises: ValueError: the mechanism does not support this attention module."""
 
-        Raises: ValueError: it does not.
-        """
+    def image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
+        """Return the options that differ for a grid with a leading axis of images, along which attention is dense."""
+        return {}
+
+    @classmethod
+    def suggest(cls, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
+        """Return options that compute about ``share`` of the logits on a grid; all others have defaults."""
+        return {}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        """Return the options of a workload for a grid of a few tokens, to test that it runs."""
+        return dict(options)
+
+    @classmethod
+    def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:
+        """Return the sliders of the demo app for a grid."""
+        return option_controls(cls)
+
+    @classmethod
+    def from_controls(cls, values: Mapping[str, Any], axes: int) -> dict[str, Any]:
+        """Return the options for values of the sliders, on a grid with so many axes."""
+        return dict(values)
+
+    def without_pooled_tokens(self: Self) -> Self:
+        """Return the processor without pooled tokens, which stand for several keys."""
+        return self
+
+    def block_tables(self, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
+        """Return the grid tokens of each query block and of each key block, (M, block), -1 in short blocks; None for a
+        mechanism that selects no blocks."""
+        return None
+
+    def identity_parameters(self, head_dim: int) -> dict[str, Tensor] | None:
+        """Return learned parameters that add a linear part as it is; None without a linear part."""
+        return None
+
+    # What all mechanisms share
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the mechanism, without those that all processors share."""
+        return dict(self._options)
 
     def grid_layout(self, layout: TokenLayout) -> TokenLayout:
         """Return the layout for the mechanism; ``reference="window"`` adds the reference images to the grid."""
@@ -137,15 +249,22 @@ class AcceleratedAttnProcessor:
         return TokenLayout(stacked, layout.before, layout.seq_len - layout.before - math.prod(stacked))
 
     def layer_options(self, layout: TokenLayout) -> dict[str, Any]:
-        """Return the options for a layer with this layout, before ``mechanism.fit`` caps them to the grid."""
+        """Return the options for a layer with this layout, before they are capped to the grid."""
         options = self.options()
         if self.reference == "window" and layout.references:
-            options.update(self._image_axis_options(len(layout.grid), 1 + len(layout.references)))
+            options.update(self.image_axis_options(len(layout.grid), 1 + len(layout.references)))
         return options
 
-    def _image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
-        """Return the options that differ for a grid with a leading axis of images, along which attention is dense."""
-        return {}
+    def for_layout(self: Self, layout: TokenLayout) -> Self:
+        """Return the processor with the options that a layer with this layout uses, capped to its grid.
+
+        Raises: ValueError: options that do not suit the layout.
+        """
+        return replace(self, **self.layer_options(layout)).fit(self.grid_layout(layout))
+
+    def layer_logits(self, layout: TokenLayout) -> float:
+        """Return the logits that a layer with this layout computes."""
+        return float(self.for_layout(layout).count_logits(self.grid_layout(layout)))
 
     def attend(
         self,
@@ -156,21 +275,44 @@ class AcceleratedAttnProcessor:
         *,
         key_mask: Tensor | None = None,
         host_scale: float | None = None,
-        parameters: dict[str, Tensor] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Compute the mechanism for (B, H, S, D) of one layer; options larger than the grid are capped to it."""
-        return self.mechanism._attend(
-            query,
-            key,
-            value,
-            self.grid_layout(layout),
-            key_mask=key_mask,
-            scale=host_scale if self.scale is None else self.scale,
-            fit=True,
-            backend=self.backend,
-            **self.layer_options(layout),
-            **(parameters or {}),
-        )
+        arguments = self._arguments
+        if self.reference == "window" and layout.references:
+            arguments = operator_arguments(self.name, self.operator_options, self.layer_options(layout))
+        return self.call(
+            query, key, value, self.grid_layout(layout), arguments, key_mask=key_mask,
+            scale=host_scale if self.scale is None else self.scale, fit=True, backend=self.backend,
+            learned=parameters or {},
+        )  # fmt: skip
+
+    @classmethod
+    def call(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout | None,
+        arguments: tuple[Any, ...],
+        *,
+        key_mask: Tensor | None,
+        scale: float | None,
+        fit: bool,
+        backend: str | None,
+        learned: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        """Call the operator with options as its arguments, see :func:`._options.operator_arguments`."""
+        if not torch.compiler.is_compiling():
+            check_tensors(query, key, value, key_mask)
+            check_layout_and_scale(layout, scale, default=not cls.needs_layout)
+        tensors = [learned.get(name) for name in cls.learned]
+        check_no_tangents(cls.name, query, key, value, *tensors)
+        layout = flat_layout(layout, query)
+        return cls.operator(
+            query, key, value, key_mask, *tensors, list(layout.grid), layout.before, layout.after, *arguments, scale,
+            fit, backend,
+        )[0]  # fmt: skip
 
     def __str__(self) -> str:
         shown = [
@@ -179,134 +321,3 @@ class AcceleratedAttnProcessor:
             if getattr(self, field.name) != field.default
         ]
         return f"{self.name}({', '.join(shown)})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SLAAttnProcessor(AcceleratedAttnProcessor):
-    """Sparse-linear attention (SLA, arXiv 2509.24006): see :func:`dit_accel.functional.sla_attention`."""
-
-    critical: float = 0.05
-    negligible: float = 0.10
-    block_q: int = 64
-    block_kv: int = 64
-    feature_map: str = "softmax"
-    linear_over: str = "marginal"
-    smooth_key: bool = False
-    tile_order: bool = False
-
-    name: ClassVar[str] = "sla"
-    mechanism: ClassVar[ModuleType] = sla
-    paper: ClassVar[str] = "arXiv 2509.24006"
-
-    def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
-        return {"weight": torch.zeros(head_dim, head_dim), "bias": torch.zeros(head_dim)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CLEARAttnProcessor(AcceleratedAttnProcessor):
-    """Circular local windows (CLEAR, arXiv 2412.16112): see :func:`dit_accel.functional.clear_attention`.
-
-    Args:
-        train_tokens: sequence length that the model was trained with (Flux: 64² + 512). Sets the paper's
-            high-resolution scale, ``sqrt(log(S, train_tokens) / D)``, with 10·S instead of S if ``down_factor > 1``.
-    """
-
-    radius: float | Sequence[float]
-    down_factor: int = 1
-    train_tokens: int | None = None
-
-    name: ClassVar[str] = "clear"
-    mechanism: ClassVar[ModuleType] = clear
-    paper: ClassVar[str] = "arXiv 2412.16112"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train_tokens is not None and self.scale is not None:
-            raise ValueError("expected scale or train_tokens, got both: train_tokens sets the scale, leave one out")
-
-    def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
-        f = self.down_factor
-        return {"pool_weight": torch.full((f, f), 1.0 / f**2)} if f > 1 else {}
-
-    def _image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
-        return {"radius": (math.inf, *_per_axis(self.radius, axes))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LLSAAttnProcessor(AcceleratedAttnProcessor):
-    """Log-linear sparse attention (LLSA, arXiv 2512.16615): see :func:`dit_accel.functional.llsa_attention`."""
-
-    block_size: int = 16
-    topk: int = 8
-    levels: int | None = None
-    enrich: bool = True
-
-    name: ClassVar[str] = "llsa"
-    mechanism: ClassVar[ModuleType] = llsa
-    paper: ClassVar[str] = "arXiv 2512.16615"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GNAAttnProcessor(AcceleratedAttnProcessor):
-    """Generalized neighborhood attention (GNA, arXiv 2504.16922): see :func:`dit_accel.functional.gna_attention`."""
-
-    window: int | Sequence[int]
-    stride: int | Sequence[int] = 1
-    dilation: int | Sequence[int] = 1
-    is_causal: bool | Sequence[bool] = False
-
-    name: ClassVar[str] = "gna"
-    mechanism: ClassVar[ModuleType] = gna
-    paper: ClassVar[str] = "arXiv 2504.16922"
-
-    def _image_axis_options(self, axes: int, images: int) -> dict[str, Any]:
-        leading = {"window": images, "stride": 1, "dilation": 1, "is_causal": False}
-        return {name: (first, *_per_axis(getattr(self, name), axes)) for name, first in leading.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinFusionAttnProcessor(AcceleratedAttnProcessor):
-    """Linear attention for U-Nets (LinFusion, arXiv 2409.02097): see :func:`dit_accel.functional.linfusion_attention`.
-
-    Query and key are projected from ``x + to_q_(x)`` and ``x + to_k_(x)``, with two learned modules per layer. Needs
-    trained weights: :func:`dit_accel.load_attention` loads the authors'.
-
-    Args:
-        projection_mid_dim: inner width of ``to_q_`` and ``to_k_``; None = the layer's width.
-    """
-
-    projection_mid_dim: int | None = None
-
-    name: ClassVar[str] = "linfusion"
-    mechanism: ClassVar[ModuleType] = linfusion
-    paper: ClassVar[str] = "arXiv 2409.02097"
-    any_host: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale is not None:
-            raise ValueError(f"linear attention has no logits to scale, got scale={self.scale}: leave scale out")
-
-    def input_projections(self, attn: nn.Module) -> dict[str, nn.Module]:
-        width: Any = attn.query_dim
-        return {name: linfusion.input_projection(width, self.projection_mid_dim) for name in ("to_q", "to_k")}
-
-    def check_host(self, attn: nn.Module, name: str) -> None:
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        if not isinstance(attn.processor, AttnProcessor2_0) or attn.norm_q is not None or attn.norm_k is not None:
-            raise ValueError(
-                "LinFusion supports only the self-attention of U-Nets: expected diffusers' AttnProcessor2_0 without "
-                f"query or key norms, got {type(attn.processor).__name__} on {name}. Use another mechanism for this "
-                "model; for a U-Net, restore its default processors first (unfuse_qkv_projections(), "
-                "set_default_attn_processor())"
-            )
-
-
-PROCESSORS: dict[str, type[AcceleratedAttnProcessor]] = {
-    "sla": SLAAttnProcessor,
-    "clear": CLEARAttnProcessor,
-    "llsa": LLSAAttnProcessor,
-    "gna": GNAAttnProcessor,
-    "linfusion": LinFusionAttnProcessor,
-}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,11 @@ from torch import Tensor
 from dit_accel.kernels.block_linear.reference import FEATURE_MAPS, block_linear_sums, feature, gather_blocks
 from dit_accel.kernels.block_sparse.reference import Rows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.backend import check_backend
 
 from ._boxes import box_blocks, box_shape
 from ._common import (
-    check_layout_and_scale,
-    check_learned,
     check_number,
     check_positive_int,
-    check_tensors,
-    flat_layout,
     global_index,
     global_logits,
     global_tiles,
@@ -30,44 +25,54 @@ from ._common import (
     softmax_rows,
     zero_masked,
 )
-from ._operator import check_no_tangents, define_operator
+from ._controls import Control
 from ._sla_flex import critical_by_flex
 from ._sla_triton import sla_attention_triton, sla_attention_triton_backward
+from ._workloads import HUNYUAN_720P, WAN_480P, WAN_720P, Workload
+from .backend import BACKENDS
+from .processor import AcceleratedAttnProcessor
+from .registry import attention_function, reference_function, register_processor
 
-__all__ = ["check_options", "count_logits", "fit", "reference", "sla_attention"]
+__all__ = ["SLAAttnProcessor", "reference", "sla_attention"]
 
 LINEAR_OVER = ("marginal", "all")
 EPSILON = 1e-5
 
 
-def sla_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout | None = None,
-    *,
+def _workloads(
+    name: str,
+    title: str,
+    heads: int,
+    layout: TokenLayout,
+    benchmark: str,
+    goals: tuple[float, float],
     critical: float = 0.05,
-    negligible: float = 0.10,
-    block_q: int = 64,
-    block_kv: int = 64,
-    feature_map: str = "softmax",
-    linear_over: str = "marginal",
-    smooth_key: bool = False,
-    tile_order: bool = False,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor:
+) -> tuple[Workload, ...]:
+    """Blocks of 128×64: the linear branch over all keys with smooth keys, as in the authors' later release, and over
+    the marginal blocks."""
+    common: dict[str, Any] = {"critical": critical, "negligible": 0.10, "block_q": 128, "block_kv": 64}
+    forms: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("all", {"linear_over": "all", "smooth_key": True}),
+        ("marginal", {"linear_over": "marginal"}),
+    )
+    return tuple(
+        Workload(
+            f"{name}-{form}", f"SLA {100 * critical:g} %, {form}, {title}", heads, 128, layout, common | options,
+            {benchmark: goal},
+        )
+        for (form, options), goal in zip(forms, goals, strict=True)
+    )  # fmt: skip
+
+
+@register_processor
+@dataclass(frozen=True, kw_only=True)
+class SLAAttnProcessor(AcceleratedAttnProcessor):
     """Sparse-linear attention. [SLA, arXiv 2509.24006]
 
     softmax(q kᵀ scale) v over the critical key blocks of each query block, plus
     ``Linear(φ(q) Σ φ(k)ᵀ v / (φ(q) Σ φ(k) + 1e-5))`` over its marginal blocks.
 
     Args:
-        query, key, value: (B, H, S, D), any floating dtype, any strides.
-        layout: position of the grid in the sequence; None = the whole sequence is the grid, 1-D.
         critical: share of key blocks in the softmax, at least one block; in (0, 1].
         negligible: share of key blocks that are left out; critical + negligible <= 1.
         block_q: tokens in a block of queries.
@@ -76,148 +81,186 @@ def sla_attention(
         linear_over: "marginal" (the paper), or "all" key blocks (the authors' later release).
         smooth_key: subtract the mean key before pooling.
         tile_order: blocks are compact tiles of the grid instead of consecutive tokens in raster order.
-        weight, bias: (D, D) and (D,), the learned projection of the linear part; None = 0.
-        key_mask: (B, S) bool, True = attend; masked keys are not pooled either.
-        scale: factor on the logits; default D**-0.5.
-        backend: "torch", "triton" or "flex"; None = the environment's DIT_ACCEL_BACKEND, else Triton on a GPU.
-    Returns: (B, H, S, D) in query.dtype; a row without a visible key is 0.
-    Raises: ValueError: shares out of range, an unknown feature_map or linear_over, a layout that does not match,
-        tensors that do not match each other.
     """
-    return _attend(
-        query,
-        key,
-        value,
-        layout,
-        key_mask=key_mask,
-        scale=scale,
-        backend=backend,
-        weight=weight,
-        bias=bias,
-        critical=critical,
-        negligible=negligible,
-        block_q=block_q,
-        block_kv=block_kv,
-        feature_map=feature_map,
-        linear_over=linear_over,
-        smooth_key=smooth_key,
-        tile_order=tile_order,
+
+    critical: float = 0.05
+    negligible: float = 0.10
+    block_q: int = 64
+    block_kv: int = 64
+    feature_map: str = "softmax"
+    linear_over: str = "marginal"
+    smooth_key: bool = False
+    tile_order: bool = False
+
+    name: ClassVar[str] = "sla"
+    label: ClassVar[str] = "SLA"
+    summary: ClassVar[str] = "critical blocks, linear attention for the rest"
+    paper: ClassVar[str] = "arXiv 2509.24006"
+    backends: ClassVar[tuple[str, ...]] = BACKENDS
+    backward_backends: ClassVar[tuple[str, ...]] = ("triton",)
+    learned: ClassVar[Mapping[str, str]] = {
+        "weight": "(D, D), the learned projection of the linear part; None = 0.",
+        "bias": "(D,), its bias; None = 0.",
+    }
+
+    workloads: ClassVar[tuple[Workload, ...]] = (
+        *_workloads("sla-wan1.3b-480p", "Wan2.1-1.3B 480p", 12, WAN_480P, "forward", (12.0, 9.0)),
+        *_workloads("sla-wan14b-720p", "Wan-14B 720p", 40, WAN_720P, "forward", (15.0, 12.0)),
+        *_workloads("sla-hunyuan-720p", "Hunyuan 720p", 24, HUNYUAN_720P, "forward", (15.5, 12.5)),
+        *_workloads("sla-wan1.3b-480p-10", "Wan2.1-1.3B 480p", 12, WAN_480P, "backward", (5.0, 5.0), critical=0.10),
     )
+    comparison_grid: ClassVar[tuple[int, ...]] = (6, 16, 16)
 
+    def check(self) -> None:
+        if not 0 < check_number("critical", self.critical) <= 1:
+            raise ValueError(f"critical must be in (0, 1], got {self.critical}")
+        if check_number("negligible", self.negligible) < 0:
+            raise ValueError(f"negligible must not be negative, got {self.negligible}")
+        if self.critical + self.negligible > 1:
+            raise ValueError(
+                f"critical + negligible must be at most 1, got {self.critical} + {self.negligible}: lower one of them"
+            )
+        check_positive_int("block_q", self.block_q, least=2)
+        check_positive_int("block_kv", self.block_kv, least=2)
+        for name, known in (("feature_map", FEATURE_MAPS), ("linear_over", LINEAR_OVER)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        for name in ("smooth_key", "tile_order"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout | None = None,
-    *,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    fit: bool = False,
-    backend: str | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    critical: float = 0.05,
-    negligible: float = 0.10,
-    block_q: int = 64,
-    block_kv: int = 64,
-    feature_map: str = "softmax",
-    linear_over: str = "marginal",
-    smooth_key: bool = False,
-    tile_order: bool = False,
-) -> Tensor:
-    """:func:`sla_attention`; ``fit`` has no effect, because these options suit any layout."""
-    if not torch.compiler.is_compiling():
-        check_tensors(query, key, value, key_mask)
-        check_layout_and_scale(layout, scale, default=True)
-        check_options(
-            critical=critical,
-            negligible=negligible,
-            block_q=block_q,
-            block_kv=block_kv,
-            feature_map=feature_map,
-            linear_over=linear_over,
-            smooth_key=smooth_key,
-            tile_order=tile_order,
-            backend=backend,
+    def count_logits(self, layout: TokenLayout) -> float:
+        """Return the softmax logits per batch element and head, global tokens included, without the linear part. The
+        critical blocks depend on the data: a short block counts as an average one."""
+        n_blocks = len(_blocks(layout, self.block_kv, self.tile_order, torch.device("cpu"))[0])
+        share = _n_critical(self.critical, n_blocks) / n_blocks
+        return share * layout.grid_len**2 + global_logits(layout)
+
+    def compute(
+        self,
+        backend: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Any:
+        weight, bias = learned
+        if backend == "triton":
+            return sla_attention_triton(
+                query, key, value, key_mask, weight, bias, layout=layout, scale=scale, options=self
+            )
+        critical_part = critical_by_flex if backend == "flex" else _critical_by_tiles
+        return _compute(critical_part, query, key, value, key_mask, weight, bias, layout, scale, self)
+
+    def backward(
+        self,
+        grad: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *learned: Tensor | None,
+        layout: TokenLayout,
+        scale: float,
+    ) -> Sequence[Tensor]:
+        return sla_attention_triton_backward(
+            grad, out, lse, query, key, value, key_mask, *learned, layout=layout, scale=scale, options=self
         )
-        check_learned("weight", weight, (query.shape[-1], query.shape[-1]), query)
-        check_learned("bias", bias, (query.shape[-1],), query)
-    check_no_tangents("sla", query, key, value, weight, bias)
-    layout = flat_layout(layout, query)
-    return torch.ops.dit_accel.sla_attention(
-        query,
-        key,
-        value,
-        key_mask,
-        weight,
-        bias,
-        list(layout.grid),
-        layout.before,
-        layout.after,
-        float(critical),
-        float(negligible),
-        block_q,
-        block_kv,
-        feature_map,
-        linear_over,
-        smooth_key,
-        tile_order,
-        scale,
-        fit,
-        backend,
-    )[0]
+
+    def dense_reference(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        *,
+        key_mask: Tensor | None = None,
+        scale: float,
+        **learned: Tensor | None,
+    ) -> Tensor:
+        weight, bias = learned.get("weight"), learned.get("bias")
+        acc = _acc(query)
+        q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
+        q_blocks, k_blocks = (_block_lists(layout, size, self.tile_order) for size in (self.block_q, self.block_kv))
+        valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+        valid = valid if key_mask is None else key_mask
+        out = []
+        for b in range(len(q)):
+            visible = valid[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): keys in the softmax
+            linear = torch.zeros_like(visible)  # keys in the linear part
+            k_valid = [[t for t in block if valid[b, t]] for block in k_blocks]
+            k_valid = [block for block in k_valid if block]
+            every = [t for block in k_valid for t in block]
+            n_critical, n_negligible = _n_critical(self.critical, len(k_valid)), int(self.negligible * len(k_valid))
+            for h in range(q.shape[1]):
+                mean = k[b, h, every].mean(0) if self.smooth_key else 0
+                pooled = [k[b, h, block].mean(0) - mean for block in k_valid]
+                for block in q_blocks:
+                    q_valid = [t for t in block if valid[b, t]]
+                    pooled_q = q[b, h, q_valid].mean(0) if q_valid else torch.zeros_like(q[b, h, 0])
+                    ranked = sorted(range(len(pooled)), key=lambda i: -(pooled_q @ pooled[i]).item())
+                    kinds = {
+                        "critical": ranked[:n_critical],
+                        "marginal": ranked[n_critical : len(ranked) - n_negligible],
+                    }
+                    tokens = {kind: [t for i in blocks for t in k_valid[i]] for kind, blocks in kinds.items()}
+                    row = torch.zeros(q.shape[2], dtype=torch.bool)
+                    row[tokens["critical"]] = True
+                    row[: layout.before] = row[layout.grid_slice.stop :] = True
+                    visible[h, block] = row.to(q.device) & valid[b]
+                    row = torch.zeros(q.shape[2], dtype=torch.bool)
+                    row[tokens["marginal"] if self.linear_over == "marginal" else every] = True
+                    linear[h, block] = row.to(q.device)
+            sparse = softmax_rows(q[b] @ k[b].mT * scale, visible) @ v[b]
+            products = feature(q[b], self.feature_map) @ feature(k[b], self.feature_map).mT * linear
+            part = products @ v[b] / (products.sum(-1, keepdim=True) + EPSILON)
+            part = torch.zeros_like(part) if weight is None else part @ weight.to(acc).mT
+            part = part if bias is None else part + bias.to(acc)
+            on_grid = torch.zeros(q.shape[2], 1, dtype=torch.bool, device=q.device)
+            on_grid[layout.grid_slice] = bool(valid[b].any())
+            out.append(sparse + torch.where(on_grid, part, 0))
+        return torch.stack(out).to(query.dtype)
+
+    def learned_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (head_dim, head_dim), "bias": (head_dim,)}
+
+    def initial_parameters(self, head_dim: int) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape) for name, shape in self.learned_shapes(head_dim).items()}
+
+    def identity_parameters(self, head_dim: int) -> dict[str, Tensor]:
+        return {"weight": torch.eye(head_dim)}
+
+    def block_tables(self, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        cpu = torch.device("cpu")
+        query_blocks, key_blocks = (_blocks(layout, n, self.tile_order, cpu)[0] for n in (self.block_q, self.block_kv))
+        return query_blocks, key_blocks
+
+    @classmethod
+    def suggest(cls, grid: Sequence[int], share: float = 0.1) -> dict[str, Any]:
+        """This share of the blocks, as tiles instead of raster order, which gives better results without training."""
+        return {"critical": share, "tile_order": True}
+
+    @classmethod
+    def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+        return {**options, "block_q": 32, "block_kv": 16, "critical": 0.25}
+
+    @classmethod
+    def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:
+        text = "Share of key blocks that each query block attends to exactly."
+        return (Control("critical", "Critical fraction", 0.01, 0.9, cls.suggest(grid)["critical"], 0.01, text),)
+
+    @classmethod
+    def from_controls(cls, values: Mapping[str, Any], axes: int) -> dict[str, Any]:
+        return {"critical": values["critical"], "tile_order": True}
 
 
-def check_options(
-    *,
-    critical: float = 0.05,
-    negligible: float = 0.10,
-    block_q: int = 64,
-    block_kv: int = 64,
-    feature_map: str = "softmax",
-    linear_over: str = "marginal",
-    smooth_key: bool = False,
-    tile_order: bool = False,
-    backend: str | None = None,
-) -> None:
-    """Raises: TypeError, ValueError: an option that is invalid for every layout."""
-    check_backend(backend)
-    if not 0 < check_number("critical", critical) <= 1:
-        raise ValueError(f"critical must be in (0, 1], got {critical}")
-    if check_number("negligible", negligible) < 0:
-        raise ValueError(f"negligible must not be negative, got {negligible}")
-    if critical + negligible > 1:
-        raise ValueError(f"critical + negligible must be at most 1, got {critical} + {negligible}: lower one of them")
-    check_positive_int("block_q", block_q, least=2)
-    check_positive_int("block_kv", block_kv, least=2)
-    for name, value, known in (("feature_map", feature_map, FEATURE_MAPS), ("linear_over", linear_over, LINEAR_OVER)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    for name, flag in (("smooth_key", smooth_key), ("tile_order", tile_order)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
-
-
-def fit(layout: TokenLayout, **options: Any) -> dict[str, Any]:
-    """Options for this layout: unchanged. A short block at the end is allowed, and one block is always critical."""
-    return options
-
-
-def count_logits(
-    layout: TokenLayout,
-    *,
-    critical: float = 0.05,
-    block_q: int = 64,
-    block_kv: int = 64,
-    tile_order: bool = False,
-    **options: Any,
-) -> float:
-    """Softmax logits per batch element and head, global tokens included, without the linear part; dense would be
-    ``seq_len ** 2``. The critical blocks depend on the data: a short block counts as an average one."""
-    n_blocks = len(_blocks(layout, block_kv, tile_order, torch.device("cpu"))[0])
-    share = _n_critical(critical, n_blocks) / n_blocks
-    return share * layout.grid_len**2 + global_logits(layout)
+sla_attention = attention_function(SLAAttnProcessor)
+reference = reference_function(SLAAttnProcessor)
 
 
 def _n_critical(critical: float, n_blocks: int) -> int:
@@ -240,36 +283,27 @@ def _compute(
     key_mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
     layout: TokenLayout,
     scale: float,
-    critical: float,
-    negligible: float,
-    block_q: int,
-    block_kv: int,
-    feature_map: str,
-    linear_over: str,
-    smooth_key: bool,
-    tile_order: bool,
+    options: SLAAttnProcessor,
 ) -> Tensor:
     """SLA with selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical
     blocks."""
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
-    q_table, place = _blocks(layout, block_q, tile_order, query.device)
-    k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
+    q_table, place = _blocks(layout, options.block_q, options.tile_order, query.device)
+    k_table, _ = _blocks(layout, options.block_kv, options.tile_order, query.device)
     valid = torch.ones(1, layout.grid_len, dtype=torch.bool, device=query.device)
     if key_mask is not None:
         valid = key_mask[:, layout.grid_slice]
     with torch.no_grad():
-        chosen, kept, marginal = _select(
-            query.detach(), key.detach(), layout, q_table, k_table, valid, critical, negligible, smooth_key
-        )
-    cut: dict[str, Any] = {"layout": layout, "block_q": block_q, "block_kv": block_kv, "tile_order": tile_order}
-    out = critical_part(query, key, value, key_mask, chosen, kept, scale=scale, **cut)
+        chosen, kept, marginal = _select(query.detach(), key.detach(), layout, q_table, k_table, valid, options)
+    out = critical_part(query, key, value, key_mask, chosen, kept, layout=layout, scale=scale, options=options)
     if weight is None and bias is None:
         return out
-    blocks = None if linear_over == "all" else marginal
-    linear = _linear_part(query, key, value, layout, q_table, place, k_table, valid, blocks, feature_map, weight, bias)
+    blocks = None if options.linear_over == "all" else marginal
+    linear = _linear_part(
+        query, key, value, layout, q_table, place, k_table, valid, blocks, options.feature_map, weight, bias
+    )
     if key_mask is not None:
         linear = torch.where(key_mask.any(-1)[:, None, None, None], linear, 0)
     linear = F.pad(linear, (0, 0, layout.before, layout.after))
@@ -286,13 +320,11 @@ def _critical_by_tiles(
     *,
     layout: TokenLayout,
     scale: float,
-    block_q: int,
-    block_kv: int,
-    tile_order: bool,
+    options: SLAAttnProcessor,
 ) -> Tensor:
     """Same as :func:`critical_by_flex`, by gathered tiles."""
-    q_table, _ = _blocks(layout, block_q, tile_order, query.device)
-    k_table, _ = _blocks(layout, block_kv, tile_order, query.device)
+    q_table, _ = _blocks(layout, options.block_q, options.tile_order, query.device)
+    k_table, _ = _blocks(layout, options.block_kv, options.tile_order, query.device)
     whole = key_mask is None and k_table.numel() == layout.grid_len
     plan = (_critical_tiles(layout, q_table, k_table, chosen, kept, whole), *global_tiles(layout, query.device))
     key_bias = mask_bias(key_mask)
@@ -320,15 +352,13 @@ def _select(
     q_table: Tensor,
     k_table: Tensor,
     valid: Tensor,
-    critical: float,
-    negligible: float,
-    smooth_key: bool,
+    options: SLAAttnProcessor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Critical blocks (B*H, Mq, n), the mask of their valid entries (1|B, n), the 0/1 map of marginal blocks (B*H, Mq,
     Mk)."""
     grid_key = key[:, :, layout.grid_slice]
     pooled_key = _pool(grid_key, k_table, valid)
-    if smooth_key:
+    if options.smooth_key:
         count = valid.sum(-1).clamp(min=1)[:, None, None, None]
         pooled_key -= (
             torch.where(valid[:, None, :, None], grid_key, 0).to(pooled_key.dtype).sum(2, keepdim=True) / count
@@ -336,15 +366,19 @@ def _select(
     scores = _pool(query[:, :, layout.grid_slice], q_table, valid) @ pooled_key.mT  # (B, H, Mq, Mk)
     valid_blocks = ((k_table >= 0) & valid[:, k_table]).any(-1)  # (1|B, Mk)
     n_blocks, most = valid_blocks.sum(-1).double(), len(k_table)
-    n_critical = (critical * n_blocks).long().clamp(min=1)
-    n_negligible = (negligible * n_blocks).long()
+    n_critical = (options.critical * n_blocks).long().clamp(min=1)
+    n_negligible = (options.negligible * n_blocks).long()
     valid_blocks = valid_blocks[:, None, None]
-    chosen = scores.masked_fill(~valid_blocks, -torch.inf).topk(_n_critical(critical, most), sorted=True).indices
+    chosen = (
+        scores.masked_fill(~valid_blocks, -torch.inf).topk(_n_critical(options.critical, most), sorted=True).indices
+    )
     kept = torch.arange(chosen.shape[-1], device=key.device) < n_critical[:, None]
     rest = valid_blocks & ~_marked(
         chosen, kept, most
     )  # with equal scores, no block may be both critical and negligible
-    lowest = scores.masked_fill(~rest, torch.inf).topk(int(negligible * most), largest=False, sorted=True).indices
+    lowest = (
+        scores.masked_fill(~rest, torch.inf).topk(int(options.negligible * most), largest=False, sorted=True).indices
+    )
     dropped = torch.arange(lowest.shape[-1], device=key.device) < n_negligible[:, None]
     marginal = rest & ~_marked(lowest, dropped, most)
     return chosen.flatten(0, 1), kept, marginal.to(scores.dtype).flatten(0, 1)
@@ -408,86 +442,6 @@ def _linear_part(
         out = total[..., :-1] / (total[..., -1:] + EPSILON)
     project = None if weight is None else weight.to(out.dtype)
     return (out if project is None else out @ project.mT) + (0 if bias is None else bias.to(out.dtype))
-
-
-_COMPUTE: dict[str, Callable[..., Any]] = {
-    "torch": partial(_compute, _critical_by_tiles),
-    "triton": sla_attention_triton,
-    "flex": partial(_compute, critical_by_flex),
-}
-
-
-define_operator(
-    "sla_attention",
-    _COMPUTE,
-    fit,
-    learned=("weight", "bias"),
-    options="float critical, float negligible, int block_q, int block_kv, str feature_map, str linear_over, "
-    "bool smooth_key, bool tile_order",
-    backward={"triton": sla_attention_triton_backward},
-)
-
-
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout | None = None,
-    *,
-    critical: float = 0.05,
-    negligible: float = 0.10,
-    block_q: int = 64,
-    block_kv: int = 64,
-    feature_map: str = "softmax",
-    linear_over: str = "marginal",
-    smooth_key: bool = False,
-    tile_order: bool = False,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """:func:`sla_attention` through the full (S, S) weights: slow; the specification."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    layout = flat_layout(layout, query)
-    acc = _acc(query)
-    q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
-    q_blocks, k_blocks = (_block_lists(layout, size, tile_order) for size in (block_q, block_kv))
-    valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    valid = valid if key_mask is None else key_mask
-    out = []
-    for b in range(len(q)):
-        visible = valid[b].expand(q.shape[1], q.shape[2], -1).clone()  # (H, S, S): keys in the softmax
-        linear = torch.zeros_like(visible)  # keys in the linear part
-        k_valid = [[t for t in block if valid[b, t]] for block in k_blocks]
-        k_valid = [block for block in k_valid if block]
-        every = [t for block in k_valid for t in block]
-        n_critical, n_negligible = _n_critical(critical, len(k_valid)), int(negligible * len(k_valid))
-        for h in range(q.shape[1]):
-            mean = k[b, h, every].mean(0) if smooth_key else 0
-            pooled = [k[b, h, block].mean(0) - mean for block in k_valid]
-            for block in q_blocks:
-                q_valid = [t for t in block if valid[b, t]]
-                pooled_q = q[b, h, q_valid].mean(0) if q_valid else torch.zeros_like(q[b, h, 0])
-                ranked = sorted(range(len(pooled)), key=lambda i: -(pooled_q @ pooled[i]).item())
-                kinds = {"critical": ranked[:n_critical], "marginal": ranked[n_critical : len(ranked) - n_negligible]}
-                tokens = {kind: [t for i in blocks for t in k_valid[i]] for kind, blocks in kinds.items()}
-                row = torch.zeros(q.shape[2], dtype=torch.bool)
-                row[tokens["critical"]] = True
-                row[: layout.before] = row[layout.grid_slice.stop :] = True
-                visible[h, block] = row.to(q.device) & valid[b]
-                row = torch.zeros(q.shape[2], dtype=torch.bool)
-                row[tokens["marginal"] if linear_over == "marginal" else every] = True
-                linear[h, block] = row.to(q.device)
-        sparse = softmax_rows(q[b] @ k[b].mT * scale, visible) @ v[b]
-        products = feature(q[b], feature_map) @ feature(k[b], feature_map).mT * linear
-        part = products @ v[b] / (products.sum(-1, keepdim=True) + EPSILON)
-        part = torch.zeros_like(part) if weight is None else part @ weight.to(acc).mT
-        part = part if bias is None else part + bias.to(acc)
-        on_grid = torch.zeros(q.shape[2], 1, dtype=torch.bool, device=q.device)
-        on_grid[layout.grid_slice] = bool(valid[b].any())
-        out.append(sparse + torch.where(on_grid, part, 0))
-    return torch.stack(out).to(query.dtype)
 
 
 def _block_lists(layout: TokenLayout, block: int, tile_order: bool) -> list[list[int]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..layout import TokenLayout
-from ..mechanisms.processor import PROCESSORS, AcceleratedAttnProcessor
+from ..mechanisms.processor import AcceleratedAttnProcessor
+from ..mechanisms.registry import PROCESSORS, find_processor
 
 __all__ = ["FUNCTION", "SavedComponent", "SavedGroup", "read_configuration", "write_configuration"]
 
@@ -93,7 +94,7 @@ def _component(name: str, entry: Any) -> SavedComponent:
 def _group(component: str, entry: Any) -> SavedGroup:
     content = _fields(f"an attention group of {component}", entry, {"mechanism", "options", "layers"}, {"layout"})
     name = content["mechanism"]
-    if not isinstance(name, str) or name not in PROCESSORS:
+    if not isinstance(name, str) or find_processor(name) is None:
         raise ValueError(f"unknown mechanism {name!r}; expected one of {', '.join(PROCESSORS)}")
     kind = PROCESSORS[name]
     known = {field.name for field in fields(kind)} - {"backend"}

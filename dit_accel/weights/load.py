@@ -19,7 +19,7 @@ from ..layout import TokenLayout
 from ..mechanisms.processor import AcceleratedAttnProcessor
 from .plan_checks import check_fit, check_host, check_installed, check_layout, check_writable
 from .published import RELEASES, Plan, recognise
-from .saved import own_plans
+from .saved import saved_plans
 from .tensors import Weight, WeightsFile, find_weights, read_weights, shorten
 
 __all__ = ["LoadedAttention", "LoadedPart", "load_attention"]
@@ -64,8 +64,8 @@ class LoadedAttention:
 
     Args:
         path: the file.
-        release: whose it is.
-        parts: one a denoiser.
+        release: name of the release.
+        parts: one per denoiser.
     """
 
     path: Path
@@ -142,7 +142,7 @@ def _load(
     if "dit_accel" in file.metadata:
         release, plans = (
             "written by dit_accel.save_attention",
-            own_plans(models, bare, file, component, layout, options),
+            saved_plans(models, bare, file, component, layout, options),
         )
     else:
         module = _release_of(file)

@@ -41,7 +41,7 @@ def save_attention(pipe_or_model: Any, folder: str | os.PathLike[str], dtype: to
         dtype: to save in, such as ``torch.bfloat16`` for half the size; None = the parameters' own.
 
     Returns: path of the file.
-    Raises: ValueError: nothing is installed, or a dtype of whole numbers; OSError: the folder cannot be written.
+    Raises: ValueError: nothing is installed, or an integer dtype; OSError: the folder cannot be written.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is to be a floating-point one such as torch.bfloat16, got {dtype}")

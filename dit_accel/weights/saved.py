@@ -17,10 +17,10 @@ from .published import Plan
 from .save import DOWN, UP
 from .tensors import Weight, WeightsFile, shorten
 
-__all__ = ["own_plans"]
+__all__ = ["saved_plans"]
 
 
-def own_plans(
+def saved_plans(
     models: dict[str, nn.Module],
     bare: bool,
     file: WeightsFile,

@@ -20,12 +20,12 @@ from typing import Any
 
 import typer.main
 
-from dit_accel import functional
 from dit_accel.bench.report import fill
 from dit_accel.cli.app import app
 from dit_accel.conversion.recipes.recipe import RECIPES, Stage
-from dit_accel.mechanisms.backend import BACKENDS, SUPPORTED_BACKENDS
-from dit_accel.mechanisms.processor import PROCESSORS, AcceleratedAttnProcessor
+from dit_accel.mechanisms.backend import BACKENDS
+from dit_accel.mechanisms.processor import AcceleratedAttnProcessor
+from dit_accel.mechanisms.registry import PROCESSORS
 
 DOCS = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"<!-- (generated:[\w-]+) -->")
@@ -64,7 +64,7 @@ def options(name: str) -> str:
     """Options of one mechanism's processor."""
     kind = PROCESSORS[name]
     common = {field.name for field in fields(AcceleratedAttnProcessor)}
-    described = documented_arguments(getattr(functional, f"{name}_attention")) | documented_arguments(kind)
+    described = documented_arguments(kind)
     rows = [
         (f"`{field.name}`", _type(field), _default(field.default), one_sentence(described[field.name]))
         for field in fields(kind)
@@ -117,7 +117,9 @@ def _trained(stage: Stage) -> str:
 
 
 def backends() -> str:
-    rows = [(f"`{name}`", *("yes" if b in has else "–" for b in BACKENDS)) for name, has in SUPPORTED_BACKENDS.items()]
+    rows = [
+        (f"`{name}`", *("yes" if b in kind.backends else "–" for b in BACKENDS)) for name, kind in PROCESSORS.items()
+    ]
     return markdown(("mechanism", *(f"`{backend}`" for backend in BACKENDS)), rows)
 
 

@@ -16,12 +16,12 @@ import triton
 from torch import Tensor
 
 from ..launch import Boxes, box_descriptors, cdiv, check_contiguous, empty_rows, next_pow2_min16, register_limit
-from ..tuning import Config, choose_config, launch_tuned, measured
+from ..tuning import LaunchConfig, choose_config, launch_tuned, measured
 from .forward_kernel import block_sparse_fwd_kernel
 from .plan import BlockPlan, WindowMask
 
 __all__ = [
-    "Config",
+    "LaunchConfig",
     "LinearBranch",
     "block_sparse_attention",
     "check_inputs",
@@ -64,7 +64,7 @@ def block_sparse_attention(
     pooled: tuple[Tensor, Tensor, Tensor | None] | None = None,
     linear: LinearBranch | None = None,
     return_lse: bool = False,
-    config: Config | None = None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of each tile of grid queries over its list of key tiles and over all global keys; global
     queries attend to all keys.
@@ -123,7 +123,7 @@ def block_sparse_attention(
     state = linear.state if linear else None
     bias = linear.bias.contiguous() if linear and linear.bias is not None else None
 
-    def launch(config: Config) -> None:
+    def launch(config: LaunchConfig) -> None:
         found = boxes if config.boxes else None
         block_sparse_fwd_kernel[((n_global_tiles + n_items) * batch * heads,)](
             query, key, value, out, lse, key_mask, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from torch import Tensor
 
 from ..tiling import Tiling
 from ..windows.geometry import BallAxis, Geometry, NeighborhoodAxis
-
-if TYPE_CHECKING:
-    from .flex import FlexMask
 
 __all__ = ["BlockPlan", "TransposedPlan", "WindowMask", "cheapest_window_plan", "transpose_block_lists", "window_plan"]
 
@@ -119,20 +116,6 @@ class BlockPlan:
         tiles, ends = transpose_block_lists(torch.where(listed, kind, 2 * n_k), 2 * n_k)
         first, full_end, end = ends[:, :-1:2], ends[:, 1::2], ends[:, 2::2]
         return TransposedPlan(tiles, first.contiguous(), (full_end - first).contiguous(), (end - first).contiguous())
-
-    def to_block_mask(
-        self,
-        lengths: tuple[int, int],
-        before: tuple[int, int] = (0, 0),
-        n_pooled: int = 0,
-        key_mask: Tensor | None = None,
-        pooled_mask: Tensor | None = None,
-        heads: int | None = None,
-    ) -> FlexMask:
-        """Block mask for torch's FlexAttention, which needs the tokens in tile order; see `flex_mask`."""
-        from .flex import flex_mask
-
-        return flex_mask(self, lengths, before, n_pooled, key_mask, pooled_mask, heads)
 
     def describe(self) -> str:
         """Summary in one line: the tile shapes, tiles visited per query tile, and the fraction of all logits in visited

@@ -152,9 +152,9 @@ def test_out_of_memory_is_explained_and_recoverable(name):
     hog = torch.empty(torch.cuda.mem_get_info()[0] - 2**27, dtype=torch.uint8, device="cuda")
     with pytest.raises(torch.OutOfMemoryError) as caught:
         call(name, [x, x, x], layout, **options)
-    told = str(caught.value)
-    assert told.startswith(f"{name} (backend triton) ran out of memory on cuda:0")
-    assert f"(1, {HEADS}, {layout.seq_len}, {DIM}) in bfloat16" in told and "Tried to allocate" in told
+    message = str(caught.value)
+    assert message.startswith(f"{name} (backend triton) ran out of memory on cuda:0")
+    assert f"(1, {HEADS}, {layout.seq_len}, {DIM}) in bfloat16" in message and "Tried to allocate" in message
     del hog, caught
     torch.cuda.empty_cache()
     assert torch.equal(call(name, [x, x, x], layout, **options), expected)
@@ -202,8 +202,8 @@ def test_unlisted_head_dim_is_tuned_once_and_cached(monkeypatch, tmp_path, caplo
     out = call("gna", qkv, layout, **options)
     torch.cuda.synchronize()
     assert time.perf_counter() - start < tuning.BUDGET_S + 20  # a way that was begun is ended
-    first, second = told = [record.getMessage() for record in caplog.records if record.name == "dit_accel"]
-    print(*told, sep="\n")
+    first, second = messages = [record.getMessage() for record in caplog.records if record.name == "dit_accel"]
+    print(*messages, sep="\n")
     assert "DIT_ACCEL_AUTOTUNE=0" in first and "head dim 96" in first and "fastest: " in second
     assert (out.double() - untuned.double()).norm() <= 1e-2 * untuned.double().norm()
     (key,) = json.loads((tmp_path / "tuning.json").read_text())
@@ -211,4 +211,4 @@ def test_unlisted_head_dim_is_tuned_once_and_cached(monkeypatch, tmp_path, caplo
     assert torch.equal(call("gna", qkv, layout, **options), out)
     monkeypatch.setattr(tuning, "_chosen", {})  # as in a new process
     assert torch.equal(call("gna", qkv, layout, **options), out)
-    assert [record.getMessage() for record in caplog.records if record.name == "dit_accel"] == told
+    assert [record.getMessage() for record in caplog.records if record.name == "dit_accel"] == messages

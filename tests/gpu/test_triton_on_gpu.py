@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hopper_cases import HOPPER_CASES, hopper_case
 
 from dit_accel import TokenLayout, functional
-from dit_accel.kernels.block_sparse.forward import Config, _hopper, block_sparse_attention
+from dit_accel.kernels.block_sparse.forward import LaunchConfig, _hopper, block_sparse_attention
 from dit_accel.kernels.block_sparse.plan import window_plan
 from dit_accel.kernels.windows.geometry import BallAxis
 
@@ -160,7 +160,7 @@ def test_hopper_kernel_is_as_accurate_as_the_portable_one(case, dtype, dim, proc
     monkeypatch.setattr(hopper, "_processors", lambda device: processors)
     attend = hopper_case(case, dim, dtype, "cuda")
     exact, exact_lse = attend(torch.float32)
-    plain, _ = attend(config=Config(64, 64, 4, 2))
+    plain, _ = attend(config=LaunchConfig(64, 64, 4, 2))
     out, lse = attend()
     junk = torch.full((out.numel() * 8,), float("nan"), device="cuda", dtype=dtype)
     del junk

@@ -140,7 +140,7 @@ def _capped_options(processor: AcceleratedAttnProcessor, bucket: Bucket) -> list
     layout = TokenLayout(bucket.grid)
     options = processor.layer_options(layout)
     try:
-        fitted = processor.mechanism.fit(layout, **options)
+        fitted = processor.for_layout(layout).options()
     except ValueError as error:
         raise ValueError(f"{processor.name} does not fit {bucket.size}: {error}") from error
     return _changes(options, fitted)

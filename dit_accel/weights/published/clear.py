@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from dit_accel.common.attention_group import self_attention_layers
-from dit_accel.mechanisms.processor import CLEARAttnProcessor
+from dit_accel.mechanisms.clear import CLEARAttnProcessor
 
 from ..tensors import Weight, WeightsFile
 from ._plan import Plan, check_option_names, learned_key, parameter_names, rename_weights

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from dit_accel.common.attention_group import self_attention_layers
-from dit_accel.mechanisms.processor import LinFusionAttnProcessor
+from dit_accel.mechanisms.linfusion import LinFusionAttnProcessor
 
 from ..tensors import WeightsFile, shorten
 from ._plan import Plan, check_option_names, learned_key, parameter_names, rename_weights

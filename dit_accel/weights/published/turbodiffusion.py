@@ -13,7 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from dit_accel.mechanisms.processor import SLAAttnProcessor
+from dit_accel.mechanisms.sla import SLAAttnProcessor
 
 from ..tensors import Weight, WeightsFile
 from ._plan import Plan, check_option_names, learned_key, parameter_names, rename_weights

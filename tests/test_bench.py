@@ -452,7 +452,7 @@ def test_keep_copies_rows_of_an_earlier_run(tmp_path):
         (["attention", *TRIAL, "--backend", "tritn"], "unknown --backend 'tritn'; did you mean 'triton'"),
         (["step", *TRIAL, "--model", "flux"], "Available: wan1.3b-480p"),
         (["step", *TRIAL, "--variant", "gna"], "has no variant 'gna'; available: dense-eager, dense, sla"),
-        (["attention", *TRIAL, "--repeats", "0"], "--repeats: expected a whole number of at least 1, got 0"),
+        (["attention", *TRIAL, "--repeats", "0"], "--repeats: expected an integer of at least 1, got 0"),
         (["attention", *TRIAL, "--out", "/proc/none/a.json"], "cannot write into /proc/none"),
         (["attention", *TRIAL, "--backward", "--flex"], "leave out --flex or --backward"),
         (["attention", *TRIAL, "--backward", "--case", "gna-flux-256"], "Available: sla-wan1.3b-480p-10-all"),

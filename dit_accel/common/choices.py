@@ -46,9 +46,9 @@ def check_count(option: str, value: object, least: int = 1, *, optional: bool = 
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{option}: expected a whole number, got {value!r}")
+        raise TypeError(f"{option}: expected an integer, got {value!r}")
     if value < least:
-        raise ValueError(f"{option}: expected a whole number of at least {least}, got {value}")
+        raise ValueError(f"{option}: expected an integer of at least {least}, got {value}")
 
 
 def check_positive(option: str, value: object) -> None:

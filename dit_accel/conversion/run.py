@@ -20,13 +20,13 @@ from .card import REPORT
 from .checkpoint import check_steps, load_checkpoint
 from .data.buckets import find_buckets, processors_for
 from .data.prepare import lock_for_run, make_samples, offload_unused_components, only_denoiser
-from .parallel.launch import check_launch, new_parallel
+from .parallel.launch import check_graph, check_launch, new_parallel
 from .parallel.protocol import Parallel
 from .pictures import Pictures
 from .recipes.capture import unconditional
 from .recipes.noise import noise_process
 from .recipes.recipe import RECIPES, Recipe, reweighted
-from .recipes.stages import check_graph, check_request, plan
+from .recipes.stages import check_request, plan
 from .request import Request
 from .trainer import Trainer
 from .watch import Watch

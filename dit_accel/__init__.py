@@ -8,6 +8,7 @@ except ModuleNotFoundError as error:  # of a module of the package, if git wrote
     from .common.links import explain_import
 
     raise explain_import(error, Path(__file__).parent) from None
+from .api import compare, convert, evaluate
 from .common.version import __version__ as __version__
 from .install.describe import describe, logit_fraction
 from .install.installation import attention, reset_attn_processor, set_attn_processor
@@ -35,7 +36,10 @@ __all__ = [
     "SLAAttnProcessor",
     "TokenLayout",
     "attention",
+    "compare",
+    "convert",
     "describe",
+    "evaluate",
     "functional",
     "load_attention",
     "logit_fraction",

@@ -11,7 +11,6 @@ import argparse
 from diffusers import DiffusionPipeline
 
 import dit_accel
-from dit_accel.cli.app import main
 from dit_accel.common.bundled import IMAGE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -21,14 +20,11 @@ parser.add_argument("--steps", type=int, default=200, help="of the optimizer")
 parser.add_argument("--out", default="my-gna")
 args = parser.parse_args()
 
-attention = "gna:window=20x20,stride=4x4"
-options = ["--recipe", "clear", "--train", "lora", "--rank", "8", "--lr", "1e-3", "--report", "0"]
-sizes = ["--height", str(args.size), "--width", str(args.size), "--steps", str(args.steps)]
-try:  # the command `dit-accel convert`; an interrupted run is resumed by the same call
-    main(["convert", "--attn", attention, "--data", args.data, "--out", args.out, *options, *sizes])
-except SystemExit as end:
-    if end.code:
-        raise
+processor = dit_accel.GNAAttnProcessor(window=(20, 20), stride=(4, 4))
+dit_accel.convert(  # the command `dit-accel convert`; an interrupted run is resumed by the same call
+    processor, args.out, data=args.data, recipe="clear", train="lora", rank=8, lr=1e-3, report=0, steps=args.steps,
+    height=args.size, width=args.size,
+)  # fmt: skip
 
 pipe = DiffusionPipeline.from_pretrained(IMAGE.folder)
 print(dit_accel.load_attention(pipe, args.out))

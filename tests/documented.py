@@ -18,7 +18,6 @@ from unittest import mock
 import typer.main
 from markdown_it import MarkdownIt
 
-from dit_accel.bench.command import _parser
 from dit_accel.cli.app import app
 from dit_accel.mechanisms.attn_spec import parse_attention
 from dit_accel.mechanisms.registry import PROCESSORS
@@ -114,8 +113,7 @@ def check_command(words: list[str]) -> None:
 def _dit_accel(rest: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     if rest[:1] == ["bench"]:
-        _parser("dit-accel bench").parse_args(rest[1:])  # raises BadInput, a ValueError
-        return
+        group, rest = group.commands["bench"], rest[1:]
     name, *arguments = rest
     if name not in group.commands:
         raise ValueError(f"dit-accel has no command {name}")
@@ -196,12 +194,12 @@ def known_options() -> set[str]:
     from accelerate.commands.launch import launch_command_parser
 
     group: Any = typer.main.get_command(app)
-    found = {name for command in group.commands.values() for option in command.params for name in option.opts}
+    commands = [*group.commands.values(), *group.commands["bench"].commands.values()]
+    found = {name for command in commands for option in command.params for name in option.opts}
     found |= {name for option in group.params for name in option.opts} | {"--help"}
-    bench: Any = next(a for a in _parser("bench")._actions if isinstance(a, argparse._SubParsersAction))
     scripts = ["train_embedded", "convert_embedded"]
     own = [script_parser(["-m", f"dit_accel.demo.training.{name}", "image", "--out", "x"]) for name in scripts]
-    for parser in (launch_command_parser(), *bench.choices.values(), *own):
+    for parser in (launch_command_parser(), *own):
         assert parser is not None
         found |= set(parser._option_string_actions)
     return found

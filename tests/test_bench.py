@@ -18,6 +18,7 @@ from dit_accel.bench import attention, models, step, train, versus
 from dit_accel.bench.cases import BACKWARD, CASES, SCALING, select, small, smoke
 from dit_accel.bench.command import bench
 from dit_accel.bench.flex import check_rows, reference_mask_mod
+from dit_accel.bench.options import COMMANDS
 from dit_accel.bench.request import dense_attention
 from dit_accel.bench.results import read_results
 from dit_accel.bench.tables import table
@@ -451,7 +452,7 @@ def test_keep_copies_rows_of_an_earlier_run(tmp_path):
         (["attention", *TRIAL, "--backend", "tritn"], "unknown --backend 'tritn'; did you mean 'triton'"),
         (["step", *TRIAL, "--model", "flux"], "Available: wan1.3b-480p"),
         (["step", *TRIAL, "--variant", "gna"], "has no variant 'gna'; available: dense-eager, dense, sla"),
-        (["attention", *TRIAL, "--repeats", "0"], "expected a whole number of at least 1, got '0'"),
+        (["attention", *TRIAL, "--repeats", "0"], "--repeats: expected an integer of at least 1, got 0"),
         (["attention", *TRIAL, "--out", "/proc/none/a.json"], "cannot write into /proc/none"),
         (["attention", *TRIAL, "--backward", "--flex"], "leave out --flex or --backward"),
         (["attention", *TRIAL, "--backward", "--case", "gna-flux-256"], "Available: sla-wan1.3b-480p-10-all"),
@@ -459,8 +460,9 @@ def test_keep_copies_rows_of_an_earlier_run(tmp_path):
         (["train", "--device", "cpu"], "bench needs a CUDA GPU; found cpu"),
         (["train", *TRIAL, "--model", "flux-1024"], "Available: wan1.3b-480p-quarter, wan1.3b-480p-half"),
         (["train", *TRIAL, "--variant", "gna"], "has no variant 'gna'; available: dense-eager, dense, sla, sla-eager"),
-        (["nothing"], "invalid choice: 'nothing'"),
-        ([], "required: attention"),
+        (["nothing"], "'nothing'"),
+        ([], "Missing command"),
+        (["attention", *TRIAL, "--order", "head-first"], "did you mean 'heads-first'"),
         (["report", "--folder", "/nowhere"], "no results in /nowhere"),
     ],
 )
@@ -476,6 +478,28 @@ def test_bench_help_lists_its_options(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "attention", "--help"])
     assert stop.value.code == 0 and "--case NAME" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        bench(["attention", "--help"], "b")
+    assert stop.value.code == 0 and "--case NAME" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["step", *TRIAL],
+        ["train", *TRIAL, "--model", "a", "--model", "b", "--checkpointing"],
+        ["attention", "--backend", "torch", "--order", "heads-first", "--out", "a.json"],
+        ["report", "--folder", "a", "--page", "b.md"],
+    ],
+)
+def test_both_parsers_give_the_same_command(words, monkeypatch):
+    seen = []
+    for kind in COMMANDS.values():
+        monkeypatch.setattr(kind, "run", lambda self, command: seen.append((self, command)) or 0)
+    bench(words, "dit-accel bench")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *words])
+    assert len(seen) == 2 and seen[0] == seen[1] and seen[0][1] == ("dit-accel bench", *words)
 
 
 def test_bench_runs_without_typer_rich_and_matplotlib(tmp_path):

@@ -19,13 +19,12 @@ from PIL import Image
 from tiny_pipelines import save_flux, save_wan
 from torch import nn
 
-from dit_accel import GNAAttnProcessor, LLSAAttnProcessor, save_attention, set_attn_processor
+from dit_accel import GNAAttnProcessor, LLSAAttnProcessor, describe, save_attention, set_attn_processor
 from dit_accel.cli.app import main
 from dit_accel.common.bundled import IMAGE, VIDEO, Embedded
 from dit_accel.common.files import replacing
 from dit_accel.comparison.metrics import compare_frames
 from dit_accel.comparison.step_timer import StepTimer
-from dit_accel.install import describe
 from dit_accel.install.installation import installation_of
 
 FLUX = ["--height", "32", "--width", "40", "--steps", "2"]

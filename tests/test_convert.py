@@ -191,7 +191,7 @@ def test_cosine_ends_at_zero_and_progress_is_logged_to_a_file(pipelines, drawn, 
     assert convert(pipelines, out, "--lr-schedule", "cosine", "--steps", "6") == 2  # the schedule depends on it
     assert "holds another conversion (steps 4, now 6" in capsys.readouterr().err
     assert convert(pipelines, tmp_path / "p", "--lr-schedule", "linear") == 2
-    assert "--lr-schedule takes constant or cosine, got 'linear'" in capsys.readouterr().err
+    assert "--lr-schedule: expected one of constant, cosine, got 'linear'" in capsys.readouterr().err
 
 
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(pipelines, drawn, tmp_path, capsys):
@@ -281,18 +281,19 @@ def test_batches_have_one_kind_and_epochs_all_samples():
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--recipe", "nothing"), "available: sla, clear"),
+        (("--recipe", "nothing"), "--recipe: expected one of sla, clear"),
+        (("--recipe", "claer"), "got 'claer'; did you mean 'clear'?"),
         (("--train", "some"), "new, attention, lora, full"),
-        (("--train", "lora", "--lora-layers", "all"), "--lora-layers takes attention or blocks"),
+        (("--train", "lora", "--lora-layers", "all"), "--lora-layers: expected one of attention, blocks"),
         (("--train", "full", "--lora-layers", "blocks"), "--lora-layers blocks needs --train lora"),
-        (("--save-dtype", "int8"), "--save-dtype takes float32, bfloat16, float16, got 'int8'"),
+        (("--save-dtype", "int8"), "--save-dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         (("--train", "new"), "adds no parameters"),
         (("--attn", "clear:radius=3;radius=4@nowhere"), "selects no self-attention layer: nowhere"),
         (("--height", "30"), "30"),
-        (("--mixed-precision", "fp8"), "no, fp16 or bf16"),
+        (("--mixed-precision", "fp8"), "no, fp16, bf16"),
         (("--device", "tpu"), "takes cpu"),
         (("--lr", "0"), "--lr must be above 0"),
-        (("--timestep-sampling", "even"), "--timestep-sampling takes shift, uniform, mixed"),
+        (("--timestep-sampling", "even"), "--timestep-sampling: expected one of shift, uniform, mixed"),
         (("--caption-dropout", "1"), "--caption-dropout takes a share from 0 to below 1"),
         (
             ("--loss-weight", "flow"),

@@ -23,7 +23,7 @@ from tiny_pipelines import save_flux
 
 from dit_accel.cli.app import main
 from dit_accel.conversion.checkpoint import load_checkpoint
-from dit_accel.conversion.parallel.sharding import choose_blocks
+from dit_accel.conversion.parallel.fsdp import choose_blocks
 from dit_accel.conversion.trainer import Trainer
 
 SLA, GNA = "sla:critical=0.3,block_q=8,block_kv=8", "gna:window=3"

@@ -27,6 +27,7 @@ from dit_accel.cli.app import main
 from dit_accel.common.errors import BadInput
 from dit_accel.conversion.checkpoint import NAME
 from dit_accel.conversion.data.samples import Sample
+from dit_accel.conversion.parallel.launch import new_parallel
 from dit_accel.conversion.recipes.capture import Conditions, capture
 from dit_accel.conversion.recipes.matching import matching_loss
 from dit_accel.conversion.recipes.noise import NoiseProcess, noise_process
@@ -61,10 +62,12 @@ class Drawn(list):
 
 def make_request(pipeline, out, recipe, attn=SLA, **overrides):
     """A request of six steps with two samples each."""
-    source = Source(str(pipeline), None, ("a red circle",), 2, 32, 32, None, (), None, 0, "cpu", out)
+    source = Source(
+        pipeline=str(pipeline), prompts=("a red circle",), samples=2, height=32, width=32, device="cpu", out=out
+    )
     options = {"train": None, "rank": 2, "steps": 6, "batch": 2, "accumulate": 1, "lr": None, "warmup": 0}
     options |= {"mixed_precision": "no", "gradient_checkpointing": False, "save_every": 1, "sample_every": 0}
-    return Request(source, parse_attention(attn), recipe, tracker=None, **(options | overrides))
+    return Request(source=source, attention=parse_attention(attn), recipe=recipe, **(options | overrides))
 
 
 def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **overrides):
@@ -82,9 +85,9 @@ def make_trainer(pipeline, out, recipe, attn=SLA, epsilon=False, **overrides):
     processor = request.attention.processor((8, 8))
     stages = plan(request, reweighted(RECIPES[recipe], dict(request.weights)), model, processor)
     choices = request.attention.by_layer(processor)
-    accelerator = Accelerator(cpu=True)
+    parallel = new_parallel(Accelerator(cpu=True), request.batch, "no")
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(request, stages, accelerator, pipe, model, choices, noise_process(pipe.scheduler), samples)
+    trainer = Trainer(request, stages, parallel, pipe, model, choices, noise_process(pipe.scheduler), samples)
     trainer.pipe = pipe
     return trainer
 
@@ -433,7 +436,7 @@ def test_two_processes_equal_one_with_twice_the_batch(pipelines, tmp_path):
 
 def test_run_reports_stages_and_layers(pipelines, tmp_path):
     request, output = make_request(pipelines["flux"], tmp_path, "linvideo", steps=3, convert_layers=2), io.StringIO()
-    assert run(request, Console(file=output, width=200, force_terminal=True)) == 0
+    run(request, Console(file=output, width=200, force_terminal=True))
     about = json.loads((tmp_path / "convert.json").read_text())
     assert about["recipe"]["name"] == "linvideo" and len(about["layers"]) == 2 and len(about["scores"]) == 4
     assert about["stages"] == [

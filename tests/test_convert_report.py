@@ -122,7 +122,7 @@ def test_untrained_attention_is_measured_like_a_saved_one(pipelines, tmp_path):
     [
         ("gnu", (), "unknown attention 'gnu'"),
         ("gna:window=2", ("--captions", "3"), "--captions is for pipelines that"),
-        ("gna:window=2", ("--mixed-precision", "int8"), "--mixed-precision takes no, fp16 or bf16"),
+        ("gna:window=2", ("--mixed-precision", "int8"), "expected one of no, fp16, bf16, got 'int8'"),
     ],
 )
 def test_invalid_evaluation_is_refused_before_any_work(pipelines, tmp_path, capsys, student, more, message):
@@ -140,10 +140,11 @@ def test_captions_are_checked_once_per_model(pipelines, tmp_path):
         return [True, True, False, True] if len(calls) == 1 else [True, False, True, False]
 
     source = Source(
-        str(pipelines["flux"]), None, ("a red circle",), 1, 32, 32, None, (), None, 7, "cpu", tmp_path / "teacher"
-    )
+        pipeline=str(pipelines["flux"]), prompts=("a red circle",), samples=1, height=32, width=32, seed=7,
+        device="cpu", out=tmp_path / "teacher",
+    )  # fmt: skip
     source.out.mkdir()
-    evaluation = Evaluation(source, 2, 0, Console(quiet=True), check, 4)
+    evaluation = Evaluation(source, Console(quiet=True), levels=2, pictures=0, check=check, captions=4)
     before = {name: x.clone() for name, x in evaluation.model.state_dict().items()}
     reports = [evaluation.measure(parse_attention(x), tmp_path / x[:3]) for x in ("gna:window=3", "clear:radius=2")]
     assert calls == [0, 4, 4]
@@ -255,6 +256,6 @@ def test_clip_score_is_the_cosine_with_weights_else_none(tmp_path, monkeypatch):
 
 
 def test_caption_check_accepts_the_embedded_pipeline():
-    from dit_accel.cli.app import _prompt_check
+    from dit_accel.api import _prompt_check
 
     assert callable(_prompt_check(str(IMAGE.folder)))

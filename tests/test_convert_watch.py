@@ -56,15 +56,18 @@ class RecordingWatch(Watch):
 
 def request_for(pipeline, out, steps=4):
     out.mkdir(exist_ok=True)
-    source = Source(str(pipeline), None, ("a red circle",), 2, 32, 32, None, (), None, 0, "cpu", out)
-    return Request(
-        source, parse_attention("gna:window=3"), "clear", "lora", 2, steps, 2, 1, 0.01, 0, "no", False, 100, 2, None
+    source = Source(
+        pipeline=str(pipeline), prompts=("a red circle",), samples=2, height=32, width=32, device="cpu", out=out
     )
+    return Request(
+        source=source, attention=parse_attention("gna:window=3"), recipe="clear", train="lora", rank=2, steps=steps,
+        batch=2, lr=0.01, warmup=0, save_every=100, sample_every=2,
+    )  # fmt: skip
 
 
 def test_callbacks_are_called_in_order(pipeline, tmp_path):
     watch = RecordingWatch()
-    assert run(request_for(pipeline, tmp_path), Console(quiet=True), watch) == 0
+    run(request_for(pipeline, tmp_path), Console(quiet=True), watch)
     assert watch.count("check") > 20 and watch.count("forward") > 20  # drawing calls the denoiser, too
     calls = [entry[:2] for entry in watch.calls if entry[0] not in ("check", "forward")]
     assert calls[:4] == [("sample", 1), ("sample", 2), ("ready", 2), ("begin", 0)]
@@ -109,6 +112,6 @@ def test_run_stopped_by_a_callback_resumes_identically(pipeline, losses, tmp_pat
     thread.join()
     assert stopped and not (tmp_path / "dit_accel.safetensors").exists()
     rest = RecordingWatch()
-    assert run(request_for(pipeline, tmp_path), Console(quiet=True), rest) == 0
+    run(request_for(pipeline, tmp_path), Console(quiet=True), rest)
     assert ("begin", done, done) in rest.calls
     assert [entry[2] for entry in rest.calls if entry[0] == "step"] == losses[done:]

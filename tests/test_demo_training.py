@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import threading
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny_pipelines import save_flux, save_wan
 
 import dit_accel
 from dit_accel.common.bundled import IMAGE
+from dit_accel.common.choices import Train
 from dit_accel.common.errors import BadInput
 from dit_accel.comparison.sizes import Size
 from dit_accel.conversion import checkpoint
@@ -281,10 +283,9 @@ def test_command_line_gives_the_same_request(monkeypatch, attention, train):
 def test_each_recipe_has_a_label_and_fixed_choices_are_disabled():
     pytest.importorskip("gradio")
     from dit_accel.conversion.recipes.recipe import RECIPES
-    from dit_accel.conversion.request import TRAINABLE
     from dit_accel.demo.ui import convert_tab
 
-    assert set(convert_tab._RECIPES) == set(RECIPES) and set(convert_tab._TRAIN) == {*TRAINABLE, ""}
+    assert set(convert_tab._RECIPES) == set(RECIPES) and set(convert_tab._TRAIN) == {*get_args(Train), ""}
     for recipe, fixed in (("attention-transfer", True), ("clear", False)):
         _, train, rate = convert_tab._for_recipe(recipe, "lora")
         assert (train.value, train.interactive) == ("" if fixed else "lora", not fixed)

@@ -54,6 +54,11 @@ def made_small(text: str, tiny: dict[str, Path]) -> str:
         '"Wan-AI/Wan2.1-T2V-1.3B-Diffusers"': repr(str(tiny["wan"])),
         '.to("cuda")': "",
         "dtype=torch.bfloat16": "dtype=torch.float32",
+        'data_free=True, samples=64, steps=200, lr_schedule="cosine"': "data_free=True, samples=1, batch=1, steps=1, "
+        "report=0, height=64, width=64, device='cpu'",
+        "data_free=True, samples=8": "data_free=True, samples=1, levels=1, pictures=0, height=64, width=64, "
+        "device='cpu'",
+        'seed=1, out="seed-1"': 'seed=1, out="seed-1", steps=1, height=64, width=64, prompt="red", device="cpu"',
         '"a lighthouse at dusk"': '"a red circle", num_inference_steps=2',
         "height=2048, width=2048": "height=32, width=32",
         "**read_defaults(str(IMAGE.folder))": '**{**read_defaults(str(IMAGE.folder)), "height": 64, "width": 64, '

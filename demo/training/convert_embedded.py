@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,11 +27,12 @@ from rich.console import Console
 
 from dit_accel.bench.results import KEYS, now, read_results
 from dit_accel.common.bundled import IMAGE, VIDEO
+from dit_accel.common.choices import LoraLayers, Sampling
 from dit_accel.common.files import replacing, write_json
 from dit_accel.conversion.card import write_card
 from dit_accel.conversion.evaluate import Evaluation
 from dit_accel.conversion.recipes.recipe import RECIPES, parse_weight, reweighted
-from dit_accel.conversion.request import LORA_LAYERS, SAMPLINGS, Request, Source
+from dit_accel.conversion.request import Request, Source
 from dit_accel.conversion.run import run
 from dit_accel.demo.scenes.evaluate_captions import prompt_check
 from dit_accel.demo.scenes.write_scenes import write_scenes
@@ -71,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default="clear")
     parser.add_argument("--train", default="lora")
-    parser.add_argument("--lora-layers", default="attention", choices=LORA_LAYERS)
+    parser.add_argument("--lora-layers", default="attention", choices=get_args(LoraLayers))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument(
         "--timestep-sampling",
         default="uniform",
-        choices=SAMPLINGS,
+        choices=get_args(Sampling),
         help="distribution of training noise levels; the loss is always evaluated at even levels",
     )
     parser.add_argument("--loss-weight", action="append", metavar="NAME=WEIGHT", type=parse_weight, default=[])
@@ -107,8 +108,8 @@ def convert_all(args: argparse.Namespace) -> None:
         if not (folder / "metadata.jsonl").is_file():
             write_scenes(folder, count, clip, seed, name == "held-out", size, os.cpu_count() or 1)
     source = Source(
-        str(pipeline), args.out / "scenes", embedded.prompts, args.scenes, None, None, None, (), None, args.seed,
-        args.device, args.out,
+        pipeline=str(pipeline), data=args.out / "scenes", prompts=embedded.prompts, samples=args.scenes,
+        seed=args.seed, device=args.device, out=args.out,
     )  # fmt: skip
     held_out = replace(source, data=args.out / "held-out", seed=HELD_OUT_SEED, out=args.out / "teacher")
     held_out.out.mkdir(exist_ok=True)
@@ -124,8 +125,8 @@ def convert_all(args: argparse.Namespace) -> None:
             (folder / "samples").symlink_to(Path("..") / "samples")  # shared by all mechanisms
         run(_request(args, replace(source, out=folder), specs[name]), console)
         evaluation = evaluation or Evaluation(
-            held_out, LEVELS, args.pictures, console, partial(_check, held_out.out), args.captions,
-            args.mixed_precision, LEVELS,
+            held_out, console, levels=LEVELS, pictures=args.pictures, check=partial(_check, held_out.out),
+            captions=args.captions, mixed_precision=args.mixed_precision, batch=LEVELS,
         )  # fmt: skip
         row, about = _measure(args, evaluation, name, specs[name]), evaluation.about()
         on = {key: about[key] for key in ("machine", "versions", "figures")}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
+from dit_accel.common.choices import Recipe, Train
 from dit_accel.common.errors import BadInput
 from dit_accel.comparison.sizes import token_grid
 from dit_accel.conversion.recipes.recipe import RECIPES
@@ -126,7 +127,7 @@ class _Controls:
         gr.on([self.kind.change, self.steps.change], self._estimate, [self.kind, self.steps], self.estimate, **quiet)
 
     def read(
-        self, kind: str, recipe: str, train: str, steps: Any, lr: Any, prompts: Any, *mechanism: Any
+        self, kind: str, recipe: Recipe, train: Train | Literal[""], steps: Any, lr: Any, prompts: Any, *mechanism: Any
     ) -> ConversionOptions:
         """Return the validated options.
 
@@ -145,7 +146,7 @@ class _Controls:
             raise BadInput("The learning rate must be above 0 and at most 1; leave it empty for the recipe's default.")
         own = train and not RECIPES[recipe].fixes_train
         return ConversionOptions(
-            kind, attention, recipe, train if own else None, int(steps), lr, _parse_prompts(prompts)
+            kind, attention, recipe, (train or None) if own else None, int(steps), lr, _parse_prompts(prompts)
         )
 
     def _prompts(self, kind: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from dit_accel.common.choices import Recipe, Train
 from dit_accel.common.errors import BadInput
 from dit_accel.comparison.sizes import token_grid
 from dit_accel.conversion.recipes.recipe import RECIPES
@@ -55,8 +56,8 @@ class ConversionOptions:
 
     kind: str
     attention: AttentionSpec
-    recipe: str
-    train: str | None
+    recipe: Recipe
+    train: Train | None
     steps: int
     lr: float | None
     prompts: tuple[str, ...]
@@ -167,15 +168,16 @@ def _request(engine: Engine, loaded: Loaded, options: ConversionOptions, out: Pa
         raise BadInput("The learning rate must be above 0.")
     scenes, size = is_embedded(loaded.source), loaded.size
     source = Source(
-        loaded.source, engine.folder / f"scenes-{options.kind}" if scenes else None, options.prompts,
-        SCENES[options.kind] if scenes else TEACHER_SAMPLES, size.height, size.width, size.frames, (), None, _SEED,
-        "cpu" if engine.device.type == "cpu" else None, out,
+        pipeline=loaded.source, data=engine.folder / f"scenes-{options.kind}" if scenes else None,
+        prompts=options.prompts, samples=SCENES[options.kind] if scenes else TEACHER_SAMPLES, height=size.height,
+        width=size.width, frames=size.frames, seed=_SEED, device="cpu" if engine.device.type == "cpu" else None,
+        out=out,
     )  # fmt: skip
     return Request(
-        source, options.attention, options.recipe, options.train, RANK, options.steps, 1, 1, options.lr, _WARMUP,
-        "bf16" if engine.device.type == "cuda" else "no", False, _SAVE_EVERY,
-        max(_MIN_STEPS_BETWEEN_PICTURES, options.steps // PICTURES), None,
-        save_dtype="float16",
+        source=source, attention=options.attention, recipe=options.recipe, train=options.train, rank=RANK,
+        steps=options.steps, batch=1, lr=options.lr, warmup=_WARMUP,
+        mixed_precision="bf16" if engine.device.type == "cuda" else "no", save_every=_SAVE_EVERY,
+        sample_every=max(_MIN_STEPS_BETWEEN_PICTURES, options.steps // PICTURES), save_dtype="float16",
     )  # fmt: skip
 
 

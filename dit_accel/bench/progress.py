@@ -6,6 +6,8 @@ import importlib.util
 from types import TracebackType
 from typing import Any
 
+from ..common.progress import progress_bar
+
 __all__ = ["Progress"]
 
 
@@ -17,28 +19,22 @@ class Progress:
         self.finished = 0
         self._bar: Any = None
         if importlib.util.find_spec("rich") is not None:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.description}", markup=False), refresh_per_second=2,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=total)
+            self._bar = progress_bar()
+            self._task = self._bar.add_task("bench", total=total)
 
     def doing(self, what: str) -> None:
         """Show the current task."""
         if self._bar is None:
             print(f"[{self.finished + 1}/{self.total}] {what} …", flush=True)
         else:
-            self._bar.update(self._task, description=what)
+            self._bar.update(self._task, figures=what)
 
     def done(self, line: str) -> None:
         """Count one task as finished and print a line."""
         self.finished += 1
         self.say(line)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.finished, description="")
+            self._bar.update(self._task, completed=self.finished, figures="")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -54,5 +50,5 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description="")
+            self._bar.update(self._task, figures="")
             self._bar.stop()

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import torch
 
+from ..common.choices import Order, check_choice, check_count
 from ..common.environment import pick_device, pick_dtype
-from ..common.errors import BadInput
+from ..common.errors import BadInput, as_bad_input
 from ..common.files import require_writable
 
 __all__ = ["Request", "dense_attention", "make_request"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """Checked options of a run. ``names``: cases or models; empty: the default ones."""
+    """Checked options of a run. ``names``: cases or models; empty: the default ones.
+
+    Raises: TypeError, ValueError: a value of the wrong type or out of range.
+    """
 
     names: tuple[str, ...]
     out: Path
@@ -30,11 +34,15 @@ class Request:
     keep: Path | None
     command: tuple[str, ...]
     backends: tuple[str | None, ...] = (None,)
-    order: str = "tokens-first"
+    order: Order = "tokens-first"
     flex: bool = False
     backward: bool = False
     checkpointing: bool = False
     variants: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_count("--repeats", self.repeats)
+        check_choice("--order", self.order, Order)
 
 
 def make_request(device: str | None, dtype: str | None, smoke: bool, out: Path, **rest: object) -> Request:
@@ -43,18 +51,17 @@ def make_request(device: str | None, dtype: str | None, smoke: bool, out: Path, 
     Raises: BadInput: no GPU and no ``--smoke``, an unknown device or precision, or an output folder that is not
     writable.
     """
-    try:
+    with as_bad_input():
         target = pick_device(device)
         precision = pick_dtype(dtype, target)
         require_writable(out.parent)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
     if target.type != "cuda" and not smoke:
         raise BadInput(
             f"bench needs a CUDA GPU; found {target.type} (to test the installation, run tiny sizes with "
             "--device cpu --smoke; their timings mean nothing)"
         )
-    return Request(out=out, device=target, dtype=precision, smoke=smoke, **rest)  # type: ignore[arg-type]
+    with as_bad_input():
+        return Request(out=out, device=target, dtype=precision, smoke=smoke, **rest)  # type: ignore[arg-type]
 
 
 def dense_name(device: torch.device) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
+
+from ..common import choices
 
 __all__ = [
     "AccelerateDevice", "Accumulate", "AllowFrame", "AllowHost", "Attentions", "CaptionDropout", "ConvertLayers",
@@ -49,22 +51,28 @@ _FPS_HELP = (
     "frames are spread evenly over the whole clip."
 )
 
+
+def _choice(kind: Any, help: str) -> Any:
+    """Option with the choices of a ``Literal`` type; the called function checks the value, with its own message."""
+    return typer.Option(metavar="|".join(get_args(kind)), parser=str, help=help)
+
+
 # several commands
 Teacher = Annotated[
     str | None, typer.Option(metavar="FOLDER_OR_HUB_ID", help="The teacher; default: the embedded image pipeline.")
 ]
 Video = Annotated[bool, typer.Option("--video", help="Use the embedded video pipeline.")]
-Height = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, help="Height; default: the pipeline's.")]
-Width = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, help="Width; default: the pipeline's.")]
-Frames = Annotated[int | None, typer.Option(metavar="N", min=1, help="Frames per clip; default: the pipeline's.")]
+Height = Annotated[int | None, typer.Option(metavar="PIXELS", help="Height; default: the pipeline's.")]
+Width = Annotated[int | None, typer.Option(metavar="PIXELS", help="Width; default: the pipeline's.")]
+Frames = Annotated[int | None, typer.Option(metavar="N", help="Frames per clip; default: the pipeline's.")]
 Sizes = Annotated[list[str] | None, typer.Option(metavar="HxW[xFRAMES]", help=_SIZE_HELP)]
 FrameRate = Annotated[float | None, typer.Option(metavar="RATE", help=_FPS_HELP)]
 Prompts = Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts for --data-free, one per line.")]
 Samples = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Number of samples that the teacher generates for --data-free.")
+    int, typer.Option(metavar="N", help="Number of samples that the teacher generates for --data-free.")
 ]
 MixedPrecision = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Mixed precision: no, fp16 or bf16; default: bf16 on a GPU, else no.")
+    choices.MixedPrecision | None, _choice(choices.MixedPrecision, "Mixed precision; default: bf16 on a GPU, else no.")
 ]
 Device = Annotated[
     str | None,
@@ -73,31 +81,26 @@ Device = Annotated[
 AccelerateDevice = Annotated[
     str | None, typer.Option(metavar="NAME", help="Device: cpu; default: the device that accelerate selects.")
 ]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="Precision: float32, float16 or bfloat16; default: bfloat16 on CUDA, else float32."
-    ),
-]
+Dtype = Annotated[choices.Dtype | None, _choice(choices.Dtype, "Precision; default: bfloat16 on CUDA, else float32.")]
 
 # compare
 Attentions = Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_ATTN_HELP)]
 
 # convert
-Recipe = Annotated[str | None, typer.Option(metavar="NAME", help=_RECIPE_HELP)]
+Recipe = Annotated[choices.Recipe | None, _choice(choices.Recipe, _RECIPE_HELP)]
 Train = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHAT",
-        help="Trained parameters: new (those the mechanism adds), attention, lora or full; default: the recipe's.",
+    choices.Train | None,
+    _choice(
+        choices.Train,
+        "Trained parameters: new (those the mechanism adds), attention, lora or full; default: the recipe's.",
     ),
 ]
-Rank = Annotated[int, typer.Option(metavar="N", min=1, help="LoRA rank.")]
+Rank = Annotated[int, typer.Option(metavar="N", help="LoRA rank.")]
 LoraLayers = Annotated[
-    str,
-    typer.Option(
-        metavar="WHICH",
-        help="Linear layers that get a LoRA: attention (those of the converted layers), or blocks (all linear "
+    choices.LoraLayers,
+    _choice(
+        choices.LoraLayers,
+        "Linear layers that get a LoRA: attention (those of the converted layers), or blocks (all linear "
         "layers of their transformer blocks).",
     ),
 ]
@@ -105,29 +108,21 @@ ConvertLayers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        min=1,
         help="Number of layers that linvideo converts; default: 8 of 15, the paper's share of 16 of 30.",
     ),
 ]
-Accumulate = Annotated[int, typer.Option(metavar="N", min=1, help="Gradient accumulation: batches per optimizer step.")]
+Accumulate = Annotated[int, typer.Option(metavar="N", help="Gradient accumulation: batches per optimizer step.")]
 LearningRate = Annotated[float | None, typer.Option(metavar="RATE", help=_LR_HELP)]
-Warmup = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Learning rate warm-up steps in each stage of the recipe.")
-]
+Warmup = Annotated[int, typer.Option(metavar="N", help="Learning rate warm-up steps in each stage of the recipe.")]
 Schedule = Annotated[
-    str,
-    typer.Option(
-        "--lr-schedule",
-        metavar="NAME",
-        help="Learning rate after the warm-up: constant, or cosine (decays to 0).",
-    ),
+    choices.Schedule,
+    _choice(choices.Schedule, "Learning rate after the warm-up: constant, or cosine (decays to 0)."),
 ]
 TimestepSampling = Annotated[
-    str,
-    typer.Option(
-        "--timestep-sampling",
-        metavar="NAME",
-        help="Distribution of the noise levels in flow matching: shift (logit-normal with the scheduler's shift), "
+    choices.Sampling,
+    _choice(
+        choices.Sampling,
+        "Distribution of the noise levels in flow matching: shift (logit-normal with the scheduler's shift), "
         "uniform (more low-noise samples), or mixed (half of each).",
     ),
 ]
@@ -157,21 +152,17 @@ CudaGraph = Annotated[
         "kernel launches.",
     ),
 ]
-SaveEvery = Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")]
-SaveDtype = Annotated[
-    str, typer.Option(metavar="NAME", help="Precision of the saved file: float32, bfloat16 or float16.")
-]
+SaveEvery = Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints.")]
+SaveDtype = Annotated[choices.SaveDtype, _choice(choices.SaveDtype, "Precision of the saved file.")]
 SampleEvery = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Steps between sample pictures of student and teacher; 0: none.")
+    int, typer.Option(metavar="N", help="Steps between sample pictures of student and teacher; 0: none.")
 ]
 ReportSamples = Annotated[
-    int, typer.Option(metavar="N", min=0, help="New teacher samples for the evaluation at the end; 0: none.")
+    int, typer.Option(metavar="N", help="New teacher samples for the evaluation at the end; 0: none.")
 ]
 Repository = Annotated[
     str | None,
-    typer.Option(
-        "--push-to-hub", metavar="OWNER/NAME", help="Hub repository to upload weights, model card and report to."
-    ),
+    typer.Option(metavar="OWNER/NAME", help="Hub repository to upload weights, model card and report to."),
 ]
 Tracker = Annotated[
     str | None, typer.Option(metavar="NAME", help="Tracker of accelerate for the losses, such as tensorboard or wandb.")

@@ -78,6 +78,16 @@ OTHER_PROMPTS = (
 )
 
 
+def select_embedded(pipeline: str | None, video: bool) -> Embedded:
+    """The embedded pipeline that is used if no pipeline is given.
+
+    Raises: ValueError: both a pipeline and ``video`` are given.
+    """
+    if video and pipeline is not None:
+        raise ValueError("give --pipeline or --video, not both: --video selects the embedded video pipeline")
+    return VIDEO if video else IMAGE
+
+
 def read_defaults(source: str) -> dict[str, Any]:
     """Call arguments from ``defaults.json`` in a pipeline folder; empty if there is no such file.
 

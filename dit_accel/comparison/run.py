@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from ..common.bundled import IMAGE, VIDEO, prompts_of
 from ..common.environment import about_machine, about_versions
 from ..common.errors import BadInput
 from ..common.pipeline_loading import load_pipeline
+from ..common.progress import progress_bar
 from ..common.signals import ignore_interrupts
 from ..install.describe import describe
 from ..install.installation import denoisers
@@ -59,10 +60,10 @@ class Comparison:
     drawn: dict[tuple[int, int], NDArray[np.uint8]]  # (prompt, column) -> (T, H, W, 3)
 
 
-def run(request: Request, console: Console) -> int:
+def run(request: Request, console: Console) -> Report:
     """Run the comparison and write its files to ``request.out``, even if it is stopped or a mechanism fails.
 
-    Returns: exit status: 0, or 1 if a mechanism failed.
+    Returns: the report; its status is "failed" if a mechanism failed.
     Raises:
         BadInput: the pipeline does not support the options; nothing was drawn.
         KeyboardInterrupt: stopped (SIGINT, SIGTERM); finished pictures are saved.
@@ -74,7 +75,7 @@ def run(request: Request, console: Console) -> int:
         (request.out / name).unlink(missing_ok=True)  # files of an earlier run do not match the new report
     report.save()
     try:
-        with _progress(console) as progress:
+        with progress_bar(console) as progress:
             _draw_all(comparison, progress)
         report.status = "failed" if any(variant.status == "failed" for variant in report.variants) else "complete"
     except KeyboardInterrupt:
@@ -86,7 +87,7 @@ def run(request: Request, console: Console) -> int:
     finally:
         with ignore_interrupts():
             _finish(comparison, console)
-    return 0 if report.status == "complete" else 1
+    return report
 
 
 def _source(request: Request) -> str:
@@ -153,13 +154,6 @@ def _about(request: Request, pipe: Any, size: Size, steps: int, call: dict[str, 
         "timing": _TIMING,
         "lpips": "measured" if lpips_weights() else "not measured: torchvision or AlexNet's weights are missing",
     }
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, refresh_per_second=4,
-    )  # fmt: skip
 
 
 def _draw_all(comparison: Comparison, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..common.attention_group import TokenBox
 from ..install.families import family_of
 from ..install.installation import denoisers
 
-__all__ = ["Size", "check_size", "default_size", "token_box", "token_grid"]
+__all__ = ["Size", "check_size", "default_size", "parse_size", "token_box", "token_grid"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,20 @@ class Size:
 
     def __str__(self) -> str:
         return f"{self.height}×{self.width}" + (f", {self.frames} frames" if self.frames else "")
+
+
+def parse_size(text: str) -> Size:
+    """Parse ``512x768`` (height, width) or ``480x832x81`` (height, width, frames).
+
+    Raises: ValueError: the text has another form.
+    """
+    found = re.fullmatch(r"(\d+)[x×](\d+)(?:[x×](\d+))?", text.strip().lower())
+    lengths = [int(part) for part in found.groups() if part] if found else [0]
+    if 0 in lengths:
+        raise ValueError(
+            f"--size takes HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES for clips, such as 480x832x81, got {text!r}"
+        )
+    return Size(*lengths)
 
 
 def token_box(pipe: Any) -> TokenBox | None:

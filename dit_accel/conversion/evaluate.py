@@ -14,20 +14,23 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..common.choices import MixedPrecision, check_choice, check_count
 from ..common.environment import about_machine, about_versions
-from ..common.errors import BadInput
+from ..common.errors import BadInput, as_bad_input
 from ..common.files import remove_leftovers, replacing, write_json
 from ..common.pipeline_loading import load_pipeline
+from ..common.progress import progress_bar
 from ..comparison.metrics import clip_score, compare_frames
 from ..install.describe import logit_fraction
 from ..install.installation import installed_layers, reset_attn_processor, set_by_layer
 from ..mechanisms.attn_spec import AttentionSpec
 from ..weights.load import load_attention
 from .data.buckets import find_buckets, processors_for
-from .data.prepare import make_samples, only_denoiser, progress_bar
+from .data.prepare import make_samples, only_denoiser
 from .data.samples import Sample
 from .recipes.capture import merge
 from .recipes.noise import NoiseProcess, noise_process
@@ -67,10 +70,19 @@ class Evaluation:
     """A teacher with its samples, pictures and caption results, computed once for any number of students."""
 
     def __init__(
-        self, source: Source, levels: int, pictures: int, console: Console, check: PromptCheck | None = None,
-        captions: int = 0, mixed_precision: str = "no", batch: int = 1,
+        self, source: Source, console: Console, *, levels: int = 8, pictures: int = 2, check: PromptCheck | None = None,
+        captions: int = 0, mixed_precision: MixedPrecision = "no", batch: int = 1,
     ) -> None:  # fmt: skip
-        """Arguments as in :func:`evaluate`. Raises: BadInput: the request cannot be carried out."""
+        """Arguments as in :func:`evaluate`.
+
+        Raises: TypeError: a value of the wrong type. BadInput: the request cannot be carried out.
+        """
+        with as_bad_input():
+            check_count("--levels", levels)
+            check_count("--batch", batch)
+            check_count("--pictures", pictures, 0)
+            check_count("--captions", captions, 0)
+            check_choice("--mixed-precision", mixed_precision, MixedPrecision)
         self.source, self.levels, self.console, self.check = source, levels, console, check
         self.batch = batch
         remove_leftovers(source.out)
@@ -111,8 +123,8 @@ class Evaluation:
         try:
             self.model.eval()
             sums = _Sums(np.zeros(self.levels), np.zeros(self.levels), np.zeros(self.levels))
-            with progress_bar(self.console, self.accelerator) as progress:
-                task = progress.add_task("measuring", total=len(self.samples), figures="")
+            with self._progress() as progress:
+                task = progress.add_task("measuring", total=len(self.samples))
                 for i, sample in enumerate(self.samples):
                     seed, device = self.source.seed + i, self.accelerator.device
                     with self.accelerator.autocast():
@@ -146,6 +158,9 @@ class Evaluation:
             "figures": FIGURES,
         }  # fmt: skip
 
+    def _progress(self) -> Progress:
+        return progress_bar(self.console, disable=not self.accelerator.is_main_process)
+
     def _draw(self, i: int) -> NDArray[np.uint8]:
         """Draw the i-th prompt: (T, H, W, 3) uint8."""
         generator = torch.Generator().manual_seed(self.source.seed + i)
@@ -158,15 +173,15 @@ class Evaluation:
         """Whether each of the first ``captions`` held-out captions is drawn correctly; None without a check."""
         if self.check is None or not captions:
             return None
-        with progress_bar(self.console, self.accelerator) as progress, self.accelerator.autocast():
-            task = progress.add_task(f"{model}'s captions", total=captions, figures="")
+        with self._progress() as progress, self.accelerator.autocast():
+            task = progress.add_task(f"{model}'s captions", total=captions)
             return self.check(self.pipe, self.call, captions, lambda n: progress.advance(task, n))
 
 
 def evaluate(
-    source: Source, student: str | AttentionSpec, levels: int, pictures: int, console: Console,
-    check: PromptCheck | None = None, captions: int = 0, mixed_precision: str = "no", batch: int = 1,
-) -> int:  # fmt: skip
+    source: Source, student: str | AttentionSpec, console: Console, *, levels: int = 8, pictures: int = 2,
+    check: PromptCheck | None = None, captions: int = 0, mixed_precision: MixedPrecision = "no", batch: int = 1,
+) -> dict[str, Any]:  # fmt: skip
     """Measure a student; write ``evaluate.json``, ``evaluate.png`` and side-by-side pictures into ``source.out``.
 
     Args:
@@ -180,15 +195,18 @@ def evaluate(
         captions: number of captions that teacher and student draw.
         mixed_precision: "no", "fp16" or "bf16", for teacher and student.
         batch: noise levels per forward pass.
-    Returns: exit status 0.
-    Raises: BadInput: the request cannot be carried out.
+    Returns: the content of ``evaluate.json``.
+    Raises: TypeError: a value of the wrong type. BadInput: the request cannot be carried out.
     """
-    evaluation = Evaluation(source, levels, pictures, console, check, captions, mixed_precision, batch)
-    report = evaluation.measure(student, source.out)
-    write_json(source.out / "evaluate.json", {**evaluation.about(), **report})
+    evaluation = Evaluation(
+        source, console, levels=levels, pictures=pictures, check=check, captions=captions,
+        mixed_precision=mixed_precision, batch=batch,
+    )  # fmt: skip
+    report = {**evaluation.about(), **evaluation.measure(student, source.out)}
+    write_json(source.out / "evaluate.json", report)
     _plot(report, source.out / "evaluate.png")
     _show(report, console)
-    return 0
+    return report
 
 
 def _agreement(teacher: list[bool], student: list[bool]) -> dict[str, Any]:

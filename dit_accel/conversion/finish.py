@@ -14,7 +14,6 @@ from .request import Request
 
 __all__ = ["finish"]
 
-_LEVELS, _PICTURES = 8, 2
 _OTHER_SEEDS = 1_000_000  # beyond the seeds of the training samples
 
 
@@ -33,7 +32,7 @@ def finish(request: Request, samples: int, repository: str | None, console: Cons
             other = replace(
                 source, data=None, fps=None, samples=samples, seed=source.seed + _OTHER_SEEDS, out=source.out / REPORT
             )
-            evaluate(other, str(source.out), _LEVELS, _PICTURES, console, mixed_precision=request.mixed_precision)
+            evaluate(other, str(source.out), console, mixed_precision=request.mixed_precision)
         write_card(source.out)
         if repository is not None:
             console.print(f"Uploaded to {push_to_hub(source.out, repository)}", highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -11,24 +10,25 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from ..common.environment import about_machine, about_versions
-from ..common.errors import BadInput
+from ..common.errors import BadInput, Diverged
 from ..common.files import read_json, write_json
 from ..common.pipeline_loading import load_pipeline
+from ..common.progress import progress_bar
 from ..install.installation import processors_by_layer
 from ..weights.save import save_attention
 from .card import REPORT
 from .checkpoint import check_steps, load_checkpoint
 from .data.buckets import find_buckets, processors_for
-from .data.prepare import lock_for_run, make_samples, offload_unused_components, only_denoiser, progress_bar
-from .parallel.sharding import check_launch, choose_blocks, is_sharded, reshard, set_up
-from .parallel.zero import check_zero, set_up_zero
+from .data.prepare import lock_for_run, make_samples, offload_unused_components, only_denoiser
+from .parallel.launch import check_graph, check_launch, new_parallel
+from .parallel.protocol import Parallel
 from .pictures import Pictures
 from .recipes.capture import unconditional
 from .recipes.noise import noise_process
 from .recipes.recipe import RECIPES, Recipe, reweighted
-from .recipes.stages import check_graph, check_request, plan
+from .recipes.stages import check_request, plan
 from .request import Request
-from .trainer import Diverged, Trainer
+from .trainer import Trainer
 from .watch import Watch
 
 __all__ = ["Diverged", "run"]
@@ -36,11 +36,10 @@ __all__ = ["Diverged", "run"]
 ABOUT = "convert.json"
 
 
-def run(request: Request, console: Console, watch: Watch | None = None) -> int:
+def run(request: Request, console: Console, watch: Watch | None = None) -> None:
     """Run a conversion; it resumes from the last checkpoint of the same request in the output folder.
 
     Args: watch: callbacks for progress.
-    Returns: exit status 0.
     Raises:
         BadInput: the request cannot be carried out; raised before any work is done.
         Diverged: the loss became NaN or infinite.
@@ -51,8 +50,7 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
     try:
         recipe = reweighted(RECIPES[request.recipe], dict(request.weights))
         check_request(request, recipe)
-        check_launch(request.mixed_precision)
-        check_zero(request.mixed_precision, recipe.selects)
+        check_launch(request.mixed_precision, recipe.selects)
     except ValueError as error:
         raise BadInput(str(error)) from error
     accelerator = Accelerator(
@@ -60,18 +58,21 @@ def run(request: Request, console: Console, watch: Watch | None = None) -> int:
         project_dir=request.source.out,
     )  # fmt: skip
     try:
-        set_up(accelerator)
-        set_up_zero(accelerator, request.batch, request.mixed_precision)
-        check_graph(request, accelerator)
+        parallel = new_parallel(accelerator, request.batch, request.mixed_precision)
+        check_graph(request, parallel)
     except ValueError as error:
         raise BadInput(str(error)) from error
     with lock_for_run(request.source.out, accelerator.is_main_process, console):
-        _convert(request, recipe, accelerator, console, watch)
-    return 0
+        _convert(request, recipe, parallel, console, watch)
 
 
-def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console: Console, watch: Watch) -> None:
-    sharded = is_sharded(accelerator)  # if so, every process draws and gathers, and the main process writes
+def _convert(request: Request, recipe: Recipe, parallel: Parallel, console: Console, watch: Watch) -> None:
+    accelerator = parallel.accelerator
+
+    def tell(text: str) -> None:
+        if accelerator.is_main_process:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     if accelerator.is_main_process:
         _claim(request, accelerator.num_processes, console)
     pipe = load_pipeline(request.source.pipeline, torch.float32, accelerator.device)
@@ -80,8 +81,8 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
         process = replace(noise_process(pipe.scheduler), sampling=request.sampling).to(accelerator.device)
         component, model = only_denoiser(pipe)
         model.register_forward_pre_hook(lambda *_: watch.check())
-        choose_blocks(accelerator, model)
-        choices = processors_for(request.attention, buckets, accelerator.print)
+        parallel.check_model(model)
+        choices = processors_for(request.attention, buckets, tell)
         processors_by_layer({component: model}, choices)  # raises for layers that do not exist, before any work
         stages = plan(request, recipe, model, choices[0][1])
         samples = make_samples(request.source, accelerator, pipe, model, buckets, console, watch.sample)
@@ -90,21 +91,20 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
     pictures = None
-    if request.sample_every and (accelerator.is_main_process or sharded):
+    if request.sample_every and (accelerator.is_main_process or parallel.collective):
         source = request.source
         pictures = Pictures(source.out / "pictures", pipe, component, buckets[0].call, source.prompts[:2], source.seed)
     offload_unused_components(pipe, component)
     watch.ready(model, process, samples)
-    trainer = Trainer(request, stages, accelerator, pipe, model, choices, process, samples)
+    trainer = Trainer(request, stages, parallel, pipe, model, choices, process, samples)
     trainer.resume(console)
 
     def draw(step: int) -> None:
         if request.sample_every and step % request.sample_every == 0:
             if pictures is not None:
-                with accelerator.autocast() if sharded else nullcontext():
+                with parallel.drawing(model):
                     for path in pictures.against_teacher(step, accelerator.is_main_process):
                         watch.picture(step, path)
-                reshard(model)
             accelerator.wait_for_everyone()
 
     def after(step: int) -> None:
@@ -116,11 +116,11 @@ def _convert(request: Request, recipe: Recipe, accelerator: Accelerator, console
     missing = pictures is not None and (trainer.step == 0 or pictures.is_missing(trainer.step))
     if accelerator.gather(torch.tensor(missing, device=accelerator.device)).any():  # a run was killed while drawing
         draw(trainer.step)
-    with progress_bar(console, accelerator) as progress:
+    with progress_bar(console, disable=not accelerator.is_main_process) as progress:
         trainer.train(progress, after)
     if accelerator.is_main_process and read_json(request.source.out / ABOUT).get("steps") != trainer.step:
         (request.source.out / REPORT / "evaluate.json").unlink(missing_ok=True)  # it describes earlier weights
-    if accelerator.is_main_process or sharded:
+    if accelerator.is_main_process or parallel.collective:
         path = save_attention(pipe, request.source.out, getattr(torch, request.save_dtype))
     accelerator.wait_for_everyone()  # no process may leave while another still gathers
     accelerator.end_training()

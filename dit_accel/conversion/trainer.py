@@ -11,75 +11,57 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..common.errors import BadInput
+from ..common.errors import BadInput, Diverged
 from ..common.signals import Stopped, defer_interrupts, ignore_interrupts, record_interrupts
 from ..install.installation import installation_of, installed_layers, keep_layers, set_by_layer
 from ..mechanisms.attn_spec import ByLayer
 from .checkpoint import check_steps, load_checkpoint, save_checkpoint
 from .data.samples import Samples, batches
 from .graphed import GraphedGradients
-from .parallel.sharding import (
-    average,
-    full_optimizer_state,
-    gather,
-    is_sharded,
-    reshard,
-    shard,
-    shard_like,
-    shard_optimizer_state,
-    wrap_forward,
-)
-from .parallel.zero import autocast, gather_optimizer_state, is_zero, restore_optimizer_state
+from .parallel.protocol import Parallel
 from .recipes.capture import merge
 from .recipes.lora import add_lora
 from .recipes.noise import NoiseProcess
-from .recipes.objective import Batch, copy_teacher, losses_of, transfer_loss
+from .recipes.objective import Batch, losses_of, transfer_loss
 from .recipes.selection import Selection
 from .recipes.stages import Plan, ScheduledStage, host_parameters
 from .recipes.transfer import TeacherForced
 from .request import Request
 
-__all__ = ["Diverged", "Trainer"]
+__all__ = ["Trainer"]
 
 
 _LOG_INTERVAL = 20.0  # seconds between printed lines if the output is not a terminal, which shows no progress bar
-
-
-class Diverged(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 class Trainer:
     """Training of a student; all random numbers are functions of the seed and the step, so a resumed run is exact."""
 
     def __init__(
-        self, request: Request, plan: Plan, accelerator: Accelerator, pipe: Any, host: nn.Module, choices: ByLayer,
+        self, request: Request, plan: Plan, parallel: Parallel, pipe: Any, host: nn.Module, choices: ByLayer,
         process: NoiseProcess, samples: Samples,
     ) -> None:  # fmt: skip
-        self.request, self.plan, self.accelerator, self.process = request, plan, accelerator, process
+        self.request, self.plan, self.parallel, self.process = request, plan, parallel, process
+        self.accelerator = parallel.accelerator
         self.samples, self.kinds, self.host = samples, samples.kinds, host
         host.requires_grad_(False)
-        self.sharded = is_sharded(accelerator)
-        if self.sharded:
-            host.to("cpu")  # blocks of student and teacher return to the device one at a time, as shards
-        self.zero = is_zero(accelerator)
-        self.compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        parallel.place(host)
         self.pretrained = {stage.scope: host_parameters(host, stage.scope) for stage in plan.stages}
         trained = set().union(*self.pretrained.values())
-        self.teacher = self._new_teacher(trained) if plan.needs_teacher else None
+        self.teacher = parallel.new_teacher(host, trained) if plan.needs_teacher else None
         set_by_layer(pipe, choices)
         installation = installation_of(host)
         assert installation is not None
         for name in sorted(trained):  # they are then saved, and a reset restores the pretrained values
             installation.overwritten[name] = host.get_parameter(name).detach().to("cpu", copy=True)
         self.layers = list(installed_layers(host))
-        if self.compiles:  # blocks share code, and per-layer options need one graph each for student and teacher
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            # Blocks share code, and per-layer options need one graph each for student and teacher.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 4 * len(self.layers))
         if plan.needs_lora:
@@ -87,8 +69,7 @@ class Trainer:
         if request.gradient_checkpointing:
             getattr(host, "enable_gradient_checkpointing")()  # noqa: B009 (a method of diffusers models)
         host.train()
-        if self.sharded:
-            shard(accelerator, host, self.layers if any(scheduled.stage.transfer for scheduled in plan.stages) else ())
+        parallel.shard(host, self.layers if any(scheduled.stage.transfer for scheduled in plan.stages) else ())
         self.step, self.history, self.saved = 0, [], None
         self.model, self.selection, self.scores, self.learned, self.graphs = None, None, None, set(), None
         self._enter(0)
@@ -97,7 +78,6 @@ class Trainer:
     history: list[dict[str, float]]
     saved: int | None  # step of the last checkpoint
     index: int  # index of the current stage
-    sharded: bool  # with FSDP, which shards the parameters of the host in place
     model: Any  # the module that the stage calls, wrapped by accelerate
     optimizer: Any
     rates: list[float]  # learning rates of its groups after the warm-up
@@ -112,25 +92,11 @@ class Trainer:
         """The current stage."""
         return self.plan.stages[self.index]
 
-    def _new_teacher(self, trained: set[str]) -> nn.Module:
-        """Copy of the host as the teacher. With FSDP all parameters are copied and sharded, since two models cannot
-        share sharded parameters."""
-        if not self.sharded:
-            teacher = copy_teacher(self.host, trained)
-            return self.accelerator.prepare_model(teacher, evaluation_mode=True) if self.compiles else teacher
-        teacher = copy_teacher(self.host, {name for name, _ in self.host.named_parameters()})
-        shard(self.accelerator, teacher)
-        getattr(teacher, "set_reshard_after_forward")(True)  # noqa: B009 (a method of FSDPModule): no backward pass
-        return teacher
-
     def _enter(self, index: int) -> None:
         """End the previous stage and set up model, parameters and optimizer of this one."""
-        reshard(self.host)
+        self.parallel.free_gathered(self.host)
         if self.model is not None:
-            if self.zero:
-                self.model.destroy()  # its hooks on the parameters
-            if not self.sharded:
-                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.parallel.finish_stage(self.model)
             self.model = self.optimizer = None
             self.accelerator.free_memory()
         if self.selection is not None:
@@ -145,11 +111,7 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         called = TeacherForced(self.host, self.layers) if self.current.stage.transfer else self.host
-        if self.sharded:
-            self.model = wrap_forward(self.host, called.forward) if self.current.stage.transfer else called
-            self.optimizer = self.accelerator.prepare_optimizer(self._new_optimizer())
-        else:
-            self.model, self.optimizer = self.accelerator.prepare(called, self._new_optimizer())
+        self.model, self.optimizer = self.parallel.prepare(self.host, called, self._new_optimizer())
         if self.request.cuda_graph:
             self.graphs = GraphedGradients(self._gradients, self.parameters.values())
 
@@ -178,7 +140,7 @@ class Trainer:
         out, first = self.request.source.out, self.accelerator.is_main_process
         try:
             state = load_checkpoint(
-                out, self.sharded, lambda text: console.print(text, soft_wrap=True, highlight=False)
+                out, self.parallel.collective, lambda text: console.print(text, soft_wrap=True, highlight=False)
             )
             if state is not None:
                 check_steps(out, state["step"], self.request.steps)
@@ -186,11 +148,7 @@ class Trainer:
             raise BadInput(str(error)) from error
         if state is None:
             return
-        if ("parts" in state["optimizer"]) != self.zero:
-            how = "without" if self.zero else "with"
-            raise BadInput(
-                f"the checkpoint in {out} was written {how} DeepSpeed: resume {how} DeepSpeed, or choose another --out"
-            )
+        self.parallel.check_optimizer_state(state["optimizer"], out)
         try:
             self._enter_stage_of(state)
         except (LookupError, TypeError, ValueError) as error:
@@ -201,11 +159,8 @@ class Trainer:
         named = dict(self.host.named_parameters())
         with torch.no_grad():
             for name, value in state["parameters"].items():
-                named[name].copy_(shard_like(value, named[name]))
-        if self.zero:
-            restore_optimizer_state(self.optimizer, state["optimizer"], self.accelerator.process_index)
-        else:
-            self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
+                named[name].copy_(self.parallel.local(value, named[name]))
+        self.parallel.load_optimizer_state(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.saved = state["step"], state["history"], state["step"]
@@ -237,10 +192,8 @@ class Trainer:
 
         Args: after: called after each step with its number.
         """
-        # With DeepSpeed the step is taken before it is counted, so an interrupt must not fall between the two.
-        together = self.accelerator.num_processes > 1 or self.zero
         try:
-            with record_interrupts() if together else nullcontext(list[int]()) as signals:
+            with record_interrupts() if self.parallel.stops_together else nullcontext(list[int]()) as signals:
                 self._steps(progress, after, signals)
         except KeyboardInterrupt:
             with ignore_interrupts():
@@ -258,8 +211,8 @@ class Trainer:
         drawn = islice(order, self.step * request.accumulate, None)
         first, began = self.step, time.perf_counter()
         logged = began
-        task = progress.add_task(self._stage_label(), total=request.steps, completed=self.step, figures="")
-        together = world > 1 or self.zero  # if so, interrupts are recorded instead of raised
+        task = progress.add_task(self._stage_label(), total=request.steps, completed=self.step)
+        together = self.parallel.stops_together  # if so, interrupts are recorded instead of raised
         uninterrupted = nullcontext if together else defer_interrupts
         while self.step < request.steps:
             if self.step == self.current.end:
@@ -315,9 +268,7 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             number = self.step * len(micro_batches) + i
             last = i + 1 == len(micro_batches)
-            if self.zero:
-                accelerator.sync_gradients = last  # DeepSpeed takes the step in the backward pass of the last batch
-            with nullcontext() if last or self.zero else accelerator.no_sync(self.host if self.sharded else self.model):
+            with self.parallel.micro_batch(self.host, self.model, last):
                 losses = (self.graphs or self._gradients)(self._batch(batch, number))
             for name, loss in losses.items():
                 total[name] = total.get(name, torch.zeros((), device=loss.device)) + loss / len(micro_batches)
@@ -330,9 +281,7 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {means['loss']}; {kept}. Start over with a smaller --lr and "
                 "another --out"
             )
-        if self.sharded:
-            average(accelerator, self.parameters.values())
-        accelerator.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.parallel.clip_gradients(self.parameters.values())
         return means
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
@@ -345,7 +294,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Unweighted losses of the current stage by name."""
         stage = self.current.stage
-        with autocast(self.accelerator, self.request.mixed_precision):
+        with self.parallel.autocast():
             if stage.transfer:
                 assert self.teacher is not None
                 return {"transfer": transfer_loss(self.model, self.teacher, self.layers, self.process, batch)}
@@ -382,7 +331,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of full tensors; the main process writes it."""
         self.accelerator.wait_for_everyone()
-        reshard(self.host)
+        self.parallel.free_gathered(self.host)
         first = self.accelerator.is_main_process
         learned = {name: p for name, p in self.host.named_parameters() if name in self.learned}
         state = {
@@ -390,8 +339,8 @@ class Trainer:
             "stage": self.index,
             "scores": self.scores,
             "history": self.history,
-            "parameters": gather(learned, keep=first),
-            "optimizer": (gather_optimizer_state if self.zero else full_optimizer_state)(self.optimizer, keep=first),
+            "parameters": self.parallel.gather(learned, keep=first),
+            "optimizer": self.parallel.optimizer_state(self.optimizer, keep=first),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),  # gradient scaler of fp16
         }
         if first:

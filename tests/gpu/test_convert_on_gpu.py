@@ -19,11 +19,15 @@ SPECS = {
 def losses(kind, out, cuda_graph):
     embedded = VIDEO if kind == "video" else IMAGE
     out.mkdir()
-    size = (64, 64, 9) if kind == "video" else (128, 128, None)
-    source = Source(str(embedded.folder), None, embedded.prompts, 4, *size, (), None, 0, None, out)
+    height, width, frames = (64, 64, 9) if kind == "video" else (128, 128, None)
+    source = Source(
+        pipeline=str(embedded.folder), prompts=embedded.prompts, samples=4, height=height, width=width, frames=frames,
+        out=out,
+    )  # fmt: skip
     request = Request(
-        source, parse_attention(SPECS[kind]), "clear", "lora", 4, 12, 2, 2, 3e-3, 2, "bf16", False, 100, 0, None,
-        lora_layers="blocks", cuda_graph=cuda_graph,
+        source=source, attention=parse_attention(SPECS[kind]), recipe="clear", train="lora", rank=4, steps=12, batch=2,
+        accumulate=2, lr=3e-3, warmup=2, mixed_precision="bf16", save_every=100, lora_layers="blocks",
+        cuda_graph=cuda_graph,
     )  # fmt: skip
     run(request, Console(quiet=True))
     return [row["loss"] for row in json.loads((out / "convert.json").read_text())["history"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from dit_accel.mechanisms.processor import AcceleratedAttnProcessor
 
 from ..request import Source
 
-__all__ = ["Bucket", "find_buckets", "frame_rate", "nearest", "parse_size", "processors_for"]
+__all__ = ["Bucket", "find_buckets", "frame_rate", "nearest", "processors_for"]
 
 
 @dataclass(frozen=True)
@@ -33,20 +32,6 @@ class Bucket:
     size: Size
     call: dict[str, Any]
     grid: tuple[int, ...] | None
-
-
-def parse_size(text: str) -> Size:
-    """Parse ``512x768`` (height, width) or ``480x832x81`` (height, width, frames).
-
-    Raises: ValueError: the text has another form.
-    """
-    found = re.fullmatch(r"(\d+)[x×](\d+)(?:[x×](\d+))?", text.strip().lower())
-    lengths = [int(part) for part in found.groups() if part] if found else [0]
-    if 0 in lengths:
-        raise ValueError(
-            f"--size takes HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES for clips, such as 480x832x81, got {text!r}"
-        )
-    return Size(*lengths)
 
 
 def find_buckets(source: Source, pipe: Any) -> list[Bucket]:

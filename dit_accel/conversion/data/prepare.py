@@ -1,4 +1,4 @@
-"""Set-up shared by conversion and evaluation: the folder's lock, the denoiser, samples and the progress bar."""
+"""Set-up shared by conversion and evaluation: the folder's lock, the denoiser and samples."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import distributed, nn
 
 from dit_accel.common.errors import BadInput
 from dit_accel.common.files import locked, remove_leftovers
+from dit_accel.common.progress import progress_bar
 from dit_accel.install.installation import denoisers
 
 from ..request import Source
@@ -21,7 +21,7 @@ from .buckets import Bucket, frame_rate
 from .dataset import Folder, Shards, find_data
 from .samples import SampleCache, Samples
 
-__all__ = ["lock_for_run", "make_samples", "offload_unused_components", "only_denoiser", "progress_bar"]
+__all__ = ["lock_for_run", "make_samples", "offload_unused_components", "only_denoiser"]
 
 
 @contextmanager
@@ -68,9 +68,10 @@ def make_samples(
     cache = SampleCache(source.out / "samples", pipe, model, buckets, {"pipeline": source.pipeline, "fps": fps})
     # The evaluation after training also runs in the main process alone.
     alone = not (distributed.is_available() and distributed.is_initialized())
-    with nullcontext() if alone else accelerator.main_process_first(), progress_bar(console, accelerator) as progress:
+    bar = progress_bar(console, disable=not accelerator.is_main_process)
+    with nullcontext() if alone else accelerator.main_process_first(), bar as progress:
         total = source.samples if data is None else data.total
-        task = progress.add_task("samples", total=total, figures="")
+        task = progress.add_task("samples", total=total)
 
         def note() -> None:
             progress.advance(task)
@@ -105,11 +106,3 @@ def offload_unused_components(pipe: Any, component: str) -> None:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name != component:
             part.to("cpu")
-
-
-def progress_bar(console: Console, accelerator: Accelerator) -> Progress:
-    """Progress bar with counts, elapsed and remaining time and the field ``figures``; only on the main process."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"), console=console, disable=not accelerator.is_main_process,
-    )  # fmt: skip

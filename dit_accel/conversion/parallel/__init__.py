@@ -1,1 +1,1 @@
-"""Training in several processes: FSDP2 and DeepSpeed."""
+"""Training in several processes: plain, with FSDP2 and with DeepSpeed, behind one protocol."""

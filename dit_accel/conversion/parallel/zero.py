@@ -6,18 +6,23 @@ DeepSpeed clips the gradients and takes the optimizer step itself, in the backwa
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 
-from .sharding import check_split, env_flag
+from .fsdp import check_split, env_flag
+from .plain import Plain
+from .protocol import check_origin
 
-__all__ = ["autocast", "check_zero", "gather_optimizer_state", "is_zero", "restore_optimizer_state", "set_up_zero"]
+__all__ = ["Zero", "check_zero", "is_zero", "set_up_zero"]
 
 _USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _INSTEAD = "choose FSDP of version 2 with accelerate config, which also shards parameters"
@@ -82,35 +87,49 @@ def is_zero(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
-def autocast(accelerator: Accelerator, precision: str) -> AbstractContextManager[Any]:
-    """``accelerator.autocast()``, but also with DeepSpeed, for which accelerate's does nothing."""
-    if is_zero(accelerator) and precision == "bf16":
-        return torch.autocast(accelerator.device.type, torch.bfloat16)
-    return accelerator.autocast()
+class Zero(Plain):
+    """ZeRO stages 1 and 2. precision: mixed precision of the request."""
 
+    def __init__(self, accelerator: Accelerator, precision: str) -> None:
+        super().__init__(accelerator)
+        self.precision = precision
+        self.stops_together = True  # the step is taken before it is counted: no interrupt may fall between the two
+        self.captures_graphs = False
 
-def gather_optimizer_state(optimizer: Any, keep: bool) -> dict[str, Any]:
-    """Gather each process's shard of AdamW's state on the CPU; a collective call, so every process must make it.
+    def finish_stage(self, model: Any) -> None:
+        model.destroy()  # its hooks on the parameters
+        super().finish_stage(model)
 
-    Args: keep: whether this process needs the result.
-    """
-    ours = _base(optimizer).state_dict()
-    state = {i: {key: x.cpu() for key, x in values.items()} for i, values in ours["state"].items()}
-    groups = [{key: x for key, x in group.items() if key != "params"} for group in ours["param_groups"]]
-    parts: list[Any] | None = [None] * dist.get_world_size() if keep else None
-    dist.gather_object({"state": state, "groups": groups}, parts)
-    return {"parts": parts}
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast, also where accelerate's does nothing because it leaves it to DeepSpeed."""
+        if self.precision == "bf16":
+            return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        return super().autocast()
 
+    def micro_batch(self, host: nn.Module, model: Any, last: bool) -> AbstractContextManager[Any]:
+        self.accelerator.sync_gradients = last  # DeepSpeed takes the step in the backward pass of the last batch
+        return nullcontext()
 
-def restore_optimizer_state(optimizer: Any, state: dict[str, Any], rank: int) -> None:
-    """Load this rank's shard of a result of :func:`gather_optimizer_state`; parameters must be restored before."""
-    base, part = _base(optimizer), state["parts"][rank]
-    groups = base.state_dict()["param_groups"]
-    base.load_state_dict({
-        "state": part["state"],
-        "param_groups": [{**group, **kept} for group, kept in zip(groups, part["groups"], strict=True)],
-    })  # fmt: skip
-    optimizer.optimizer.refresh_fp32_params()  # copies the parameters to the shards that the optimizer steps
+    def optimizer_state(self, optimizer: Any, keep: bool) -> dict[str, Any]:
+        """Each process's shard of AdamW's state, on the CPU."""
+        ours = _base(optimizer).state_dict()
+        state = {i: {key: x.cpu() for key, x in values.items()} for i, values in ours["state"].items()}
+        groups = [{key: x for key, x in group.items() if key != "params"} for group in ours["param_groups"]]
+        parts: list[Any] | None = [None] * dist.get_world_size() if keep else None
+        dist.gather_object({"state": state, "groups": groups}, parts)
+        return {"parts": parts}
+
+    def check_optimizer_state(self, state: Mapping[str, Any], out: Path) -> None:
+        check_origin(state, out, deepspeed=True)
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        base, part = _base(optimizer), state["parts"][self.accelerator.process_index]
+        groups = base.state_dict()["param_groups"]
+        base.load_state_dict({
+            "state": part["state"],
+            "param_groups": [{**group, **kept} for group, kept in zip(groups, part["groups"], strict=True)],
+        })  # fmt: skip
+        optimizer.optimizer.refresh_fp32_params()  # copies the parameters to the shards that the optimizer steps
 
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:

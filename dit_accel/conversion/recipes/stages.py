@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from dit_accel.install.families import attention_groups_of
 from dit_accel.install.installation import new_layer
 
-from ..parallel.zero import is_zero
 from ..request import Request
 from .lora import require_peft
 from .recipe import Recipe, Stage
 from .selection import default_layer_count
 
-__all__ = ["Plan", "ScheduledStage", "check_graph", "check_request", "host_parameters", "plan"]
+__all__ = ["Plan", "ScheduledStage", "check_request", "host_parameters", "plan"]
 
 
 @dataclass(frozen=True)
@@ -100,27 +98,6 @@ def check_request(request: Request, recipe: Recipe) -> None:
         raise ValueError(
             f"--convert-layers needs --recipe linvideo, which selects layers; --recipe {recipe.name} converts all of "
             "them"
-        )
-
-
-def check_graph(request: Request, accelerator: Accelerator) -> None:
-    """Check the options that a captured training step does not support; does nothing without ``--cuda-graph``.
-
-    Raises: ValueError: there is no CUDA GPU, or an option that does not work in a CUDA graph.
-    """
-    if not request.cuda_graph:
-        return
-    if accelerator.device.type != "cuda":
-        raise ValueError(f"--cuda-graph needs a CUDA GPU, accelerate found {accelerator.device}: leave it out")
-    if (
-        accelerator.num_processes > 1
-        or is_zero(accelerator)
-        or request.gradient_checkpointing
-        or request.mixed_precision == "fp16"
-    ):
-        raise ValueError(
-            "--cuda-graph needs one process without DeepSpeed, --mixed-precision no or bf16, and no "
-            "--gradient-checkpointing: change these options, or leave --cuda-graph out"
         )
 
 

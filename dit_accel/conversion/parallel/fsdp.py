@@ -7,7 +7,8 @@ block computes. Files hold full tensors, so a run can resume with or without FSD
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import accelerate.utils
@@ -20,10 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dit_accel.weights.save import whole
 
-__all__ = [
-    "average", "check_launch", "check_split", "choose_blocks", "env_flag", "full_optimizer_state", "gather",
-    "is_sharded", "reshard", "set_up", "shard", "shard_like", "shard_optimizer_state", "wrap_forward",
-]  # fmt: skip
+from ..recipes.objective import copy_teacher
+from .plain import Plain
+
+__all__ = ["Fsdp", "check_launch", "check_split", "choose_blocks", "env_flag", "is_sharded", "set_up"]
 
 _PRECISIONS = {"bf16": torch.bfloat16}
 _METHOD = "_dit_accel_call"
@@ -115,7 +116,7 @@ def choose_blocks(accelerator: Accelerator, model: nn.Module) -> None:
 
     Raises: ValueError: the model has no such blocks.
     """
-    if not is_sharded(accelerator) or accelerator.state.fsdp_plugin.auto_wrap_policy is None:
+    if accelerator.state.fsdp_plugin.auto_wrap_policy is None:
         return
     plugin = accelerator.state.fsdp_plugin
     there = {type(module).__name__ for module in model.modules()}
@@ -130,81 +131,96 @@ def choose_blocks(accelerator: Accelerator, model: nn.Module) -> None:
     plugin.transformer_cls_names_to_wrap = wanted
 
 
-def shard(accelerator: Accelerator, model: nn.Module, alone: Iterable[str] = ()) -> None:
-    """Shard a model's parameters among the processes, in place; blocks are moved to the device one at a time.
+class Fsdp(Plain):
+    """FSDP2: parameters, gradients and optimizer state of student and teacher are sharded."""
 
-    Args: alone: names of modules that are also called directly, outside their block's forward pass.
-    """
-    plugin = accelerator.state.fsdp_plugin
-    for name in alone:
-        fully_shard(
-            model.get_submodule(name), reshard_after_forward=plugin.reshard_after_forward,
-            mp_policy=plugin.mixed_precision_policy,
-        )  # fmt: skip
-    accelerate.utils.fsdp2_prepare_model(accelerator, model)
+    collective = True
+
+    def check_model(self, model: nn.Module) -> None:
+        choose_blocks(self.accelerator, model)
+
+    def place(self, host: nn.Module) -> None:
+        host.to("cpu")  # blocks of student and teacher return to the device one at a time, as shards
+
+    def new_teacher(self, host: nn.Module, trained: set[str]) -> nn.Module:
+        """Sharded copy of all parameters, since two models cannot share sharded parameters."""
+        teacher = copy_teacher(host, {name for name, _ in host.named_parameters()})
+        self.shard(teacher, ())
+        getattr(teacher, "set_reshard_after_forward")(True)  # noqa: B009 (a method of FSDPModule): no backward pass
+        return teacher
+
+    def shard(self, host: nn.Module, alone: Iterable[str]) -> None:
+        plugin = self.accelerator.state.fsdp_plugin
+        for name in alone:
+            fully_shard(
+                host.get_submodule(name), reshard_after_forward=plugin.reshard_after_forward,
+                mp_policy=plugin.mixed_precision_policy,
+            )  # fmt: skip
+        accelerate.utils.fsdp2_prepare_model(self.accelerator, host)
+
+    def prepare(self, host: nn.Module, called: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        model = called if called is host else _wrap_forward(host, called.forward)
+        return model, self.accelerator.prepare_optimizer(optimizer)
+
+    def finish_stage(self, model: Any) -> None:
+        pass
+
+    def free_gathered(self, host: nn.Module) -> None:
+        for module in host.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextmanager
+    def drawing(self, host: nn.Module) -> Iterator[None]:
+        with self.autocast():
+            yield
+        self.free_gathered(host)
+
+    def micro_batch(self, host: nn.Module, model: Any, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.accelerator.no_sync(host)
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        for parameter in parameters:  # those that are not sharded, such as the scores of a selection
+            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+                parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
+        super().clip_gradients(parameters)
+
+    def gather(self, values: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        found = {}
+        for name, value in values.items():  # one at a time
+            full = whole(value.detach())
+            if keep:
+                found[name] = full.cpu()
+        return found
+
+    def local(self, value: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor):
+            return value
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+    def optimizer_state(self, optimizer: Any, keep: bool) -> dict[str, Any]:
+        """``optimizer.state_dict()`` with full tensors."""
+        state = optimizer.state_dict()
+        found = {}
+        for i, values in state["state"].items():
+            full = {key: whole(value) for key, value in values.items()}
+            if keep:
+                found[i] = {key: x.cpu() if isinstance(values[key], DTensor) else x for key, x in full.items()}
+        return {**state, "state": found}
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        likes = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        split = {
+            i: {key: self.local(x, likes[i]) if x.shape == likes[i].shape else x for key, x in values.items()}
+            for i, values in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": split})
 
 
-def wrap_forward(model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_forward(model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``call``, which uses modules of a sharded model, with the FSDP hooks of the model's own forward."""
     setattr(model, _METHOD, call)
     register_fsdp_forward_method(model, _METHOD)
     wrapped: Callable[..., Any] = model.__dict__.pop(_METHOD)
     return wrapped
-
-
-def reshard(model: nn.Module) -> None:
-    """Free the gathered parameters; those of the root module stay gathered after a forward pass without a backward."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def average(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over the processes for parameters that are not sharded, such as :mod:`.selection`'s scores."""
-    for parameter in parameters:
-        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
-            parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))
-
-
-def gather(values: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Gather full tensors, one at a time; a collective call, so every process must make it.
-
-    Args: keep: whether this process needs the result.
-    Returns: full tensors on the CPU by name; empty without ``keep``.
-    """
-    found = {}
-    for name, value in values.items():
-        full = whole(value.detach())
-        if keep:
-            found[name] = full.cpu()
-    return found
-
-
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of a full tensor, sharded like ``like``; the tensor itself if ``like`` is not sharded."""
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
-
-
-def full_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with full tensors, gathered as in :func:`gather`."""
-    state = optimizer.state_dict()
-    found = {}
-    for i, values in state["state"].items():
-        full = {key: whole(value) for key, value in values.items()}
-        if keep:
-            found[i] = {key: x.cpu() if isinstance(values[key], DTensor) else x for key, x in full.items()}
-    return {**state, "state": found}
-
-
-def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Shard a result of :func:`full_optimizer_state` for ``optimizer.load_state_dict`` in this process."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        **state,
-        "state": {
-            i: {k: shard_like(x, parameters[i]) if x.shape == parameters[i].shape else x for k, x in values.items()}
-            for i, values in state["state"].items()
-        },
-    }

@@ -134,7 +134,7 @@ def convert(
             size=_texts(size), fps=fps, seed=seed, device=device,
         )  # fmt: skip
         request = Request(
-            source=source, attention=spec, recipe=recipe or ("clear" if spec.name == "clear" else "sla"), train=train,
+            source=source, attention=spec, recipe=recipe or PROCESSORS[spec.name].recipe, train=train,
             rank=rank, lora_layers=lora_layers, convert_layers=convert_layers, steps=steps, batch=batch,
             accumulate=accumulate, lr=lr, warmup=warmup, schedule=lr_schedule, sampling=timestep_sampling,
             caption_dropout=caption_dropout, weights=tuple(map(parse_weight, _weights(loss_weight))),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from documented import PAGES, ROOT, check_command, commands, fences, inline_code, known_options
+from documented import PAGES, ROOT, check_command, commands, fences, inline_code, known_options, tomllib
 from PIL import Image
 from tiny_pipelines import save_flux, save_wan
 
@@ -24,7 +24,7 @@ from dit_accel.common.bundled import IMAGE, VIDEO
 from dit_accel.mechanisms.attn_spec import parse_attention
 from dit_accel.mechanisms.registry import PROCESSORS
 
-LANGUAGES = {"python", "bash", "yaml", "math", ""}
+LANGUAGES = {"python", "bash", "yaml", "toml", "math", ""}
 SMALL = {
     "compare": "--pipeline {flux} --height 32 --width 32 --steps 1 --device cpu --prompt red",
     "convert": "--pipeline {flux} --height 32 --width 32 --steps 1 --device cpu --samples 1 --batch 1 --report 0 "
@@ -91,6 +91,8 @@ def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
                     with pytest.raises(SystemExit) as end:
                         main([*words[1:], *more])
                     assert end.value.code == 0, f"{fence}: {words}"
+        elif fence.language == "toml":
+            tomllib.loads(fence.text)
         elif fence.language == "yaml":
             if "attention:" in fence.text:
                 (tmp_path / "options.yaml").write_text(fence.text)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from ..common import choices
+from ..mechanisms.attn_spec import attention_help
 
 __all__ = [
     "AccelerateDevice", "Accumulate", "AllowFrame", "AllowHost", "Attentions", "CaptionDropout", "ConvertLayers",
@@ -17,15 +18,6 @@ __all__ = [
     "Tracker", "Train", "TrainingData", "Video", "Warmup", "Width",
 ]  # fmt: skip
 
-_ATTN_HELP = (
-    "Attention to compare with dense: NAME, NAME:key=value,key=value, or the folder, file or hub id of trained "
-    "attention. Repeatable; default sla, clear, llsa and gna. The keys are the options of the processors; write one "
-    "length per axis as 16x16 or 2x8x8, for example gna:window=16x16,stride=8. To set other options on some layers, "
-    "append ;key=value@REGEX: gna:window=12x12;window=40x40@blocks.1 sets the larger window on the layers whose name "
-    "contains blocks.1. A name without options computes about a tenth of the logits: "
-    "sla has critical 0.1 and tile_order; llsa has block_size 16 and topk 8; the radius of clear and the window of gna "
-    "cover a tenth of the token grid (64×64: radius 11.4; window 20x20, stride 4x4)."
-)
 _RECIPE_HELP = (
     "sla (the model's own objective; trains all weights); clear (adds distillation from the teacher's predictions and "
     "attention outputs; trains the attention layers); attention-transfer (LoLCATs: fits the new parameters to the "
@@ -84,7 +76,7 @@ AccelerateDevice = Annotated[
 Dtype = Annotated[choices.Dtype | None, _choice(choices.Dtype, "Precision; default: bfloat16 on CUDA, else float32.")]
 
 # compare
-Attentions = Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_ATTN_HELP)]
+Attentions = Annotated[list[str] | None, typer.Option(metavar="SPEC", help=attention_help())]
 
 # convert
 Recipe = Annotated[choices.Recipe | None, _choice(choices.Recipe, _RECIPE_HELP)]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dit_accel.common.choices import Recipe
 from dit_accel.kernels.windows.geometry import BallAxis
 from dit_accel.layout import TokenLayout
 
@@ -68,7 +69,7 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
     backends: ClassVar[tuple[str, ...]] = BACKENDS
     backward_backends: ClassVar[tuple[str, ...]] = ("triton",)
     learned: ClassVar[Mapping[str, str]] = {"pool_weight": "(f, f) learned weights of a tile; None = 1 / f²."}
-    recipe: ClassVar[str] = "clear"
+    recipe: ClassVar[Recipe] = "clear"
     needs_layout: ClassVar[bool] = True
 
     workloads: ClassVar[tuple[Workload, ...]] = tuple(

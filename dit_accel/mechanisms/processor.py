@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..common.choices import Recipe
 from ..layout import TokenLayout
 from ._common import check_layout_and_scale, check_number, check_tensors, flat_layout
 from ._controls import Control, option_controls
@@ -59,7 +60,7 @@ class AcceleratedAttnProcessor:
     backends: ClassVar[tuple[str, ...]] = ("torch",)  # the first one is named in messages
     backward_backends: ClassVar[tuple[str, ...]] = ()  # those with a backward pass of their own
     learned: ClassVar[Mapping[str, str]] = {}  # learned tensors, in the order of ``compute``, with their description
-    recipe: ClassVar[str] = "sla"  # default recipe of dit-accel convert
+    recipe: ClassVar[Recipe] = "sla"  # default recipe of dit-accel convert
     any_host: ClassVar[bool] = True  # supports every self-attention layer, and works without training
     needs_layout: ClassVar[bool] = False  # without a layout there is no default
     workloads: ClassVar[tuple[Workload, ...]] = ()  # what dit-accel bench measures

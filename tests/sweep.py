@@ -14,14 +14,14 @@ def keep(cases: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
     return [case if chosen(case) else _swept(case) for case in cases]
 
 
-def cover(cases: Iterable[tuple], properties: Callable[..., Iterable[Any]], each: int = 0) -> list[Any]:
+def cover(cases: Iterable[tuple], properties: Callable[..., Iterable[Any]]) -> list[Any]:
     """Mark the cases that are not needed for pairwise coverage.
 
-    Among the others, each value at the position ``each`` of the cases occurs, and each pair of properties that occurs
-    in any case. The choice is greedy, the first of equal ones, and therefore always the same.
+    Among the others, the first value of each case occurs, and each pair of properties that occurs in any case. The
+    choice is greedy, the first of equal ones, and therefore always the same.
     """
     cases = list(cases)
-    pairs = [{(case[each],), *itertools.combinations(enumerate(properties(*case)), 2)} for case in cases]
+    pairs = [{(case[0],), *itertools.combinations(enumerate(properties(*case)), 2)} for case in cases]
     missing, chosen = set().union(*pairs), set()
     while missing:
         best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))

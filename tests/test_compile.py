@@ -14,8 +14,9 @@ CASES = [
     ("flux", "sla"), ("flux", "gna"), ("sd3", "llsa"), ("sd15", "gna"), ("sdxl", "llsa"), ("wan", "clear"),
     ("wan_vace", "sla"),
 ]  # fmt: skip
-WHOLE = [("flux", "sla"), ("sd3", "llsa"), ("sd15", "gna"), ("wan", "clear")]  # each mechanism and host class
-BLOCKS = [("flux", "gna"), ("sdxl", "llsa"), ("wan", "clear"), ("wan_vace", "sla")]
+# the cases of make test: each mechanism and class of model once; Flux by blocks is in two more tests
+WHOLE = [("flux", "sla"), ("sd3", "llsa"), ("sd15", "gna"), ("wan", "clear")]
+BLOCKS = [("sdxl", "llsa"), ("wan_vace", "sla")]
 INDUCTOR = [("flux", "clear"), ("sd3", "llsa"), ("sd15", "gna"), ("wan", "sla")]
 
 
@@ -89,7 +90,7 @@ def test_inductor_keeps_the_output(family, name):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    sweep.keep([("flux", "gna"), ("wan", "clear"), ("wan", "llsa")], lambda case: "llsa" not in case),
+    sweep.keep([("flux", "gna"), ("wan", "llsa")], lambda case: case[0] == "flux"),
 )
 def test_denoiser_inside_a_compiled_function(family, name):
     """The hooks are traced into the graph, and Flux's grid is symbolic until the operator runs."""
@@ -111,6 +112,7 @@ def test_denoiser_inside_a_compiled_function(family, name):
 
 def test_compiled_flux_follows_grid_of_equal_length():
     model = TINY["flux"]()
+    del model.transformer_blocks[1:], model.single_transformer_blocks[1:]  # half of the graph to compile again
     model.set_attn_processor(NARROW["gna"])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for size in ((7, 10), (10, 7), (6, 6)):
@@ -118,7 +120,7 @@ def test_compiled_flux_follows_grid_of_equal_length():
         torch.testing.assert_close(run(compiled, inputs), run(model, inputs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sweep.keep(NARROW, lambda name: name in ("sla", "clear")))
+@pytest.mark.parametrize("name", sweep.keep(NARROW, lambda name: name == "sla"))
 def test_compiled_training_step_keeps_gradients(name):
     def gradients(compile_it):
         torch.manual_seed(8)

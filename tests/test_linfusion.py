@@ -343,7 +343,7 @@ def test_compiles_to_one_graph():
     torch._dynamo.reset()
     model, inputs, _ = unet("sd15")
     expected = run(model, inputs)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")  # aot_eager takes twice as long for the same graph
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(2):
         torch.testing.assert_close(run(compiled, inputs), expected, atol=1e-5, rtol=1e-5)

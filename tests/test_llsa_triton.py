@@ -62,7 +62,7 @@ padding = pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def properties(case, dtype):
     """Properties of a case: axes, levels, pooled values, padding of the head dim, heads, global tokens, and dtype."""
     layout, dim, heads, _, options = CASES[case]
-    levels = options["levels"] and min(options["levels"], 3)
+    levels = min(options["levels"] or 1, 3)
     enrich, lanes = options.get("enrich", True), dim & (dim - 1) == 0
     return len(layout.grid), levels, enrich, lanes, heads, layout.before + layout.after > 0, dtype
 

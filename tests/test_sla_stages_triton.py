@@ -263,7 +263,6 @@ cases = pytest.mark.parametrize(
     sweep.cover(
         [(*case, dtype) for case in CASES for dtype in DTYPES],
         lambda grid, dim, feature_map, _, padded, dtype: ("box" in grid, dim % 64 > 0, feature_map, padded, dtype),
-        each=0,
     ),
     ids=str,
 )

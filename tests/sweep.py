@@ -14,14 +14,16 @@ def keep(cases: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
     return [case if chosen(case) else _swept(case) for case in cases]
 
 
-def cover(cases: Iterable[tuple], properties: Callable[..., Iterable[Any]]) -> list[Any]:
+def cover(cases: Iterable[tuple], properties: Callable[..., Iterable[Any]], each: bool = True) -> list[Any]:
     """Mark the cases that are not needed for pairwise coverage.
 
-    Among the others, the first value of each case occurs, and each pair of properties that occurs in any case. The
-    choice is greedy, the first of equal ones, and therefore always the same.
+    Each pair of properties that occurs in any case occurs in one that is not marked, and with ``each``, so does each
+    first value of a case. The choice is greedy, the first of equal ones, and therefore always the same.
     """
     cases = list(cases)
-    pairs = [{(case[0],), *itertools.combinations(enumerate(properties(*case)), 2)} for case in cases]
+    pairs = [set(itertools.combinations(enumerate(properties(*case)), 2)) for case in cases]
+    if each:
+        pairs = [{*found, (case[0],)} for found, case in zip(pairs, cases, strict=True)]
     missing, chosen = set().union(*pairs), set()
     while missing:
         best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))

@@ -14,8 +14,8 @@ CASES = [
     ("flux", "sla"), ("flux", "gna"), ("sd3", "llsa"), ("sd15", "gna"), ("sdxl", "llsa"), ("wan", "clear"),
     ("wan_vace", "sla"),
 ]  # fmt: skip
-# the cases of make test: each mechanism and class of model once; Flux by blocks is in two more tests
-WHOLE = [("flux", "sla"), ("sd3", "llsa"), ("sd15", "gna"), ("wan", "clear")]
+# the cases of make test: each class of model once; two more tests compile Flux by blocks, test_linfusion SD 1.5
+WHOLE = [("flux", "sla"), ("sd3", "llsa"), ("wan", "clear")]
 BLOCKS = [("sdxl", "llsa"), ("wan_vace", "sla")]
 INDUCTOR = [("flux", "clear"), ("sd3", "llsa"), ("sd15", "gna"), ("wan", "sla")]
 

@@ -77,11 +77,11 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def inputs(case, dtype=torch.float32, padded=False):
+def inputs(case, dtype=torch.float32, padded=False, one_head=False):
     """Tensors (B, H, S, D) and the mask. The second of two elements has gaps and an interval of padding or, without
     global tokens, no valid token; masked rows are NaN."""
     layout, dim, heads, tokens_first, options = CASES[case]
-    batch = 1 + padded
+    batch, heads = 1 + padded, 1 if one_head else heads
     shape = (batch, layout.seq_len, heads, dim) if tokens_first else (batch, heads, layout.seq_len, dim)
     qkv = [torch.randn(shape).to(DEVICE, dtype) for _ in range(3)]
     qkv = [x.transpose(1, 2) if tokens_first else x for x in qkv]
@@ -250,7 +250,7 @@ def exact(query, key, value, layout, key_mask, options):
 
 
 def check(case, dtype, padded):
-    (query, key, value), layout, key_mask, options = inputs(case, dtype, padded)
+    (query, key, value), layout, key_mask, options = inputs(case, dtype, padded, one_head=padded)
     out, lse = llsa_attention_triton(
         query, key, value, key_mask, layout=layout, scale=query.shape[-1] ** -0.5,
         **{"enrich": True, **options},
@@ -272,7 +272,9 @@ def test_agrees_with_the_reference(case, dtype):
     assert out.isfinite().all() and lse.isfinite().all()
 
 
-@pytest.mark.parametrize("case, dtype", sweep.cover([x for x in TYPED if x[0] in PADDED], properties), ids=str)
+@pytest.mark.parametrize(
+    "case, dtype", sweep.cover([x for x in TYPED if x[0] in PADDED], properties, each=False), ids=str
+)
 @pytest.mark.filterwarnings("ignore:All-NaN")
 def test_padding_is_masked_and_not_counted(case, dtype):
     """Padding is NaN and does not change the rows of valid queries."""
@@ -299,7 +301,7 @@ def gradients(tensors, grad, layout, key_mask, options, backend):
 
 @pytest.mark.parametrize(
     "case, dtype",
-    sweep.cover([x for x in TYPED if x[0] != "larger than a tile of queries"], properties),
+    sweep.cover([x for x in TYPED if x[0] != "larger than a tile of queries"], properties, each=False),
     ids=str,
 )
 def test_gradients_agree_with_the_torch_path(case, dtype):
@@ -320,7 +322,7 @@ def test_gradients_under_padding(case, dtype):
 
 
 def check_gradients(case, dtype, padded):
-    tensors, layout, key_mask, options = inputs(case, dtype, padded)
+    tensors, layout, key_mask, options = inputs(case, dtype, padded, one_head=padded)
     grad = torch.randn(tensors[0].shape, device=DEVICE).to(dtype)
     plain = [x.nan_to_num() for x in tensors]
     if padded:  # the selection is undefined for blocks that are all padding
@@ -394,8 +396,13 @@ def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
 # only the shapes of tables matter; importing only the kernels is fast
 BUILD = """
 import sys, torch, offline_gpu
-from kernels import block_select_triton, block_sparse_bwd_triton, llsa_bwd_triton, llsa_select_triton, llsa_tree_triton
-from kernels import launch, llsa_triton
+from kernels import launch
+from kernels.block_sparse import backward as block_sparse_bwd_triton
+from kernels.llsa import backward as llsa_bwd_triton
+from kernels.llsa import forward as llsa_triton
+from kernels.llsa import select as llsa_select_triton
+from kernels.llsa import tree as llsa_tree_triton
+from kernels.selection import select as block_select_triton
 target, shared = sys.argv[1], int(sys.argv[2]) * 1024
 llsa_triton.check_inputs = llsa_bwd_triton.check_inputs = lambda query: None
 launch.shared_memory = lambda query: shared

@@ -30,14 +30,15 @@ def gradients(name, layout, tensors, options, mask, backend, grad):
 def test_gradients_agree_with_the_torch_path(case, dtype, masked):
     name, layout, dim, options = CASES[case]
     torch.manual_seed(0)
-    shape = (1 + masked, layout.seq_len, 2, dim)
+    batch, heads = (2, 1) if masked else (1, 2)
+    shape = (batch, layout.seq_len, heads, dim)
     tensors = [torch.randn(shape).to(dtype).transpose(1, 2) for _ in range(3)]
     if name == "sla":
         tensors += [(torch.randn(dim, dim) / dim**0.5).to(dtype), torch.randn(dim).to(dtype)]
     if "down_factor" in options:
         f = options["down_factor"]
         tensors.append((torch.rand(f, f) / f**2).to(dtype))
-    grad = torch.randn(1 + masked, 2, layout.seq_len, dim).to(dtype)
+    grad = torch.randn(batch, heads, layout.seq_len, dim).to(dtype)
     mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
     exact = gradients(name, layout, [x.double() for x in tensors], options, mask, "torch", grad.double())
     if masked:  # masked keys are never read
@@ -81,12 +82,12 @@ def test_float16_gradients_of_small_relu_features_are_finite(size, linear_over):
 
 BUILD = """
 import sys, torch, offline_gpu
-from dit_accel.kernels.block_linear import backward as l
-from dit_accel.kernels.block_linear import forward as s
-from dit_accel.kernels.block_sparse import backward as b
-from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
-from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
+from kernels.block_linear import backward as l
+from kernels.block_linear import forward as s
+from kernels.block_sparse import backward as b
+from kernels.block_sparse.plan import BlockPlan, window_plan
+from kernels.tiling import Tiling
+from kernels.windows.geometry import BallAxis, NeighborhoodAxis
 built = []
 def offline(module, name):
     kernel = getattr(module, name)

@@ -78,7 +78,8 @@ KINDS = [(torch.float32, False), (torch.float16, False), (torch.float16, True)]
 def test_forward_agrees_with_the_torch_path(case, dtype, masked):
     name, layout, dim, options = CASES[case]
     torch.manual_seed(0)
-    tensors = [torch.randn(2, layout.seq_len, 2, dim).to(dtype).transpose(1, 2) for _ in range(3)]
+    batch, heads = (2, 1) if masked else (1, 2)
+    tensors = [torch.randn(batch, layout.seq_len, heads, dim).to(dtype).transpose(1, 2) for _ in range(3)]
     tensors += [(torch.randn(dim, dim) / dim**0.5).to(dtype), torch.randn(dim).to(dtype)]
     mask = torch.rand(2, layout.seq_len) > 0.3 if masked else None
     exact = call(name, layout, [x.double() for x in tensors], options, mask, "torch")
@@ -158,7 +159,7 @@ def test_strided_lists_states_and_sums_are_refused():
 def test_strided_masks_and_biases_are_read_correctly():
     name, layout, dim, options = CASES["sla marginal"]
     torch.manual_seed(0)
-    tensors = [torch.randn(2, 2, layout.seq_len, dim) for _ in range(3)] + [torch.randn(dim, dim) / 8]
+    tensors = [torch.randn(2, 1, layout.seq_len, dim) for _ in range(3)] + [torch.randn(dim, dim) / 8]
     mask = (torch.rand(layout.seq_len, 2) > 0.3).T
     bias = torch.randn(dim, 2)[:, 0]
     expected = call(name, layout, [*tensors, bias.clone()], options, mask.contiguous(), "triton")
@@ -206,6 +207,21 @@ def test_lists_of_all_query_tiles_cover_their_balls():
     assert visited == needed
 
 
+def test_tiles_counted_as_full_lie_inside_the_ball():
+    """The kernel applies no mask to them, also if they lie inside the square around it."""
+    plan = window_plan((BallAxis(21, 12, 1.0), BallAxis(30, 12, 1.0)), 144.0, 16, 16, torch.device("cpu"))
+
+    def cells(tiling, tile):
+        sides, (_, _, n) = tiling.box[1:], tiling.counts
+        ranges = [range(i * s, min(i * s + s, g)) for i, s, g in zip(divmod(tile, n), sides, (21, 30), strict=True)]
+        return torch.cartesian_prod(*map(torch.tensor, ranges)).double()
+
+    for tile, (n_tiles, n_full) in enumerate(zip(plan.n_tiles[0].tolist(), plan.n_full[0].tolist(), strict=True)):
+        assert 0 < n_full < n_tiles
+        for listed in plan.tiles[0, tile, :n_full].tolist():
+            assert (torch.cdist(cells(plan.q, tile), cells(plan.kv, listed)) < 12).all()
+
+
 @pytest.mark.parametrize("dtype, dim, told", [(torch.float64, 64, "float64"), (torch.float16, 300, "300")])
 def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
     with pytest.raises(ValueError, match=told):
@@ -214,10 +230,10 @@ def test_unsupported_inputs_name_what_is_supported(dtype, dim, told):
 
 BUILD = """
 import sys, torch, offline_gpu
-from dit_accel.kernels.block_sparse import forward as b
-from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
-from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
+from kernels.block_sparse import forward as b
+from kernels.block_sparse.plan import BlockPlan, window_plan
+from kernels.tiling import Tiling
+from kernels.windows.geometry import BallAxis, NeighborhoodAxis
 b.check_inputs = lambda query: None
 kernel, built = b.block_sparse_fwd_kernel, []
 class Launch:
@@ -254,11 +270,11 @@ print(len(built), sorted(built[-1].asm))
 
 BUILD_HOPPER = """
 import torch, offline_gpu
-from dit_accel.kernels.block_sparse import hopper as h
-from dit_accel.kernels.block_sparse import forward as b
-from dit_accel.kernels.block_sparse.plan import BlockPlan, window_plan
-from dit_accel.kernels.tiling import Tiling
-from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis
+from kernels.block_sparse import hopper as h
+from kernels.block_sparse import forward as b
+from kernels.block_sparse.plan import BlockPlan, window_plan
+from kernels.tiling import Tiling
+from kernels.windows.geometry import BallAxis, NeighborhoodAxis
 kernel, built, masked = h.block_sparse_hopper_kernel, [], []
 class Launch:
     def __getitem__(self, grid):

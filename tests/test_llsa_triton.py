@@ -363,6 +363,15 @@ def test_any_scale(scale):
     torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
 
 
+def test_large_logits_do_not_overflow():
+    """Logits of kept keys exceed those of pooled ones by more than the exponents of float32."""
+    (query, key, value), layout, _, options = inputs("whole, uneven lists")
+    out = llsa_attention(query, key, value, layout, scale=30.0, backend="triton", **options)
+    want, lse = exact(query, key, value, layout, None, {**options, "scale": 30.0})
+    assert lse.max() > 200
+    torch.testing.assert_close(out.double(), want, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("text", [0, 3])
 def test_everything_kept_and_not_enriched_is_dense(text):
     layout = L((6, 7), text)

@@ -310,6 +310,9 @@ def test_key_on_the_border_is_masked(grid, radius, backend):
     want = expected("clear", qkv, layout, {"radius": radius}, {})
     got = clear.clear_attention(*qkv, layout, radius=radius, backend=backend)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    if backend == "torch":
+        got = clear.reference(*qkv, layout, radius=radius)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "decimal"])

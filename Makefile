@@ -13,7 +13,12 @@ demo: $(READY)
 	$(BIN)/dit-accel compare --out $(DEMO)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n 2  # a thread for each of the two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing and not sweep" -n 2  # a thread for each of the two processes
+	$(BIN)/python -m pytest -q -m timing
+
+.PHONY: test-all
+test-all: $(READY)  # with the full products of cases
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n 2
 	$(BIN)/python -m pytest -q -m timing
 
 test-browser: $(READY)

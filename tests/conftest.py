@@ -11,6 +11,9 @@ import torch
 
 if not torch.cuda.is_available():  # Triton reads the variable when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
+    import fast_interpreter
+
+    fast_interpreter.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ import dit_accel
 family, name, folder, rank = *sys.argv[1:4], int(sys.argv[4])
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-for wrapper in ("alone", "ddp", "fsdp"):
+for wrapper in ("ddp", "fsdp") if rank else ("alone", "ddp", "fsdp"):
     torch.manual_seed(0)
     model = TINY[family]().train()
     model.set_attn_processor(NARROW[name])

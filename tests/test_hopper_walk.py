@@ -2,6 +2,7 @@
 Properties that need a GPU are tested in tests/gpu."""
 
 import pytest
+import sweep
 import torch
 from gluon_interpreter import Interpreted
 from hopper_cases import HOPPER_CASES, hopper_case
@@ -70,8 +71,18 @@ def dense(call):
     return out.float(), lse.float()
 
 
-@pytest.mark.parametrize(("dim", "processors"), [(128, 3), (64, 132)])
-@pytest.mark.parametrize("case", HOPPER_CASES)
+def properties(case, *launch):
+    """What may matter together: the key tile, global tokens, grouped heads, states, pooled tokens; and the launch."""
+    make, texts, kv_heads, n_states, n_pooled = HOPPER_CASES[case]
+    plan = make("cpu")
+    kind = plan.mask and (plan.mask.weights is not None, any(plan.mask.intervals))
+    return plan.kv.volume, kind, max(texts) > 0, kv_heads, n_states > 0, n_pooled > 0, launch
+
+
+@pytest.mark.parametrize(
+    "case, dim, processors",
+    sweep.cover([(case, *launch) for case in HOPPER_CASES for launch in ((64, 132), (128, 3))], properties),
+)
 def test_walk_agrees_with_attention_over_all_logits(case, dim, processors, monkeypatch):
     """With few programs, each processes many tiles."""
     call = hopper_case(case, dim, torch.float16, "cpu")

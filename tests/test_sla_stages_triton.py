@@ -12,6 +12,7 @@ import itertools
 import math
 
 import pytest
+import sweep
 
 from dit_accel.kernels.block_linear import forward as block_linear_triton
 from dit_accel.kernels.block_linear.forward import block_states, linear_state, marginal_linear_state, marginal_states
@@ -90,17 +91,20 @@ def phi(x, feature_map):
     return torch.nn.functional.elu(x) + 1 if feature_map == "elu" else x.relu()
 
 
-@pytest.mark.parametrize("padded", [False, True])
+POOLED = [
+    ("raster", 40, torch.float16, True),
+    ("long box", 128, torch.float32, False),
+    ("2-D", 80, torch.bfloat16, False),
+    ("3-D", 16, torch.float32, True),
+    ("3-D", 256, torch.float16, False),
+    ("2-D", 64, torch.float64, True),
+]
+
+
 @pytest.mark.parametrize(
-    "grid, dim, dtype, tokens_first",
-    [
-        ("raster", 40, torch.float16, True),
-        ("long box", 128, torch.float32, False),
-        ("2-D", 80, torch.bfloat16, False),
-        ("3-D", 16, torch.float32, True),
-        ("3-D", 256, torch.float16, False),
-        ("2-D", 64, torch.float64, True),
-    ],
+    "grid, dim, dtype, tokens_first, padded",
+    # each grid with padding and without
+    sweep.keep([(*x, padded) for x in POOLED for padded in (False, True)], lambda x: x[4] == (POOLED.index(x[:4]) < 4)),
 )
 def test_pooled_blocks_are_means_of_valid_tokens(grid, dim, dtype, tokens_first, padded):
     shape, q_box, k_box = GRIDS[grid]
@@ -256,8 +260,11 @@ CASES = [
 ]
 cases = pytest.mark.parametrize(
     "grid, dim, feature_map, tokens_first, padded, dtype",
-    # every second one in the interpreter, which is slow
-    [(*c, t) for i, c in enumerate(CASES) for j, t in enumerate(DTYPES) if DEVICE == "cuda" or i % 2 == j or c[1] < 64],
+    sweep.cover(
+        [(*case, dtype) for case in CASES for dtype in DTYPES],
+        lambda grid, dim, feature_map, _, padded, dtype: ("box" in grid, dim % 64 > 0, feature_map, padded, dtype),
+    ),
+    ids=str,
 )
 
 

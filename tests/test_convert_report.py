@@ -30,7 +30,10 @@ def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
     words = folder / "prompts.txt"
     words.write_text("a red circle\n\na green square moving\n")
-    return {"flux": save_flux(folder / "flux"), "sd": save_sd(folder / "sd"), "prompts": words}
+    made = {"flux": save_flux(folder / "flux"), "sd": save_sd(folder / "sd")}
+    for path in made.values():
+        (path / "defaults.json").write_text('{"num_inference_steps": 3}')
+    return made | {"prompts": words}
 
 
 def run(*given):

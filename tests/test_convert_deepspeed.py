@@ -14,8 +14,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from test_convert_distributed import GNA, SLA, TRANSFER, assert_refused, convert, link_samples, read, read_about
-from tiny_pipelines import save_flux
+from test_convert_distributed import (
+    GNA,
+    SLA,
+    TRANSFER,
+    assert_refused,
+    convert,
+    link_samples,
+    read,
+    read_about,
+    save_pipeline,
+)
 from two_processes import finish, fork_both, start
 
 import dit_accel.conversion.run
@@ -32,8 +41,7 @@ RUNS = {
 
 def test_two_zero_processes_equal_one_and_resume(tmp_path, capsys):
     """With a teacher, stages, accumulation and LoRA. One test, since pytest workers do not share fixtures."""
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    save_flux(tmp_path / "flux")
+    save_pipeline(tmp_path)
     assert convert(tmp_path, tmp_path / "drawn", 1, "--attn", GNA, "--steps", "1") == 0
     one, two = tmp_path / "one", tmp_path / "two"
     for name in RUNS:

@@ -34,6 +34,7 @@ FSDP = {
 TRANSFER = ("--attn", SLA, "--recipe", "attention-transfer", "--rank", "2", "--accumulate", "2", "--save-every", "2")
 RUNS = {
     "plain": ("--attn", GNA),
+    "stages": TRANSFER,
     "linvideo": (
         "--attn", SLA, "--recipe", "linvideo", "--convert-layers", "2", "--gradient-checkpointing",
         "--lr", "0.0001", "--sample-every", "2", "--report", "1",
@@ -41,6 +42,12 @@ RUNS = {
     "transfer": TRANSFER,
     "stopped": TRANSFER,
 }  # fmt: skip
+
+
+def save_pipeline(folder):
+    """Save a tiny Flux that draws in three steps, and a prompt."""
+    (folder / "prompts.txt").write_text("a red circle\n")
+    (save_flux(folder / "flux") / "defaults.json").write_text('{"num_inference_steps": 3}')
 
 
 def convert(folder, out, batch, *more, device="cpu"):
@@ -100,10 +107,9 @@ def assert_same_pictures(ours, theirs):
 
 
 def test_two_processes_equal_one_and_resume(tmp_path):
-    """One run with DDP, the others with FSDP: with a teacher, stages, a selection of layers, LoRA, pictures and the
+    """Two runs with DDP, the others with FSDP: with a teacher, stages, a selection of layers, LoRA, pictures and the
     report. One test, since pytest workers do not share fixtures."""
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    save_flux(tmp_path / "flux")
+    save_pipeline(tmp_path)
     assert convert(tmp_path, tmp_path / "drawn", 1, "--attn", GNA, "--steps", "1") == 0
     one, two = tmp_path / "one", tmp_path / "two"
     for name in RUNS:
@@ -115,6 +121,7 @@ def test_two_processes_equal_one_and_resume(tmp_path):
     for name in ("plain", "linvideo", "transfer"):
         assert read_about(two / name)["processes"] == 2
         assert_same(two / name, one / name, 1e-5)
+    assert_same(two / "stages", one / "transfer", 1e-5)
     assert_same_pictures(two / "linvideo", one / "linvideo")
     assert (two / "linvideo/report/evaluate.json").is_file()
     assert "## Evaluation" in (two / "linvideo/README.md").read_text()
@@ -176,7 +183,7 @@ def run_as_one_of_two(folder, ports):
     """Do all of RUNS, with one port per run; the last one is stopped and resumed."""
     torch.set_num_threads(1)
     for name, more in RUNS.items():
-        os.environ.update(FSDP if name != "plain" else {})
+        os.environ.update(FSDP if name not in ("plain", "stages") else {})
         out = folder / "two" / name
         if name == "stopped":
             os.environ["MASTER_PORT"] = ports.pop()

@@ -422,6 +422,7 @@ def train_both(pipeline, out, batch):
     return histories
 
 
+@pytest.mark.sweep  # test_convert_distributed.py has the stages of attention transfer with DDP
 def test_two_processes_equal_one_with_twice_the_batch(pipelines, tmp_path):
     script = start(__file__, pipelines["flux"], tmp_path / "two")
     one = train_both(pipelines["flux"], tmp_path / "one", 2)

@@ -13,7 +13,6 @@ from dit_accel.conversion.watch import Watch
 from dit_accel.install.installation import installed_layers
 from dit_accel.mechanisms.attn_spec import parse_attention
 
-
 DRAWING = 3  # forward passes of a drawing
 
 
@@ -93,9 +92,9 @@ def losses(pipeline, tmp_path_factory):
     "stop_at, done",
     [
         (("sample", 1), 0),
-        (("forward", 3), 0),
+        pytest.param(("forward", 3), 0, marks=pytest.mark.sweep),
         (("forward", DRAWING + 2 + 2), 1),  # forward passes: DRAWING of a drawing, 2 in step 1, 2 in step 2
-        (("step", 1), 1),
+        pytest.param(("step", 1), 1, marks=pytest.mark.sweep),
         (("picture", 2), 2),
         (("step", 4), 4),
     ],

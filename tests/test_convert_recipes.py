@@ -286,6 +286,14 @@ def test_scores_end_at_0_or_1_for_the_cheapest_layers():
     assert all(abs(ends[name] - (name in selection.selected())) < 0.05 for name in layers)
 
 
+def test_scores_stay_between_0_and_1_in_training(pipelines, tmp_path):
+    """All begin at 1, from where the binary loss would push them further up."""
+    trainer = make_trainer(pipelines["flux"], tmp_path, "linvideo", "gna:window=3", convert_layers=4, steps=2)
+    trainer.selection.restore(dict.fromkeys(FLUX_LAYERS, 1.0))
+    train(trainer)
+    assert max(trainer.scores.values()) == 1 and min(trainer.scores.values()) >= 0
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_only_selected_layers_are_kept_and_saved(pipelines, tmp_path, number):
     trainer = train(make_trainer(pipelines["flux"], tmp_path, "linvideo", convert_layers=number, steps=2))

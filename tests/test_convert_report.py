@@ -164,7 +164,7 @@ def test_captions_are_checked_once_per_model(pipelines, tmp_path):
 
 def test_card_lists_options_training_and_evaluation(pipelines, tmp_path):
     out = tmp_path / "my-gna"
-    assert convert(pipelines, out, "--report", "2") == 0
+    assert convert(pipelines, out, "--report", "2", "--accumulate", "2") == 0
     report = json.loads((out / "report/evaluate.json").read_text())
     assert report["samples"] == 2 and report["seed"] == 1_000_000 and len(report["pictures"]) == 2
     text = (out / "README.md").read_text()
@@ -175,13 +175,13 @@ def test_card_lists_options_training_and_evaluation(pipelines, tmp_path):
         "GNA attention for `flux`, fine-tuned with dit-accel. Per-layer options: table below.",
         "| all converted layers | `window=3` |", 'dit_accel.load_attention(pipe, "my-gna")', "SLA, arXiv 2509.24006",
         "2 samples drawn by the teacher", f"{loss['teacher']:.5f}", f"{loss['student']:.5f}", "report/picture-1.png",
-        "| steps | 2 |", "| 1 × 1 × 1 |",
+        "| steps | 2 |", "| 1 × 1 × 2 |",
     ):  # fmt: skip
         assert line in text, line
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     dit_accel.load_attention(pipe, out)  # the folder with all other files
-    assert convert(pipelines, out, "--report", "0") == 0  # nothing is left to train, the report is kept
-    assert (out / "README.md").read_text() == text
+    assert convert(pipelines, out, "--report", "0", "--accumulate", "2") == 0  # nothing is left to train
+    assert (out / "README.md").read_text() == text  # with the report
 
 
 class Hub:

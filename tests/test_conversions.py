@@ -43,9 +43,8 @@ def test_conversion_is_small_and_computes_a_tenth_of_logits(pipelines, embedded,
 @pytest.mark.parametrize(
     "mechanism, captions, steps",
     [
-        ("clear", 1, 5),
+        ("sla", 1, 10),
         pytest.param("clear", 3, 10, marks=pytest.mark.sweep),
-        pytest.param("sla", 1, 10, marks=pytest.mark.sweep),
     ],
 )
 def test_converted_image_pipeline_draws_captions_correctly(pipelines, mechanism, captions, steps):

@@ -30,7 +30,7 @@ from dit_accel.conversion.data.samples import Sample
 from dit_accel.conversion.recipes.capture import Conditions, capture
 from dit_accel.conversion.recipes.matching import matching_loss
 from dit_accel.conversion.recipes.noise import NoiseProcess, noise_process
-from dit_accel.conversion.recipes.objective import Batch, losses_of
+from dit_accel.conversion.recipes.objective import Batch, attention_outputs, losses_of
 from dit_accel.conversion.recipes.recipe import RECIPES, reweighted
 from dit_accel.conversion.recipes.selection import Selection, default_layer_count
 from dit_accel.conversion.recipes.stages import plan
@@ -184,6 +184,20 @@ def test_compiled_training_has_the_same_losses(pipelines, tmp_path, monkeypatch,
         torch._dynamo.reset()
     for ours, theirs in zip(compiled, plain, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_attention_loss_is_the_mean_over_layers(pipelines, tmp_path):
+    trainer = make_trainer(pipelines["flux"], tmp_path, "clear", "gna:window=3")
+    batch, process, layers = batch_of(trainer), trainer.process, trainer.layers
+    noisy, _ = process.mix(batch.latents, batch.noise, batch.levels)
+    arguments = batch.conditions.arguments(noisy, process.timestep(batch.levels))
+    with torch.no_grad(), attention_outputs(trainer.host, layers) as ours:
+        trainer.host(**arguments)
+    with torch.no_grad(), attention_outputs(trainer.teacher, layers) as theirs:
+        trainer.teacher(**arguments)
+    expected = torch.stack([F.mse_loss(ours[name], theirs[name]) for name in layers]).mean()
+    torch.testing.assert_close(trainer._losses(batch)["attention"], expected, rtol=1e-4, atol=0)
+    assert len(layers) == 4 and expected > 1e-6
 
 
 @pytest.mark.parametrize("which", ["flux", "sd"])

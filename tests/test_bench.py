@@ -241,20 +241,34 @@ def test_scaling_at_tiny_sizes(tmp_path):
     assert table(content).count("time grows as") == 2
 
 
-def test_steps_at_tiny_sizes(tmp_path):
+@pytest.mark.parametrize(
+    "chosen, expected",
+    [
+        (
+            ["--model", "flux-4096", "--variant", "dense", "--variant", "clear-r16"],
+            [("flux-4096", "dense"), ("flux-4096", "clear-r16")],
+        ),
+        pytest.param(
+            ["--model", "wan1.3b-480p", "--model", "flux-4096"],
+            [
+                ("wan1.3b-480p", "dense"), ("wan1.3b-480p", "sla"),
+                ("flux-4096", "dense"), ("flux-4096", "clear-r8"), ("flux-4096", "clear-r16"),
+            ],
+            marks=pytest.mark.sweep,
+        ),
+    ],
+)  # fmt: skip
+def test_steps_at_tiny_sizes(tmp_path, chosen, expected):
     out = tmp_path / "step.json"
-    chosen = ["--model", "wan1.3b-480p", "--model", "flux-4096"]
     assert bench(["step", *TRIAL, *chosen, "--out", str(out)], "dit-accel bench") == 0
     rows = read_results(out)["rows"]
-    assert [(row["model"], row["variant"]) for row in rows] == [
-        ("wan1.3b-480p", "dense"), ("wan1.3b-480p", "sla"),
-        ("flux-4096", "dense"), ("flux-4096", "clear-r8"), ("flux-4096", "clear-r16"),
-    ]  # fmt: skip
+    assert [(row["model"], row["variant"]) for row in rows] == expected
+    dense = {row["model"]: row["ms"] for row in rows if row["variant"] == "dense"}
     for row in rows:
         assert row["status"] == "complete" and row["compile"] == "aot_eager" and row["first_step_s"] * 1e3 > row["ms"]
         assert sum(row["by_kernel"].values()) > 0
         if row["variant"] != "dense":
-            assert row["times_dense"] == pytest.approx(rows[0 if row["model"][0] == "w" else 2]["ms"] / row["ms"])
+            assert row["times_dense"] == pytest.approx(dense[row["model"]] / row["ms"])
             assert "torch" in row["installed"] and row["baseline"] == "dense"
         else:
             assert row["drift"] == pytest.approx(row["again_ms"] / row["ms"])

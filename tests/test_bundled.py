@@ -22,14 +22,10 @@ DEMO = Path(build.__file__).parents[1]
 KINDS = {"image": (FluxPipeline, build.ImageConfig()), "video": (WanPipeline, build.VideoConfig())}
 TOKENS = {"image": 4096, "video": 3000}
 CPU = torch.device("cpu")
-STEPS = {"num_inference_steps": 10, "max_sequence_length": 40}
-HELD_OUT_CAPTIONS = {
-    "a picture of a blue striped triangle with a white background": 11,
-    "a red cross in the bottom left corner and a large green cross at the top right with a yellow background": 12,
-}
-HELD_OUT_CLIPS = {
-    "a white cross on the left moving up and a purple circle at the right standing still on a red background": 1,
-}
+sweep = pytest.mark.sweep
+TRIANGLE = "a picture of a blue striped triangle with a white background"
+CROSSES = "a red cross in the bottom left corner and a large green cross at the top right with a yellow background"
+CLIP = "a white cross on the left moving up and a purple circle at the right standing still on a red background"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -56,7 +52,8 @@ def test_folder_is_small_and_loads_as_diffusers_classes(embedded):
         assert part is None or type(part).__module__.split(".")[0] in ("diffusers", "transformers")
 
 
-def test_default_call_gives_frames_and_enough_tokens(embedded):
+@pytest.mark.parametrize("decode", [False, pytest.param(True, marks=sweep)])
+def test_default_call_gives_frames_and_enough_tokens(embedded, decode):
     kind, pipe, config, arguments = embedded
     seen = []
     attention = next(m for n, m in pipe.transformer.named_modules() if n.endswith(("blocks.0.attn", "blocks.0.attn1")))
@@ -65,28 +62,34 @@ def test_default_call_gives_frames_and_enough_tokens(embedded):
     )
     try:
         text = "a red circle on a white background"
-        frames = pipe(text, output_type="np", **{**arguments, "num_inference_steps": 1})[0]
+        output = "np" if decode else "latent"  # held-out captions below are decoded, too
+        frames = pipe(text, output_type=output, **{**arguments, "num_inference_steps": 1})[0]
     finally:
         handle.remove()
     assert seen[0].shape[1] >= TOKENS[kind]
     times = (config.frames,) if kind == "video" else ()
-    assert frames.shape == (1, *times, config.size, config.size, 3)
+    assert not decode or frames.shape == (1, *times, config.size, config.size, 3)
     assert np.isfinite(frames).all() and frames.std() > 0
 
 
-def test_autoencoder_reconstructs_held_out_scenes(embedded):
+@pytest.mark.parametrize("counts", [{"image": 3, "video": 1}, pytest.param({"image": 8, "video": 2}, marks=sweep)])
+def test_autoencoder_reconstructs_held_out_scenes(embedded, counts):
     """At least 28 dB on average, and for each single picture."""
     kind, pipe, config, _ = embedded
-    pixels = render_scenes(held_out_scenes(8 if kind == "image" else 2, kind == "video", seed=11), config, CPU)
+    pixels = render_scenes(held_out_scenes(counts[kind], kind == "video", seed=11), config, CPU)
     decibels = measure_psnr(pipe, pixels)
     assert np.mean(decibels) >= 28
     assert kind == "video" or min(decibels) >= 28
 
 
-@pytest.mark.parametrize(("text", "seed"), HELD_OUT_CAPTIONS.items())
-def test_held_out_caption_is_right_and_altered_ones_are_rejected(image_pipeline, text, seed):
+@pytest.mark.parametrize(
+    ("text", "seed", "steps"),
+    [(CROSSES, 12, 5), pytest.param(TRIANGLE, 11, 10, marks=sweep), pytest.param(CROSSES, 12, 10, marks=sweep)],
+)
+def test_held_out_caption_is_right_and_altered_ones_are_rejected(image_pipeline, text, seed, steps):
     assert is_held_out(parse_caption(text))
-    picture = image_pipeline(text, generator=torch.Generator().manual_seed(seed), output_type="np", **STEPS)[0][0]
+    call = {"num_inference_steps": steps, "max_sequence_length": 40, "output_type": "np"}
+    picture = image_pipeline(text, generator=torch.Generator().manual_seed(seed), **call)[0][0]
     assert picture.shape == (512, 512, 3)
     assert check_picture(picture, text).problems == []
     altered = altered_captions(parse_caption(text), random.Random(13))
@@ -94,12 +97,15 @@ def test_held_out_caption_is_right_and_altered_ones_are_rejected(image_pipeline,
     assert not [wrong for wrong in altered.values() if check_picture(picture, wrong).ok]
 
 
-@pytest.mark.parametrize(("text", "seed"), HELD_OUT_CLIPS.items())
-def test_held_out_clip_is_right_and_altered_ones_are_rejected(text, seed):
+@pytest.mark.parametrize(
+    ("text", "seed", "fewer"),
+    [(CLIP, 1, {"num_inference_steps": 5, "guidance_scale": 1.0}), pytest.param(CLIP, 1, {}, marks=sweep)],
+)
+def test_held_out_clip_is_right_and_altered_ones_are_rejected(text, seed, fewer):
     assert is_held_out(parse_caption(text))
     pipe = WanPipeline.from_pretrained(DEMO / "video")
     pipe.set_progress_bar_config(disable=True)
-    arguments = json.loads((DEMO / "video" / build.DEFAULTS_FILE).read_text())
+    arguments = json.loads((DEMO / "video" / build.DEFAULTS_FILE).read_text()) | fewer
     clip = pipe(text, generator=torch.Generator().manual_seed(seed), output_type="np", **arguments)[0][0]
     assert clip.shape == (25, 256, 256, 3)
     assert check_clip(clip, text).problems == []

@@ -14,7 +14,7 @@ import imageio.v2
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, WanPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel, WanPipeline
 from PIL import Image
 from tiny_pipelines import save_flux, save_wan
 from torch import nn
@@ -179,6 +179,38 @@ def test_other_mechanisms_run_if_one_fails(flux, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_a_step_keeps_pictures_and_a_valid_report(flux, tmp_path, number, monkeypatch, capsys):
+    """The third picture is cut short; the same with a process of its own is in the next test."""
+    forward, out = FluxTransformer2DModel.forward, tmp_path / "out"
+
+    def stop(self, *arguments, **options):
+        if len(list(out.glob("pictures/*.png"))) == 2:
+            os.kill(os.getpid(), number)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", stop)
+    prompts = [arg for _ in range(4) for arg in ("--prompt", "a")]
+    status, report = compare(out, "--pipeline", str(flux), *FLUX, *prompts, "--attn", "gna:window=3")
+    assert status == 128 + number
+    assert_interrupted(out, report, capsys.readouterr().err, number, of=8)
+    assert [entry["status"] for entry in report["attention"]] == ["interrupted", "waiting"]
+    assert len(report["attention"][0]["pictures"]) == 2
+
+
+def assert_interrupted(out: Path, report: dict, errors: str, number: int, of: int) -> None:
+    """Check the message, the report and the files of a stopped comparison of `of` pictures."""
+    assert f"stopped by {signal.Signals(number).name}" in errors and "Traceback" not in errors
+    finished = [picture for entry in report["attention"] for picture in entry["pictures"]]
+    assert report["status"] == "interrupted"
+    assert 2 <= len(finished) < of and len(report["missing"]) == of - len(finished)
+    assert {entry["status"] for entry in report["attention"]} <= {"complete", "interrupted", "waiting"}
+    for file in (*(picture["file"] for picture in finished), report["files"]["picture"]):
+        Image.open(out / file).load()
+    assert not [file for file in out.rglob(".*")]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_keeps_pictures_and_a_valid_report(flux, tmp_path, number):
     command = [
         sys.executable, "-m", "dit_accel.cli", "compare", "--pipeline", str(flux), "--out", str(tmp_path / "out"),
@@ -194,15 +226,8 @@ def test_interrupted_run_keeps_pictures_and_a_valid_report(flux, tmp_path, numbe
         finally:
             process.kill()
     assert process.returncode == 128 + number
-    assert f"stopped by {number.name}" in errors.decode() and "Traceback" not in errors.decode()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    finished = [picture for entry in report["attention"] for picture in entry["pictures"]]
-    assert report["status"] == "interrupted"
-    assert 2 <= len(finished) < 200 and len(report["missing"]) == 200 - len(finished)
-    assert {entry["status"] for entry in report["attention"]} <= {"complete", "interrupted", "waiting"}
-    for file in (*(picture["file"] for picture in finished), report["files"]["picture"]):
-        Image.open(tmp_path / "out" / file).load()
-    assert not [file for file in (tmp_path / "out").rglob(".*")]
+    assert_interrupted(tmp_path / "out", report, errors.decode(), number, of=200)
 
 
 def wait_for_pictures(report: Path, process: subprocess.Popen, count: int) -> None:

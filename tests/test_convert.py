@@ -25,6 +25,8 @@ COMMON = (
     "--save-every", "2", "--warmup", "2", "--report", "0",
 )  # fmt: skip
 
+STEPS = 3  # of a drawing
+
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
@@ -32,6 +34,8 @@ def pipelines(tmp_path_factory):
     words = folder / "prompts.txt"
     words.write_text("a red circle\n\na green square moving\n")
     made = {"flux": save_flux(folder / "flux"), "wan": save_wan(folder / "wan"), "sd": save_sd(folder / "sd")}
+    for path in made.values():
+        (path / "defaults.json").write_text(json.dumps({"num_inference_steps": STEPS}))
     return made | {"prompts": words}
 
 
@@ -120,7 +124,7 @@ def test_pictures_show_teacher_left_and_student_right(pipelines, tmp_path, which
     assert picture.shape == (32, 2 * wide, 3)
     pipe = DiffusionPipeline.from_pretrained(pipelines[which])
     call = {"prompt": "a red circle", "generator": torch.Generator().manual_seed(0), "height": 32, "width": 32}
-    call |= {"num_frames": 5} if which == "wan" else {}
+    call |= {"num_inference_steps": STEPS} | ({"num_frames": 5} if which == "wan" else {})
     drawn = pipe(**call, output_type="np")[0][0]
     drawn = np.concatenate(list(drawn[[0, 1, 3, 4]]), 1) if which == "wan" else drawn
     assert np.abs(picture[:, :wide] - drawn * 255).max() <= 1

@@ -4,8 +4,6 @@ resume; unsupported configurations are refused before any work."""
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from test_convert_distributed import GNA, SLA, TRANSFER, assert_refused, convert, link_samples, read, read_about
-from tiny_pipelines import save_flux
+from test_convert_distributed import (
+    GNA,
+    SLA,
+    TRANSFER,
+    assert_refused,
+    convert,
+    link_samples,
+    read,
+    read_about,
+    save_pipeline,
+)
+from two_processes import finish, fork_both, start
 
 import dit_accel.conversion.run
 from dit_accel.conversion.checkpoint import load_checkpoint
@@ -31,45 +39,26 @@ RUNS = {
 }  # stage of ZeRO, options of the command
 
 
-def run_both(folder, name, status=0):
-    """Run two processes and check their exit status. They are new because DeepSpeed can start once per process."""
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = str(held.getsockname()[1])
-    started = []
-    for rank in "01":
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        stage = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": RUNS[name][0], "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, str(folder), name, str(status)]
-        environment = {**os.environ, **world, **USE_DEEPSPEED, **stage}
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    for process in started:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == status, output[-3000:].decode()
-
-
 def test_two_zero_processes_equal_one_and_resume(tmp_path, capsys):
     """With a teacher, stages, accumulation and LoRA. One test, since pytest workers do not share fixtures."""
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    save_flux(tmp_path / "flux")
+    save_pipeline(tmp_path)
     assert convert(tmp_path, tmp_path / "drawn", 1, "--attn", GNA, "--steps", "1") == 0
     one, two = tmp_path / "one", tmp_path / "two"
     for name in RUNS:
         AcceleratorState._reset_state(True)  # it holds the precision
         assert convert(tmp_path, link_samples(tmp_path, one / name), 2, *RUNS[name][1]) == 0
         link_samples(tmp_path, two / name)
+    script = start(__file__, tmp_path, **USE_DEEPSPEED)
     AcceleratorState._reset_state(True)
     assert convert(tmp_path, link_samples(tmp_path, tmp_path / "float32/bf16"), 2, *RUNS["bf16"][1][:-2]) == 0
-
-    run_both(tmp_path, "bf16")
+    finish(script)
     ours, theirs, plain = (read_about(x / "bf16")["history"][0]["loss"] for x in (two, one, tmp_path / "float32"))
     assert abs(ours - theirs) < 0.1 * abs(ours - plain)  # autocast is active with DeepSpeed, too
     assert_same(two / "bf16", one / "bf16", 1e-3)
 
-    run_both(tmp_path, "transfer", 130)  # a signal in the third step, only to the second process
     alone = link_samples(tmp_path, tmp_path / "alone")
-    shutil.copy(two / "transfer/checkpoint.pt", alone)
+    shutil.copy(two / "transfer/reached.pt", alone / "checkpoint.pt")
     assert load_checkpoint(alone)["step"] == 3
-    run_both(tmp_path, "transfer")
     assert_same(two / "transfer", one / "transfer", 1e-5)
     assert convert(tmp_path, alone, 2, *TRANSFER) == 2  # the optimizer state is sharded
     assert "was written with DeepSpeed: resume with DeepSpeed, or choose another --out" in " ".join(
@@ -155,5 +144,17 @@ def run_as_one_of_two(folder, name, status):
     return convert(folder, folder / "two" / name, 1, *RUNS[name][1], device=None)
 
 
+def run_all(folder):
+    """Do all of RUNS, each in new processes, since DeepSpeed can start once per process; the last one is stopped by
+    a signal in the third step, only to the second process, and resumed."""
+    import deepspeed  # noqa: F401 (before the processes are forked)
+
+    for name, status in (("bf16", 0), ("transfer", 130), ("transfer", 0)):
+        work = partial(run_as_one_of_two, folder, name, status)
+        fork_both(work, status, ACCELERATE_DEEPSPEED_ZERO_STAGE=RUNS[name][0])
+        if status:
+            shutil.copy(folder / "two" / name / "checkpoint.pt", folder / "two" / name / "reached.pt")
+
+
 if __name__ == "__main__":
-    sys.exit(run_as_one_of_two(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    run_all(Path(sys.argv[1]))

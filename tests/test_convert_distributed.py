@@ -5,9 +5,8 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import TINY
 from tiny_pipelines import save_flux
+from two_processes import finish, fork_both, free_ports, start
 
 from dit_accel.cli.app import main
 from dit_accel.conversion.checkpoint import load_checkpoint
@@ -34,6 +34,7 @@ FSDP = {
 TRANSFER = ("--attn", SLA, "--recipe", "attention-transfer", "--rank", "2", "--accumulate", "2", "--save-every", "2")
 RUNS = {
     "plain": ("--attn", GNA),
+    "stages": TRANSFER,
     "linvideo": (
         "--attn", SLA, "--recipe", "linvideo", "--convert-layers", "2", "--gradient-checkpointing",
         "--lr", "0.0001", "--sample-every", "2", "--report", "1",
@@ -41,6 +42,12 @@ RUNS = {
     "transfer": TRANSFER,
     "stopped": TRANSFER,
 }  # fmt: skip
+
+
+def save_pipeline(folder):
+    """Save a tiny Flux that draws in three steps, and a prompt."""
+    (folder / "prompts.txt").write_text("a red circle\n")
+    (save_flux(folder / "flux") / "defaults.json").write_text('{"num_inference_steps": 3}')
 
 
 def convert(folder, out, batch, *more, device="cpu"):
@@ -66,21 +73,6 @@ def link_samples(folder, out):
     out.mkdir(parents=True)
     (out / "samples").symlink_to(folder / "drawn/samples")
     return out
-
-
-def start_both(folder):
-    """Start two processes that do all of RUNS, with one port per run."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(RUNS) + 1)]
-    ports = ",".join(str(held.getsockname()[1]) for held in sockets)
-    for held in sockets:
-        held.close()
-    started = []
-    for rank in "01":
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = {**os.environ, **world, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, str(folder), ports]
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    return started
 
 
 def read_about(out):
@@ -115,23 +107,21 @@ def assert_same_pictures(ours, theirs):
 
 
 def test_two_processes_equal_one_and_resume(tmp_path):
-    """One run with DDP, the others with FSDP: with a teacher, stages, a selection of layers, LoRA, pictures and the
+    """Two runs with DDP, the others with FSDP: with a teacher, stages, a selection of layers, LoRA, pictures and the
     report. One test, since pytest workers do not share fixtures."""
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    save_flux(tmp_path / "flux")
+    save_pipeline(tmp_path)
     assert convert(tmp_path, tmp_path / "drawn", 1, "--attn", GNA, "--steps", "1") == 0
     one, two = tmp_path / "one", tmp_path / "two"
     for name in RUNS:
         link_samples(tmp_path, two / name)
-    started = start_both(tmp_path)
+    script = start(__file__, tmp_path)
     for name in ("plain", "linvideo", "transfer"):
         assert convert(tmp_path, link_samples(tmp_path, one / name), 2, *RUNS[name], "--report", "0") == 0
-    for process in started:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:].decode()
+    finish(script)
     for name in ("plain", "linvideo", "transfer"):
         assert read_about(two / name)["processes"] == 2
         assert_same(two / name, one / name, 1e-5)
+    assert_same(two / "stages", one / "transfer", 1e-5)
     assert_same_pictures(two / "linvideo", one / "linvideo")
     assert (two / "linvideo/report/evaluate.json").is_file()
     assert "## Evaluation" in (two / "linvideo/README.md").read_text()
@@ -190,10 +180,10 @@ def stop_in_the_third_step(trainer, batches, accumulate=Trainer._accumulate):
 
 
 def run_as_one_of_two(folder, ports):
-    """Do all of RUNS; the last one is stopped and resumed."""
+    """Do all of RUNS, with one port per run; the last one is stopped and resumed."""
     torch.set_num_threads(1)
     for name, more in RUNS.items():
-        os.environ.update(FSDP if name != "plain" else {})
+        os.environ.update(FSDP if name not in ("plain", "stages") else {})
         out = folder / "two" / name
         if name == "stopped":
             os.environ["MASTER_PORT"] = ports.pop()
@@ -211,4 +201,4 @@ def run_as_one_of_two(folder, ports):
 
 
 if __name__ == "__main__":
-    run_as_one_of_two(Path(sys.argv[1]), sys.argv[2].split(","))
+    fork_both(partial(run_as_one_of_two, Path(sys.argv[1]), free_ports(len(RUNS) + 1)))

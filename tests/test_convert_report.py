@@ -1,5 +1,6 @@
 """Evaluation of conversions: the command, the report after training, the model card and the upload."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from dit_accel.conversion import card, finish
 from dit_accel.conversion.data.samples import read_sample
 from dit_accel.conversion.evaluate import Evaluation
 from dit_accel.conversion.recipes.noise import noise_process
+from dit_accel.conversion.recipes.objective import attention_outputs
 from dit_accel.conversion.request import Source
 from dit_accel.demo.scenes.vocabulary import build_clip_tokenizer
 from dit_accel.install.installation import denoisers, installed_layers
@@ -30,7 +32,10 @@ def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
     words = folder / "prompts.txt"
     words.write_text("a red circle\n\na green square moving\n")
-    return {"flux": save_flux(folder / "flux"), "sd": save_sd(folder / "sd"), "prompts": words}
+    made = {"flux": save_flux(folder / "flux"), "sd": save_sd(folder / "sd")}
+    for path in made.values():
+        (path / "defaults.json").write_text('{"num_inference_steps": 3}')
+    return made | {"prompts": words}
 
 
 def run(*given):
@@ -81,20 +86,24 @@ def test_evaluate_agrees_with_a_direct_computation(pipelines, tmp_path, which):
     ]
     student = next(iter(denoisers(pipe).values()))
     teacher = next(iter(denoisers(DiffusionPipeline.from_pretrained(pipelines[which])).values()))
-    process, errors, flows = noise_process(pipe.scheduler), [], []
-    for i in range(2):
+    layer = next(iter(installed_layers(student)))
+    process, errors, flows, attention = noise_process(pipe.scheduler), [], [], []
+    for i, level in itertools.product(range(2), (1 / 6, 0.5, 5 / 6)):
         sample = read_sample(tmp_path / f"out/samples/{i:06d}.safetensors")
         noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(1_000_000 + i))
-        noisy, target = process.mix(sample.latents, noise, torch.tensor([0.5]))
-        arguments = sample.conditions.arguments(noisy, process.timestep(torch.tensor([0.5])))
-        with torch.no_grad():
+        noisy, target = process.mix(sample.latents, noise, torch.tensor([level]))
+        arguments = sample.conditions.arguments(noisy, process.timestep(torch.tensor([level])))
+        with torch.no_grad(), attention_outputs(student, [layer]) as a, attention_outputs(teacher, [layer]) as b:
             ours, theirs = (model.eval()(**arguments)[0] for model in (student, teacher))
-        errors.append((ours - theirs).square().sum() / theirs.square().sum())
-        flows.append((ours - target).square().mean())
+        attention.append((a[layer] - b[layer]).square().sum() / b[layer].square().sum())
+        if level == 0.5:
+            errors.append((ours - theirs).square().sum() / theirs.square().sum())
+            flows.append((ours - target).square().mean())
     row = found["by_level"][1]
     assert row["level"] == 0.5 and row["prediction_error"] > 1e-5
     assert row["prediction_error"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
     assert row["student"] == pytest.approx(float(torch.stack(flows).mean()), rel=1e-4)
+    assert found["attention_error"][layer] == pytest.approx(float(torch.stack(attention).mean()), rel=1e-3)
     assert 0 < found["logit_fraction"] < 1 and found["pictures"][0]["psnr"] > 0
 
 
@@ -156,7 +165,7 @@ def test_captions_are_checked_once_per_model(pipelines, tmp_path):
 
 def test_card_lists_options_training_and_evaluation(pipelines, tmp_path):
     out = tmp_path / "my-gna"
-    assert convert(pipelines, out, "--report", "2") == 0
+    assert convert(pipelines, out, "--report", "2", "--accumulate", "2") == 0
     report = json.loads((out / "report/evaluate.json").read_text())
     assert report["samples"] == 2 and report["seed"] == 1_000_000 and len(report["pictures"]) == 2
     text = (out / "README.md").read_text()
@@ -167,13 +176,13 @@ def test_card_lists_options_training_and_evaluation(pipelines, tmp_path):
         "GNA attention for `flux`, fine-tuned with dit-accel. Per-layer options: table below.",
         "| all converted layers | `window=3` |", 'dit_accel.load_attention(pipe, "my-gna")', "SLA, arXiv 2509.24006",
         "2 samples drawn by the teacher", f"{loss['teacher']:.5f}", f"{loss['student']:.5f}", "report/picture-1.png",
-        "| steps | 2 |", "| 1 × 1 × 1 |",
+        "| steps | 2 |", "| 1 × 1 × 2 |",
     ):  # fmt: skip
         assert line in text, line
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     dit_accel.load_attention(pipe, out)  # the folder with all other files
-    assert convert(pipelines, out, "--report", "0") == 0  # nothing is left to train, the report is kept
-    assert (out / "README.md").read_text() == text
+    assert convert(pipelines, out, "--report", "0", "--accumulate", "2") == 0  # nothing is left to train
+    assert (out / "README.md").read_text() == text  # with the report
 
 
 class Hub:

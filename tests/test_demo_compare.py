@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import types
 
 import numpy as np
@@ -19,6 +21,7 @@ from dit_accel.cli.app import main
 from dit_accel.common.errors import BadInput
 from dit_accel.comparison.calling import to_frames
 from dit_accel.comparison.sizes import Size
+from dit_accel.demo import serve
 from dit_accel.demo.ui import compare_tab
 from dit_accel.demo.ui.comparison import Comparison, Progress, compare_attention, python_lines
 from dit_accel.demo.ui.controls import DrawingControls, DrawingOptions, MechanismControls, check_drawing
@@ -218,6 +221,26 @@ def test_closing_the_page_stops_its_drawing(image, monkeypatch):
         pass
 
 
+def test_signal_ends_the_command_and_removes_its_folder(image, tmp_path, monkeypatch):
+    """In this process; the next test has a process of its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # restored at the end
+    printed = []
+
+    def stop_soon(text, **_):
+        printed.append(text)
+        assert list(tmp_path.glob("dit-accel-*"))
+        if "Ctrl-C" in text:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(serve, "print", stop_soon, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--pipeline", image.about("image").source, "--device", "cpu", "--port", "0"])
+    assert ended.value.code == 128 + signal.SIGTERM and "http://127.0.0.1:" in printed[0]
+    assert not list(tmp_path.glob("dit-accel-*"))
+
+
+@pytest.mark.sweep
 def test_signal_stops_the_app_and_removes_its_folder(tmp_path):
     source, temporary = save_flux(tmp_path / "flux"), tmp_path / "temporary"
     temporary.mkdir()
@@ -253,6 +276,7 @@ def test_invalid_command_arguments_give_a_clear_error(arguments, missing, messag
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.sweep  # test_convert_resume.py checks it in a process that it starts anyway
 def test_cli_import_does_not_import_gradio():
     code = "import sys, dit_accel.cli.app; assert 'gradio' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

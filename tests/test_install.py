@@ -163,6 +163,10 @@ def test_other_attention_backend_raises():
     try:
         with pytest.raises(RuntimeError, match="never called scaled_dot_product_attention"):
             run(model, inputs)
+        dit_accel.reset_attn_processor(model)
+        model.set_attention_backend("flex")
+        model.set_attn_processor(GNA)  # a backend from before the install is replaced
+        assert run(model, inputs).isfinite().all()
     finally:
         model.set_attention_backend("native")
     dit_accel.reset_attn_processor(model)

@@ -24,6 +24,8 @@ from dit_accel.weights.plan_checks import check_fit
 from dit_accel.weights.published import RELEASES, clear, fastvideo, linfusion, recognise, turbodiffusion
 from dit_accel.weights.tensors import Weight, WeightsFile
 
+sweep = pytest.mark.sweep
+
 
 def fits(release, model, shapes, name, options=None, config=None):
     """Plan and check a listing without data; a missing weight, another shape or an int8 dtype must not fit."""
@@ -50,7 +52,10 @@ def fits(release, model, shapes, name, options=None, config=None):
     return plan
 
 
-@pytest.mark.parametrize(("radius", "factor"), [(8, 1), (16, 1), (32, 1), (8, 4), (16, 4)])
+@pytest.mark.parametrize(
+    ("radius", "factor"),
+    [(32, 1), (16, 4), *(pytest.param(*case, marks=sweep) for case in ((8, 1), (16, 1), (8, 4)))],
+)
 def test_real_clear_files_fit_flux_dev(radius, factor):
     model = on_meta(lambda: FluxTransformer2DModel(guidance_embeds=True))
     assert len(model.transformer_blocks) == 19 and len(model.single_transformer_blocks) == 38
@@ -79,8 +84,16 @@ def real_wan(name):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("name", WANS)
+@pytest.mark.parametrize(
+    "name, quantized",
+    [
+        ("2.1 1.3B", True),
+        ("2.1 I2V 14B", False),
+        *(pytest.param(name, True, marks=sweep) for name in ("2.1 14B", "2.1 I2V 14B")),
+        *(pytest.param(name, False, marks=sweep) for name in ("2.1 1.3B", "2.1 14B", "2.2 A14B")),
+        ("2.2 A14B", True),
+    ],
+)
 def test_real_turbodiffusion_files_fit_wan(name, quantized):
     size, model = real_wan(name)
     shapes = wan_shapes(**size, quantized=quantized)
@@ -93,7 +106,7 @@ def test_real_turbodiffusion_files_fit_wan(name, quantized):
     assert all(turbodiffusion.diffusers_name(key) == theirs[id(x)] for key, x in plain.items())
 
 
-@pytest.mark.parametrize("name", ["2.1 1.3B", "2.1 14B", "2.2 A14B"])
+@pytest.mark.parametrize("name", ["2.1 1.3B", *(pytest.param(name, marks=sweep) for name in ("2.1 14B", "2.2 A14B"))])
 def test_real_fastvideo_files_fit_wan(name):
     size, model = real_wan(name)
     shapes = {fastvideo_name(key): x for key, x in wan_shapes(**size).items()}
@@ -133,8 +146,17 @@ UNET = {  # real U-Nets: number of self-attention modules, and configuration
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mid_scale", [None, 16])
-@pytest.mark.parametrize("version", UNET)
+@pytest.mark.parametrize(
+    "version, mid_scale",
+    [
+        ("1.5", None),
+        ("2.1", 16),
+        pytest.param("1.5", 16, marks=sweep),
+        pytest.param("2.1", None, marks=sweep),
+        pytest.param("XL", None, marks=sweep),
+        ("XL", 16),
+    ],
+)
 def test_real_linfusion_files_fit_stable_diffusion(version, mid_scale):
     count, options = UNET[version]
     model = on_meta(lambda: UNet2DConditionModel(**options))

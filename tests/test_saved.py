@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,18 @@ def test_user_layout_is_saved_and_loaded(tmp_path):
     other = pixart()
     dit_accel.load_attention(other, path, layout=TokenLayout((6, 4)))
     assert not torch.equal(run(other, PIXART), expected) and "6×4" in dit_accel.describe(other)
+
+
+def test_each_layer_keeps_its_layout_and_no_backend_is_saved(tmp_path):
+    model, grids = pixart(), {"transformer_blocks.0.attn1": GRID, "transformer_blocks.2.attn1": TokenLayout((6, 4))}
+    for name, layout in grids.items():
+        dit_accel.set_attn_processor(model, replace(GNA, backend="torch"), layout=layout, layers=[name])
+    expected = run(model, PIXART)
+    fresh = pixart()
+    dit_accel.load_attention(fresh, dit_accel.save_attention(model, tmp_path))
+    assert torch.equal(run(fresh, PIXART), expected)
+    assert {name: layer.slot.last for name, layer in installed_layers(fresh).items()} == grids
+    assert all(layer.mechanism == GNA for layer in installed_layers(fresh).values())  # the backend is this machine's
 
 
 def read_grid(model, arguments):

@@ -136,7 +136,15 @@ def test_split_does_not_depend_on_the_order_of_objects():
 
 
 @pytest.mark.parametrize(
-    ("clip", "size", "blur", "count"), [(False, 256, 0, 100), (False, 512, 9, 40), (True, 128, 3, 60)]
+    ("clip", "size", "blur", "count"),
+    [
+        (False, 256, 0, 20),
+        (False, 512, 9, 10),
+        (True, 128, 3, 12),
+        pytest.param(False, 256, 0, 100, marks=pytest.mark.sweep),
+        pytest.param(False, 512, 9, 40, marks=pytest.mark.sweep),
+        pytest.param(True, 128, 3, 60, marks=pytest.mark.sweep),
+    ],
 )
 def test_check_accepts_true_and_rejects_altered_captions(clip, size, blur, count):
     rng = random.Random(4)
@@ -171,8 +179,9 @@ def test_clip_kinds_have_the_expected_frequencies():
     assert shares == pytest.approx({"single": 0.45, "placed": 0.2, "pair": 0.25, "copies": 0.1}, abs=0.03)
 
 
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_clip_check_accepts_true_and_rejects_altered_captions(kind, monkeypatch):
+def test_clip_check_accepts_true_and_rejects_altered_captions(kind, count, monkeypatch):
     known: dict[bytes, tuple] = {}
 
     def cached(frame: np.ndarray) -> tuple:  # a clip is checked against many captions
@@ -182,7 +191,7 @@ def test_clip_check_accepts_true_and_rejects_altered_captions(kind, monkeypatch)
 
     monkeypatch.setattr(scene_checker, "find_blobs", cached)
     rng, right, refused = random.Random(4), [], []
-    for scene in clips(kind, 200, seed=6):
+    for scene in clips(kind, count, seed=6):
         clip = truth(scene, rng, 128, 3)
         right.append(check_clip(clip, caption(scene, rng)).ok)
         altered = altered_captions(scene, rng)
@@ -194,10 +203,11 @@ def test_clip_check_accepts_true_and_rejects_altered_captions(kind, monkeypatch)
     assert np.mean(refused) >= 0.98
 
 
+@pytest.mark.parametrize("count", [12, pytest.param(40, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_clip_objects_stay_apart_and_inside_the_frame(kind):
+def test_clip_objects_stay_apart_and_inside_the_frame(kind, count):
     rng = random.Random(11)
-    for scene in clips(kind, 40, seed=7):
+    for scene in clips(kind, count, seed=7):
         large = replace(scene, things=tuple(replace(thing, size="large") for thing in scene.things))
         for frame in truth(large, rng, 128):
             assert len(find_blobs(frame)[1]) == len(scene.things) * scene.count, scene.key
@@ -255,11 +265,12 @@ def deform(picture: np.ndarray, radius: float, rng: np.random.Generator) -> np.n
     return np.clip(soft + 0.02 * rng.standard_normal(soft.shape), 0, 1)
 
 
+@pytest.mark.parametrize("count", [16, pytest.param(100, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_check_recognizes_and_distinguishes_deformed_shapes(shape):
+def test_check_recognizes_and_distinguishes_deformed_shapes(shape, count):
     rng, noise = random.Random(10), np.random.default_rng(10)
     right, refused, taken_for = [], [], []
-    for i in range(100):
+    for i in range(count):
         colour, ground = rng.sample(COLOURS, 2)
         thing = Thing(shape, colour, rng.choice(TEXTURES), rng.choice(SIZES), rng.choice(PLACES))
         scene = Scene((thing,), ground)

@@ -1,4 +1,4 @@
-# make demo | make test | make test-browser | make lint | make docs | make wheels | make clean. Each makes the environment in .venv when it is not there yet.
+# make demo | make test | make test-all | make test-browser | make lint | make docs | make wheels | make clean. Each makes the environment in .venv when it is not there yet.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 DEMO   ?= compare-demo
 CHROMIUM := /usr/bin/chromium
 
-.PHONY: demo test test-browser lint docs wheels format clean
+.PHONY: demo test test-all test-browser lint docs wheels format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -16,7 +16,6 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing and not sweep" -n 2  # a thread for each of the two processes
 	$(BIN)/python -m pytest -q -m timing
 
-.PHONY: test-all
 test-all: $(READY)  # with the full products of cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n 2
 	$(BIN)/python -m pytest -q -m timing

@@ -23,7 +23,7 @@ from two_processes import finish, fork_both, free_ports, start
 
 from dit_accel.cli.app import main
 from dit_accel.conversion.checkpoint import load_checkpoint
-from dit_accel.conversion.parallel.fsdp import choose_blocks
+from dit_accel.conversion.parallel.fsdp import Fsdp, choose_blocks
 from dit_accel.conversion.trainer import Trainer
 
 SLA, GNA = "sla:critical=0.3,block_q=8,block_kv=8", "gna:window=3"
@@ -104,6 +104,18 @@ def assert_same_pictures(ours, theirs):
     for name in ("step-000002-0.png", "step-000004-0.png"):
         a, b = (np.array(Image.open(x / "pictures" / name)).astype(int) for x in (ours, theirs))
         assert np.abs(a - b).max() <= 1 and (a[:, :32] != a[:, 32:]).any()
+
+
+def test_gradients_that_are_not_sharded_are_averaged():
+    """Adam hardly depends on a factor on all gradients, so equal losses do not show a sum in place of the mean."""
+    other = {"mean": lambda mine: (mine + 0.3) / 2, "sum": lambda mine: mine + 0.3}  # 0.3: the other process's
+    accelerator = SimpleNamespace(
+        num_processes=2, reduce=lambda mine, how: other[how](mine), clip_grad_norm_=torch.nn.utils.clip_grad_norm_
+    )
+    scores = torch.nn.Parameter(torch.zeros(2))
+    scores.grad = torch.tensor([0.1, -0.1])
+    Fsdp(accelerator).clip_gradients([scores])
+    torch.testing.assert_close(scores.grad, torch.tensor([0.2, 0.1]))
 
 
 def test_two_processes_equal_one_and_resume(tmp_path):

@@ -274,6 +274,7 @@ def test_steps_at_tiny_sizes(tmp_path, chosen, expected):
             assert row["drift"] == pytest.approx(row["again_ms"] / row["ms"])
 
 
+@pytest.mark.sweep  # test_model_is_restored_after_a_step trains, too
 def test_training_steps_at_tiny_sizes(tmp_path):
     """Rows without and with gradient checkpointing are kept in one file."""
     out = tmp_path / "train.json"

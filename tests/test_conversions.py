@@ -43,7 +43,7 @@ def test_conversion_is_small_and_computes_a_tenth_of_logits(pipelines, embedded,
 @pytest.mark.parametrize(
     "mechanism, captions, steps",
     [
-        ("sla", 1, 10),
+        pytest.param("sla", 1, 10, marks=pytest.mark.sweep),
         pytest.param("clear", 3, 10, marks=pytest.mark.sweep),
     ],
 )

@@ -414,7 +414,7 @@ def test_lit_matches_the_variance_if_it_is_predicted():
     assert "variance" not in losses_of(stage, Scaled(0.5), Scaled(0.2), [], process, batch)
 
 
-@pytest.mark.parametrize("recipe", ["attention-transfer", "linvideo"])
+@pytest.mark.parametrize("recipe", [pytest.param("attention-transfer", marks=pytest.mark.sweep), "linvideo"])
 def test_resume_in_any_stage_gives_the_same_result_bitwise(pipelines, tmp_path, recipe):
     """Also at the end of the first stage, before and after the layers are selected."""
     attn, number = ("gna:window=3", 2) if recipe == "linvideo" else (SLA, None)

@@ -200,7 +200,11 @@ def test_invalid_options_and_nonfinite_loss_raise_clear_errors(engine):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+    "error",
+    [
+        pytest.param(OSError(errno.ENOSPC, "No space left on device"), marks=pytest.mark.sweep),
+        RuntimeError("PytorchStreamWriter failed writing file"),
+    ],
 )
 def test_full_disk_gives_a_message_and_can_be_resumed(engine, monkeypatch, error):
     def fail(*_, **__):

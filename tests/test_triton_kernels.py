@@ -326,9 +326,7 @@ def test_hopper_kernel_builds():
     assert build(BUILD_HOPPER).strip() == "True [False, True, True, True, True, True]"
 
 
-@pytest.mark.parametrize(
-    "target", sweep.keep(["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"], lambda x: x in ("sm_90", "gfx942"))
-)
+@pytest.mark.parametrize("target", sweep.keep(["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"], lambda x: x == "gfx942"))
 def test_kernel_builds_for(target):
     """The variants differ in constexprs: the interpreter accepts branches that the compiler's type checks refuse."""
     variants = () if target == "sm_90" else ("clear",)

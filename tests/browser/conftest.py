@@ -27,7 +27,7 @@ def note(event, arguments):
     if str(host) not in ("None", "localhost", "127.0.0.1", "0.0.0.0", "::1") and not str(host).startswith("/"):
         open(sys.argv[1], "a").write(f"{event} {host}\\n")
 sys.addaudithook(note)
-from dit_accel.cli import main
+from dit_accel.cli.app import main
 main(["demo", "--port", "0"])
 """
 

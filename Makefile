@@ -14,11 +14,11 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing and not sweep" -n 2  # a thread for each of the two processes
-	$(BIN)/python -m pytest -q -m timing tests/test_functional_cost.py
+	$(BIN)/python -m pytest -q -m timing $$(grep -l mark.timing tests/test_*.py)
 
-test-all: $(READY)  # with the full products of cases
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n 2
-	$(BIN)/python -m pytest -q -m timing tests/test_functional_cost.py
+test-all: $(READY)  # with the full products of cases, in Triton's own interpreter
+	PLAIN_INTERPRETER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n 2
+	$(BIN)/python -m pytest -q -m timing $$(grep -l mark.timing tests/test_*.py)
 
 test-browser: $(READY)
 	@command -v $(CHROMIUM) >/dev/null || { echo "Installing Debian's chromium ..."; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \

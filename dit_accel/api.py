@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .common.choices import Dtype, LoraLayers, MixedPrecision, Recipe, Sampling, SaveDtype, Schedule, Train, check_count
 from .common.errors import as_bad_input
 from .mechanisms.processor import AcceleratedAttnProcessor
-from .mechanisms.registry import PROCESSORS
+from .mechanisms.registry import PROCESSORS, untrained_mechanisms
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +263,7 @@ def compare(
 
     with as_bad_input():
         embedded = select_embedded(_text(pipeline), video)
-        names = [name for name, kind in PROCESSORS.items() if kind.any_host]
+        names = untrained_mechanisms()
         defaults = embedded.students(names) if pipeline is None else names
         several = isinstance(attn, Sequence) and not isinstance(attn, str)
         given: Sequence[Any] = attn if several else () if attn is None else (attn,)  # type: ignore[assignment]

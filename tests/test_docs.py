@@ -68,6 +68,16 @@ def made_small(text: str, tiny: dict[str, Path]) -> str:
     return text
 
 
+@pytest.fixture
+def same_mechanisms_after():
+    """A page registers a mechanism, and other tests list all."""
+    before = dict(dit_accel.PROCESSORS)
+    yield
+    dit_accel.PROCESSORS.clear()
+    dit_accel.PROCESSORS.update(before)
+
+
+@pytest.mark.usefixtures("same_mechanisms_after")
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_snippets_run_and_commands_exist(page, tiny, tmp_path, monkeypatch):
     """Blocks of a page run in order, in one namespace. Blocks that need the hub or a GPU are only parsed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import ClassVar
 
 import gradio as gr
@@ -18,6 +19,7 @@ from dit_accel import TokenLayout, functional
 from dit_accel.cli.app import main
 from dit_accel.demo.ui.controls import MechanismControls
 from dit_accel.demo.ui.engine import Engine
+from dit_accel.mechanisms import registry
 from dit_accel.mechanisms.attn_spec import parse_attention, short_options
 from dit_accel.mechanisms.registry import PROCESSORS, register_processor
 
@@ -78,6 +80,27 @@ def test_command_line_and_app(tmp_path):
         assert ("Comb: every n-th token", "comb") in controls.choice.choices
         values = [7 if key == ("comb", "period") else slider.value for key, slider in controls.sliders.items()]
         assert controls.student(engine.kinds[0], "comb", *values).options == {"period": 7}
+
+
+def test_a_subclass_needs_its_own_registration():
+    """Else it would compute what its base class does."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Changed(dit_accel.GNAAttnProcessor):
+        def compute(self, *args, **options):
+            raise AssertionError("not called")
+
+    with pytest.raises(TypeError, match="Changed is not registered: put @dit_accel"):
+        Changed(window=3)
+
+
+def test_broken_package_of_another_does_not_hide_the_others(monkeypatch):
+    broken = EntryPoint("other", "no_such_module", "dit_accel.processors")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    registry._load_entry_points.cache_clear()
+    with pytest.warns(UserWarning, match="the mechanism other .no_such_module. could not be loaded"):
+        assert registry.find_processor("gnaa") is None
+    assert registry.find_processor("gna") is dit_accel.GNAAttnProcessor
 
 
 def test_registration_refuses_what_cannot_work():

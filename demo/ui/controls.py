@@ -13,7 +13,7 @@ from dit_accel.common.errors import BadInput
 from dit_accel.comparison.sizes import Size, check_size, token_grid
 from dit_accel.mechanisms._controls import Control
 from dit_accel.mechanisms.attn_spec import AttentionSpec
-from dit_accel.mechanisms.registry import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS, untrained_mechanisms
 
 from .engine import Engine, Loaded
 
@@ -215,7 +215,7 @@ class MechanismControls:
         folder = self.engine.conversions(kind).get(choice)
         if folder is not None:
             return str(folder)
-        if choice not in _mechanisms():
+        if choice not in untrained_mechanisms():
             raise BadInput("Choose an attention from the list.")
         own = {slider: x for (name, slider), x in zip(self.sliders, values, strict=True) if name == choice}
         spec = AttentionSpec(choice, PROCESSORS[choice].from_controls(own, len(self._grid(kind))))
@@ -231,13 +231,13 @@ class MechanismControls:
 
     def _choices(self, kind: str) -> list[tuple[str, str]]:
         trained = self.engine.conversions(kind) if self.trained else {}
-        untrained = [(f"{PROCESSORS[name].label}: {PROCESSORS[name].summary}", name) for name in _mechanisms()]
+        untrained = [(f"{PROCESSORS[name].label}: {PROCESSORS[name].summary}", name) for name in untrained_mechanisms()]
         return untrained + [(label, label) for label in trained]
 
     def _controls(self, kind: str) -> dict[tuple[str, str], Control]:
         """Sliders of all mechanisms for this kind, by the names of mechanism and slider."""
         grid = self._grid(kind)
-        return {(name, x.name): x for name in _mechanisms() for x in PROCESSORS[name].controls(grid)}
+        return {(name, x.name): x for name in untrained_mechanisms() for x in PROCESSORS[name].controls(grid)}
 
     def _sliders(self, kind: str) -> dict[tuple[str, str], gr.Slider]:
         """Sliders for all kinds; those of another kind are hidden."""
@@ -245,7 +245,7 @@ class MechanismControls:
         controls = {key: x for each in self.engine.kinds for key, x in self._controls(each).items()}
         return {
             key: gr.Slider(**_limits(own.get(key, x)), label=x.label, info=x.help, visible=self._shown(own, key))
-            for key, x in sorted(controls.items(), key=lambda item: _mechanisms().index(item[0][0]))
+            for key, x in sorted(controls.items(), key=lambda item: untrained_mechanisms().index(item[0][0]))
         }
 
     def _shown(self, controls: Mapping[tuple[str, str], Control], key: tuple[str, str], choice: str = "") -> bool:
@@ -266,11 +266,6 @@ class MechanismControls:
     def _refresh_choices(self, kind: str) -> Any:
         """The list only: the answer may arrive after the user has chosen, and must not undo it."""
         return gr.Dropdown(choices=self._choices(kind))
-
-
-def _mechanisms() -> list[str]:
-    """Mechanisms that work without training, registered ones included."""
-    return [name for name, kind in PROCESSORS.items() if kind.any_host]
 
 
 def _limits(control: Control) -> dict[str, Any]:

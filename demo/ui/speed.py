@@ -24,14 +24,13 @@ from dit_accel.common.errors import BadInput
 from dit_accel.common.files import replacing, write_json
 from dit_accel.comparison.step_timer import synchronize
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.registry import PROCESSORS
+from dit_accel.mechanisms.registry import PROCESSORS, untrained_mechanisms
 
 from .engine import Stop
 from .plots import label_of, speed_figure, two_digits
 
 __all__ = [
     "DENSE",
-    "MECHANISMS",
     "BreakEven",
     "Plan",
     "Speed",
@@ -41,7 +40,6 @@ __all__ = [
 ]
 
 DENSE = "dense"
-MECHANISMS = tuple(name for name, kind in PROCESSORS.items() if kind.any_host)
 _GRID_SIDES = {
     "image": (16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     "video": (8, 12, 16, 20, 24, 32, 40, 48, 64, 80),
@@ -71,7 +69,7 @@ class Plan:
     head_dim: int = 64
     share: float = 0.1
     seconds: float = 60.0
-    mechanisms: tuple[str, ...] = MECHANISMS
+    mechanisms: tuple[str, ...] = field(default_factory=lambda: tuple(untrained_mechanisms()))
 
 
 def check_plan(plan: Plan) -> None:
@@ -91,9 +89,10 @@ def check_plan(plan: Plan) -> None:
         raise BadInput(f"Grid: choose one of {', '.join(_GRID_SIDES)}.")
     if not plan.mechanisms:
         raise BadInput("Choose at least one mechanism to compare with dense attention.")
-    unknown = [name for name in plan.mechanisms if name not in MECHANISMS]
+    known = untrained_mechanisms()
+    unknown = [name for name in plan.mechanisms if name not in known]
     if unknown:
-        raise BadInput(f"Unknown mechanism {unknown[0]!r}: choose from {', '.join(MECHANISMS)}.")
+        raise BadInput(f"Unknown mechanism {unknown[0]!r}: choose from {', '.join(known)}.")
 
 
 def _layouts(plan: Plan, dtype: torch.dtype) -> Iterator[TokenLayout]:
@@ -154,7 +153,7 @@ def measure(plan: Plan, device: torch.device, dtype: torch.dtype, stop: Stop) ->
         series = [name for name in series if budget.allows(name, layout.seq_len)]
         if not series:
             return
-        tensors = _case(plan, MECHANISMS[0], layout).inputs(device, dtype, "tokens-first", seed=0)
+        tensors = _case(plan, untrained_mechanisms()[0], layout).inputs(device, dtype, "tokens-first", seed=0)
         for name in list(series):
             stop.check()
             if not budget.allows(name, layout.seq_len):

@@ -11,9 +11,11 @@ from typing import Any
 
 import gradio as gr
 
+from dit_accel.mechanisms.registry import untrained_mechanisms
+
 from .engine import MAX_WAITING, Cancelled, Engine, Stop
 from .plots import label_of
-from .speed import DENSE, MECHANISMS, Plan, Speed, check_plan, measure
+from .speed import DENSE, Plan, Speed, check_plan, measure
 from .status import progress_line, status_line, waiting_line
 from .work import Stops, message_for, stream
 
@@ -59,12 +61,13 @@ def build(engine: Engine) -> None:
 
 
 def _inputs() -> list[Any]:
+    names = untrained_mechanisms()
     return [
         gr.Radio(
             [("Image (H, W)", "image"), ("Video (T, H, W)", "video")], value="image", label="Token grid",
             elem_id="speed-kind",
         ),
-        gr.CheckboxGroup([(label_of(name), name) for name in MECHANISMS], value=list(MECHANISMS), label="Mechanisms"),
+        gr.CheckboxGroup([(label_of(name), name) for name in names], value=names, label="Mechanisms"),
         gr.Slider(
             0.02, 0.5, 0.1, step=0.01, label="Share of the logits",
             info="Approximate share of dense attention's logits. LLSA keeps 8 blocks of 16 tokens per level instead.",

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import BadInput
 from .version import __version__
 
-__all__ = ["IMAGE", "OTHER_PROMPTS", "VIDEO", "Embedded", "prompts_of", "read_defaults"]
+__all__ = ["IMAGE", "OTHER_PROMPTS", "VIDEO", "Embedded", "prompts_of", "read_defaults", "select_embedded"]
 
 _PACKAGE = "dit_accel_demo"  # of the wheel dit-accel-demo, see demo/pyproject.toml
 _CLONE = Path(__file__).parents[1] / "demo"

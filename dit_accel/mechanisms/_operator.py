@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from dit_accel.layout import TokenLayout
 from dit_accel.mechanisms.backend import ENV_VARIABLE, resolve
 
+from ._options import to_hashable
+
 __all__ = ["autograd_inside_op", "check_no_tangents", "define_operator"]
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask"
@@ -56,7 +58,7 @@ def define_operator(kind: Any) -> Any:
                 f"layout {layout} has {layout.seq_len} tokens but query has {query.shape[2]}: "
                 "pass the layout of this sequence, with all global tokens in before or after"
             )
-        processor = _processor(kind, tuple(map(_to_hashable, values)), layout if shrink else None)
+        processor = _processor(kind, tuple(map(to_hashable, values)), layout if shrink else None)
         backend = resolve(backend, query.device, kind)
         if forward is not None and backend not in backward:
             backend = "torch"
@@ -122,10 +124,6 @@ def define_operator(kind: Any) -> Any:
     backward_op.register_fake(lambda _g, _o, _l, *args: [_empty(args[i]) for i in _differentiable(args[:n_tensors])])
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     return getattr(torch.ops.dit_accel, name)
-
-
-def _to_hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=1024)

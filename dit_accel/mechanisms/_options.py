@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NamedTuple
 
-__all__ = ["OperatorOption", "members_of", "operator_arguments", "operator_options", "option_fields", "to_hashable"]
+__all__ = [
+    "OperatorOption",
+    "check_names",
+    "members_of",
+    "operator_arguments",
+    "operator_options",
+    "option_fields",
+    "to_hashable",
+]
 
 _SCALARS: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str"}
 
@@ -39,7 +47,7 @@ def members_of(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def operator_options(kind: type, without: Sequence[str] = ()) -> tuple[OperatorOption, ...]:
+def operator_options(kind: type) -> tuple[OperatorOption, ...]:
     """Options of a processor class as operator arguments.
 
     Supported types: bool, int, float, str and ``Literal`` of strings, each also ``| None``; or such a type and a
@@ -48,9 +56,7 @@ def operator_options(kind: type, without: Sequence[str] = ()) -> tuple[OperatorO
     Raises: TypeError: an option of another type.
     """
     hints = typing.get_type_hints(kind)
-    return tuple(
-        _operator_option(kind, field, hints[field.name]) for field in option_fields(kind) if field.name not in without
-    )
+    return tuple(_operator_option(kind, field, hints[field.name]) for field in option_fields(kind))
 
 
 def _operator_option(kind: type, field: Field[Any], hint: Any) -> OperatorOption:
@@ -89,15 +95,20 @@ def _to_floats(value: Any) -> list[float]:
     return [float(x) for x in _to_list(value)]
 
 
+def check_names(name: str, options: Sequence[OperatorOption], given: Iterable[str]) -> None:
+    """Raises: TypeError: an unknown option."""
+    known = [option.name for option in options]
+    for key in given:
+        if key not in known:
+            raise TypeError(f"{name} has no option {key!r}; expected {', '.join(known)}")
+
+
 def operator_arguments(name: str, options: Sequence[OperatorOption], given: Mapping[str, Any]) -> tuple[Any, ...]:
     """Arguments of the operator for the given options, in the order of its schema.
 
     Raises: TypeError: an unknown option, or a missing one.
     """
-    known = [option.name for option in options]
-    for key in given:
-        if key not in known:
-            raise TypeError(f"{name} has no option {key!r}; expected {', '.join(known)}")
+    check_names(name, options, given)
     arguments = []
     for option in options:
         value = given.get(option.name, option.default)

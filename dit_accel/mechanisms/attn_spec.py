@@ -15,7 +15,7 @@ import yaml
 
 from ._options import members_of
 from .processor import AcceleratedAttnProcessor
-from .registry import PROCESSORS, find_processor
+from .registry import PROCESSORS, find_processor, untrained_mechanisms
 
 __all__ = ["AttentionSpec", "ByLayer", "attention_help", "parse_attention", "parse_student", "short_options"]
 
@@ -213,23 +213,16 @@ def parse_student(text: str) -> AttentionSpec | str:
 
 def attention_help() -> str:
     """Help for ``--attn``: format, mechanisms and the options of bare names, from the registry."""
-    bare = [
-        f"{name}:{_join(kind.suggest((64, 64)))}" if kind.suggest((64, 64)) else f"{name} (its defaults)"
-        for name, kind in PROCESSORS.items()
-        if kind.any_host
-    ]
+    suggested = {name: PROCESSORS[name].suggest((64, 64)) for name in untrained_mechanisms()}
+    bare = [f"{name}:{_join(options)}" if options else f"{name} (its defaults)" for name, options in suggested.items()]
     return (
         "Attention to compare with dense: NAME, NAME:key=value,key=value, a .yaml file with options per layer, or the "
-        f"folder, file or hub id of trained attention. Repeatable; default {', '.join(_default_names())}. The keys are "
-        "the options of the processors; write one length per axis as 16x16 or 2x8x8, for example "
+        f"folder, file or hub id of trained attention. Repeatable; default {', '.join(untrained_mechanisms())}. The "
+        "keys are the options of the processors; write one length per axis as 16x16 or 2x8x8, for example "
         "gna:window=16x16,stride=8. To set other options on some layers, append ;key=value@REGEX: "
         "gna:window=12x12;window=40x40@blocks.1 sets the larger window on the layers whose name contains blocks.1. A "
         f"name without options computes about a tenth of the logits; on 64×64 tokens: {'; '.join(bare)}."
     )
-
-
-def _default_names() -> list[str]:
-    return [name for name, kind in PROCESSORS.items() if kind.any_host]
 
 
 def _join(options: Mapping[str, Any]) -> str:

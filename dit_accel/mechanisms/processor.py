@@ -71,12 +71,17 @@ class AcceleratedAttnProcessor:
         "has no token layout: call model.set_attn_processor(processor) or pipe.set_attn_processor(processor), with "
         'layers=["transformer_blocks.0.attn"] for single layers'
     )
-    operator: ClassVar[Any] = None  # set by register_processor
+    registered: ClassVar[Any] = None  # the class itself; set by register_processor, as the two below
+    operator: ClassVar[Any] = None
     operator_options: ClassVar[tuple[OperatorOption, ...]] = ()
     _options: ClassVar[dict[str, Any]]  # set on the instance, because dynamo cannot trace dataclasses.fields
     _arguments: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
+        if self.registered is not type(self):  # a subclass would compute what its base class does
+            raise TypeError(
+                f"{type(self).__name__} is not registered: put @dit_accel.register_processor above its @dataclass"
+            )
         for field in fields(self):
             object.__setattr__(self, field.name, to_hashable(getattr(self, field.name)))
         for name in ("dense_steps", "min_tokens"):

@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from textwrap import indent
 from typing import Any, TypeVar
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..layout import TokenLayout
 from ._common import check_learned, flat_layout
 from ._operator import define_operator
-from ._options import operator_arguments, operator_options, option_fields, to_hashable
+from ._options import check_names, operator_arguments, operator_options, option_fields, to_hashable
 from .processor import AcceleratedAttnProcessor
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "find_processor",
     "reference_function",
     "register_processor",
+    "untrained_mechanisms",
 ]
 
 PROCESSORS: dict[str, type[AcceleratedAttnProcessor]] = {}
@@ -69,9 +71,10 @@ def register_processor(kind: Kind) -> Kind:
     other = PROCESSORS.get(kind.name)
     if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(f"{kind.name!r} is {other.__module__}.{other.__qualname__}: choose another name")
-    if "attend" not in kind.__dict__:  # else it computes without an operator
+    if kind.attend is AcceleratedAttnProcessor.attend:  # else it computes without an operator
         kind.operator_options = operator_options(kind)
         kind.operator = define_operator(kind)
+    kind.registered = kind
     PROCESSORS[kind.name] = kind
     return kind
 
@@ -90,7 +93,15 @@ def find_processor(name: str) -> type[AcceleratedAttnProcessor] | None:
 @cache
 def _load_entry_points() -> None:
     for point in entry_points(group="dit_accel.processors"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:  # of another package: the mechanisms of this one must work without it
+            warn(f"the mechanism {point.name} ({point.value}) could not be loaded: {error!r}", stacklevel=3)
+
+
+def untrained_mechanisms() -> list[str]:
+    """Names of the mechanisms that support every self-attention layer and work without training."""
+    return [name for name, kind in PROCESSORS.items() if kind.any_host]
 
 
 def attention_function(kind: type[AcceleratedAttnProcessor]) -> Callable[..., Tensor]:
@@ -173,10 +184,7 @@ def _cached(kind: Any, key: tuple[tuple[str, Any, Any], ...], backend: Any) -> A
 
 
 def _make(kind: type[AcceleratedAttnProcessor], given: Mapping[str, Any], backend: Any) -> AcceleratedAttnProcessor:
-    known = [option.name for option in kind.operator_options]
-    for name in given:
-        if name not in known:
-            raise TypeError(f"{kind.name} has no option {name!r}; expected {', '.join(known)}")
+    check_names(kind.name, kind.operator_options, given)
     return kind(**given, backend=backend)
 
 

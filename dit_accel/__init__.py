@@ -14,6 +14,7 @@ from .install.describe import describe, logit_fraction
 from .install.installation import attention, reset_attn_processor, set_attn_processor
 from .install.patch import patch_diffusers
 from .layout import TokenLayout
+from .mechanisms._inputs import AttentionInputs
 from .mechanisms.clear import CLEARAttnProcessor
 from .mechanisms.gna import GNAAttnProcessor
 from .mechanisms.linfusion import LinFusionAttnProcessor
@@ -27,6 +28,7 @@ from .weights.save import save_attention
 __all__ = [
     "PROCESSORS",
     "AcceleratedAttnProcessor",
+    "AttentionInputs",
     "CLEARAttnProcessor",
     "GNAAttnProcessor",
     "LLSAAttnProcessor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -119,16 +120,13 @@ def test_functions_and_processors_check_the_backend(name):
 
 
 def patched(monkeypatch, name, **replacements):
-    """Patch the mechanism's computation per backend: functions (plain computation, tensors, options)."""
+    """Patch the mechanism's computation per backend: functions (plain computation, inputs)."""
     kind, plain = PROCESSORS[name], PROCESSORS[name].compute
 
-    def compute(self, backend, *tensors, **options):
-        def by_torch(*tensors):
-            return plain(self, "torch", *tensors, **options)
-
+    def compute(self, backend, inputs):
         if backend in replacements:
-            return replacements[backend](by_torch, *tensors)
-        return plain(self, backend, *tensors, **options)
+            return replacements[backend](partial(plain, self, "torch"), inputs)
+        return plain(self, backend, inputs)
 
     monkeypatch.setattr(kind, "compute", compute)
 
@@ -137,7 +135,7 @@ def patched(monkeypatch, name, **replacements):
 def test_environment_is_read_per_call_and_flex_backward_is_torch(name, monkeypatch):
     """Each backend has its own factor on the output, which gradients of flex must not have."""
     lse = torch.zeros(1, 1, 16)
-    patched(monkeypatch, name, triton=lambda plain, *x: (2 * plain(*x), lse), flex=lambda plain, *x: 3 * plain(*x))
+    patched(monkeypatch, name, triton=lambda plain, x: (2 * plain(x), lse), flex=lambda plain, x: 3 * plain(x))
     layout, qkv = TokenLayout((4, 4)), [torch.randn(1, 1, 16, 16, requires_grad=True) for _ in range(3)]
     want = FUNCTIONS[name](*qkv, layout, **NEEDED[name])
     wanted = torch.autograd.grad(want.sum(), qkv)
@@ -155,7 +153,7 @@ def test_environment_is_read_per_call_and_flex_backward_is_torch(name, monkeypat
 def raising(monkeypatch, name, backend, error):
     """A call of the mechanism, patched so that this backend raises the error."""
 
-    def fail(plain, *tensors):
+    def fail(plain, inputs):
         raise error
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -198,7 +196,7 @@ def test_out_of_memory_error_names_the_backward_pass(monkeypatch):
         forward = staticmethod(lambda ctx, x: x.clone())
         backward = staticmethod(full)
 
-    patched(monkeypatch, "gna", torch=lambda plain, q, *x: plain(Leaky.apply(q), *x))
+    patched(monkeypatch, "gna", torch=lambda plain, x: plain(x._replace(query=Leaky.apply(x.query))))
     with pytest.raises(torch.OutOfMemoryError, match=r"the backward pass of gna .*\(1, 3, 16, 16\) in float32"):
         out.sum().backward()
 

@@ -12,6 +12,7 @@ import importlib, pathlib, sys, torch, offline_gpu
 import dit_accel.kernels
 from dit_accel import TokenLayout
 from dit_accel.mechanisms import clear, gna, llsa, sla
+from dit_accel.mechanisms._inputs import AttentionInputs
 built, empty = [], torch.empty
 torch.empty = lambda *a, **k: empty(*a, **k).zero_()  # lists that no kernel has written are of block 0
 def offline(kernel):
@@ -29,9 +30,9 @@ for path in pathlib.Path(list(dit_accel.kernels.__path__)[0]).glob("*/*.py"):
                 module.check_inputs = lambda query: None
 def run(processor, *learned, n, before=0, heads=1, dim=16, key_mask=None):
     x = torch.zeros(1, heads, before + n, dim, dtype=torch.float16)
-    more = {"layout": TokenLayout((n,), before), "scale": 0.1}
-    out, lse = processor.compute("triton", x, x, x, key_mask, *learned, **more)
-    processor.backward(x, out, lse, x, x, x, key_mask, *learned, **more)
+    inputs = AttentionInputs(x, x, x, key_mask, learned, TokenLayout((n,), before), 0.1)
+    out, lse = processor.compute("triton", inputs)
+    processor.backward(x, out, lse, inputs)
 def call(name, **size):
     dim = size.get("dim", 16)
     weight = torch.zeros(dim, dim, dtype=torch.float16)

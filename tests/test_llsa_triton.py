@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 import sweep
 
-from dit_accel import TokenLayout
+from dit_accel import LLSAAttnProcessor, TokenLayout
 from dit_accel.functional import llsa_attention
 from dit_accel.kernels.llsa import select as llsa_select_triton
 from dit_accel.kernels.llsa.forward import LaunchConfig, llsa_blocks_attention
 from dit_accel.kernels.llsa.select import select_tree
 from dit_accel.kernels.llsa.tree import pool_tree
 from dit_accel.mechanisms import llsa
-from dit_accel.mechanisms._llsa_triton import llsa_attention_triton
+from dit_accel.mechanisms._inputs import AttentionInputs
 from dit_accel.mechanisms._tree import make_tree, tile_shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,10 +251,8 @@ def exact(query, key, value, layout, key_mask, options):
 
 def check(case, dtype, padded):
     (query, key, value), layout, key_mask, options = inputs(case, dtype, padded, one_head=padded)
-    out, lse = llsa_attention_triton(
-        query, key, value, key_mask, layout=layout, scale=query.shape[-1] ** -0.5,
-        **{"enrich": True, **options},
-    )  # fmt: skip
+    given = AttentionInputs(query, key, value, key_mask, (), layout, query.shape[-1] ** -0.5)
+    out, lse = LLSAAttnProcessor(**options).compute("triton", given)
     assert out.dtype == dtype and lse.dtype == torch.float32
     want, wanted_lse = exact(query, key, value, layout, key_mask, options)
     torch.use_deterministic_algorithms(False)
@@ -286,9 +284,8 @@ def test_fully_padded_element_is_zero(case):
     (query, key, value), layout, key_mask, options = inputs(case, torch.float16, True)
     key_mask[1] = False
     query, key, value = (x.nan_to_num() for x in (query, key, value))
-    out, lse = llsa_attention_triton(
-        query, key, value, key_mask, layout=layout, scale=0.1, **{"enrich": True, **options}
-    )
+    given = AttentionInputs(query, key, value, key_mask, (), layout, 0.1)
+    out, lse = LLSAAttnProcessor(**options).compute("triton", given)
     assert not out[1].any() and (lse[1] == -torch.inf).all()
     assert out[0].isfinite().all() and lse[0].isfinite().all()
 

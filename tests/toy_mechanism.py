@@ -42,7 +42,8 @@ class CombAttnProcessor(dit_accel.AcceleratedAttnProcessor):
     def count_logits(self, layout):
         return float(self.visible(layout).sum())
 
-    def compute(self, backend, query, key, value, key_mask, *learned, layout, scale):
+    def compute(self, backend, inputs):
+        query, key, value, key_mask, _, layout, scale = inputs
         logits = (query @ key.mT * scale).masked_fill(~self.visible(layout).to(query.device), -torch.inf)
         if key_mask is not None:
             logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from dit_accel.layout import TokenLayout
 from dit_accel.mechanisms.backend import ENV_VARIABLE, resolve
 
+from ._inputs import AttentionInputs
 from ._options import to_hashable
 
 __all__ = ["autograd_inside_op", "check_no_tangents", "define_operator"]
@@ -73,11 +74,10 @@ def define_operator(kind: Any) -> Any:
             ),
         ):
             if forward is None:
-                return processor.compute(backend, *tensors, layout=layout, scale=scale)
+                return processor.compute(backend, _inputs(tensors, layout, scale))
             if backend in backward:
-                return processor.backward(*forward, *tensors, layout=layout, scale=scale)
-            compute = partial(processor.compute, backend, layout=layout, scale=scale)
-            return _by_autograd(compute, forward[0], tensors)
+                return processor.backward(*forward, _inputs(tensors, layout, scale))
+            return _by_autograd(lambda *x: processor.compute(backend, _inputs(x, layout, scale)), forward[0], tensors)
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         query = args[0]
@@ -124,6 +124,11 @@ def define_operator(kind: Any) -> Any:
     backward_op.register_fake(lambda _g, _o, _l, *args: [_empty(args[i]) for i in _differentiable(args[:n_tensors])])
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     return getattr(torch.ops.dit_accel, name)
+
+
+def _inputs(tensors: tuple[Any, ...], layout: TokenLayout, scale: float) -> AttentionInputs:
+    query, key, value, key_mask, *learned = tensors
+    return AttentionInputs(query, key, value, key_mask, tuple(learned), layout, scale)
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 
 from ._boxes import box_blocks, box_shape
+from ._inputs import AttentionInputs
 
 if TYPE_CHECKING:
     from dit_accel.kernels.block_linear.forward import LinearState
@@ -21,21 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["block_tilings", "sla_attention_triton", "sla_attention_triton_backward"]
 
 
-def sla_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    layout: TokenLayout,
-    scale: float,
-    options: SLAAttnProcessor,
-) -> tuple[Tensor, Tensor]:
+def sla_attention_triton(inputs: AttentionInputs, options: SLAAttnProcessor) -> tuple[Tensor, Tensor]:
     """``sla_attention`` on a GPU, and its log-sum-exp (B, H, S) float32."""
     from dit_accel.kernels.block_sparse.forward import LinearBranch, block_sparse_attention
 
+    query, key, value, key_mask, (weight, bias), layout, scale = inputs
     before = layout.before
     marginal_only = weight is not None and options.linear_over == "marginal"
     chosen = _make_selection(query, key, key_mask, layout, marginal_only, options)
@@ -60,25 +51,14 @@ def sla_attention_triton(
 
 
 def sla_attention_triton_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    layout: TokenLayout,
-    scale: float,
-    options: SLAAttnProcessor,
+    grad: Tensor, out: Tensor, lse: Tensor, inputs: AttentionInputs, options: SLAAttnProcessor
 ) -> list[Tensor]:
     """Gradients of query, key, value, and of weight and bias if they are given. The selection is cheap and is
     recomputed, bitwise equal to the forward pass."""
     from dit_accel.kernels.block_linear.backward import linear_backward
     from dit_accel.kernels.block_sparse.backward import block_sparse_attention_backward
 
+    query, key, value, key_mask, (weight, bias), layout, scale = inputs
     before = layout.before
     if key_mask is not None:  # a row without a visible key has no linear part
         grad = torch.where((lse > -torch.inf)[..., None], grad, 0)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.reference import tile_attention
 from dit_accel.kernels.windows.geometry import BallAxis, NeighborhoodAxis, window_tiles
-from dit_accel.layout import TokenLayout
 
 from ._common import global_rows, global_tiles, mask_bias, zero_masked
+from ._inputs import AttentionInputs
 
 if TYPE_CHECKING:
     from dit_accel.kernels.block_sparse.backward import Gradients
@@ -25,21 +25,13 @@ FLEX_VOLUMES = ((128, 128),)  # FlexAttention's own blocks
 
 
 def window_attention(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    axes: Axes,
-    limit: float,
-    layout: TokenLayout,
-    scale: float,
-    pooled: Pooled | None = None,
+    backend: str, inputs: AttentionInputs, axes: Axes, limit: float, pooled: Pooled | None = None
 ) -> Any:
     """Attention in the window described by the axes. Grid queries also attend to the keys of ``pooled``: pooled_key,
     pooled_value and pooled_mask, which is None without a padding mask. Triton also returns the log-sum-exp."""
+    query, key, value, key_mask, _, layout, scale = inputs
     if backend == "torch":
-        return _by_tiles(query, key, value, key_mask, axes, limit, layout, scale, pooled)
+        return _by_tiles(inputs, axes, limit, pooled)
     from dit_accel.kernels.block_sparse.plan import cheapest_window_plan
 
     more = {"scale": scale, "before": (layout.before, layout.before), "key_mask": key_mask, "pooled": pooled}
@@ -57,17 +49,13 @@ def window_attention_backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
+    inputs: AttentionInputs,
     axes: Axes,
     limit: float,
-    layout: TokenLayout,
-    scale: float,
     pooled: Pooled | None = None,
 ) -> Gradients:
     """Gradients of :func:`window_attention` with Triton, from its output and log-sum-exp."""
+    query, key, value, key_mask, _, layout, scale = inputs
     from dit_accel.kernels.block_sparse.backward import block_sparse_attention_backward
 
     plan, before = _triton_plan(query, axes, limit), (layout.before, layout.before)
@@ -85,17 +73,8 @@ def _triton_plan(query: Tensor, axes: Axes, limit: float) -> BlockPlan:
     return cheapest_window_plan(axes, limit, tile_volumes(query, kind), query.device)
 
 
-def _by_tiles(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    axes: Axes,
-    limit: float,
-    layout: TokenLayout,
-    scale: float,
-    pooled: Pooled | None,
-) -> Tensor:
+def _by_tiles(inputs: AttentionInputs, axes: Axes, limit: float, pooled: Pooled | None) -> Tensor:
+    query, key, value, key_mask, _, layout, scale = inputs
     others = global_rows(layout)
     key, value, bias = zero_masked(key, key_mask), zero_masked(value, key_mask), mask_bias(key_mask)
     if pooled:

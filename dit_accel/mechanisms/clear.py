@@ -27,6 +27,7 @@ from ._common import (
     zero_masked,
 )
 from ._controls import Control, join_axes
+from ._inputs import AttentionInputs
 from ._operator import autograd_inside_op
 from ._windows import window_attention, window_attention_backward
 from ._workloads import FLUX_4096, Workload
@@ -117,62 +118,28 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
         near = float(pairs[cost < limit].sum())
         return near + global_logits(layout) + float(layout.grid_len * _n_pooled(layout, self.down_factor))
 
-    def compute(
-        self,
-        backend: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Any:
-        axes, limit = _axes(layout, self.radius)
-        pooled = _pooled_tokens(key, value, key_mask, learned[0], layout, self.down_factor)
-        scale = self._scale(layout, scale, query)
-        return window_attention(backend, query, key, value, key_mask, axes, limit, layout, scale, pooled)
+    def compute(self, backend: str, inputs: AttentionInputs) -> Any:
+        axes, limit = _axes(inputs.layout, self.radius)
+        pooled = _pooled_tokens(inputs, self.down_factor)
+        return window_attention(backend, self._scaled(inputs), axes, limit, pooled)
 
-    def backward(
-        self,
-        grad: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Sequence[Tensor]:
-        axes, limit = _axes(layout, self.radius)
-        scale = self._scale(layout, scale, query)
-        pool_weight = learned[0]
-        leaves = [x.detach().requires_grad_() for x in (key, value, pool_weight) if x is not None]
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, inputs: AttentionInputs) -> Sequence[Tensor]:
+        axes, limit = _axes(inputs.layout, self.radius)
+        (pool_weight,) = inputs.learned
+        leaves = [x.detach().requires_grad_() for x in (inputs.key, inputs.value, pool_weight) if x is not None]
         with autograd_inside_op():
-            weight = None if pool_weight is None else leaves[2]
-            pooled = _pooled_tokens(leaves[0], leaves[1], key_mask, weight, layout, self.down_factor)
+            learned = (None if pool_weight is None else leaves[2],)
+            given = inputs._replace(key=leaves[0], value=leaves[1], learned=learned)
+            pooled = _pooled_tokens(given, self.down_factor)
         detached = None if pooled is None else (pooled[0].detach(), pooled[1].detach(), pooled[2])
-        found = window_attention_backward(
-            grad, out, lse, query, key, value, key_mask, axes, limit, layout, scale, detached
-        )
+        found = window_attention_backward(grad, out, lse, self._scaled(inputs), axes, limit, detached)
         if pooled is None:
             return [*found[:3], *(torch.zeros_like(x) for x in leaves[2:])]
         more = torch.autograd.grad(pooled[:2], leaves, found[3:], allow_unused=True, materialize_grads=True)
         return [found.query, found.key + more[0], found.value + more[1], *more[2:]]
 
-    def dense_reference(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: TokenLayout,
-        *,
-        key_mask: Tensor | None = None,
-        scale: float,
-        **learned: Tensor | None,
-    ) -> Tensor:
+    def dense_reference(self, inputs: AttentionInputs) -> Tensor:
+        query, key, value, key_mask, (pool_weight,), layout, scale = inputs
         acc = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
         places = [layout.coordinates(token) for token in range(layout.seq_len)]
@@ -183,7 +150,7 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
         valid = valid if key_mask is None else key_mask
         visible = visible & valid[:, None, None, :]
         if self.down_factor > 1:
-            pool, nonempty = _pool_matrix(layout, self.down_factor, learned.get("pool_weight"), valid, acc)
+            pool, nonempty = _pool_matrix(layout, self.down_factor, pool_weight, valid, acc)
             k, v = (torch.cat([x, pool[:, None] @ x], 2) for x in (k, v))
             on_grid = torch.tensor([place is not None for place in places], device=q.device)
             visible = torch.cat([visible, on_grid[:, None] & nonempty[:, None, None, :]], -1)
@@ -228,11 +195,13 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
     def from_controls(cls, values: Mapping[str, Any], axes: int) -> dict[str, Any]:
         return {"radius": join_axes(values, "radius", axes)}
 
-    def _scale(self, layout: TokenLayout, scale: float, query: Tensor) -> float:
+    def _scaled(self, inputs: AttentionInputs) -> AttentionInputs:
+        """The inputs with the high-resolution scale, if ``train_tokens`` asks for it."""
         if self.train_tokens is None:
-            return scale
-        pooled = _n_pooled(layout, self.down_factor) > 0
-        return _resolution_scale(layout, self.train_tokens, pooled, query.shape[-1])
+            return inputs
+        pooled = _n_pooled(inputs.layout, self.down_factor) > 0
+        scale = _resolution_scale(inputs.layout, self.train_tokens, pooled, inputs.query.shape[-1])
+        return inputs._replace(scale=scale)
 
 
 clear_attention = attention_function(CLEARAttnProcessor)
@@ -325,15 +294,9 @@ def _pool(x: Tensor, weights: Tensor, layout: TokenLayout) -> Tensor:
     return (tiles.to(weights.dtype) * weights[:, None, None]).sum(-1).transpose(-1, -2).to(x.dtype)
 
 
-def _pooled_tokens(
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    pool_weight: Tensor | None,
-    layout: TokenLayout,
-    down_factor: int,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _pooled_tokens(inputs: AttentionInputs, down_factor: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Pooled keys and values, and the mask of those with a valid token (None: all)."""
+    _, key, value, key_mask, (pool_weight,), layout, _ = inputs
     if not _n_pooled(layout, down_factor):
         return None
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)

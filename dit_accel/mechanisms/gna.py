@@ -23,6 +23,7 @@ from ._common import (
     zero_masked,
 )
 from ._controls import Control
+from ._inputs import AttentionInputs
 from ._windows import window_attention, window_attention_backward
 from ._workloads import HUNYUAN_720P, Workload
 from .backend import BACKENDS
@@ -114,46 +115,14 @@ class GNAAttnProcessor(AcceleratedAttnProcessor):
         geometries = [axis.geometry() for axis in self._axes(layout)]
         return math.prod(float((g.last - g.first + 1).sum()) for g in geometries) + global_logits(layout)
 
-    def compute(
-        self,
-        backend: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Any:
-        return window_attention(backend, query, key, value, key_mask, self._axes(layout), 1.0, layout, scale)
+    def compute(self, backend: str, inputs: AttentionInputs) -> Any:
+        return window_attention(backend, inputs, self._axes(inputs.layout), 1.0)
 
-    def backward(
-        self,
-        grad: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Sequence[Tensor]:
-        axes = self._axes(layout)
-        return window_attention_backward(grad, out, lse, query, key, value, key_mask, axes, 1.0, layout, scale)[:3]
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, inputs: AttentionInputs) -> Sequence[Tensor]:
+        return window_attention_backward(grad, out, lse, inputs, self._axes(inputs.layout), 1.0)[:3]
 
-    def dense_reference(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: TokenLayout,
-        *,
-        key_mask: Tensor | None = None,
-        scale: float,
-        **learned: Tensor | None,
-    ) -> Tensor:
+    def dense_reference(self, inputs: AttentionInputs) -> Tensor:
+        query, key, value, key_mask, _, layout, scale = inputs
         grid_visible = torch.ones(1, 1, dtype=torch.bool)
         for n, w, s, d, causal in self._by_axis(layout):
             along = torch.tensor([[_is_visible(x, y, n, w, s, d, causal) for y in range(n)] for x in range(n)])

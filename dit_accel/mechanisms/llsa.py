@@ -24,6 +24,7 @@ from ._common import (
     zero_masked,
 )
 from ._controls import Control
+from ._inputs import AttentionInputs
 from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
 from ._tree import Level, default_levels, level_grids, make_tree, tile_shapes
 from ._workloads import Workload
@@ -109,49 +110,16 @@ class LLSAAttnProcessor(AcceleratedAttnProcessor):
         keys += sizes[levels] if self.enrich else 0
         return keys * layout.grid_len + global_logits(layout)
 
-    def compute(
-        self,
-        backend: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Any:
+    def compute(self, backend: str, inputs: AttentionInputs) -> Any:
         if backend == "triton":
-            return llsa_attention_triton(query, key, value, key_mask, layout=layout, scale=scale, **self._options)
-        return _compute_torch(query, key, value, key_mask, layout, scale, self)
+            return llsa_attention_triton(inputs, self)
+        return _compute_torch(inputs, self)
 
-    def backward(
-        self,
-        grad: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Sequence[Tensor]:
-        return llsa_attention_triton_backward(
-            grad, out, lse, query, key, value, key_mask, layout=layout, scale=scale, **self._options
-        )
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, inputs: AttentionInputs) -> Sequence[Tensor]:
+        return llsa_attention_triton_backward(grad, out, lse, inputs, self)
 
-    def dense_reference(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: TokenLayout,
-        *,
-        key_mask: Tensor | None = None,
-        scale: float,
-        **learned: Tensor | None,
-    ) -> Tensor:
+    def dense_reference(self, inputs: AttentionInputs) -> Tensor:
+        query, key, value, key_mask, _, layout, scale = inputs
         levels = self._n_levels(layout)
         acc = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
@@ -265,15 +233,8 @@ def _select(
     return kept, candidates
 
 
-def _compute_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    layout: TokenLayout,
-    scale: float,
-    options: LLSAAttnProcessor,
-) -> Tensor:
+def _compute_torch(inputs: AttentionInputs, options: LLSAAttnProcessor) -> Tensor:
+    query, key, value, key_mask, _, layout, scale = inputs
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
     levels = options._n_levels(layout)
     tree = make_tree(layout.grid, options.block_size, levels, query.device)

@@ -19,6 +19,7 @@ from ..common.choices import Recipe
 from ..layout import TokenLayout
 from ._common import check_layout_and_scale, check_number, check_tensors, flat_layout
 from ._controls import Control, option_controls
+from ._inputs import AttentionInputs
 from ._operator import check_no_tangents
 from ._options import OperatorOption, operator_arguments, option_fields, to_hashable
 from ._workloads import Workload
@@ -125,58 +126,22 @@ class AcceleratedAttnProcessor:
         """Return the logits per batch element and head, global tokens included; dense would be ``seq_len ** 2``."""
         raise NotImplementedError(f"{type(self).__name__} does not define count_logits")
 
-    def compute(
-        self,
-        backend: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Any:
+    def compute(self, backend: str, inputs: AttentionInputs) -> Any:
         """Return the output (B, H, S, D), and for ``backward_backends`` also the log-sum-exp (B, H, S) float32.
 
         Runs inside a torch operator, with options that :meth:`fit` has capped to the layout if a model calls it.
 
-        Args:
-            backend: one of ``backends``. "torch" must be differentiable; without a backward pass of its own, another
-                backend is differentiated through it.
-            query, key, value: (B, H, S, D), one dtype and device, any strides.
-            key_mask: (B, S) bool, True = attend; masked keys may hold NaN.
-            learned: the learned tensors, each None if it is not given.
+        Args: backend: one of ``backends``. "torch" must be differentiable; without a backward pass of its own, another
+            backend is differentiated through it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define compute")
 
-    def backward(
-        self,
-        grad: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Sequence[Tensor]:
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, inputs: AttentionInputs) -> Sequence[Tensor]:
         """Return the gradients of query, key, value and of the learned tensors that are given; for
         ``backward_backends``."""
         raise NotImplementedError(f"{type(self).__name__} does not define backward")
 
-    def dense_reference(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: TokenLayout,
-        *,
-        key_mask: Tensor | None = None,
-        scale: float,
-        **learned: Tensor | None,
-    ) -> Tensor:
+    def dense_reference(self, inputs: AttentionInputs) -> Tensor:
         """Return the output through the full (S, S) weights: slow; the specification, for tests and drawings."""
         raise NotImplementedError(f"{type(self).__name__} does not define dense_reference")
 

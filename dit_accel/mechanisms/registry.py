@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..layout import TokenLayout
 from ._common import check_learned, flat_layout
+from ._inputs import AttentionInputs
 from ._operator import define_operator
 from ._options import check_names, operator_arguments, operator_options, option_fields, to_hashable
 from .processor import AcceleratedAttnProcessor
@@ -151,8 +152,10 @@ def reference_function(kind: type[AcceleratedAttnProcessor]) -> Callable[..., Te
         learned = {name: given.pop(name) for name in kind.learned if name in given}
         processor = kind(**given)
         return processor.dense_reference(
-            query, key, value, flat_layout(layout, query), key_mask=key_mask,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale, **learned,
+            AttentionInputs(
+                query, key, value, key_mask, tuple(learned.get(name) for name in kind.learned),
+                flat_layout(layout, query), query.shape[-1] ** -0.5 if scale is None else scale,
+            )
         )  # fmt: skip
 
     _document(reference, kind, f"{kind.name}_reference", with_backend=False)

@@ -26,6 +26,7 @@ from ._common import (
     zero_masked,
 )
 from ._controls import Control
+from ._inputs import AttentionInputs
 from ._sla_flex import critical_by_flex
 from ._sla_triton import sla_attention_triton, sla_attention_triton_backward
 from ._workloads import HUNYUAN_720P, WAN_480P, WAN_720P, Workload
@@ -136,54 +137,17 @@ class SLAAttnProcessor(AcceleratedAttnProcessor):
         share = _n_critical(self.critical, n_blocks) / n_blocks
         return share * layout.grid_len**2 + global_logits(layout)
 
-    def compute(
-        self,
-        backend: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Any:
-        weight, bias = learned
+    def compute(self, backend: str, inputs: AttentionInputs) -> Any:
         if backend == "triton":
-            return sla_attention_triton(
-                query, key, value, key_mask, weight, bias, layout=layout, scale=scale, options=self
-            )
+            return sla_attention_triton(inputs, self)
         critical_part = critical_by_flex if backend == "flex" else _critical_by_tiles
-        return _compute(critical_part, query, key, value, key_mask, weight, bias, layout, scale, self)
+        return _compute(critical_part, inputs, self)
 
-    def backward(
-        self,
-        grad: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *learned: Tensor | None,
-        layout: TokenLayout,
-        scale: float,
-    ) -> Sequence[Tensor]:
-        return sla_attention_triton_backward(
-            grad, out, lse, query, key, value, key_mask, *learned, layout=layout, scale=scale, options=self
-        )
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, inputs: AttentionInputs) -> Sequence[Tensor]:
+        return sla_attention_triton_backward(grad, out, lse, inputs, self)
 
-    def dense_reference(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: TokenLayout,
-        *,
-        key_mask: Tensor | None = None,
-        scale: float,
-        **learned: Tensor | None,
-    ) -> Tensor:
-        weight, bias = learned.get("weight"), learned.get("bias")
+    def dense_reference(self, inputs: AttentionInputs) -> Tensor:
+        query, key, value, key_mask, (weight, bias), layout, scale = inputs
         acc = _acc(query)
         q, k, v = (x.to(acc) for x in (query, zero_masked(key, key_mask), zero_masked(value, key_mask)))
         q_blocks, k_blocks = (_block_lists(layout, size, self.tile_order) for size in (self.block_q, self.block_kv))
@@ -275,20 +239,10 @@ def _blocks(layout: TokenLayout, block: int, tile_order: bool, device: torch.dev
     return box_blocks((layout.grid_len,), (block,), device)
 
 
-def _compute(
-    critical_part: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layout: TokenLayout,
-    scale: float,
-    options: SLAAttnProcessor,
-) -> Tensor:
+def _compute(critical_part: Callable[..., Tensor], inputs: AttentionInputs, options: SLAAttnProcessor) -> Tensor:
     """SLA with selection and linear branch in plain torch; ``critical_part`` computes the softmax over the critical
     blocks."""
+    query, key, value, key_mask, (weight, bias), layout, scale = inputs
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
     q_table, place = _blocks(layout, options.block_q, options.tile_order, query.device)
     k_table, _ = _blocks(layout, options.block_kv, options.tile_order, query.device)

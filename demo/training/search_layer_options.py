@@ -34,62 +34,48 @@ from dit_accel.conversion.recipes.capture import merge
 from dit_accel.conversion.recipes.noise import noise_process
 from dit_accel.install.installation import denoisers, installed_layers, reset_attn_processor, set_by_layer
 from dit_accel.layout import TokenLayout
-from dit_accel.mechanisms.attn_spec import AttentionSpec, parse_attention
+from dit_accel.mechanisms.attn_spec import AttentionSpec, join_options, parse_attention
+from dit_accel.mechanisms.processor import AcceleratedAttnProcessor
+from dit_accel.mechanisms.registry import PROCESSORS
 
 __all__ = ["Options", "Search"]
 
 LEVELS = (0.0625, 0.25, 0.5, 0.75, 0.9375)
-_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 20, 24, 32, 48)
-_SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.26, 0.3, 0.36, 0.44)
-_TOPK = (2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 76)
-_BLOCKS = ("block_size=8,levels=2", "block_size=16,levels=1", "block_size=32,levels=1")
-
 Choice = tuple[int, ...]  # index into each axis of the options
 
 
 class Options:
-    """Search space of one layer: axes of values, and conversion of a choice to text."""
+    """Search space of one layer: axes of values, and conversion of a choice to text.
+
+    Raises: ValueError: a mechanism whose options cannot be searched.
+    """
 
     def __init__(self, name: str, grid: Sequence[int]) -> None:
-        self.name = name
-        if name == "sla":
-            self.axes: list[list[Any]] = [list(_SHARES)]
-        elif name == "llsa":
-            self.axes = [list(_TOPK), list(_BLOCKS)]
-        else:
-            self.axes = [[*(size for size in _SIZES if size < length), length] for length in grid]
+        space = PROCESSORS[name].search_space(grid)
+        if space is None:
+            raise ValueError(f"{name}: the mechanism has no search_space, so its options cannot be searched")
+        self.name, self.space, self.axes = name, space, space.axes
+
+    def processor(self, choice: Choice) -> AcceleratedAttnProcessor:
+        return PROCESSORS[self.name](**self._chosen(choice))
 
     def text(self, choice: Choice) -> str:
-        values = [axis[i] for axis, i in zip(self.axes, choice, strict=True)]
-        if self.name == "sla":
-            return f"critical={values[0]},block_q=8,block_kv=8,tile_order=true"
-        if self.name == "llsa":
-            return f"{values[1]},topk={values[0]}"
-        if self.name == "gna":
-            return "window=" + "x".join(map(str, values))
-        # half of a window of this size; 4 × the axis if it is covered entirely, so that it does not narrow the others
-        radii = [4 * size if size == axis[-1] else (size + 1) / 2 for size, axis in zip(values, self.axes, strict=True)]
-        return "radius=" + "x".join(f"{radius:g}" for radius in radii)
+        return join_options(self._chosen(choice))
 
-    def choice(self, processor: Any) -> Choice:
+    def _chosen(self, choice: Choice) -> dict[str, Any]:
+        return self.space.to_options(*(axis[i] for axis, i in zip(self.axes, choice, strict=True)))
+
+    def choice(self, processor: AcceleratedAttnProcessor) -> Choice:
         """Choice nearest to a processor's options.
 
         Raises: ValueError: options outside the search space differ from those of the search.
         """
-        if self.name == "sla":
-            values: list[Any] = [processor.critical]
-        elif self.name == "llsa":
-            values = [processor.topk, f"block_size={processor.block_size},levels={processor.levels}"]
-        elif self.name == "gna":
-            values = self._by_axis(processor.window)
-        else:
-            values = [2 * radius - 1 for radius in self._by_axis(processor.radius)]
+        values = self.space.from_processor(processor)
         choice = tuple(
-            min(range(len(axis)), key=lambda i: axis[i] != value if isinstance(value, str) else abs(axis[i] - value))
+            min(range(len(axis)), key=lambda i: axis[i] != value if isinstance(value, tuple) else abs(axis[i] - value))
             for axis, value in zip(self.axes, values, strict=True)
         )
-        nearest = parse_attention(f"{self.name}:{self.text(choice)}").processor()
-        searched = {"sla": "critical", "llsa": "topk", "gna": "window", "clear": "radius"}[self.name]
+        nearest, searched = self.processor(choice), self.space.option
         changed = replace(processor, **{searched: getattr(nearest, searched)})
         if changed != nearest:
             raise ValueError(
@@ -97,9 +83,6 @@ class Options:
                 f"{changed}"
             )
         return choice
-
-    def _by_axis(self, value: Any) -> list[Any]:
-        return list(value) if isinstance(value, tuple) else [value] * len(self.axes)
 
     def neighbour(self, choice: Choice, rng: random.Random) -> Choice:
         """Random neighbour of a choice: one or two axes changed by at most three steps."""
@@ -161,8 +144,7 @@ class Search:
     def _cost(self, choice: Choice, layout: TokenLayout) -> float:
         """Share of the logits in one layer."""
         if (choice, layout) not in self.shares:
-            processor = parse_attention(f"{self.name}:{self.options.text(choice)}").processor()
-            self.shares[choice, layout] = processor.layer_logits(layout) / layout.seq_len**2
+            self.shares[choice, layout] = self.options.processor(choice).layer_logits(layout) / layout.seq_len**2
         return self.shares[choice, layout]
 
     def cost(self, choices: Mapping[str, Choice]) -> float:

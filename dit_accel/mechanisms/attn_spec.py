@@ -17,7 +17,15 @@ from ._options import members_of
 from .processor import AcceleratedAttnProcessor
 from .registry import PROCESSORS, find_processor, untrained_mechanisms
 
-__all__ = ["AttentionSpec", "ByLayer", "attention_help", "parse_attention", "parse_student", "short_options"]
+__all__ = [
+    "AttentionSpec",
+    "ByLayer",
+    "attention_help",
+    "join_options",
+    "parse_attention",
+    "parse_student",
+    "short_options",
+]
 
 ByLayer = tuple[tuple[str | None, AcceleratedAttnProcessor], ...]  # (layers, processor); None: all layers
 
@@ -214,7 +222,10 @@ def parse_student(text: str) -> AttentionSpec | str:
 def attention_help() -> str:
     """Help for ``--attn``: format, mechanisms and the options of bare names, from the registry."""
     suggested = {name: PROCESSORS[name].suggest((64, 64)) for name in untrained_mechanisms()}
-    bare = [f"{name}:{_join(options)}" if options else f"{name} (its defaults)" for name, options in suggested.items()]
+    bare = [
+        f"{name}:{join_options(options)}" if options else f"{name} (its defaults)"
+        for name, options in suggested.items()
+    ]
     return (
         "Attention to compare with dense: NAME, NAME:key=value,key=value, a .yaml file with options per layer, or the "
         f"folder, file or hub id of trained attention. Repeatable; default {', '.join(untrained_mechanisms())}. The "
@@ -225,7 +236,8 @@ def attention_help() -> str:
     )
 
 
-def _join(options: Mapping[str, Any]) -> str:
+def join_options(options: Mapping[str, Any]) -> str:
+    """Options in command-line format."""
     return ",".join(f"{name}={_format(value)}" for name, value in options.items())
 
 
@@ -235,7 +247,7 @@ def short_options(processor: AcceleratedAttnProcessor) -> str:
     leading = list(own)[:2]
     changed = [field.name for field in fields(processor) if getattr(processor, field.name) != field.default]
     names = leading + [name for name in changed if name not in leading]
-    return _join({name: getattr(processor, name) for name in names})
+    return join_options({name: getattr(processor, name) for name in names})
 
 
 def _format(value: Any) -> str:

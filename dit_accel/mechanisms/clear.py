@@ -29,6 +29,7 @@ from ._common import (
 from ._controls import Control, join_axes
 from ._inputs import AttentionInputs
 from ._operator import autograd_inside_op
+from ._search import SearchSpace, axis_sizes
 from ._windows import window_attention, window_attention_backward
 from ._workloads import FLUX_4096, Workload
 from .backend import BACKENDS
@@ -180,6 +181,19 @@ class CLEARAttnProcessor(AcceleratedAttnProcessor):
     @classmethod
     def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
         return {**options, "radius": options["radius"] / 4}
+
+    @classmethod
+    def search_space(cls, grid: Sequence[int]) -> SearchSpace:
+        """Half of a window of each size; four times an axis that it covers, so that it does not narrow the others."""
+        axes = axis_sizes(grid)
+
+        def to_options(*sizes: int) -> dict[str, Any]:
+            radii = (4 * n if n == axis[-1] else (n + 1) / 2 for n, axis in zip(sizes, axes, strict=True))
+            return {"radius": tuple(map(float, radii))}
+
+        return SearchSpace(
+            "radius", axes, to_options, lambda own: [2 * radius - 1 for radius in repeated(own.radius, len(axes))]
+        )
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

@@ -24,6 +24,7 @@ from ._common import (
 )
 from ._controls import Control
 from ._inputs import AttentionInputs
+from ._search import SearchSpace, axis_sizes
 from ._windows import window_attention, window_attention_backward
 from ._workloads import HUNYUAN_720P, Workload
 from .backend import BACKENDS
@@ -150,6 +151,11 @@ class GNAAttnProcessor(AcceleratedAttnProcessor):
     @classmethod
     def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
         return {"window": tuple(n // 2 for n in grid), "stride": tuple(n // 4 for n in grid)}
+
+    @classmethod
+    def search_space(cls, grid: Sequence[int]) -> SearchSpace:
+        axes = axis_sizes(grid)
+        return SearchSpace("window", axes, lambda *size: {"window": size}, lambda own: repeated(own.window, len(axes)))
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

@@ -26,6 +26,7 @@ from ._common import (
 from ._controls import Control
 from ._inputs import AttentionInputs
 from ._llsa_triton import llsa_attention_triton, llsa_attention_triton_backward
+from ._search import SearchSpace
 from ._tree import Level, default_levels, level_grids, make_tree, tile_shapes
 from ._workloads import Workload
 from .processor import AcceleratedAttnProcessor
@@ -167,6 +168,16 @@ class LLSAAttnProcessor(AcceleratedAttnProcessor):
     @classmethod
     def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
         return {**options, "block_size": 4, "topk": 2}
+
+    @classmethod
+    def search_space(cls, grid: Sequence[int]) -> SearchSpace:
+        kept = (2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 76)
+        return SearchSpace(
+            "topk",
+            (kept, ((8, 2), (16, 1), (32, 1))),
+            lambda topk, tree: {"block_size": tree[0], "levels": tree[1], "topk": topk},
+            lambda own: [own.topk, (own.block_size, own.levels)],
+        )
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

@@ -22,6 +22,7 @@ from ._controls import Control, option_controls
 from ._inputs import AttentionInputs
 from ._operator import check_no_tangents
 from ._options import OperatorOption, operator_arguments, option_fields, to_hashable
+from ._search import SearchSpace
 from ._workloads import Workload
 from .backend import check_backend
 
@@ -176,6 +177,11 @@ class AcceleratedAttnProcessor:
     def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
         """Return the options of a workload for a grid of a few tokens, to test that it runs."""
         return dict(options)
+
+    @classmethod
+    def search_space(cls, grid: Sequence[int]) -> SearchSpace | None:
+        """Return the options that a search by layer varies on a grid; None = they cannot be searched."""
+        return None
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

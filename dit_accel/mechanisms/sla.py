@@ -27,6 +27,7 @@ from ._common import (
 )
 from ._controls import Control
 from ._inputs import AttentionInputs
+from ._search import SearchSpace
 from ._sla_flex import critical_by_flex
 from ._sla_triton import sla_attention_triton, sla_attention_triton_backward
 from ._workloads import HUNYUAN_720P, WAN_480P, WAN_720P, Workload
@@ -212,6 +213,14 @@ class SLAAttnProcessor(AcceleratedAttnProcessor):
     @classmethod
     def tiny_options(cls, options: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
         return {**options, "block_q": 32, "block_kv": 16, "critical": 0.25}
+
+    @classmethod
+    def search_space(cls, grid: Sequence[int]) -> SearchSpace:
+        shares = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.26, 0.3, 0.36, 0.44)
+        blocks = {"block_q": 8, "block_kv": 8, "tile_order": True}
+        return SearchSpace(
+            "critical", (shares,), lambda share: {"critical": share, **blocks}, lambda own: [own.critical]
+        )
 
     @classmethod
     def controls(cls, grid: Sequence[int]) -> tuple[Control, ...]:

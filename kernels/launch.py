@@ -22,7 +22,7 @@ __all__ = [
     "shared_memory",
 ]
 
-Boxes = tuple[TensorDescriptor, TensorDescriptor, int]
+Boxes = tuple[TensorDescriptor, TensorDescriptor, str]
 
 HOPPER_SHARED = 227 * 1024
 
@@ -89,7 +89,7 @@ def next_pow2_min16(n: int) -> int:
 
 def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int, rows: int | None = None) -> Boxes | None:
     """Tensor descriptors that load tiles of the grid's keys and values, and the BOXES mode of
-    ``tiling_triton.load_box``.
+    ``tiling_kernel.load_box``: whether batch elements and heads are "one axis" or "two axes".
 
     None if tiles must be loaded by pointers: a descriptor has at most five axes, strides in multiples of 16 bytes, and
     blocks of powers of two. (It cannot skip masked rows either, which may contain NaN.) ``rows``: tokens per load.
@@ -117,7 +117,7 @@ def box_descriptors(key: Tensor, value: Tensor, tiling: Tiling, before: int, row
         if any(s * x.element_size() % 16 for s in strides[:-1]) or base.data_ptr() % 16:
             return None
         found.append(TensorDescriptor(base, list(shape), list(strides), list(box)))
-    return found[0], found[1], 1 if in_one else 2
+    return found[0], found[1], "one axis" if in_one else "two axes"
 
 
 def _first_rows(box: tuple[int, int, int], rows: int) -> tuple[int, ...]:

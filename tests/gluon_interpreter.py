@@ -8,6 +8,7 @@ of bounds; not rounding, layouts or races.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import types
 from typing import Any
@@ -229,15 +230,24 @@ class Interpreted:
         def launch(*arguments: Any, **options: Any) -> None:
             self.launches += 1
             options.pop("num_warps")
-            given = [Pointer(_numpy(memory_of(x))) if isinstance(x, torch.Tensor) else x for x in arguments]
+            given = _pointers(arguments)
             for program in range(run.programs):
                 run.program = program
                 names[self.kernel.fn.__name__](*given, **options)
-            for x, pointer in list(zip(arguments, given, strict=True))[9:11]:  # output and log-sum-exp
-                if x is not None:
+            place = list(inspect.signature(self.kernel.fn).parameters).index("output")
+            for x, pointer in zip(arguments[place], given[place], strict=True):
+                if isinstance(x, torch.Tensor):
                     memory_of(x).copy_(torch.from_numpy(pointer.memory))
 
         return launch
+
+
+def _pointers(x: Any) -> Any:
+    """Pointers instead of tensors, in groups of arguments as well."""
+    if isinstance(x, tuple):
+        parts = map(_pointers, x)
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return Pointer(_numpy(memory_of(x))) if isinstance(x, torch.Tensor) else x
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:

@@ -145,7 +145,7 @@ def test_busy_machine_gives_a_warning():
     for row, share in zip(rows, (0.1, 0.5, 0.6, 1, 1, 1), strict=True):
         row["cpu_share"] = share
     result = Speed(Plan(), CPU, FLOAT, rows)
-    assert "got 55% of the available processor time" in result.sentences()[-1]
+    assert "got 55 % of the available processor time" in result.sentences()[-1]
     assert result.content()["processor_share"] == pytest.approx(0.55)
     for row in rows:
         row["cpu_share"] = 0.95

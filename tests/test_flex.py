@@ -90,11 +90,11 @@ def test_block_mask_marks_the_plans_tiles():
     mask = flex_mask(plan, (1024, 1024)).block_mask
     assert mask.BLOCK_SIZE == (64, 64)
     dense = torch.zeros(plan.q.n_tiles, plan.kv.n_tiles, dtype=torch.int)
-    for tile, (n, listed) in enumerate(zip(plan.n_tiles[0].tolist(), plan.tiles[0].tolist(), strict=True)):
+    for tile, (n, listed) in enumerate(zip(plan.kv_counts[0].tolist(), plan.kv_indices[0].tolist(), strict=True)):
         dense[tile, listed[:n]] = 1
     assert torch.equal(mask.to_dense()[0, 0], dense)
     full = mask.full_kv_num_blocks
-    assert full is not None and torch.equal(full[0, 0], plan.n_full[0])
+    assert full is not None and torch.equal(full[0, 0], plan.full_kv_counts[0])
 
 
 def learned(given):
@@ -216,7 +216,7 @@ def test_unsupported_flex_inputs_are_refused():
     assert flex_mask(plan, (64, 64), heads=3).block_mask.shape == (2, 3, 64, 64)
     window = window_plan((NeighborhoodAxis(64, 9, 1, 1, False),), 1.0, 32, 32, torch.device("cpu"))
     with pytest.raises(ValueError, match="mask of a window: make one plan for each"):
-        flex_mask(BlockPlan(tiling, tiling, plan.tiles, None, ones, window.mask), (64, 64), heads=3)
+        flex_mask(BlockPlan(tiling, tiling, plan.kv_indices, None, ones, window.mask), (64, 64), heads=3)
     with pytest.raises(ValueError, match=r"got float64: convert .* or choose backend"):
         check_compiled(torch.float64, 64)
     with pytest.raises(ValueError, match="head dims from 16, got 8: pad"):

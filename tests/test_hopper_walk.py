@@ -31,8 +31,8 @@ def tile_indices(tiling):
 def mask_of_plan(plan):
     """Mask (1 or G, queries, keys) of a plan on the grid."""
     if plan.mask is None:
-        shown = torch.zeros(len(plan.tiles), plan.q.n_tiles, plan.kv.n_tiles, dtype=torch.bool)
-        shown.scatter_(2, plan.tiles.long(), True)
+        shown = torch.zeros(len(plan.kv_indices), plan.q.n_tiles, plan.kv.n_tiles, dtype=torch.bool)
+        shown.scatter_(2, plan.kv_indices.long(), True)
         return shown[:, tile_indices(plan.q)][:, :, tile_indices(plan.kv)]
     q, k = positions_of(plan.q.grid), positions_of(plan.kv.grid)
     visible, cost = torch.ones(len(q), len(k), dtype=torch.bool), torch.zeros(len(q), len(k))

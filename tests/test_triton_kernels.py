@@ -144,7 +144,7 @@ def test_strided_lists_states_and_sums_are_refused():
         return plan, out, lse
 
     plan, out, lse = attend()
-    for name, wrong in (("tiles", {"lists": lists.mT}), ("n_tiles", {"counts": counts[:, :1].expand(-1, 4)}),
+    for name, wrong in (("kv_indices", {"lists": lists.mT}), ("kv_counts", {"counts": counts[:, :1].expand(-1, 4)}),
                         ("state", {"state": state.mT}), ("norm", {"norm": norm.mT.contiguous().mT})):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name} must be contiguous"):
             attend(**wrong)
@@ -153,7 +153,7 @@ def test_strided_lists_states_and_sums_are_refused():
     with pytest.raises(ValueError, match="key and value must have the same strides"):
         added = (out, x, x.mT.contiguous().mT)
         block_sparse_attention_backward(out, out, lse, x, x, x, plan, scale=0.2, added=added)
-    with pytest.raises(ValueError, match=r"^tiles must be contiguous"):
+    with pytest.raises(ValueError, match=r"^kv_indices must be contiguous"):
         wrong = BlockPlan(tiling, tiling, lists.mT, None, counts)
         block_sparse_attention_backward(out, out, lse, x, x, x, wrong, scale=0.2)
 
@@ -185,14 +185,14 @@ def test_describe_counts_tiles_exactly_for_aligned_windows():
     axes = tuple(NeighborhoodAxis(*x, 1, False) for x in ((30, 18, 16), (48, 24, 8), (80, 24, 8)))
     plan = window_plan(axes, 1.0, 128, 64, torch.device("cpu"))
     assert "query tiles 2×8×8" in plan.describe() and "9.00% of the logits" in plan.describe()
-    assert plan.all_full and int(plan.n_tiles.sum()) * 128 * 64 == 115200 * 18 * 24 * 24
+    assert plan.all_full and int(plan.kv_counts.sum()) * 128 * 64 == 115200 * 18 * 24 * 24
 
 
 def test_lists_of_all_query_tiles_cover_their_balls():
     plan = window_plan((BallAxis(21, 5, 1.0), BallAxis(30, 5, 1.0)), 25.0, 64, 16, torch.device("cpu"))
     visited = set()
     for tile in range(plan.q.n_tiles):
-        listed = plan.tiles[0, tile, : plan.n_tiles[0, tile]].tolist()
+        listed = plan.kv_indices[0, tile, : plan.kv_counts[0, tile]].tolist()
         assert len(set(listed)) == len(listed)
         visited |= {(tile, other) for other in listed}
 
@@ -218,9 +218,9 @@ def test_tiles_counted_as_full_lie_inside_the_ball():
         ranges = [range(i * s, min(i * s + s, g)) for i, s, g in zip(divmod(tile, n), sides, (21, 30), strict=True)]
         return torch.cartesian_prod(*map(torch.tensor, ranges)).double()
 
-    assert 0 < plan.n_full.sum() < plan.n_tiles.sum()
-    for tile, n_full in enumerate(plan.n_full[0].tolist()):
-        for listed in plan.tiles[0, tile, :n_full].tolist():
+    assert 0 < plan.full_kv_counts.sum() < plan.kv_counts.sum()
+    for tile, n_full in enumerate(plan.full_kv_counts[0].tolist()):
+        for listed in plan.kv_indices[0, tile, :n_full].tolist():
             assert (torch.cdist(cells(plan.q, tile), cells(plan.kv, listed)) < 12).all()
 
 

@@ -38,6 +38,7 @@ _UNTRAINED = (
 
 CSS = """
 .at-the-bottom { align-self: end }
+.gradio-container input[role=combobox] { text-overflow: ellipsis; padding-right: 1.5rem }  /* on narrow screens */
 #compare-code .cm-gutters { display: none }  /* empty, but keeps the height that it had before the code was shown */
 #compare-figures table { width: 100%; border-collapse: collapse }
 #compare-figures :is(table, thead, tbody, tr) { border: 0 !important }

@@ -23,7 +23,7 @@ __all__ = ["build"]
 
 _INTRODUCTION = (
     "The pipeline draws with dense attention, and its queries and keys are recorded. Click on a place in the picture "
-    "to see which places it attends to under dense attention, and under a mechanism."
+    "to see which tokens it attends to under dense attention and under a mechanism."
 )
 _IDLE = "Press Draw, then click on the picture."
 _READY = "Click on a place in one of the three pictures, or set it with the sliders below them."

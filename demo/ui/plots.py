@@ -139,7 +139,7 @@ def coverage_figure(
         axes.axhline(100 * found[0].logits, color=_PLACE, linestyle="--", linewidth=1.2, label="uniform attention")
     axes.bar(0, 0, color=colour, label=f"covered by {label_of(name)}")
     if any(one.on_global > 0.005 for one in found):
-        axes.bar(0, 0, color="none", edgecolor=_INK, hatch="////", label="thereof on text", linewidth=0)
+        axes.bar(0, 0, color="none", edgecolor=_INK, hatch="////", label="of which on text", linewidth=0)
     axes.set_xticks(list(places), [str(place + 1) for place in places])
     axes.set_ylim(0, 108)
     axes.xaxis.set_major_locator(MaxNLocator(30, integer=True)) if len(layers) > 30 else None

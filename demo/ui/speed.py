@@ -278,7 +278,8 @@ class Speed:
 
     def _subtitle(self) -> str:
         machine = self.about["machine"]
-        threads = f", {machine['threads']} threads" if self.device.type == "cpu" else ""
+        count = machine["threads"]
+        threads = f", {count} thread{'s' if count > 1 else ''}" if self.device.type == "cpu" else ""
         heads = f"{self.plan.heads} head{'s' if self.plan.heads > 1 else ''} of {self.plan.head_dim}"
         return f"{machine['device_name']}{threads} · {machine['dtype']} · {heads} · {self.plan.kind} grid"
 
@@ -300,7 +301,7 @@ class Speed:
             return []
         return [
             f"Do not rely on these times: other processes kept this machine busy. Dense attention's threads got "
-            f"{share:.0%} of the available processor time."
+            f"{100 * share:.0f} % of the available processor time."
         ]
 
     def content(self) -> dict[str, Any]:

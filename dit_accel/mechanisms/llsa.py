@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_linear.reference import gather_rows
-from dit_accel.kernels.block_sparse.reference import Rows, Tiles, tile_attention
+from dit_accel.kernels.block_sparse.reference import TileRows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
 
 from ._common import (
@@ -290,7 +290,7 @@ def _tiles(
     top = torch.arange(firsts[-1], firsts[-1] + sizes[-1], device=kept.device)
     everywhere = torch.cat([global_tokens, top]) if enrich else global_tokens
 
-    def rows(start: int, stop: int) -> Rows:
+    def rows(start: int, stop: int) -> TileRows:
         own = kept[:, start:stop]
         tokens = blocks[own] if whole else torch.where(own[..., None] < 0, -1, blocks[own.clamp(min=0)])
         lists = [(layout.before, tokens.flatten(2))]
@@ -298,8 +298,8 @@ def _tiles(
         places = [x + first if whole else torch.where(x < 0, -1, x + first) for first, x in lists]
         keys = torch.cat([*places, everywhere.expand(groups, stop - start, -1)], -1)
         if whole:
-            return Rows(queries[:, start:stop], keys, None)
-        return Rows(queries[:, start:stop], keys.clamp(min=0), (keys >= 0)[:, :, None])
+            return TileRows(queries[:, start:stop], keys, None)
+        return TileRows(queries[:, start:stop], keys.clamp(min=0), (keys >= 0)[:, :, None])
 
     block = blocks.shape[1]
     n_keys = kept.shape[2] * block + len(everywhere)

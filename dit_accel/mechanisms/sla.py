@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.block_linear.reference import FEATURE_MAPS, block_linear_sums, feature, gather_blocks
-from dit_accel.kernels.block_sparse.reference import Rows, Tiles, tile_attention
+from dit_accel.kernels.block_sparse.reference import TileRows, Tiles, tile_attention
 from dit_accel.layout import TokenLayout
 
 from ._boxes import box_blocks, box_shape
@@ -365,14 +365,14 @@ def _critical_tiles(
     groups = len(chosen)
     kept = kept.repeat_interleave(groups // len(kept), 0)[:, None, :, None]  # (B*H, 1, n, 1)
 
-    def rows(start: int, stop: int) -> Rows:
+    def rows(start: int, stop: int) -> TileRows:
         tokens = k_table[chosen[:, start:stop]]  # (B*H, tiles, n, block)
         keys = tokens.clamp(min=0).flatten(2) + layout.before
         keys = torch.cat([keys, global_tokens.expand(groups, stop - start, -1)], -1)
         if whole:
-            return Rows(queries[:, start:stop], keys, None)
+            return TileRows(queries[:, start:stop], keys, None)
         visible = F.pad(((tokens >= 0) & kept).flatten(2), (0, len(global_tokens)), value=True)
-        return Rows(queries[:, start:stop], keys, visible[:, :, None])
+        return TileRows(queries[:, start:stop], keys, visible[:, :, None])
 
     return Tiles(count=len(q_table), n_queries=q_table.shape[1], n_keys=n_keys + len(global_tokens), rows=rows)
 

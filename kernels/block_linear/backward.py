@@ -3,7 +3,7 @@
 Gradients of the queries and of the projection are computed per row; gradients of keys and values are computed from the
 gradients of the sums A and z.
 
-With the sums A = Σ φ(k)ᵀ v and z = Σ φ(k) of :mod:`block_linear_triton` without the projection, u = φ(q) A / t with
+With the sums A = Σ φ(k)ᵀ v and z = Σ φ(k) of ``forward.py`` without the projection, u = φ(q) A / t with
 t = φ(q)·z + eps, and g = dO W: dW = dOᵀ u, dA = Σ φ(q)ᵀ g / t, dz = -Σ φ(q) g·u / t.
 """
 
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import Tokens, mask_of, rows_of
 from ..launch import cdiv, check_contiguous, empty_rows, next_pow2_min16
-from ..selection.pool import mask_arguments
 from ..tiling import Tiling
+from .arguments import OfQueries, Static
 from .backward_kernel import linear_rows_bwd_kernel
 from .forward import EPSILON, LinearState, block_states, linear_state, marginal_states
 
@@ -71,7 +72,7 @@ def linear_backward(
     quotient = empty_rows(query, wide)
     d_total, delta = torch.zeros(2, batch, heads, length, device=query.device)
     state, norm = sums.state.flatten(0, -3), sums.norm.flatten(0, -2)
-    of_queries = (sums.eps, quotient, d_total, delta)
+    of_queries = OfQueries(sums.eps, quotient, d_total, delta)
     _launch_rows(query, g, state, norm, d_query, product, feature_map, q_tiling, before, None, of_queries)
     for rows in (slice(0, before), slice(before + n_grid, length)):
         if rows.start < rows.stop:
@@ -88,7 +89,8 @@ def linear_backward(
         state, norm, _ = marginal_states(turned, states, norms, q_tiling.volume, count)
     d_key, d_value = empty_rows(key), empty_rows(value)
     state, norm = state.flatten(0, -3), norm.flatten(0, -2)
-    _launch_rows(key, value, state, norm, d_key, d_value, feature_map, k_tiling, before, key_mask, None)
+    of_keys = OfQueries(None, None, None, None)
+    _launch_rows(key, value, state, norm, d_key, d_value, feature_map, k_tiling, before, key_mask, of_keys)
     return LinearGradients(d_query, d_key, d_value, d_weight, delta)
 
 
@@ -103,25 +105,23 @@ def _launch_rows(
     tiling: Tiling,
     before: int,
     key_mask: Tensor | None,
-    of_queries: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    of_queries: OfQueries,
 ) -> None:
     """Launch the kernel for queries or for keys; see there. state: (B*H or B*H*tiles, D, D)."""
     batch, heads, length, dim = x.shape
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
-    eps, quotient, d_total, delta = of_queries or (None,) * 4
-    check_contiguous(eps=eps, d_total=d_total, delta=delta)
-    block_m, block_e, num_warps = _rows_config(x.shape[-1], max(x.element_size(), state.element_size()))
-    block_d, block_m = next_pow2_min16(dim), min(block_m, next_pow2_min16(tiling.volume))
-    parts = cdiv(tiling.volume, block_m)
-    mask, mask_b, mask_s, has_key_mask = mask_arguments(key_mask, x)
-    linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * parts,)](
-        x, y, state.contiguous(), norm.contiguous(), eps, mask, d_x, product, quotient, d_total, delta,
-        *x.stride()[:3], *y.stride()[:3], *d_x.stride()[:3],
-        mask_b, mask_s, heads, tiling.n_tiles, length, before, *tiling.grid, *tiling.box,
-        PARTS=parts, D=dim, FEATURE_MAP=feature_map, OF_QUERIES=of_queries is not None,
-        BY_TILE=len(state) > batch * heads, HAS_KEY_MASK=has_key_mask,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d,
-        BLOCK_E=min(block_d, block_e), num_warps=num_warps, num_stages=1,
+    check_contiguous(eps=of_queries.eps, d_total=of_queries.d_total, delta=of_queries.delta)
+    block_n, block_e, num_warps = _rows_config(dim, max(x.element_size(), state.element_size()))
+    block_d, block_n = next_pow2_min16(dim), min(block_n, next_pow2_min16(tiling.volume))
+    static = Static(
+        D=dim, BLOCK_D=block_d, BLOCK_E=min(block_d, block_e), BLOCK_N=block_n, BOX=tiling.box,
+        PARTS=cdiv(tiling.volume, block_n), FEATURE_MAP=feature_map, BY_TILE=len(state) > batch * heads,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    linear_rows_bwd_kernel[(batch * heads * tiling.n_tiles * static.PARTS,)](
+        rows_of(x), rows_of(y), state.contiguous(), norm.contiguous(), rows_of(d_x), product, of_queries,
+        mask_of(key_mask), heads, tiling.n_tiles, Tokens(length, before, *tiling.grid), S=static, num_warps=num_warps,
+        num_stages=1,
     )  # fmt: skip
 
 

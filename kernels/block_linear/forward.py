@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..arguments import Tokens, mask_of, rows_of
 from ..launch import (
     HOPPER_SHARED,
     Boxes,
@@ -20,12 +21,12 @@ from ..launch import (
     cdiv,
     check_contiguous,
     exact_products,
-    next_power_of_2,
+    next_pow2_min16,
     register_limit,
     shared_memory,
 )
-from ..selection.pool import mask_arguments
 from ..tiling import Tiling
+from .arguments import Static
 from .forward_kernel import block_state_fwd_kernel, finish_state_fwd_kernel, marginal_norm_fwd_kernel
 
 __all__ = [
@@ -117,29 +118,12 @@ def _finish_state(
     state = torch.empty(batch, heads, dim, dim, dtype=dtype or torch.float32, device=device)
     norm = torch.empty(batch, heads, dim, dtype=torch.float32, device=device)
     eps = torch.empty(groups, dtype=torch.float32, device=device)
-    rows, block_d = 16, max(16, next_power_of_2(dim))
+    rows, block_d = 16, next_pow2_min16(dim)
     finish_state_fwd_kernel[(groups, cdiv(dim, rows))](
-        states,
-        norms,
-        weight.contiguous(),
-        counts,
-        state,
-        norm,
-        eps,
-        heads,
-        n_parts,
-        n_grid,
-        float(volume),
-        EPSILON,
-        D=dim,
-        HAS_COUNTS=counts is not None,
-        PRECISION="ieee" if state.dtype == torch.float32 else exact_products(),
-        BLOCK_M=rows,
-        BLOCK_D=block_d,
-        BLOCK_E=min(block_d, 32),
-        PARTS=8,
-        num_warps=4,
-    )
+        states, norms, weight.contiguous(), counts, state, norm, eps, heads, n_parts, n_grid, float(volume), EPSILON,
+        D=dim, PRECISION="ieee" if state.dtype == torch.float32 else exact_products(), BLOCK_M=rows, BLOCK_D=block_d,
+        BLOCK_E=min(block_d, 32), UNROLL=8, num_warps=4,
+    )  # fmt: skip
     return LinearState(state, norm, eps)
 
 
@@ -208,6 +192,7 @@ def marginal_linear_state(
     Args: as there; marginal: (B*H, Mq, Mk or more) 0/1 map, best in key.dtype; columns past Mk are 0.
     Returns: as :func:`marginal_states`, the state in key.dtype.
     """
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     batch, heads, _, dim = key.shape
     n_marginal = max(1, tiling.n_tiles if n_marginal is None else n_marginal)
     marginal = marginal.to(key.dtype)
@@ -259,59 +244,35 @@ def _launch_block_states(
     """Write states (G, M or more, D, D) and norms (G, M, D) of the G heads from ``first`` on; weight None = no
     projection."""
     check_contiguous(states=states, norms=norms, norm_weights=norm_weights)
-    heads, dim = key.shape[1], key.shape[3]
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    heads, length, dim = key.shape[1:]
     half = value.element_size() == 2
-    block_d = max(16, next_power_of_2(dim))
+    block_d = next_pow2_min16(dim)
     block_e = min(block_d, 128 if half else 64)  # columns of the state per program: more would spill registers
-    block_n = min(max(16, next_power_of_2(tiling.volume)), 64 if half else 32)
+    block_n = min(next_pow2_min16(tiling.volume), 64 if half else 32)
     big = block_d * block_e >= 128 * 64
     fold = half and weight is not None and dim <= 128
     weight = None if weight is None else weight.to(key.dtype).contiguous()
-    mask, mask_b, mask_s, has_key_mask = mask_arguments(key_mask, key)
     n_items = len(states) * tiling.n_tiles
     in_one = tiling.volume <= block_n
     boxes = _boxes(key, value, tiling, before) if fold and key_mask is None and tiling.volume == block_n else None
+    static = Static(
+        D=dim, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_N=block_n, BOX=tiling.box, PARTS=cdiv(tiling.volume, block_n),
+        FEATURE_MAP=feature_map, BOXES=boxes[2] if boxes else "none",
+        # float32 values of half-precision keys need the range of float32; TF32 is as precise as half precision
+        PRECISION="ieee" if key.dtype == value.dtype else "tf32",
+    )  # fmt: skip
     # programs loop over the tiles that fit one step, so that the next tile is loaded while one is summed
     n_programs = min(n_items, PROGRAMS // 2 if boxes else PROGRAMS) if in_one else n_items
     block_state_fwd_kernel[(n_programs, cdiv(dim, block_e))](
-        key,
-        value,
-        weight if fold else key,
-        mask,
-        states,
-        norms,
-        *(boxes[:2] if boxes else (None, None)),
-        _rows(states, dim) if boxes else None,
-        norm_weights,
-        first,
-        heads,
-        tiling.n_tiles,
-        n_items,
-        states.shape[1],
-        key.shape[2],
-        before,
-        *key.stride(),
-        *value.stride(),
-        mask_b,
-        mask_s,
-        *tiling.grid,
-        1 / tiling.volume,
-        *tiling.box,
-        D=dim,
-        FEATURE_MAP=feature_map,
-        FOLD=fold,
-        HAS_KEY_MASK=has_key_mask,
-        HAS_NORM_WEIGHTS=norm_weights is not None,
-        IN_ONE=in_one,
-        BOXES=boxes[2] if boxes else 0,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        BLOCK_E=block_e,
+        rows_of(key), rows_of(value), weight if fold else None, mask_of(key_mask), norm_weights, states, norms,
+        *(boxes[:2] if boxes else (None, None)), _rows(states, dim) if boxes else None, first, heads, tiling.n_tiles,
+        n_items, states.shape[1], Tokens(length, before, *tiling.grid), 1 / tiling.volume, S=static,
         num_warps=8 if big and not (in_one and half and block_d <= 128) else 4,
         num_stages=BOX_STAGES if boxes else _stages(value, block_n, block_d, block_e, fold, 2 if in_one else 3),
         # two programs per multiprocessor: one waits, one works
         **register_limit(key, 128 if big and block_d <= 128 and not in_one else None),
-    )
+    )  # fmt: skip
     if weight is not None and not fold:
         states.copy_(states.to(weight.dtype) @ weight.mT)
 
@@ -338,26 +299,12 @@ def _stages(value: Tensor, block_n: int, block_d: int, block_e: int, fold: bool,
 
 
 def _launch_marginal_norms(marginal: Tensor, norms: Tensor, out: Tensor, n_marginal: float) -> None:
+    """Compute out (G, Mq, D) = marginal (G, Mq, Mk) @ norms (G, Mk, D) / n_marginal."""
     check_contiguous(norms=norms, out=out)
     groups, n_q, n_k = marginal.shape
     dim = norms.shape[-1]
-    block_m = 32
-    block_d = max(16, next_power_of_2(dim))
-    block_e = min(block_d, 64)
+    block_m, block_e = 32, min(next_pow2_min16(dim), 64)
     marginal_norm_fwd_kernel[(groups * cdiv(n_q, block_m), cdiv(dim, block_e))](
-        marginal,
-        norms,
-        out,
-        n_q,
-        n_k,
-        marginal.stride(0),
-        marginal.stride(1),
-        marginal.stride(2),
-        1 / n_marginal,
-        D=dim,
-        PRECISION=exact_products(),
-        BLOCK_M=block_m,
-        BLOCK_N=64,
-        BLOCK_E=block_e,
-        num_warps=4,
-    )
+        marginal, norms, out, marginal.stride(), n_q, n_k, 1 / n_marginal, D=dim, PRECISION=exact_products(),
+        BLOCK_M=block_m, BLOCK_N=64, BLOCK_E=block_e, num_warps=4,
+    )  # fmt: skip

@@ -1,15 +1,17 @@
-"""Gradients of the attention of ``block_sparse_triton.py``, in two Triton kernels over a plan and its transpose.
+"""Gradients of the attention of ``block_sparse/forward.py``, in two Triton kernels over a plan and its transpose.
 
 Deterministic: no two programs write to the same location.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..arguments import mask_of, rows_of
 from ..launch import (
     box_descriptors,
     cdiv,
@@ -19,8 +21,9 @@ from ..launch import (
     next_pow2_min16,
     next_power_of_2,
 )
+from .arguments import FullTiles, lists_of, pooled_of, static_of, tokens_of, window_of
 from .backward_kernel import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, preprocess_bwd_kernel
-from .forward import check_inputs, check_plan, cost_mode, log2_scale
+from .forward import check_inputs, check_plan, log2_scale
 from .plan import BlockPlan
 
 __all__ = ["Gradients", "block_sparse_attention_backward", "lse_and_delta"]
@@ -85,9 +88,9 @@ def block_sparse_attention_backward(
         )
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     key_mask = key_mask if key_mask is None or key_mask.stride(-1) == 1 else key_mask.contiguous()
-    batch, heads, length_q, dim = query.shape
+    batch, heads, length_q, _ = query.shape
     kv_heads, length_k = key.shape[1:3]
-    q, kv, mask = plan.q, plan.kv, plan.mask
+    q, kv = plan.q, plan.kv
     pooled_key, pooled_value, pooled_mask = pooled if pooled else (None, None, None)
     n_pooled = 0 if pooled_key is None else pooled_key.shape[2]
     if pooled_key is not None and pooled_value is not None:
@@ -95,66 +98,37 @@ def block_sparse_attention_backward(
     d_q, d_k, d_v = added or (empty_rows(x) for x in (query, key, value))
     d_pooled = (None, None) if pooled_key is None else (torch.empty_like(pooled_key), torch.empty_like(pooled_key))
     lse_delta, d_bias = lse_and_delta(grad, out, lse, linear_delta, bias, before[0], q.n_tokens)
-    pooled_k, pooled_v = (key, value) if pooled_key is None else (pooled_key, pooled_value)
-    n_global_q, n_global_k = length_q - q.n_tokens, length_k - kv.n_tokens
-    intervals = mask.intervals if mask else (False,) * 3
-    weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
-    ordered = mask.ordered if mask else (False,) * 3
-    magnitude = log2_scale(scale)
-    window = plan.n_full is not None and not plan.all_full
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3])
-    common = {
-        "D": dim, "BLOCK_D": next_pow2_min16(dim), "QB0": q.box[0], "QB1": q.box[1], "QB2": q.box[2], "KB0": kv.box[0],
-        "KB1": kv.box[1], "KB2": kv.box[2], "HAS_KEY_MASK": key_mask is not None, "HAS_WINDOW": window,
-        "HAS_GLOBAL_QUERIES": n_global_q > 0, "HAS_POOLED_MASK": pooled_mask is not None, "IN0": intervals[0],
-        "IN1": intervals[1], "IN2": intervals[2], "BALL0": bool(weights[0]), "BALL1": bool(weights[1]),
-        "BALL2": bool(weights[2]), "COST": cost_mode(mask), "OR0": ordered[0], "OR1": ordered[1], "OR2": ordered[2],
-        "HAS_ADD": added is not None, "NEGATE": scale < 0,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-    }  # fmt: skip
-    tables, balls, longest = (mask.tables, mask.ball, mask.tables.shape[2]) if mask else (None, None, 0)
-    ball = (*weights, mask.limit if mask else 0.0)
-    mask_strides = 0 if key_mask is None else key_mask.stride(0), 0 if pooled_mask is None else pooled_mask.stride(0)
+    n_global = length_q - q.n_tokens, length_k - kv.n_tokens
+    counted = plan.full_kv_counts is not None and not plan.all_full
+    full: FullTiles = "counted" if counted else "all"
+    window, pooled_keys = window_of(plan.mask), pooled_of(pooled_key, pooled_value, pooled_mask)
+    inputs = rows_of(query), rows_of(key), rows_of(value), rows_of(grad), lse_delta
+    sizes = tokens_of(length_q, before[0], q), tokens_of(length_k, before[1], kv)
+    scales = log2_scale(scale), scale
+    ordered = plan.mask is not None and any(plan.mask.ordered)
+    static = partial(static_of, query, plan, scale=scale, full=full, n_global=n_global, add=added is not None)
 
-    config, keys_config = _launch_configs(query, any(weights))
+    config, keys_config = _launch_configs(query, plan.mask is not None and plan.mask.weights is not None)
     block_m, block_n = min(config.own, next_pow2_min16(q.volume)), min(config.other, next_pow2_min16(kv.volume))
-    q_parts, k_parts = cdiv(q.volume, block_m), cdiv(kv.volume, block_n)
-    n_global_tiles, n_items = cdiv(n_global_q, block_m), q.n_tiles * q_parts
-    whole = kv.is_whole and k_parts * block_n == kv.volume and key_mask is None
-    fetched = key_mask is None and not any(ordered)
-    boxes = box_descriptors(key, value, kv, before[1], block_n) if fetched else None
-    block_sparse_bwd_dq_kernel[((n_global_tiles + n_items) * batch * heads,)](
-        query, key, value, grad, lse_delta, d_q, key_mask, plan.tiles, plan.n_full, plan.n_tiles, tables, balls,
-        pooled_k, pooled_v, pooled_mask, *(boxes[:2] if boxes else (None, None)),
-        *strides, *d_q.stride()[:3], mask_strides[0], *pooled_k.stride()[:3], mask_strides[1],
-        plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k, n_pooled,
-        *before, batch * heads, n_global_tiles, q.n_tiles, n_items, plan.tiles.shape[2], longest, magnitude, scale,
-        *ball, *q.grid, *kv.grid, BM=block_m, BN=block_n, Q_PARTS=q_parts, K_PARTS=k_parts, WHOLE=whole,
-        HAS_GLOBAL_KEYS=n_global_k > 0, HAS_POOLED=pooled is not None, BOXES=boxes[2] if boxes else 0,
-        num_warps=config.num_warps, num_stages=config.num_stages, **common,
+    boxes = box_descriptors(key, value, kv, before[1], block_n) if key_mask is None and not ordered else None
+    whole = kv.is_whole and kv.volume % block_n == 0 and key_mask is None
+    n_items = cdiv(n_global[0], block_m) + q.n_tiles * cdiv(q.volume, block_m)
+    block_sparse_bwd_dq_kernel[(n_items * batch * heads,)](
+        *inputs, rows_of(d_q), mask_of(key_mask), lists_of(plan), window, *pooled_keys,
+        *(boxes[:2] if boxes else (None, None)), *sizes, batch * heads, heads, heads // kv_heads, *scales,
+        S=static(block_m, block_n, whole=whole, boxes=boxes), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
-    lists = plan.transposed
-    block_n, block_m = (
-        min(keys_config.own, next_pow2_min16(kv.volume)),
-        min(keys_config.other, next_pow2_min16(q.volume)),
-    )
-    q_parts, k_parts = cdiv(q.volume, block_m), cdiv(kv.volume, block_n)
-    n_global_tiles, n_pooled_tiles = cdiv(n_global_k, block_n), cdiv(n_pooled, block_n)
-    n_items = kv.n_tiles * k_parts
-    fetched = not any(ordered) and grad.dtype == query.dtype
+    block_n = min(keys_config.own, next_pow2_min16(kv.volume))
+    block_m = min(keys_config.other, next_pow2_min16(q.volume))
+    fetched = not ordered and grad.dtype == query.dtype
     boxes = box_descriptors(query, grad, q, before[0], block_m) if fetched else None
-    d_pooled_k, d_pooled_v = (d_k, d_v) if d_pooled[0] is None else d_pooled
-    assert d_pooled_k is not None
-    block_sparse_bwd_dkv_kernel[((n_global_tiles + n_pooled_tiles + n_items) * batch * kv_heads,)](
-        query, key, value, grad, lse_delta, d_k, d_v, key_mask, lists.tiles, lists.first, lists.n_full, lists.n_tiles,
-        tables, balls, pooled_k, pooled_v, d_pooled_k, d_pooled_v, pooled_mask, *(boxes[:2] if boxes else (None, None)),
-        *strides, *d_k.stride()[:3], mask_strides[0], *pooled_k.stride()[:3],
-        *d_pooled_k.stride()[:3], mask_strides[1], lists.tiles.stride(0) if lists.tiles.shape[0] > 1 else 0, kv_heads,
-        heads // kv_heads, length_q, length_k, n_pooled, *before, batch * kv_heads, n_global_tiles, n_pooled_tiles,
-        kv.n_tiles, n_items, longest, magnitude, scale, *ball, *q.grid, *kv.grid, BM=block_m, BN=block_n,
-        Q_PARTS=q_parts, K_PARTS=k_parts, BOXES=boxes[2] if boxes else 0,
-        num_warps=keys_config.num_warps, num_stages=keys_config.num_stages, **common,
+    n_items = cdiv(n_global[1], block_n) + cdiv(n_pooled, block_n) + kv.n_tiles * cdiv(kv.volume, block_n)
+    block_sparse_bwd_dkv_kernel[(n_items * batch * kv_heads,)](
+        *inputs, rows_of(d_k), rows_of(d_v), mask_of(key_mask), lists_of(plan.transposed), window, *pooled_keys,
+        rows_of(d_pooled[0]), rows_of(d_pooled[1]), *(boxes[:2] if boxes else (None, None)), *sizes, batch * kv_heads,
+        heads, heads // kv_heads, *scales, S=static(block_m, block_n, whole=False, boxes=boxes),
+        num_warps=keys_config.num_warps, num_stages=keys_config.num_stages,
     )  # fmt: skip
     return Gradients(d_q, d_k, d_v, d_pooled[0], d_pooled[1], d_bias)
 
@@ -182,10 +156,8 @@ def lse_and_delta(
     n_programs = batch * heads * cdiv(length, block_m)
     d_bias = None if bias is None else torch.empty(n_programs, dim, dtype=torch.float32, device=grad.device)
     preprocess_bwd_kernel[(n_programs,)](
-        grad, out, lse, linear_delta, None if bias is None else bias.contiguous(), lse_delta, d_bias,
-        *grad.stride()[:3], *out.stride()[:3], heads, length, before, n_grid, D=dim,
-        HAS_LINEAR_DELTA=linear_delta is not None, HAS_BIAS=bias is not None, BLOCK_M=block_m,
-        BLOCK_D=next_power_of_2(dim), num_warps=4,
+        rows_of(grad), rows_of(out), lse, linear_delta, None if bias is None else bias.contiguous(), lse_delta, d_bias,
+        heads, length, before, n_grid, D=dim, BLOCK_M=block_m, BLOCK_D=next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
     return lse_delta, None if d_bias is None else d_bias.sum(0)
 

@@ -1,4 +1,4 @@
-"""The attention of ``block_sparse_triton.py`` with torch's FlexAttention: a portable backend, and a check of the
+"""The attention of ``block_sparse/forward.py`` with torch's FlexAttention: a portable backend, and a check of the
 kernels.
 
 FlexAttention's blocks are consecutive tokens. Queries and keys are therefore permuted to the order of the plan's tiles,
@@ -181,7 +181,7 @@ def flex_mask(
         heads: of queries; required if lists differ by head.
     Raises: ValueError: lists that differ by head, without a number of heads that divides theirs or with a window.
     """
-    groups = len(plan.tiles)
+    groups = len(plan.kv_indices)
     if groups > 1 and (heads is None or groups % heads):
         raise ValueError(f"a plan with {groups} lists, of each batch element and head: give heads, got {heads}")
     if groups > 1 and plan.mask is not None:
@@ -220,7 +220,7 @@ def _kept_mask(plan: BlockPlan, lengths: tuple[int, int], before: tuple[int, int
 def _order(plan: BlockPlan, tiling: Tiling, length: int, before: int, n_pooled: int) -> tuple[Tensor, Tensor]:
     """Rows in the sequence in tile order, (L,), and positions along the axes, (3, L), or the kind of a token off the
     grid."""
-    device = plan.tiles.device
+    device = plan.kv_indices.device
     axes = [torch.arange(count * side, device=device) for count, side in zip(tiling.counts, tiling.box, strict=True)]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     for i, (count, side) in enumerate(zip(tiling.counts, tiling.box, strict=True)):
@@ -256,13 +256,16 @@ def _visits(plan: BlockPlan, queries: Tensor, keys: Tensor, heads: int) -> tuple
     whole = (keys != NOTHING).all(1)
     q, k = queries[:, :1], keys[None, :, 0]
     off_grid = (k == OFF_GRID) | ((q == OFF_GRID) & (k != POOLED)) | ((q >= 0) & (k == POOLED))
-    visible = off_grid.repeat(len(plan.tiles), 1, 1)
+    visible = off_grid.repeat(len(plan.kv_indices), 1, 1)
     full = visible & whole
-    place = torch.arange(plan.tiles.shape[2], device=plan.tiles.device)
-    for kind, counts in ((visible, plan.n_tiles), (full, plan.n_tiles if plan.n_full is None else plan.n_full)):
+    place = torch.arange(plan.kv_indices.shape[2], device=plan.kv_indices.device)
+    for kind, counts in (
+        (visible, plan.kv_counts),
+        (full, plan.kv_counts if plan.full_kv_counts is None else plan.full_kv_counts),
+    ):
         group, tile, at = (place < counts[..., None]).nonzero(as_tuple=True)
-        kind[group, tile, plan.tiles[group, tile, at].long()] = True
-    if plan.n_full is None:
+        kind[group, tile, plan.kv_indices[group, tile, at].long()] = True
+    if plan.full_kv_counts is None:
         full &= whole
     return visible.unflatten(0, (-1, heads)), full.unflatten(0, (-1, heads))
 

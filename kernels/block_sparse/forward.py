@@ -15,10 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
+from ..arguments import mask_of, rows_of
 from ..launch import Boxes, box_descriptors, cdiv, check_contiguous, empty_rows, next_pow2_min16, register_limit
 from ..tuning import LaunchConfig, choose_config, launch_tuned, measured
+from .arguments import Added, FullTiles, lists_of, pooled_of, state_of, static_of, tokens_of, window_of
 from .forward_kernel import block_sparse_fwd_kernel
-from .plan import BlockPlan, WindowMask
+from .plan import BlockPlan
 
 __all__ = [
     "LaunchConfig",
@@ -26,7 +28,6 @@ __all__ = [
     "block_sparse_attention",
     "check_inputs",
     "check_plan",
-    "cost_mode",
     "log2_scale",
     "tile_volumes",
 ]
@@ -92,60 +93,48 @@ def block_sparse_attention(
         check_contiguous(state=linear.state, norm=linear.norm, eps=linear.eps)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     key_mask = key_mask if key_mask is None or key_mask.stride(-1) == 1 else key_mask.contiguous()
-    batch, heads, length_q, dim = query.shape
+    batch, heads, length_q, _ = query.shape
     kv_heads, length_k = key.shape[1:3]
     q, kv, mask = plan.q, plan.kv, plan.mask
     out = empty_rows(query)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=query.device) if return_lse else None
     if pooled:
         pooled = (pooled[0].contiguous(), pooled[1].contiguous(), pooled[2])
-    full_mode, magnitude = _full_mode(plan, key_mask), log2_scale(scale)
+    full, magnitude = _full_tiles(plan, key_mask), log2_scale(scale)
     hopper = None if config else _hopper(query.device)
     if hopper and hopper.supports_call(query, key, value, plan, scale, key_mask, pooled, linear):
         hopper.block_sparse_hopper(
             query, key, value, plan, out, lse, scale=magnitude, before=before, pooled=pooled and pooled[:2],
-            linear=linear, full_mode=full_mode,
+            linear=linear, full=full,
         )  # fmt: skip
         return out, lse
     kind = _kind(plan)
     suited = config or choose_config(query, kind)
     block_q, block_k = min(suited.block_q, next_pow2_min16(q.volume)), min(suited.block_k, next_pow2_min16(kv.volume))
-    q_parts, k_parts = cdiv(q.volume, block_q), cdiv(kv.volume, block_k)
-    n_global_q, n_global_k = length_q - q.n_tokens, length_k - kv.n_tokens
-    n_global_tiles, n_items = cdiv(n_global_q, block_q), q.n_tiles * q_parts
-    pooled_key, pooled_value, pooled_mask = pooled if pooled else (key, value, None)
-    ordered = mask.ordered if mask else (False,) * 3
+    n_global = length_q - q.n_tokens, length_k - kv.n_tokens
     boxes: Boxes | None = None
-    if key_mask is None and not any(ordered) and kv.volume == block_k:
+    if key_mask is None and not (mask and any(mask.ordered)) and kv.volume == block_k:
         boxes = box_descriptors(key, value, kv, before[1])
-    intervals = mask.intervals if mask else (False,) * 3
-    weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
     state = linear.state if linear else None
     bias = linear.bias.contiguous() if linear and linear.bias is not None else None
+    by_pointer = static_of(
+        query, plan, block_q, block_k, scale=scale, full=full, n_global=n_global, whole=kv.volume % block_k == 0,
+        state=state_of(state), feature_map=linear.feature_map if linear else "relu", block_e=_state_columns(query),
+    )  # fmt: skip
+    groups = (
+        rows_of(query), rows_of(key), rows_of(value), rows_of(out), lse, mask_of(key_mask), lists_of(plan),
+        window_of(mask), *pooled_of(*(pooled or (None, None, None))),
+        Added(state, linear.norm if linear else None, linear.eps if linear else None, bias),
+    )  # fmt: skip
+    tokens = tokens_of(length_q, before[0], q), tokens_of(length_k, before[1], kv)
+    sizes = batch * heads, heads, heads // kv_heads, magnitude
+    n_programs = (cdiv(n_global[0], block_q) + q.n_tiles * by_pointer.Q_PARTS) * batch * heads
 
     def launch(config: LaunchConfig) -> None:
         found = boxes if config.boxes else None
-        block_sparse_fwd_kernel[((n_global_tiles + n_items) * batch * heads,)](
-            query, key, value, out, lse, key_mask, plan.tiles, plan.n_full, plan.n_tiles, mask.tables if mask else None,
-            mask.ball if mask else None, pooled_key, pooled_value, pooled_mask, state, linear.norm if linear else None,
-            linear.eps if linear else None, bias, *(found[:2] if found else (None, None)),
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-            0 if key_mask is None else key_mask.stride(0), *pooled_key.stride()[:3],
-            0 if pooled_mask is None else pooled_mask.stride(0),
-            plan.tiles.stride(0) if plan.tiles.shape[0] > 1 else 0, heads, heads // kv_heads, length_q, length_k,
-            pooled_key.shape[2], *before, batch * heads, n_global_tiles, q.n_tiles, n_items, plan.tiles.shape[2],
-            mask.tables.shape[2] if mask else 0, magnitude, *weights, mask.limit if mask else 0.0, *q.grid, *kv.grid,
-            D=dim, BLOCK_D=next_pow2_min16(dim), BLOCK_E=_state_columns(query), BM=block_q, BN=block_k,
-            QB0=q.box[0], QB1=q.box[1], QB2=q.box[2], KB0=kv.box[0], KB1=kv.box[1], KB2=kv.box[2],
-            Q_PARTS=q_parts, K_PARTS=k_parts, FULL=full_mode, HAS_KEY_MASK=key_mask is not None,
-            HAS_PARTIAL=full_mode != 2 and not (full_mode == 1 and plan.all_full), HAS_GLOBAL_QUERIES=n_global_q > 0,
-            HAS_GLOBAL_KEYS=n_global_k > 0, HAS_POOLED=pooled is not None, HAS_POOLED_MASK=pooled_mask is not None,
-            IN0=intervals[0], IN1=intervals[1], IN2=intervals[2], BALL0=bool(weights[0]), BALL1=bool(weights[1]),
-            BALL2=bool(weights[2]), COST=cost_mode(mask), OR0=ordered[0], OR1=ordered[1], OR2=ordered[2],
-            HAS_LSE=return_lse, STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
-            HAS_BIAS=bias is not None, FEATURE_MAP=linear.feature_map if linear else "relu",
-            NEGATE=scale < 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            BOXES=found[2] if found else 0,
+        block_sparse_fwd_kernel[(n_programs,)](
+            *groups, *(found[:2] if found else (None, None)), *tokens, *sizes,
+            S=by_pointer._replace(BOXES=found[2]) if found else by_pointer,
             num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
         )  # fmt: skip
 
@@ -182,22 +171,15 @@ def log2_scale(scale: float) -> float:
     return max(abs(scale) * LOG2E, TINY_SCALE)
 
 
-def cost_mode(mask: WindowMask | None) -> int:
-    """Mode of comparing distances with a ball; see `in_ball`."""
-    if mask is None or mask.weights is None or (mask.exact and set(mask.weights) <= {0.0, 1.0}):
-        return 0
-    return 1 if mask.exact else 2
-
-
-def _full_mode(plan: BlockPlan, key_mask: Tensor | None) -> int:
-    """Tiles of a list that need no mask: 0 none, 1 the first ``n_full``, 2 all, 3 all but the last tile of the grid."""
+def _full_tiles(plan: BlockPlan, key_mask: Tensor | None) -> FullTiles:
+    """Which tiles of a list need no mask."""
     if key_mask is not None:
-        return 0
-    if plan.n_full is not None:
-        return 1
+        return "none"
+    if plan.full_kv_counts is not None:
+        return "counted"
     if plan.kv.is_whole:
-        return 2
-    return 3 if plan.kv.grid[:2] == (1, 1) else 0
+        return "all"
+    return "all but the last" if plan.kv.grid[:2] == (1, 1) else "none"
 
 
 def check_inputs(query: Tensor) -> None:
@@ -215,7 +197,9 @@ def check_plan(plan: BlockPlan, pooled_mask: Tensor | None = None) -> None:
     read their strides.
     """
     tables = plan.mask.tables if plan.mask else None
-    check_contiguous(tiles=plan.tiles, n_full=plan.n_full, n_tiles=plan.n_tiles, tables=tables)
+    check_contiguous(
+        kv_indices=plan.kv_indices, full_kv_counts=plan.full_kv_counts, kv_counts=plan.kv_counts, tables=tables
+    )
     if pooled_mask is not None:
         check_contiguous(pooled_mask=pooled_mask[:1])
 

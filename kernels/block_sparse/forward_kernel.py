@@ -1,348 +1,264 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Kernel of ``block_sparse_triton.py``."""
+"""Kernel of ``block_sparse/forward.py``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from ..attention_kernel import (
+    attended,
+    finish_softmax,
+    head_of,
+    item_of,
+    load_rows,
+    logits,
+    off_grid_row,
+    softmax_step,
+)
 from ..block_linear.forward_kernel import feature
-from ..tiling_triton import load_box, tile_places
-from ..windows.visible_kernel import ball_weights, in_ball, in_interval, query_interval, token_at
+from ..tiling_kernel import grid_size, load_box, tile_corner, tile_count
+from ..windows.visible_kernel import query_intervals, tile_rows, visible
 
-__all__ = ["block_sparse_fwd_kernel", "load_pair", "load_rows", "logits"]
-
-HIDDEN = tl.constexpr(float("-inf"))
-LN2 = tl.constexpr(0.6931471805599453)
+__all__ = ["block_sparse_fwd_kernel", "list_of", "load_pair", "query_rows"]
 
 
 @triton.jit
-def load_rows(x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr):
-    """Load rows (n, BLOCK_D) of x; zeros if not valid and past D."""
-    p_x = x + row.to(tl.int64)[:, None] * stride + d[None, :]
-    if MASKED:
-        return tl.load(p_x, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    if d.shape[0] != D:
-        return tl.load(p_x, mask=(d < D)[None, :], other=0.0)
-    return tl.load(p_x)
+def query_rows(item, is_global, queries, window, S: tl.constexpr):
+    """Positions (BM,) along each axis of the queries of an item, whether they are valid, and their rows in the
+    sequence."""
+    QB: tl.constexpr = S.QB
+    lane = tl.arange(0, S.BM)
+    q, valid, row = tile_rows(item // S.Q_PARTS, item % S.Q_PARTS * S.BM + lane, queries, window, QB, S)
+    if S.GLOBAL_QUERIES:
+        global_row = off_grid_row(item * S.BM + lane, queries)
+        row = tl.where(is_global, global_row, row)
+        valid = tl.where(is_global, global_row < queries.length, valid)
+    return q, valid, row
+
+
+@triton.jit
+def list_of(lists, bh, tile, n_tiles):
+    """Pointer to the list of one of n_tiles tiles of a head, its number of full tiles, and its length."""
+    which = tl.where(lists.stride > 0, bh, 0)
+    place = which * n_tiles + tile
+    p_list = lists.indices + which.to(tl.int64) * lists.stride
+    if lists.starts is not None:
+        p_list += tl.load(lists.starts + place)
+    else:
+        p_list += tile.to(tl.int64) * lists.longest
+    n_listed = tl.load(lists.counts + place)
+    n_full = n_listed
+    if lists.full_counts is not None:
+        n_full = tl.load(lists.full_counts + place)
+    return p_list, n_full, n_listed
 
 
 @triton.jit
 def load_pair(
-    X, Y, X_BOXES, Y_BOXES, b, h, n_heads, tile, part, G1, G2, row, valid, stride_x, stride_y, d, B0: tl.constexpr,
-    B1: tl.constexpr, B2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOXES: tl.constexpr, MASKED: tl.constexpr,
+    x, y, x_boxes, y_boxes, b, h, n_heads, tile, part, valid, row, grid, BOX: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Load part of a tile of two tensors, such as keys and values: by descriptor, or the given rows by pointers."""
-    if BOXES > 0:
+    """Load a block of a tile of two tensors, such as keys and values: by descriptor, or the given rows by pointers."""
+    if S.BOXES != "none":
+        BOXES: tl.constexpr = S.BOXES
         b, h = b.to(tl.int32), h.to(tl.int32)
-        x = load_box(X_BOXES, BOXES, b, h, n_heads, tile, part, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D)
-        y = load_box(Y_BOXES, BOXES, b, h, n_heads, tile, part, G1, G2, B0, B1, B2, BLOCK_N, BLOCK_D)
+        b_x = load_box(x_boxes, b, h, n_heads, tile, part, grid, BOX, BLOCK, S.BLOCK_D, BOXES)
+        b_y = load_box(y_boxes, b, h, n_heads, tile, part, grid, BOX, BLOCK, S.BLOCK_D, BOXES)
     else:
-        x = load_rows(X, row, valid, stride_x, d, D, MASKED)
-        y = load_rows(Y, row, valid, stride_y, d, D, MASKED).to(x.dtype)
-    return x, y
+        d = tl.arange(0, S.BLOCK_D)
+        b_x = load_rows(head_of(x, b, h), row, valid, x.row, d, S.D, MASKED)
+        b_y = load_rows(head_of(y, b, h), row, valid, y.row, d, S.D, MASKED).to(b_x.dtype)
+    return b_x, b_y
 
 
 @triton.jit
-def logits(q, k, NEGATE: tl.constexpr, PRECISION: tl.constexpr):
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if NEGATE:
-        s = -s
-    return s
-
-
-@triton.jit
-def _update(acc, m, l, s, v, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the online softmax; s are logits without their scale, which is positive and in units of log2."""
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    shift = m_new
-    if MASKED:  # a row without a visible key so far must not give -inf - -inf
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * scale - shift[:, None])
-    alpha = tl.exp2(m - shift)
-    l = l * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, m_new, l
-
-
-@triton.jit
-def _attend_rows(
-    acc, m, l, q, K, V, KEY_MASK, row, valid, skr, svr, scale, d,
-    D: tl.constexpr, HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to keys at the given rows, visible to all queries if valid and not masked."""
-    if HAS_KEY_MASK:
-        valid = valid & (tl.load(KEY_MASK + row, mask=valid, other=0) != 0)
-    k = load_rows(K, row, valid, skr, d, D, MASKED)
-    v = load_rows(V, row, valid, svr, d, D, MASKED)
-    s = logits(q, k, NEGATE, PRECISION)
+def _attend_rows(carry, b_q, key, value, b, h, row, valid, scale, MASKED: tl.constexpr, S: tl.constexpr):
+    """Attend to keys at the given rows, visible to all queries if valid."""
+    d = tl.arange(0, S.BLOCK_D)
+    b_k = load_rows(head_of(key, b, h), row, valid, key.row, d, S.D, MASKED)
+    b_v = load_rows(head_of(value, b, h), row, valid, value.row, d, S.D, MASKED)
+    b_s = logits(b_q, b_k, S)
     if MASKED:
-        s = tl.where(valid[None, :], s, float("-inf"))
-    return _update(acc, m, l, s, v, scale, MASKED, PRECISION)
+        b_s = tl.where(valid[None, :], b_s, float("-inf"))
+    acc, m, l = carry
+    return softmax_step(acc, m, l, b_s, b_v, scale, MASKED, S)
 
 
 @triton.jit
-def _store_linear(
-    p_o, m_rows, q, STATE, NORM, EPS, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, PRECISION: tl.constexpr,
+def _attend_all(carry, b_q, key, value, key_mask, b, h, keys, scale, S: tl.constexpr):
+    """Attend to all keys."""
+    n_whole = keys.length // S.BN
+    if key_mask.data is not None:
+        n_whole = 0
+    for i in range(n_whole):
+        row = i * S.BN + tl.arange(0, S.BN)
+        carry = _attend_rows(carry, b_q, key, value, b, h, row, row < keys.length, scale, False, S)
+    for i in tl.range(n_whole, tl.cdiv(keys.length, S.BN), num_stages=1):
+        row = i * S.BN + tl.arange(0, S.BN)
+        valid = attended(key_mask, b, row, row < keys.length)
+        carry = _attend_rows(carry, b_q, key, value, b, h, row, valid, scale, True, S)
+    return carry
+
+
+@triton.jit
+def _attend_global(carry, b_q, key, value, key_mask, b, h, keys, scale, S: tl.constexpr):
+    """Attend to the keys off the grid."""
+    n_global = keys.length - grid_size(keys)
+    n_whole = n_global // S.BN
+    if key_mask.data is not None:
+        n_whole = 0
+    for i in range(n_whole):
+        row = off_grid_row(i * S.BN + tl.arange(0, S.BN), keys)
+        carry = _attend_rows(carry, b_q, key, value, b, h, row, row >= 0, scale, False, S)
+    for i in tl.range(n_whole, tl.cdiv(n_global, S.BN), num_stages=1):
+        place = i * S.BN + tl.arange(0, S.BN)
+        row = off_grid_row(place, keys)
+        valid = attended(key_mask, b, row, place < n_global)
+        carry = _attend_rows(carry, b_q, key, value, b, h, row, valid, scale, True, S)
+    return carry
+
+
+@triton.jit
+def _attend_pooled(carry, b_q, pooled_key, pooled_value, pooled_mask, n_pooled, b, h, scale, S: tl.constexpr):
+    """Attend to the pooled keys."""
+    for i in range(tl.cdiv(n_pooled, S.BN)):
+        row = i * S.BN + tl.arange(0, S.BN)
+        valid = attended(pooled_mask, b, row, row < n_pooled)
+        carry = _attend_rows(carry, b_q, pooled_key, pooled_value, b, h, row, valid, scale, True, S)
+    return carry
+
+
+@triton.jit
+def _attend_full(
+    carry, b_q, key, value, k_boxes, v_boxes, p_list, n_full, b, h, n_heads, keys, window, scale, S: tl.constexpr
 ):  # fmt: skip
+    """Attend to the first n_full tiles of a list, which need no window."""
+    KB: tl.constexpr = S.KB
+    for i in range(n_full * S.K_PARTS):
+        tile, part = tl.load(p_list + i // S.K_PARTS), i % S.K_PARTS
+        _k, valid, row = tile_rows(tile, part * S.BN + tl.arange(0, S.BN), keys, window, KB, S)
+        b_k, b_v = load_pair(
+            key, value, k_boxes, v_boxes, b, h, n_heads, tile, part, valid, row, keys, KB, S.BN, not S.WHOLE, S
+        )
+        b_s = logits(b_q, b_k, S)
+        if not S.WHOLE:
+            b_s = tl.where(valid[None, :], b_s, float("-inf"))
+        acc, m, l = carry
+        carry = softmax_step(acc, m, l, b_s, b_v, scale, S.K_PARTS > 1, S)
+    return carry
+
+
+@triton.jit
+def _attend_partial(
+    carry, b_q, q, key, value, k_boxes, v_boxes, key_mask, p_list, n_full, n_listed, tile_q, b, h, n_heads, queries,
+    keys, window, scale, S: tl.constexpr,
+):  # fmt: skip
+    """Attend to the other tiles of a list, under the window; q: positions of the queries."""
+    KB: tl.constexpr = S.KB
+    QB: tl.constexpr = S.QB
+    intervals = query_intervals(window, q, queries, S)
+    origin = tile_corner(tile_q, queries, QB)
+    for i in range(n_full * S.K_PARTS, n_listed * S.K_PARTS):
+        tile, part = tl.load(p_list + i // S.K_PARTS), i % S.K_PARTS
+        k, valid, row = tile_rows(tile, part * S.BN + tl.arange(0, S.BN), keys, window, KB, S)
+        valid = attended(key_mask, b, row, valid)
+        b_k, b_v = load_pair(
+            key, value, k_boxes, v_boxes, b, h, n_heads, tile, part, valid, row, keys, KB, S.BN, True, S
+        )
+        m_visible = visible(q, k, valid, intervals, origin, window, False, S)
+        b_s = tl.where(m_visible, logits(b_q, b_k, S), float("-inf"))
+        acc, m, l = carry
+        carry = softmax_step(acc, m, l, b_s, b_v, scale, True, S)
+    return carry
+
+
+@triton.jit
+def _store_linear(p_o, m_rows, b_q, p_state, p_norm, p_eps, S: tl.constexpr):
     """Store φ(q) state / (φ(q)·norm + eps) to rows (BM,) of the output, BLOCK_E columns at a time: the whole state of a
     large head exceeds the shared memory."""
-    d = tl.arange(0, BLOCK_D)
-    phi = feature(q.to(tl.float32), FEATURE_MAP, D)
-    norm = tl.load(NORM + d, mask=d < D, other=0.0)
-    total = tl.sum(phi * norm[None, :], 1) + tl.load(EPS)
+    d = tl.arange(0, S.BLOCK_D)
+    FEATURE_MAP: tl.constexpr = S.FEATURE_MAP
+    b_phi = feature(b_q.to(tl.float32), FEATURE_MAP, S.D)
+    b_norm = tl.load(p_norm + d, mask=d < S.D, other=0.0)
+    total = tl.sum(b_phi * b_norm[None, :], 1) + tl.load(p_eps)
     total = tl.where(total == 0, 1.0, total)[:, None]
-    phi = phi.to(STATE.dtype.element_ty)
-    for start in range(0, BLOCK_D, BLOCK_E):
-        cols = start + tl.arange(0, BLOCK_E)
-        m_state = (d < D)[:, None] & (cols < D)[None, :]
-        state = tl.load(STATE + d[:, None] * D + cols[None, :], mask=m_state, other=0.0)
-        linear = tl.dot(phi, state, input_precision=PRECISION) / total
-        m_o = m_rows[:, None] & (cols < D)[None, :]
-        tl.store(p_o[:, None] + cols[None, :], linear.to(p_o.dtype.element_ty), mask=m_o)
+    b_phi = b_phi.to(p_state.dtype.element_ty)
+    for start in range(0, S.BLOCK_D, S.BLOCK_E):
+        cols = start + tl.arange(0, S.BLOCK_E)
+        m_state = (d < S.D)[:, None] & (cols < S.D)[None, :]
+        b_state = tl.load(p_state + d[:, None] * S.D + cols[None, :], mask=m_state, other=0.0)
+        b_linear = tl.dot(b_phi, b_state, input_precision=S.PRECISION) / total
+        m_o = m_rows[:, None] & (cols < S.D)[None, :]
+        tl.store(p_o[:, None] + cols[None, :], b_linear.to(p_o.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
 def block_sparse_fwd_kernel(
-    Q, K, V, OUT, LSE, KEY_MASK, TILES, N_FULL, N_TILES, TABLES, BALL, POOLED_K, POOLED_V, POOLED_MASK, STATE, NORM,
-    EPS, BIAS, K_BOXES, V_BOXES, sqb, sqh, sqr, skb, skh, skr, svb, svh, svr, sob, soh, sor, smb, spb, sph, spr, spmb,
-    list_stride, n_q_heads, group, length_q, length_k, n_pooled, q_before, k_before,
-    n_batch_heads, n_global_tiles, n_q_tiles, n_items, n_list, longest, scale, w0, w1, w2, limit,
-    Q0, Q1, Q2, K0, K1, K2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-    QB0: tl.constexpr, QB1: tl.constexpr, QB2: tl.constexpr, KB0: tl.constexpr, KB1: tl.constexpr, KB2: tl.constexpr,
-    Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr, FULL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr, HAS_GLOBAL_QUERIES: tl.constexpr, HAS_GLOBAL_KEYS: tl.constexpr,
-    HAS_POOLED: tl.constexpr, HAS_POOLED_MASK: tl.constexpr, IN0: tl.constexpr, IN1: tl.constexpr, IN2: tl.constexpr,
-    BALL0: tl.constexpr, BALL1: tl.constexpr, BALL2: tl.constexpr, COST: tl.constexpr,
-    OR0: tl.constexpr, OR1: tl.constexpr, OR2: tl.constexpr, HAS_LSE: tl.constexpr, STATE_MODE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FEATURE_MAP: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
-    BOXES: tl.constexpr,
+    query, key, value, out, p_lse, key_mask, lists, window, pooled_key, pooled_value, pooled_mask, n_pooled, added,
+    k_boxes, v_boxes, queries, keys, n_groups, n_heads, group, scale, S: tl.constexpr,
 ):  # fmt: skip
-    # query tile, batch element and head
-    pid = tl.program_id(0)
-    w0, w1, w2, limit = ball_weights(BALL, w0, w1, w2, limit, COST)
-    if HAS_GLOBAL_QUERIES:  # first, because they take longest
-        is_global = pid < n_global_tiles * n_batch_heads
-        local = tl.where(is_global, pid, pid - n_global_tiles * n_batch_heads)
-        per_head = tl.where(is_global, n_global_tiles, n_items)
-    else:
-        is_global: tl.constexpr = False  # type: ignore[no-redef]
-        local = pid
-        per_head = n_items
-    bh = local // per_head
-    item = local % per_head
-    b, h = bh // n_q_heads, bh % n_q_heads
-    hk = h // group
-    Q += b.to(tl.int64) * sqb + h.to(tl.int64) * sqh
-    K += b.to(tl.int64) * skb + hk.to(tl.int64) * skh
-    V += b.to(tl.int64) * svb + hk.to(tl.int64) * svh
-    if HAS_KEY_MASK:
-        KEY_MASK += b.to(tl.int64) * smb
-
-    lane_q = tl.arange(0, BM)
-    lane_k = tl.arange(0, BN)
-    d = tl.arange(0, BLOCK_D)
-    n_grid_q = Q0 * Q1 * Q2
-    n_grid_k = K0 * K1 * K2
-    tile_q = item // Q_PARTS
-    box_lane = item % Q_PARTS * BM + lane_q
-    # (BM,) row of each query in the sequence
-    q0, q1, q2, valid_q = tile_places(tile_q, box_lane, Q0, Q1, Q2, QB0, QB1, QB2)
-    row_q = q_before + token_at(TABLES, q0, q1, q2, valid_q, longest, Q1, Q2, OR0, OR1, OR2)
-    if HAS_GLOBAL_QUERIES:
-        off_grid = item * BM + lane_q
-        global_row = tl.where(off_grid < q_before, off_grid, off_grid + n_grid_q)
-        row_q = tl.where(is_global, global_row, row_q)
-        valid_q = tl.where(is_global, global_row < length_q, valid_q)
-    q = load_rows(Q, row_q, valid_q, sqr, d, D, True)
-    p_rows = OUT + b.to(tl.int64) * sob + h.to(tl.int64) * soh + row_q.to(tl.int64) * sor
-    p_o = p_rows[:, None] + d[None, :]
-    m_o = valid_q[:, None] & (d < D)[None, :]
-    if STATE_MODE > 0:  # noqa: SIM102
+    """Attention of BM queries of one head. Global queries come first, because they take longest."""
+    QB: tl.constexpr = S.QB
+    KB: tl.constexpr = S.KB
+    n_q_tiles = tile_count(queries, QB)
+    n_global = tl.cdiv(queries.length - grid_size(queries), S.BM)
+    is_global, bh, item = item_of(n_global, n_q_tiles * S.Q_PARTS, n_groups, S.GLOBAL_QUERIES)
+    b, h = bh // n_heads, bh % n_heads
+    hk, n_kv_heads = h // group, n_heads // group
+    tile_q = item // S.Q_PARTS
+    d = tl.arange(0, S.BLOCK_D)
+    q, valid_q, row_q = query_rows(item, is_global, queries, window, S)
+    # (BM, BLOCK_D)
+    b_q = load_rows(head_of(query, b, h), row_q, valid_q, query.row, d, S.D, True)
+    p_rows = head_of(out, b, h) + row_q.to(tl.int64) * out.row
+    if S.STATE != "none":  # noqa: SIM102
         if not is_global:  # kept in the output until the end: the softmax needs the registers
             which = bh.to(tl.int64)
-            if STATE_MODE == 2:
+            if S.STATE == "of each tile":
                 which = which * n_q_tiles + tile_q
-            _store_linear(
-                p_rows, valid_q, q, STATE + which * D * D, NORM + which * D, EPS + bh, D, BLOCK_D, BLOCK_E, FEATURE_MAP,
-                PRECISION,
-            )  # fmt: skip
+            p_state, p_norm = added.state + which * S.D * S.D, added.norm + which * S.D
+            _store_linear(p_rows, valid_q, b_q, p_state, p_norm, added.eps + bh, S)
             tl.debug_barrier()
-    acc = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
-    m = tl.full((BM,), float("-inf"), dtype=tl.float32)
-    l = tl.zeros((BM,), dtype=tl.float32)
-
+    acc = tl.full((S.BM, S.BLOCK_D), 0.0, tl.float32)
+    m = tl.full((S.BM,), float("-inf"), tl.float32)
+    carry = (acc, m, tl.full((S.BM,), 0.0, tl.float32))
     if is_global:
-        n_whole = 0 if HAS_KEY_MASK else length_k // BN
-        for i in range(n_whole):
-            row = i * BN + lane_k
-            acc, m, l = _attend_rows(
-                acc,
-                m,
-                l,
-                q,
-                K,
-                V,
-                KEY_MASK,
-                row,
-                row < length_k,
-                skr,
-                svr,
-                scale,
-                d,
-                D,
-                False,
-                False,
-                NEGATE,
-                PRECISION,
-            )
-        for i in tl.range(n_whole, tl.cdiv(length_k, BN), num_stages=1):
-            row = i * BN + lane_k
-            acc, m, l = _attend_rows(
-                acc,
-                m,
-                l,
-                q,
-                K,
-                V,
-                KEY_MASK,
-                row,
-                row < length_k,
-                skr,
-                svr,
-                scale,
-                d,
-                D,
-                HAS_KEY_MASK,
-                True,
-                NEGATE,
-                PRECISION,
-            )
+        carry = _attend_all(carry, b_q, key, value, key_mask, b, hk, keys, scale, S)
     else:
-        n1 = tl.cdiv(K1, KB1)
-        n2 = tl.cdiv(K2, KB2)
-        p_list = TILES + bh.to(tl.int64) * list_stride + tile_q.to(tl.int64) * n_list
-        g_list = tl.where(list_stride > 0, bh, 0) * n_q_tiles + tile_q
-        n_tiles = tl.load(N_TILES + g_list)
-        if FULL == 0:  # none
-            n_full = n_tiles * 0
-        elif FULL == 1:  # counted by the plan
-            n_full = tl.load(N_FULL + g_list)
-        elif FULL == 2:  # all
-            n_full = n_tiles
-        else:  # all but the very last tile of the grid, which can only be the last entry of an ascending list
-            n_full = n_tiles
-            if n_tiles > 0:
-                n_full = n_tiles - (tl.load(p_list + n_tiles - 1) == tl.cdiv(K0, KB0) * n1 * n2 - 1).to(tl.int32)
-        if FULL > 0:
-            for i in range(n_full * K_PARTS):
-                tile = tl.load(p_list + i // K_PARTS)
-                x0, x1, x2, valid = tile_places(tile, i % K_PARTS * BN + lane_k, K0, K1, K2, KB0, KB1, KB2)
-                row = k_before + token_at(TABLES, x0, x1, x2, valid, longest, K1, K2, OR0, OR1, OR2)
-                k, v = load_pair(
-                    K, V, K_BOXES, V_BOXES, b, hk, n_q_heads // group, tile, i % K_PARTS, K1, K2, row, valid, skr, svr,
-                    d, KB0, KB1, KB2, D, BLOCK_D, BN, BOXES, K_PARTS * BN != KB0 * KB1 * KB2,
-                )  # fmt: skip
-                s = logits(q, k, NEGATE, PRECISION)
-                if K_PARTS * BN != KB0 * KB1 * KB2:
-                    s = tl.where(valid[None, :], s, float("-inf"))
-                acc, m, l = _update(acc, m, l, s, v, scale, K_PARTS > 1, PRECISION)
-
-        if HAS_PARTIAL:
-            # (BM,) centre and half length of each query's interval along each axis
-            if IN0:
-                middle0, half0 = query_interval(TABLES, 0, q0, Q0, longest)
-            if IN1:
-                middle1, half1 = query_interval(TABLES, 1, q1, Q1, longest)
-            if IN2:
-                middle2, half2 = query_interval(TABLES, 2, q2, Q2, longest)
-            # relative to the first query of the tile: small integers, in a type that represents them and their squares
-            o0, o1, o2, _ = tile_places(tile_q, 0, Q0, Q1, Q2, QB0, QB1, QB2)
-            TYPE: tl.constexpr = tl.float64 if COST == 2 else tl.float32
-            y0, y1, y2 = (q0 - o0).to(TYPE), (q1 - o1).to(TYPE), (q2 - o2).to(TYPE)
-            for i in range(n_full * K_PARTS, n_tiles * K_PARTS):
-                tile = tl.load(p_list + i // K_PARTS)
-                part = i % K_PARTS * BN + lane_k
-                k0, k1, k2, valid = tile_places(tile, part, K0, K1, K2, KB0, KB1, KB2)
-                row = k_before + token_at(TABLES, k0, k1, k2, valid, longest, K1, K2, OR0, OR1, OR2)
-                if HAS_KEY_MASK:
-                    valid = valid & (tl.load(KEY_MASK + row, mask=valid, other=0) != 0)
-                k, v = load_pair(
-                    K, V, K_BOXES, V_BOXES, b, hk, n_q_heads // group, tile, i % K_PARTS, K1, K2, row, valid, skr, svr,
-                    d, KB0, KB1, KB2, D, BLOCK_D, BN, BOXES, True,
-                )  # fmt: skip
-                s = logits(q, k, NEGATE, PRECISION)
-                s += tl.where(valid, 0.0, float("-inf"))[None, :]
-                if IN0:
-                    s = tl.where(in_interval(k0, middle0, half0, False), s, HIDDEN)
-                if IN1:
-                    s = tl.where(in_interval(k1, middle1, half1, False), s, HIDDEN)
-                if IN2:
-                    s = tl.where(in_interval(k2, middle2, half2, False), s, HIDDEN)
-                if BALL0 or BALL1 or BALL2:
-                    x0, x1, x2 = (k0 - o0).to(TYPE), (k1 - o1).to(TYPE), (k2 - o2).to(TYPE)
-                    s = tl.where(
-                        in_ball(x0, x1, x2, y0, y1, y2, w0, w1, w2, limit, BALL0, BALL1, BALL2, COST), s, HIDDEN
-                    )
-                acc, m, l = _update(acc, m, l, s, v, scale, True, PRECISION)
-
-        if HAS_GLOBAL_KEYS:
-            n_global = length_k - n_grid_k
-            n_whole = 0 if HAS_KEY_MASK else n_global // BN
-            for i in range(n_whole):
-                row = i * BN + lane_k
-                row = tl.where(row < k_before, row, row + n_grid_k)
-                acc, m, l = _attend_rows(
-                    acc, m, l, q, K, V, KEY_MASK, row, row >= 0, skr, svr, scale, d, D, False, False, NEGATE, PRECISION
-                )
-            for i in tl.range(n_whole, tl.cdiv(n_global, BN), num_stages=1):
-                row = i * BN + lane_k
-                valid = row < n_global
-                row = tl.where(row < k_before, row, row + n_grid_k)
-                acc, m, l = _attend_rows(
-                    acc,
-                    m,
-                    l,
-                    q,
-                    K,
-                    V,
-                    KEY_MASK,
-                    row,
-                    valid,
-                    skr,
-                    svr,
-                    scale,
-                    d,
-                    D,
-                    HAS_KEY_MASK,
-                    True,
-                    NEGATE,
-                    PRECISION,
-                )
-        if HAS_POOLED:
-            POOLED_K += b.to(tl.int64) * spb + hk.to(tl.int64) * sph
-            POOLED_V += b.to(tl.int64) * spb + hk.to(tl.int64) * sph
-            if HAS_POOLED_MASK:
-                POOLED_MASK += b.to(tl.int64) * spmb
-            for i in range(tl.cdiv(n_pooled, BN)):
-                row = i * BN + lane_k
-                acc, m, l = _attend_rows(
-                    acc, m, l, q, POOLED_K, POOLED_V, POOLED_MASK, row, row < n_pooled, spr, spr, scale, d, D,
-                    HAS_POOLED_MASK, True, NEGATE, PRECISION,
-                )  # fmt: skip
-
-    o = acc / tl.where(l > 0, l, 1.0)[:, None]
-    if STATE_MODE > 0 or HAS_BIAS:  # noqa: SIM102
+        p_list, n_full, n_listed = list_of(lists, bh, tile_q, n_q_tiles)
+        if S.FULL == "none":
+            n_full = n_listed * 0
+        elif S.FULL == "all but the last":  # noqa: SIM102
+            # the very last tile of the grid can only be the last of an ascending list
+            if n_listed > 0:
+                last = tl.load(p_list + n_listed - 1)
+                n_full = n_listed - (last == tile_count(keys, KB) - 1).to(tl.int32)
+        if S.FULL != "none":
+            carry = _attend_full(
+                carry, b_q, key, value, k_boxes, v_boxes, p_list, n_full, b, hk, n_kv_heads, keys, window, scale, S
+            )
+        if S.PARTIAL:
+            carry = _attend_partial(
+                carry, b_q, q, key, value, k_boxes, v_boxes, key_mask, p_list, n_full, n_listed, tile_q, b, hk,
+                n_kv_heads, queries, keys, window, scale, S,
+            )  # fmt: skip
+        if S.GLOBAL_KEYS:
+            carry = _attend_global(carry, b_q, key, value, key_mask, b, hk, keys, scale, S)
+        if pooled_key.data is not None:
+            carry = _attend_pooled(carry, b_q, pooled_key, pooled_value, pooled_mask, n_pooled, b, hk, scale, S)
+    acc, m, l = carry
+    b_o, lse = finish_softmax(acc, m, l)
+    p_o = p_rows[:, None] + d[None, :]
+    m_o = valid_q[:, None] & (d < S.D)[None, :]
+    if S.STATE != "none" or added.bias is not None:  # noqa: SIM102
         if not is_global:
-            linear = tl.zeros((BM, BLOCK_D), dtype=tl.float32)
-            if STATE_MODE > 0:
-                linear += tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                linear += tl.load(BIAS + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-            o += tl.where(l > 0, 1.0, 0.0)[:, None] * linear
-    tl.store(p_o, o.to(OUT.dtype.element_ty), mask=m_o)
-    if HAS_LSE:
-        tl.store(LSE + bh.to(tl.int64) * length_q + row_q, (m + tl.log2(l)) * LN2, mask=valid_q)
+            b_more = tl.full((S.BM, S.BLOCK_D), 0.0, tl.float32)
+            if S.STATE != "none":
+                b_more += tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
+            if added.bias is not None:
+                b_more += tl.load(added.bias + d, mask=d < S.D, other=0.0).to(tl.float32)[None, :]
+            b_o += tl.where(l > 0, 1.0, 0.0)[:, None] * b_more
+    tl.store(p_o, b_o.to(out.data.dtype.element_ty), mask=m_o)
+    if p_lse is not None:
+        tl.store(p_lse + bh.to(tl.int64) * queries.length + row_q, lse, mask=valid_q)

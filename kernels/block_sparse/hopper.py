@@ -1,5 +1,5 @@
-"""The attention of ``block_sparse_triton.py`` in a separate kernel for Hopper GPUs: 16-bit, head dims 64 and 128, tiles
-of 128 queries. This module launches it and assigns query tiles to programs."""
+"""The attention of ``block_sparse/forward.py`` in a separate kernel for Hopper GPUs: 16-bit, head dims 64 and 128,
+tiles of 128 queries. This module launches it and assigns query tiles to programs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch import check_contiguous
+from .arguments import FullTiles, lists_of, state_of, tokens_of, window_of
 from .hopper_kernel import block_sparse_hopper_kernel
-from .hopper_walk import Static
+from .hopper_walk import Linear, Output, Schedule, Sizes, Static
 from .plan import BlockPlan
 
 __all__ = ["VOLUMES", "block_sparse_hopper", "supports", "supports_call"]
@@ -31,11 +32,11 @@ ROWS_LAYOUT, BOXES_LAYOUT = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayo
 
 
 @lru_cache(maxsize=64)
-def _even_schedule(items: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Schedule of items of equal cost, in order: (turns, programs) items and (programs,) number of turns."""
+def _even_schedule(items: int, programs: int, device: torch.device) -> Schedule:
+    """Schedule of items of equal cost, in order."""
     n_turns = -(-items // programs)
     order = torch.arange(n_turns * programs, dtype=torch.int32).view(n_turns, programs)
-    return order.to(device), (order < items).sum(0, dtype=torch.int32).to(device)
+    return Schedule(order.to(device), (order < items).sum(0, dtype=torch.int32).to(device))
 
 
 @lru_cache(maxsize=64)
@@ -48,7 +49,7 @@ def _uneven_schedule(
     heads: int,
     programs: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
+) -> Schedule:
     """Schedule of items of unequal cost (global queries take longer): each item goes to the program with the least
     work.
 
@@ -57,7 +58,7 @@ def _uneven_schedule(
     if isinstance(steps, int):
         costs = [steps] * n_q_tiles
     else:
-        costs = [-(-n * steps.kv.volume // KEYS) for n in steps.n_tiles[0].tolist()]
+        costs = [-(-n * steps.kv.volume // KEYS) for n in steps.kv_counts[0].tolist()]
     costs = [global_steps + IDLE_STEPS] * (n_global_tiles * heads) + [
         cost + more + IDLE_STEPS for cost in costs
     ] * heads
@@ -71,7 +72,7 @@ def _uneven_schedule(
     order = torch.zeros(programs, int(turns.max()), dtype=torch.int32)
     for row, items in zip(order, lists, strict=True):
         row[: len(items)] = torch.tensor(items, dtype=torch.int32)
-    return order.T.contiguous().to(device), turns.to(device)
+    return Schedule(order.T.contiguous().to(device), turns.to(device))
 
 
 def _processors(device: torch.device) -> int:
@@ -98,22 +99,26 @@ def _half(box: tuple[int, int, int]) -> tuple[int, ...]:
     return tuple(side // 2 if i == first else side for i, side in enumerate(box))
 
 
-def _static(plan: BlockPlan, full_mode: int, has_global: bool, has_pooled: bool, linear: Any, has_lse: bool) -> Static:
+def _static(
+    dim: int, plan: BlockPlan, full: FullTiles, has_global: bool, has_pooled: bool, linear: Any, has_lse: bool
+) -> Static:
     """Compile-time parameters of a plan."""
     q, kv, mask = plan.q, plan.kv, plan.mask
     weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
-    state = linear.state if linear else None
-    all_full = full_mode == 2 or (full_mode == 1 and plan.all_full)
+    all_full = full == "all" or (full == "counted" and plan.all_full)
     return Static(
+        D=dim,
+        N=KEYS,
+        SLOTS=STAGES * (KEYS // dim),
         QB=q.box,
         KB=kv.box,
         FLAT=q.grid[:2] == (1, 1) == kv.grid[:2],
         SHORT=(kv.grid[0] % kv.box[0] != 0, kv.grid[1] % kv.box[1] != 0, kv.grid[2] % kv.box[2] != 0),
-        FULL=full_mode,
+        FULL=full,
         HAS_PARTIAL=not all_full or kv.volume < KEYS,  # two tiles per step: the last may be alone
         HAS_GLOBAL=has_global,
         HAS_POOLED=has_pooled,
-        STATE_MODE=0 if state is None else 1 + (state.shape[1] > 1),
+        STATE=state_of(linear.state if linear else None),
         HAS_BIAS=linear is not None and linear.bias is not None,
         HAS_LSE=has_lse,
         FEATURE_MAP=linear.feature_map if linear else "relu",
@@ -135,7 +140,7 @@ def block_sparse_hopper(
     before: tuple[int, int],
     pooled: tuple[Tensor, Tensor] | None,
     linear: Any,
-    full_mode: int,
+    full: FullTiles,
 ) -> None:
     """`block_sparse_attention` into ``out`` and ``lse``, for calls with `supports_call`; the caller has checked plan
     and linear branch. ``scale`` is in units of log2."""
@@ -146,18 +151,19 @@ def block_sparse_hopper(
     n_global_before = -(-before[0] // QUERIES)
     n_global_tiles = n_global_before + -(-(length_q - q.n_tokens - before[0]) // QUERIES)
     n_pooled = pooled[0].shape[2] if pooled else 0
-    weights = (mask and mask.weights) or (0.0, 0.0, 0.0)
     state = linear.state if linear else None
     bias = linear.bias.contiguous() if linear and linear.bias is not None else None
     has_global = n_global_tiles > 0 or length_k > kv.n_tokens
-    static = _static(plan, full_mode, has_global, pooled is not None, linear, lse is not None)
+    static = _static(dim, plan, full, has_global, pooled is not None, linear, lse is not None)
     programs = min(_processors(query.device), (n_global_tiles + q.n_tiles) * heads)
     if n_global_tiles:
-        steps = plan if mask is not None else -(-plan.tiles.shape[2] * kv.volume // KEYS)
+        steps = plan if mask is not None else -(-plan.kv_indices.shape[2] * kv.volume // KEYS)
         whole, rest = -(-length_k // KEYS), -(-(length_k - kv.n_tokens) // KEYS) + -(-n_pooled // KEYS)
         schedule = _uneven_schedule(steps, rest, q.n_tiles, whole, n_global_tiles, heads, programs, query.device)
     else:
         schedule = _even_schedule(q.n_tiles * heads, programs, query.device)
+    lists, window, sizes = lists_of(plan), window_of(mask), Sizes(n_global_tiles, n_global_before, n_pooled)
+    tokens = tokens_of(length_q, before[0], q), tokens_of(length_k, before[1], kv)
     for i in range(batch):
         own = slice(i * heads, (i + 1) * heads)
 
@@ -165,8 +171,9 @@ def block_sparse_hopper(
             """Slice of this batch element, if there is one per element."""
             return x if x is None or x.shape[0] == 1 else x[own]
 
-        tiles, n_full, n_tiles = of(plan.tiles), of(plan.n_full), of(plan.n_tiles)
-        assert tiles is not None
+        own_lists = lists._replace(
+            indices=of(lists.indices), full_counts=of(lists.full_counts), counts=of(lists.counts)
+        )
         rows = [None, None, None, None, None]
         if has_global:
             rows[:3] = _rows(query[i], 64), _rows(key[i], KEYS), _rows(value[i], KEYS)
@@ -177,12 +184,9 @@ def block_sparse_hopper(
             _boxes(key[i], kv.grid, kv.box, before[1]), rows[1],
             _boxes(value[i], kv.grid, kv.box, before[1]), rows[2], rows[3], rows[4],
             None if state is None else _rows(state[own].view(-1, dim, dim), dim),
-            out[i], None if lse is None else lse[i], None if state is None else linear.norm[own],
-            None if state is None else linear.eps[own], bias, mask.tables if mask else None,
-            out.stride(1), out.stride(2), mask.tables.shape[2] if mask else 0, *schedule, tiles, n_full, n_tiles,
-            tiles.stride(0) if tiles.shape[0] > 1 else 0, tiles.shape[2], n_global_tiles, n_global_before, heads,
-            heads // kv_heads, *before, length_q, length_k, n_pooled, q.n_tiles, *q.grid, *kv.grid, scale, *weights,
-            mask.limit if mask else 0.0, D=dim, N=KEYS, SLOTS=STAGES * (KEYS // dim), S=static,
+            Output(out[i], out.stride(1), out.stride(2), None if lse is None else lse[i]),
+            Linear(None if state is None else linear.norm[own], None if state is None else linear.eps[own], bias),
+            schedule, own_lists, window, sizes, heads, heads // kv_heads, q.n_tiles, *tokens, scale, S=static,
             DTYPE=DTYPES[query.dtype], LAYOUT=LAYOUT, REGISTERS=REGISTERS[0], FETCHER_REGISTERS=REGISTERS[1],
             num_warps=4,
         )  # fmt: skip

@@ -80,15 +80,14 @@ def _copy_interval(ROWS, ROWS_2, h, row, i_row, n1, bar, slot, S: gl.constexpr):
 
 @gluon.jit
 def fetch(
-    Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, POOLED_K_ROWS, POOLED_V_ROWS, STATE,
-    ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free,
-    v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before, length_k, n_pooled, n_q_tiles,
-    Q0, Q1, Q2, K0, K1, K2, S: gl.constexpr,
+    q_boxes, q_rows, k_boxes, k_rows, v_boxes, v_rows, pooled_k_rows, pooled_v_rows, states, schedule, lists, q_ring,
+    k_ring, v_ring, q_full, q_free, k_full, k_free, v_full, v_free, sizes, n_heads, group, n_q_tiles, queries, keys,
+    S: gl.constexpr,
 ):  # fmt: skip
     """Main loop of the producer warp."""
-    D: gl.constexpr = k_ring.shape[2]
-    N: gl.constexpr = k_ring.shape[1]
-    SLOTS: gl.constexpr = k_ring.shape[0]
+    D: gl.constexpr = S.D
+    N: gl.constexpr = S.N
+    SLOTS: gl.constexpr = S.SLOTS
     BOX: gl.constexpr = [1, S.KB[0], S.KB[1], S.KB[2], 64]
     PER_STEP: gl.constexpr = N // (S.KB[0] * S.KB[1] * S.KB[2])
     BYTES: gl.constexpr = N * D * 2
@@ -99,94 +98,91 @@ def fetch(
     D0: gl.constexpr = H0 if S.QB[0] > 1 else 0
     D1: gl.constexpr = H1 if S.QB[0] == 1 and S.QB[1] > 1 else 0
     D2: gl.constexpr = H2 if S.QB[0] * S.QB[1] == 1 else 0
-    qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
-    kn1, kn2 = gl.cdiv(K1, S.KB[1]), gl.cdiv(K2, S.KB[2])
-    n_grid_q, n_grid_k = Q0 * Q1 * Q2, K0 * K1 * K2
+    qn1, qn2 = gl.cdiv(queries.g1, S.QB[1]), gl.cdiv(queries.g2, S.QB[2])
+    kn1, kn2 = gl.cdiv(keys.g1, S.KB[1]), gl.cdiv(keys.g2, S.KB[2])
+    n_grid_k = keys.g0 * keys.g1 * keys.g2
+    n_global_tiles = sizes.n_global_tiles
     kc = 0
     vc = 1
     # placeholder values for the weights before the first step, which are zero
     slot, bar = _claim(0, v_full, v_free, SLOTS, BYTES)
-    _copy_step(V_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, v_ring.index(slot), BOX)
-    turns = gl.load(TURNS + gl.program_id(0))
+    _copy_step(v_boxes, 0, 0, 0, 0, 0, 0, 0, bar, v_ring.index(slot), BOX)
+    turns = gl.load(schedule.turns + gl.program_id(0))
     # prefetched one turn or one step ahead: a load takes as long as half a step
-    item, next_item = item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
-    n_tiles, _n_full = counts(N_FULL, N_TILES, item, n_global_tiles, n_heads, list_stride, n_q_tiles, S)
-    lists = list_of(TILES, item, n_global_tiles, n_heads, n_q_tiles, list_stride, n_list)
-    box0, box1 = listed(lists, 0, n_tiles), listed(lists, 1, n_tiles)
+    item, next_item = item_of(schedule, 0, turns), item_of(schedule, 1, turns)
+    n_tiles, _n_full = counts(lists, item, n_global_tiles, n_heads, n_q_tiles, S)
+    p_list = list_of(lists, item, n_global_tiles, n_heads, n_q_tiles)
+    box0, box1 = listed(p_list, 0, n_tiles), listed(p_list, 1, n_tiles)
     state = 0
     has_state = turns < 0
     for turn in range(turns):
         h, tile, is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
-        next_n_tiles, _next_n_full = counts(
-            N_FULL, N_TILES, next_item, n_global_tiles, n_heads, list_stride, n_q_tiles, S
-        )
-        next_lists = list_of(TILES, next_item, n_global_tiles, n_heads, n_q_tiles, list_stride, n_list)
-        after_next = item_of(ORDER, turn + 2, turns)
+        next_n_tiles, _next_n_full = counts(lists, next_item, n_global_tiles, n_heads, n_q_tiles, S)
+        p_next_list = list_of(lists, next_item, n_global_tiles, n_heads, n_q_tiles)
+        after_next = item_of(schedule, turn + 2, turns)
         hk = h // group
         slot, bar = _claim(turn, q_full, q_free, 2, 128 * D * 2)
         if S.HAS_GLOBAL and is_global:
-            row = global_row(tile, n_global_before, q_before, n_grid_q)
+            row = global_row(tile, sizes.n_global_before, queries)
             for half in gl.static_range(2):
                 q = q_ring.index(slot * 2 + half)
-                _copy(Q_ROWS, h, row + half * 64, 0, 0, bar, q, 0, [1, 64, 64])
+                _copy(q_rows, h, row + half * 64, 0, 0, bar, q, 0, [1, 64, 64])
         else:
             x0, x1, x2 = corner(tile, qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
             for half in gl.static_range(2):
                 q = q_ring.index(slot * 2 + half)
                 y0, y1, y2 = x0 + half * D0, x1 + half * D1, x2 + half * D2
-                _copy(Q_BOXES, h, y0, y1, y2, bar, q, 0, [1, H0, H1, H2, 64])
+                _copy(q_boxes, h, y0, y1, y2, bar, q, 0, [1, H0, H1, H2, 64])
         n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
-        _end0, _end1, _end2, n0, n1, n_interval_steps = key_intervals(
-            is_global, length_k, k_before, n_grid_k, n_pooled, N
-        )
+        _end0, _end1, _end2, n0, n1, n_interval_steps = key_intervals(is_global, keys, sizes.n_pooled, N)
         if not (S.HAS_GLOBAL or S.HAS_POOLED):
             n_interval_steps = 0
         for i in range(n_steps + n_interval_steps):
             x0, x1, x2 = corner(box0, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
             z0, z1, z2 = corner(box1, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
             inside = i + 1 < n_steps
-            coming = gl.where(inside, lists, next_lists)
+            p_coming = gl.where(inside, p_list, p_next_list)
             n_coming = gl.where(inside, n_tiles, next_n_tiles)
             next_n_steps = (next_n_tiles + PER_STEP - 1) // PER_STEP
             place = PER_STEP * gl.where(
                 inside, serpentine_step(i + 1, n_steps, turn), serpentine_step(0, next_n_steps, turn + 1)
             )
-            box0 = listed(coming, place, n_coming)
+            box0 = listed(p_coming, place, n_coming)
             if PER_STEP == 2:
-                box1 = listed(coming, place + 1, n_coming)
+                box1 = listed(p_coming, place + 1, n_coming)
             k_slot, k_bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
             kc += 1
             if i < n_steps:
-                _copy_step(K_BOXES, hk, x0, x1, x2, z0, z1, z2, k_bar, k_ring.index(k_slot), BOX)
+                _copy_step(k_boxes, hk, x0, x1, x2, z0, z1, z2, k_bar, k_ring.index(k_slot), BOX)
                 v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
-                _copy_step(V_BOXES, hk, x0, x1, x2, z0, z1, z2, v_bar, v_ring.index(v_slot), BOX)
+                _copy_step(v_boxes, hk, x0, x1, x2, z0, z1, z2, v_bar, v_ring.index(v_slot), BOX)
             else:
                 if S.HAS_GLOBAL or S.HAS_POOLED:
                     i_row = i - n_steps
                     row = i_row * N
                     if i_row >= n0:
-                        row = k_before + n_grid_k + (i_row - n0) * N
-                    _copy_interval(K_ROWS, POOLED_K_ROWS, hk, row, i_row, n1, k_bar, k_ring.index(k_slot), S)
+                        row = keys.before + n_grid_k + (i_row - n0) * N
+                    _copy_interval(k_rows, pooled_k_rows, hk, row, i_row, n1, k_bar, k_ring.index(k_slot), S)
                     v_slot, v_bar = _claim(vc, v_full, v_free, SLOTS, BYTES)
-                    _copy_interval(V_ROWS, POOLED_V_ROWS, hk, row, i_row, n1, v_bar, v_ring.index(v_slot), S)
+                    _copy_interval(v_rows, pooled_v_rows, hk, row, i_row, n1, v_bar, v_ring.index(v_slot), S)
             vc += 1
             # the linear branch's matrix is loaded as an extra step of keys, after the next tile's first step
-            if S.STATE_MODE > 0:  # noqa: SIM102
+            if S.STATE != "none":  # noqa: SIM102
                 if (i == 0) & has_state:
                     slot, bar = _claim(kc, k_full, k_free, SLOTS, D * D * 2)
-                    _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
+                    _copy(states, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
                     kc += 1
         has_state = is_global == 0
         state = h
-        if S.STATE_MODE == 2:
+        if S.STATE == "of each tile":
             state = h * n_q_tiles + tile
         item, next_item = next_item, after_next
-        n_tiles, lists = next_n_tiles, next_lists
+        n_tiles, p_list = next_n_tiles, p_next_list
     # placeholder keys, so that the last tile is finished like all others
     slot, bar = _claim(kc, k_full, k_free, SLOTS, BYTES)
-    _copy_step(K_BOXES, 0, 0, 0, 0, 0, 0, 0, bar, k_ring.index(slot), BOX)
+    _copy_step(k_boxes, 0, 0, 0, 0, 0, 0, 0, bar, k_ring.index(slot), BOX)
     kc += 1
-    if S.STATE_MODE > 0:  # noqa: SIM102
+    if S.STATE != "none":  # noqa: SIM102
         if has_state:
             slot, bar = _claim(kc, k_full, k_free, SLOTS, D * D * 2)
-            _copy(STATE, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])
+            _copy(states, state, 0, 0, 0, bar, k_ring.index(slot), 0, [1, D, 64])

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Kernel of ``block_sparse_hopper.py``, in Gluon.
+"""Kernel of ``block_sparse/hopper.py``, in Gluon.
 
 A producer warp copies tiles of queries, keys and values to rings in shared memory by tensor descriptor. Two groups of
 four warps process 64 queries each with the same keys: the products of the previous weights with their values run while
@@ -73,15 +73,12 @@ def _square(x, weight, S: gl.constexpr):
 
 
 @gluon.jit
-def apply_mask(
-    s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS: gl.constexpr,
-    S: gl.constexpr,
-):  # fmt: skip
+def apply_mask(s, x, z, grid, y, far, window, LOGITS: gl.constexpr, S: gl.constexpr):
     """Mask logits with -inf. Terms that depend on one axis only are computed once per position of a tile; per key, only
     a comparison and a select remain.
 
-    x, z: origins of the step's tiles. y: position of a query, or the centre of its interval; far: half the length of
-    the interval.
+    x, z: origins of the step's tiles, along each axis. y: position of a query, or the centre of its interval; far: half
+    the length of the interval.
     """
     N: gl.constexpr = s.shape[1]
     VOLUME: gl.constexpr = S.KB[0] * S.KB[1] * S.KB[2]
@@ -90,41 +87,41 @@ def apply_mask(
     i0 = lane % VOLUME // (S.KB[1] * S.KB[2])
     i1 = lane % VOLUME // S.KB[2] % S.KB[1]
     i2 = lane % VOLUME % S.KB[2]
-    on0 = (_part(lane, x0, z0, SPLIT) + i0 < K0)[None, :]
-    on1 = (_part(lane, x1, z1, SPLIT) + i1 < K1)[None, :]
-    on2 = (_part(lane, x2, z2, SPLIT) + i2 < K2)[None, :]
+    on0 = (_part(lane, x[0], z[0], SPLIT) + i0 < grid.g0)[None, :]
+    on1 = (_part(lane, x[1], z[1], SPLIT) + i1 < grid.g1)[None, :]
+    on2 = (_part(lane, x[2], z[2], SPLIT) + i2 < grid.g2)[None, :]
     LEAST: gl.constexpr = float("-inf")
     MOST: gl.constexpr = float("inf")
     zero = gl.full([1, N], 0.0, gl.float32, LOGITS)
     if S.BALL[0] or S.BALL[1] or S.BALL[2]:  # budget left by axes 0 and 1, and cost of axis 2
-        left = zero + limit
+        left = zero + window.limit
         if S.SHORT[0] or SPLIT == 2:
             left = gl.where(on0, left, LEAST)
         if S.SHORT[1]:
             left = gl.where(on1, left, LEAST)
         if S.BALL[0]:
-            left = left - _square(_away(lane, i0, x0, z0, y0, SPLIT), w0, S)
+            left = left - _square(_away(lane, i0, x[0], z[0], y[0], SPLIT), window.w0, S)
         if S.BALL[1]:
-            left = left - _square(_away(lane, i1, x1, z1, y1, SPLIT), w1, S)
+            left = left - _square(_away(lane, i1, x[1], z[1], y[1], SPLIT), window.w1, S)
         cost = zero
         if S.SHORT[2]:
             cost = gl.where(on2, cost, MOST)
         if S.BALL[2]:
-            cost = cost + _square(_away(lane, i2, x2, z2, y2, SPLIT), w2, S)
+            cost = cost + _square(_away(lane, i2, x[2], z[2], y[2], SPLIT), window.w2, S)
         return gl.where(cost < left, s, LEAST)
     # minimum of the logit and, for each axis, of ±inf
     if S.IN[0]:
-        inside = gl.abs(_away(lane, i0, x0, z0, y0, SPLIT)) <= far0[:, None]
+        inside = gl.abs(_away(lane, i0, x[0], z[0], y[0], SPLIT)) <= far[0][:, None]
         s = gl.minimum(s, gl.where(inside & on0, MOST, LEAST))
     elif S.SHORT[0] or SPLIT == 2:
         s = gl.minimum(s, gl.where(on0, MOST, LEAST))
     if S.IN[1]:
-        inside = gl.abs(_away(lane, i1, x1, z1, y1, SPLIT)) <= far1[:, None]
+        inside = gl.abs(_away(lane, i1, x[1], z[1], y[1], SPLIT)) <= far[1][:, None]
         s = gl.minimum(s, gl.where(inside & on1, MOST, LEAST))
     elif S.SHORT[1]:
         s = gl.minimum(s, gl.where(on1, MOST, LEAST))
     if S.IN[2]:
-        inside = gl.abs(_away(lane, i2, x2, z2, y2, SPLIT)) <= far2[:, None]
+        inside = gl.abs(_away(lane, i2, x[2], z[2], y[2], SPLIT)) <= far[2][:, None]
         s = gl.minimum(s, gl.where(inside & on2, MOST, LEAST))
     elif S.SHORT[2]:
         s = gl.minimum(s, gl.where(on2, MOST, LEAST))
@@ -146,10 +143,11 @@ def _mask_interval(s, i, end0, end1, end2, n0, n1, LOGITS: gl.constexpr):
 
 
 @gluon.jit
-def _interval_of(TABLES, AXIS: gl.constexpr, place, length, longest):
+def _interval_of(window, AXIS: gl.constexpr, place, length):
     """Centre and half length of the interval of positions visible to queries along an axis (halves are exact)."""
-    first = gl.load(TABLES + (3 * AXIS + 1) * longest + place, mask=place < length, other=0).to(gl.float32)
-    last = gl.load(TABLES + (3 * AXIS + 2) * longest + place, mask=place < length, other=0).to(gl.float32)
+    p_first = window.tables + (3 * AXIS + 1) * window.longest + place
+    first = gl.load(p_first, mask=place < length, other=0).to(gl.float32)
+    last = gl.load(p_first + window.longest, mask=place < length, other=0).to(gl.float32)
     return (first + last) * 0.5, (last - first) * 0.5
 
 
@@ -182,9 +180,8 @@ def rematerialize(x):
 
 @gluon.jit
 def _finish(
-    acc, m, l, q, OUT, LSE, NORM, EPS, BIAS, soh, sor, kc, k_ring, k_full, k_free, q_free, item, n_global_tiles,
-    n_global_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S: gl.constexpr, HALF: gl.constexpr,
-    OUTPUT: gl.constexpr,
+    acc, m, l, q, output, linear, kc, k_ring, k_full, k_free, q_free, item, sizes, n_heads, n_q_tiles, queries,
+    S: gl.constexpr, HALF: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """Add the linear branch to the accumulator of half a tile and store it. Returns the accumulator, whose content is
     no longer needed, and the count of key slots consumed.
@@ -192,22 +189,23 @@ def _finish(
     The linear branch is accumulated in the same registers: the accumulator is multiplied by linear_norm / total before,
     and by 1 / linear_norm after.
     """
-    D: gl.constexpr = acc.shape[1]
-    SLOTS: gl.constexpr = k_ring.shape[0]
+    D: gl.constexpr = S.D
+    SLOTS: gl.constexpr = S.SLOTS
+    Q0, Q1, Q2 = queries.g0, queries.g1, queries.g2
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    h, tile, is_global = tile_of(rematerialize(item), n_global_tiles, n_heads, n_q_tiles)
+    h, tile, is_global = tile_of(rematerialize(item), sizes.n_global_tiles, n_heads, n_q_tiles)
     FEATURES: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     d = gl.arange(0, D, gl.SliceLayout(0, OUTPUT))
     total = gl.convert_layout(gl.sum(l, 1), OUT_ROW)
     factor = 1.0 / gl.where(total > 0, total, 1.0)
-    if S.STATE_MODE > 0:  # noqa: SIM102
+    if S.STATE != "none":  # noqa: SIM102
         if is_global == 0:
             which = h
-            if S.STATE_MODE == 2:
+            if S.STATE == "of each tile":
                 which = h * n_q_tiles + tile
-            norm = gl.load(NORM + which.to(gl.int64) * D + d)
+            norm = gl.load(linear.norm + which.to(gl.int64) * D + d)
             phi, times = _feature(q.load(OUTPUT).to(gl.float32), S)
-            linear_norm = gl.sum(phi * norm[None, :], 1) + gl.load(EPS + h) * times
+            linear_norm = gl.sum(phi * norm[None, :], 1) + gl.load(linear.eps + h) * times
             linear_norm = gl.where(linear_norm == 0, 1.0, linear_norm)
             acc = acc * (factor * linear_norm)[:, None]
             factor = 1.0 / linear_norm
@@ -221,51 +219,51 @@ def _finish(
     acc = acc * factor[:, None]
     if S.HAS_BIAS:  # noqa: SIM102
         if is_global == 0:
-            acc += gl.load(BIAS + d).to(gl.float32)[None, :]
+            acc += gl.load(linear.bias + d).to(gl.float32)[None, :]
     lane = HALF * 64 + gl.arange(0, 64, OUT_ROW)
     qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
     p0, p1, p2 = _places(tile, lane, qn1, qn2, S.FLAT, S.QB[0], S.QB[1], S.QB[2])
     valid = (p0 < Q0) & (p1 < Q1) & (p2 < Q2)
-    row = q_before + (p0 * Q1 + p1) * Q2 + p2
+    row = queries.before + (p0 * Q1 + p1) * Q2 + p2
     if S.HAS_GLOBAL:
-        end = gl.where(tile < n_global_before, q_before, length_q)
-        off_row = global_row(tile, n_global_before, q_before, Q0 * Q1 * Q2) + lane
+        end = gl.where(tile < sizes.n_global_before, queries.before, queries.length)
+        off_row = global_row(tile, sizes.n_global_before, queries) + lane
         row = gl.where(is_global, off_row, row)
         valid = gl.where(is_global, off_row < end, valid)
-    p_o = OUT + h.to(gl.int64) * soh + row.to(gl.int64)[:, None] * sor + d[None, :]
-    gl.store(p_o, acc.to(OUT.dtype.element_ty), mask=valid[:, None])
+    p_o = output.out + h.to(gl.int64) * output.head + row.to(gl.int64)[:, None] * output.row + d[None, :]
+    gl.store(p_o, acc.to(output.out.dtype.element_ty), mask=valid[:, None])
     if S.HAS_LSE:
         value = (gl.convert_layout(m, OUT_ROW) + gl.log2(total)) * 0.6931471805599453
-        gl.store(LSE + h.to(gl.int64) * length_q + row, value, mask=valid)
+        gl.store(output.lse + h.to(gl.int64) * queries.length + row, value, mask=valid)
     return acc, kc
 
 
 @gluon.jit
 def _attend(
-    OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
-    ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free,
-    v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before, length_q, length_k,
-    n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S: gl.constexpr, HALF: gl.constexpr,
+    output, linear, schedule, lists, window, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free, v_full, v_free,
+    sizes, n_heads, n_q_tiles, queries, keys, scale, S: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Main loop of a consumer group of four warps: one half of the queries of each tile."""
-    D: gl.constexpr = k_ring.shape[2]
-    N: gl.constexpr = k_ring.shape[1]
-    SLOTS: gl.constexpr = k_ring.shape[0]
+    D: gl.constexpr = S.D
+    N: gl.constexpr = S.N
+    SLOTS: gl.constexpr = S.SLOTS
     PER_STEP: gl.constexpr = N // (S.KB[0] * S.KB[1] * S.KB[2])
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    Q0, Q1, Q2 = queries.g0, queries.g1, queries.g2
+    K0, K1, K2 = keys.g0, keys.g1, keys.g2
     qn1, qn2 = gl.cdiv(Q1, S.QB[1]), gl.cdiv(Q2, S.QB[2])
     kn1, kn2 = gl.cdiv(K1, S.KB[1]), gl.cdiv(K2, S.KB[2])
-    n_grid_k = K0 * K1 * K2
+    n_global_tiles = sizes.n_global_tiles
     kc = 0
     vc = 0
-    turns = gl.load(TURNS + gl.program_id(0))
+    turns = gl.load(schedule.turns + gl.program_id(0))
     # prefetched one turn ahead and not used until then: a load takes as long as half a step
     # (Loop variables must not start as one object, or Gluon would alias them. Hence turns * 0 and i * 0 for 0.)
-    last_item, item, next_item = turns * 0, item_of(ORDER, 0, turns), item_of(ORDER, 1, turns)
-    n_tiles, n_full = counts(N_FULL, N_TILES, item, n_global_tiles, n_heads, list_stride, n_q_tiles, S)
+    last_item, item, next_item = turns * 0, item_of(schedule, 0, turns), item_of(schedule, 1, turns)
+    n_tiles, n_full = counts(lists, item, n_global_tiles, n_heads, n_q_tiles, S)
     acc = gl.zeros([64, D], gl.float32, OUTPUT)
     p = gl.zeros([64, N], k_ring.dtype, WEIGHTS)
     m = gl.full([64], float("-inf"), gl.float32, ROW)
@@ -273,14 +271,12 @@ def _attend(
     goes_on = turns < 0  # whether the next product accumulates: the first of a tile does not
     for turn in range(turns + 1):  # the last turn only finishes the previous tile
         _h, tile, is_global = tile_of(item, n_global_tiles, n_heads, n_q_tiles)
-        next_n_tiles, next_n_full = counts(
-            N_FULL, N_TILES, next_item, n_global_tiles, n_heads, list_stride, n_q_tiles, S
-        )
-        after_next = item_of(ORDER, turn + 2, turns)
-        lists = list_of(TILES, item, n_global_tiles, n_heads, n_q_tiles, list_stride, n_list)
+        next_n_tiles, next_n_full = counts(lists, next_item, n_global_tiles, n_heads, n_q_tiles, S)
+        after_next = item_of(schedule, turn + 2, turns)
+        p_list = list_of(lists, item, n_global_tiles, n_heads, n_q_tiles)
         n_clean = n_full // PER_STEP
         n_steps = (n_tiles + PER_STEP - 1) // PER_STEP
-        end0, end1, end2, n0, n1, n_interval_steps = key_intervals(is_global, length_k, k_before, n_grid_k, n_pooled, N)
+        end0, end1, end2, n0, n1, n_interval_steps = key_intervals(is_global, keys, sizes.n_pooled, N)
         n_all = n_steps
         if S.HAS_GLOBAL or S.HAS_POOLED:
             n_all = n_steps + n_interval_steps
@@ -289,11 +285,11 @@ def _attend(
         y0, y1, y2 = p0.to(gl.float32), p1.to(gl.float32), p2.to(gl.float32)
         far0, far1, far2 = y0, y1, y2
         if S.IN[0]:
-            y0, far0 = _interval_of(TABLES, 0, p0, Q0, longest)
+            y0, far0 = _interval_of(window, 0, p0, Q0)
         if S.IN[1]:
-            y1, far1 = _interval_of(TABLES, 1, p1, Q1, longest)
+            y1, far1 = _interval_of(window, 1, p1, Q1)
         if S.IN[2]:
-            y2, far2 = _interval_of(TABLES, 2, p2, Q2, longest)
+            y2, far2 = _interval_of(window, 2, p2, Q2)
         q = q_ring.index(turn % 2 * 2 + HALF)
         mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1, pred=turn < turns)
         for i in range(n_all):
@@ -303,11 +299,11 @@ def _attend(
             partial = (at >= n_clean) & (i < n_steps)
             if S.HAS_PARTIAL:  # noqa: SIM102 - loaded before waiting for the logits
                 if partial:
-                    box = listed(lists, at * PER_STEP, n_tiles)
+                    box = listed(p_list, at * PER_STEP, n_tiles)
                     x0, x1, x2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                     z0, z1, z2 = x0, x1, x2
                     if PER_STEP == 2:
-                        box = listed(lists, at * 2 + 1, n_tiles)
+                        box = listed(p_list, at * 2 + 1, n_tiles)
                         z0, z1, z2 = corner(box, kn1, kn2, S.FLAT, S.KB[0], S.KB[1], S.KB[2])
                         z0 = gl.where(at * 2 + 1 < n_tiles, z0, K0)  # past the end of the list: off the grid
             # the products of these keys and, queued behind them, of the previous weights with their values
@@ -322,10 +318,8 @@ def _attend(
             kc += 1
             if S.HAS_PARTIAL:  # noqa: SIM102
                 if partial:
-                    s = apply_mask(
-                        s, x0, x1, x2, z0, z1, z2, K0, K1, K2, y0, y1, y2, far0, far1, far2, w0, w1, w2, limit, LOGITS,
-                        S,
-                    )  # fmt: skip
+                    x, z, y, far = (x0, x1, x2), (z0, z1, z2), (y0, y1, y2), (far0, far1, far2)
+                    s = apply_mask(s, x, z, keys, y, far, window, LOGITS, S)
             if S.HAS_GLOBAL or S.HAS_POOLED:  # noqa: SIM102
                 if i >= n_steps:
                     s = _mask_interval(s, i - n_steps, end0, end1, end2, n0, n1, LOGITS)
@@ -344,9 +338,8 @@ def _attend(
             if first:
                 if turn > 0:
                     acc, kc = _finish(
-                        acc, m, l, q_ring.index((turn + 1) % 2 * 2 + HALF), OUT, LSE, NORM, EPS, BIAS, soh, sor, kc,
-                        k_ring, k_full, k_free, q_free.index((turn + 1) % 2), last_item, n_global_tiles,
-                        n_global_before, n_heads, q_before, length_q, n_q_tiles, Q0, Q1, Q2, S, HALF, OUTPUT,
+                        acc, m, l, q_ring.index((turn + 1) % 2 * 2 + HALF), output, linear, kc, k_ring, k_full, k_free,
+                        q_free.index((turn + 1) % 2), last_item, sizes, n_heads, n_q_tiles, queries, S, HALF, OUTPUT,
                     )  # fmt: skip
             else:
                 acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT))[:, None]
@@ -355,18 +348,18 @@ def _attend(
         n_tiles, n_full = next_n_tiles, next_n_full
 
 
-@gluon.jit(do_not_specialize=["n_global_tiles", "n_global_before", "n_pooled"])
+@gluon.jit(do_not_specialize=["sizes"])
 def block_sparse_hopper_kernel(
-    Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, POOLED_K_ROWS, POOLED_V_ROWS, STATE, OUT, LSE, NORM, EPS, BIAS,
-    TABLES, soh, sor, longest, ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, n_global_tiles,
-    n_global_before, n_heads, group, q_before, k_before, length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1,
-    K2, scale, w0, w1, w2, limit, D: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, S: gl.constexpr,
-    DTYPE: gl.constexpr, LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, FETCHER_REGISTERS: gl.constexpr,
+    q_boxes, q_rows, k_boxes, k_rows, v_boxes, v_rows, pooled_k_rows, pooled_v_rows, states, output, linear, schedule,
+    lists, window, sizes, n_heads, group, n_q_tiles, queries, keys, scale, S: gl.constexpr, DTYPE: gl.constexpr,
+    LAYOUT: gl.constexpr, REGISTERS: gl.constexpr, FETCHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """Attention of the items that the schedule gives to a program."""
+    SLOTS: gl.constexpr = S.SLOTS
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ring = gl.allocate_shared_memory(DTYPE, [4, 64, D], LAYOUT)  # two query tiles in halves
-    k_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, N, D], LAYOUT)
-    v_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, N, D], LAYOUT)
+    q_ring = gl.allocate_shared_memory(DTYPE, [4, 64, S.D], LAYOUT)  # two query tiles in halves
+    k_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, S.N, S.D], LAYOUT)
+    v_ring = gl.allocate_shared_memory(DTYPE, [SLOTS, S.N, S.D], LAYOUT)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
@@ -386,22 +379,17 @@ def block_sparse_hopper_kernel(
     gl.warp_specialize(
         [
             (_attend, (
-                OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
-                ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
-                length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 0,
+                output, linear, schedule, lists, window, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free, v_full,
+                v_free, sizes, n_heads, n_q_tiles, queries, keys, scale, S, 0,
             )),
             (_attend, (
-                OUT, LSE, NORM, EPS, BIAS, TABLES, soh, sor, longest,
-                ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
-                length_q, length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, scale, w0, w1, w2, limit, S, 1,
+                output, linear, schedule, lists, window, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free, v_full,
+                v_free, sizes, n_heads, n_q_tiles, queries, keys, scale, S, 1,
             )),
             (fetch, (
-                Q_BOXES, Q_ROWS, K_BOXES, K_ROWS, V_BOXES, V_ROWS, POOLED_K_ROWS, POOLED_V_ROWS, STATE,
-                ORDER, TURNS, TILES, N_FULL, N_TILES, list_stride, n_list, q_ring, k_ring, v_ring, q_full, q_free,
-                k_full, k_free, v_full, v_free, n_global_tiles, n_global_before, n_heads, group, q_before, k_before,
-                length_k, n_pooled, n_q_tiles, Q0, Q1, Q2, K0, K1, K2, S,
+                q_boxes, q_rows, k_boxes, k_rows, v_boxes, v_rows, pooled_k_rows, pooled_v_rows, states, schedule,
+                lists, q_ring, k_ring, v_ring, q_full, q_free, k_full, k_free, v_full, v_free, sizes, n_heads, group,
+                n_q_tiles, queries, keys, S,
             )),
         ],
         [4, 1],

@@ -72,22 +72,23 @@ def _counted(groups: int, n: int, device: torch.device) -> Tensor:
 class TransposedPlan(NamedTuple):
     """Transpose of a plan: for each key tile the query tiles that attend to it, full ones first.
 
-    tiles: (1 or G, n) int32, concatenated lists. first: (1 or G, kv.n_tiles) int32 offset of each list.
-    n_full, n_tiles: (1 or G, kv.n_tiles) int32.
+    q_indices: (1 or G, n) int32, concatenated lists. q_starts: (1 or G, kv.n_tiles) int32 place of the first entry of
+    each list. full_q_counts, q_counts: (1 or G, kv.n_tiles) int32.
     """
 
-    tiles: Tensor
-    first: Tensor
-    n_full: Tensor
-    n_tiles: Tensor
+    q_indices: Tensor
+    q_starts: Tensor
+    full_q_counts: Tensor
+    q_counts: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
     """List of tiles of ``kv`` for each tile of ``q``.
 
-    tiles: (1 or G, q.n_tiles, n) int32: full tiles first, then partial ones; the rest is arbitrary.
-    n_full, n_tiles: (1 or G, q.n_tiles) int32 counts; n_full None = all are full but short tiles at the far edge.
+    kv_indices: (1 or G, q.n_tiles, n) int32: full tiles first, then partial ones; the rest is arbitrary.
+    full_kv_counts, kv_counts: (1 or G, q.n_tiles) int32; full_kv_counts None = all are full but short tiles at the far
+        edge.
     mask: applied inside partial tiles; None = all grid tokens of a listed tile are visible.
     all_full: known to have no partial tile.
     work: for windows, the mean cost of a query tile in keys; keys of partial tiles cost more.
@@ -95,9 +96,9 @@ class BlockPlan:
 
     q: Tiling
     kv: Tiling
-    tiles: Tensor
-    n_full: Tensor | None
-    n_tiles: Tensor
+    kv_indices: Tensor
+    full_kv_counts: Tensor | None
+    kv_counts: Tensor
     mask: WindowMask | None = None
     all_full: bool = False
     work: float = 0.0
@@ -106,13 +107,13 @@ class BlockPlan:
     def transposed(self) -> TransposedPlan:
         """Transpose of the lists."""
         n_k = self.kv.n_tiles
-        place = torch.arange(self.tiles.shape[2], dtype=torch.int32, device=self.tiles.device)
-        listed = place < self.n_tiles[..., None]
-        if self.n_full is None:  # all listed tiles are of one kind
-            tiles, ends = transpose_block_lists(torch.where(listed, self.tiles, n_k), n_k)
+        place = torch.arange(self.kv_indices.shape[2], dtype=torch.int32, device=self.kv_indices.device)
+        listed = place < self.kv_counts[..., None]
+        if self.full_kv_counts is None:  # all listed tiles are of one kind
+            tiles, ends = transpose_block_lists(torch.where(listed, self.kv_indices, n_k), n_k)
             n_tiles = ends.diff()
             return TransposedPlan(tiles, ends[:, :-1].contiguous(), n_tiles, n_tiles)
-        kind = self.tiles * 2 + (place >= self.n_full[..., None]).int()
+        kind = self.kv_indices * 2 + (place >= self.full_kv_counts[..., None]).int()
         tiles, ends = transpose_block_lists(torch.where(listed, kind, 2 * n_k), 2 * n_k)
         first, full_end, end = ends[:, :-1:2], ends[:, 1::2], ends[:, 2::2]
         return TransposedPlan(tiles, first.contiguous(), (full_end - first).contiguous(), (end - first).contiguous())
@@ -120,9 +121,9 @@ class BlockPlan:
     def describe(self) -> str:
         """Summary in one line: the tile shapes, tiles visited per query tile, and the fraction of all logits in visited
         tiles."""
-        visited = self.n_tiles.float().mean().item()
-        full = visited if self.n_full is None else self.n_full.float().mean().item()
-        logits = self.n_tiles.double().mean(0).sum().item() * self.q.volume * self.kv.volume
+        visited = self.kv_counts.float().mean().item()
+        full = visited if self.full_kv_counts is None else self.full_kv_counts.float().mean().item()
+        logits = self.kv_counts.double().mean(0).sum().item() * self.q.volume * self.kv.volume
         share = logits / (self.q.n_tokens * self.kv.n_tokens)
         return (
             f"query tiles {_short(self.q)}, key tiles {_short(self.kv)}: {self.q.n_tiles} query tiles visit "

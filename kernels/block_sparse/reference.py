@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Rows", "Tiles", "every_key", "tile_attention"]
+__all__ = ["TileRows", "Tiles", "every_key", "tile_attention"]
 
 CHUNK_BYTES = 32 * 2**20  # working set of one step
 
 
-class Rows(NamedTuple):
+class TileRows(NamedTuple):
     """Row indices of n consecutive tiles. The leading axis is 1, or B (B*H if each head has its own lists).
 
     queries: (1|G, n, nq) int64; an index equal to the number of query rows is padding.
@@ -39,7 +39,7 @@ class Tiles:
     count: int
     n_queries: int
     n_keys: int
-    rows: Callable[[int, int], Rows]
+    rows: Callable[[int, int], TileRows]
     gathers: bool = True
 
 
@@ -49,7 +49,7 @@ def every_key(queries: Tensor, n_keys: int) -> Tiles:
         count=queries.numel(),
         n_queries=1,
         n_keys=n_keys,
-        rows=lambda start, stop: Rows(queries[None, None, start:stop], None, None),
+        rows=lambda start, stop: TileRows(queries[None, None, start:stop], None, None),
         gathers=False,
     )
 
@@ -161,7 +161,7 @@ def _softmax_backward(
     return d_logits @ k, d_logits.mT @ q, p.mT @ grad
 
 
-def _chunks(plan: Sequence[Tiles], query: Tensor, *, backward: bool) -> Iterator[tuple[Tiles, Rows]]:
+def _chunks(plan: Sequence[Tiles], query: Tensor, *, backward: bool) -> Iterator[tuple[Tiles, TileRows]]:
     """Split the tiles into chunks with a working set of about CHUNK_BYTES."""
     groups, _, heads, dim = query.shape
     for tiles in plan:
@@ -206,7 +206,7 @@ def _gather(x: Tensor, index: Tensor, scratch: _Scratch, slot: int) -> Tensor:
 
 
 def _read(
-    rows: Rows, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, scratch: _Scratch
+    rows: TileRows, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, scratch: _Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value rows of the tiles, (G*n, W, nq or nk, D) each."""
     q = _gather(query, rows.queries, scratch, 0)
@@ -216,7 +216,7 @@ def _read(
 
 
 def _mask(
-    rows: Rows, tiles: Tiles, key_bias: Tensor | None, query: Tensor, may_have_empty_rows: bool
+    rows: TileRows, tiles: Tiles, key_bias: Tensor | None, query: Tensor, may_have_empty_rows: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Additive mask of the logits, (1|G*n, 1, 1|nq, nk), and the queries with a visible key (None: all)."""
     if key_bias is None and rows.visible is None:
@@ -243,7 +243,7 @@ def _bias_of(key_bias: Tensor, keys: Tensor) -> Tensor:
     return key_bias.gather(1, keys.flatten(1)).view(keys.shape)
 
 
-def _batched(mask: Tensor, query: Tensor, rows: Rows) -> Tensor:
+def _batched(mask: Tensor, query: Tensor, rows: TileRows) -> Tensor:
     """Reshape (1|G, 1|n, nq, nk) → (1|G*n, 1, nq, nk)."""
     if mask.shape[:2].numel() > 1:
         mask = mask.expand(len(query), rows.queries.shape[1], -1, -1)

@@ -7,20 +7,24 @@ Deterministic: no two programs write to the same location. The selection has no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..arguments import Rows, Tokens, mask_of, rows_of
 from ..block_sparse.backward import lse_and_delta
 from ..block_sparse.forward import LOG2E, check_inputs
 from ..block_sparse.plan import transpose_block_lists
 from ..launch import cdiv, check_contiguous, empty_rows, has_large_shared_memory, next_pow2_min16
+from .arguments import Above, Interval, KeyTiles, QueryLists, Splits, bias_of, queries_of, static_of
 from .backward_kernel import llsa_coarse_bwd_dq_kernel, llsa_dkv_kernel, llsa_fine_bwd_dq_kernel
-from .forward import LaunchConfig, Pooled, check_tree
+from .forward import LaunchConfig, Pooled, check_tree, pooled_of
 
 __all__ = ["llsa_blocks_attention_backward"]
 
+NO_ROWS = Interval(None, 0, 0)
+NO_LISTS = QueryLists(None, None, 0, None, None)
 PROGRAMS = 528  # programs that share a loop over all queries: four per multiprocessor of an H100 or H200
 
 
@@ -42,14 +46,9 @@ class _Call(NamedTuple):
     query: Tensor
     lse_delta: Tensor
     scale: float
-    before: int
-    n_grid: int
+    tokens: Tokens
     children: Sequence[Tensor]
     configs: _LaunchConfigs
-
-    @property
-    def precision(self) -> str:
-        return "ieee" if self.query.dtype == torch.float32 else "tf32"
 
 
 class _Keys(NamedTuple):
@@ -101,7 +100,8 @@ def llsa_blocks_attention_backward(
     key_mask = key_mask if key_mask is None or key_mask.stride(-1) == 1 else key_mask.contiguous()
     length = query.shape[2]
     configs = _launch_configs(query, children[0].shape[1])
-    call = _Call(grad, query, lse_and_delta(grad, out, lse)[0], scale, before, n_grid, children, configs)
+    sequence = Tokens(length, before, 1, 1, n_grid)
+    call = _Call(grad, query, lse_and_delta(grad, out, lse)[0], scale, sequence, children, configs)
     d_query = _queries(call, key, value, kept[0], pooled, key_mask)
     above = None
     if pooled is not None:
@@ -110,55 +110,43 @@ def llsa_blocks_attention_backward(
     d_key, d_value = empty_rows(key), empty_rows(value)
     n_global = length - n_grid
     tokens = _Keys(key, value, d_key[None], d_value[None], key_mask, None)
-    n_blocks = len(children[0])
-    _launch_dkv(
-        call, tokens, configs.tokens, n_blocks, table=children[0], first_key=before,
-        lists=_transpose_lists(kept[0], n_blocks, whole), above=above, n_rows=n_global, row_cut=before, row_skip=n_grid,
-    )  # fmt: skip
+    keys = KeyTiles(children[0], before, len(children[0]), *NO_ROWS)
+    global_rows = Interval(n_global or None, before, n_grid)
+    lists = _query_lists(call, kept[0], keys.n_tiles, whole)
+    _launch_dkv(call, tokens, configs.tokens, keys, lists=lists, above=above, rows=global_rows)
     if n_global:
-        _interval_gradients(call, tokens, n_global, (before, n_grid), length, (0, 0))
+        _interval_gradients(call, tokens, Interval(n_global, before, n_grid), Interval(length, 0, 0))
     return d_query, d_key, d_value
 
 
 def _queries(
     call: _Call, key: Tensor, value: Tensor, kept: Tensor, pooled: Pooled | None, key_mask: Tensor | None
 ) -> Tensor:
-    query, grad, children = call.query, call.grad, call.children
-    batch, heads, length, dim = query.shape
+    query, grad, children, tokens = call.query, call.grad, call.children, call.tokens
+    batch, heads = query.shape[:2]
     d_query = empty_rows(query)
     n_blocks, block = children[0].shape
-    strides = [s for x in (query, key, value, grad, d_query) for s in x.stride()[:3]]
-    strides.append(0 if key_mask is None else key_mask.stride(0))
-    given = (query, key, value, grad, call.lse_delta, d_query, key_mask)
-    scales = (call.scale * LOG2E, call.scale)
-    common: dict[str, Any] = {
-        "D": dim, "BLOCK_D": next_pow2_min16(dim), "BLOCK": block, "HAS_KEY_MASK": key_mask is not None,
-        "PRECISION": call.precision,
-    }  # fmt: skip
-    n_global, has_coarse = length - call.n_grid, pooled is not None or length > call.n_grid
+    rows = rows_of(query), rows_of(key), rows_of(value), rows_of(grad)
+    common = *rows, call.lse_delta, rows_of(d_query), mask_of(key_mask)
+    scales = call.scale * LOG2E, call.scale
+    n_global = tokens.length - tokens.g2
+    has_coarse = pooled is not None or n_global > 0
     if has_coarse:
-        indices = None if pooled is None else pooled.indices
-        n_slots, n_nodes = (n_blocks * block, 1) if indices is None else (block * block, indices.shape[1])
+        queries = queries_of(children, pooled.indices if pooled else None)
         config = call.configs.coarse
-        block_q = min(config.block_q, next_pow2_min16(n_slots))
-        n_global_tiles, n_items = cdiv(n_global, block_q), n_nodes * cdiv(n_slots, block_q)
-        weight = pooled.weight if pooled else None
-        llsa_coarse_bwd_dq_kernel[((n_global_tiles + n_items) * batch * heads,)](
-            *given, *((pooled.keys, pooled.values) if pooled else (None, None)), weight, indices, children[0],
-            None if indices is None else children[1], *strides,
-            0 if weight is None or len(weight) == 1 else weight.stride(0),
-            heads, length, call.before, call.n_grid, pooled.keys.shape[1] if pooled else 0, pooled.top if pooled else 0,
-            0 if indices is None else indices.shape[2], n_nodes, n_slots, batch * heads, n_global_tiles, n_items,
-            *scales, BM=block_q, BN=config.block_k, HAS_NODES=indices is not None, HAS_POOLED=pooled is not None,
-            HAS_GLOBAL=n_global > 0, num_warps=config.num_warps, num_stages=config.num_stages, **common,
+        block_q = min(config.block_q, next_pow2_min16(queries.n_slots))
+        n_tiles = cdiv(n_global, block_q) + queries.n_nodes * cdiv(queries.n_slots, block_q)
+        llsa_coarse_bwd_dq_kernel[(n_tiles * batch * heads,)](
+            *common, queries, pooled_of(pooled), tokens, batch * heads, heads, *scales,
+            S=static_of(query, block, block_q, config.block_k)._replace(GLOBAL=n_global > 0),
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    config = call.configs.fine
-    block_q = min(config.block_q, next_pow2_min16(block))
+    config, n_kept = call.configs.fine, kept.shape[2]
+    block_q, block_k = min(config.block_q, next_pow2_min16(block)), min(config.block_k, next_pow2_min16(n_kept * block))
     llsa_fine_bwd_dq_kernel[(batch * heads * n_blocks * cdiv(block, block_q),)](
-        *given, kept, children[0], *strides, heads, n_blocks, length, call.before, *scales,
-        BM=block_q, BN=min(config.block_k, next_pow2_min16(kept.shape[2] * block)), N_KEPT=kept.shape[2],
-        HAS_COARSE=has_coarse,
-        num_warps=config.num_warps, num_stages=config.num_stages, **common,
+        *common, kept, children[0], tokens, n_blocks, heads, *scales,
+        S=static_of(query, block, block_q, block_k)._replace(N_KEPT=n_kept, ADD=has_coarse),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return d_query
 
@@ -178,39 +166,36 @@ def _pooled(
         if level > 1:
             ancestor = (places[level] if ancestor is None else places[level][ancestor]) // block
         n = len(call.children[level])
-        lists = _transpose_lists(kept[level] if ancestor is None else kept[level][:, ancestor], n, whole)
+        visible = kept[level] if ancestor is None else kept[level][:, ancestor]
+        lists = _query_lists(call, visible, n, whole, nodes=call.children[1])
         _launch_dkv(
-            call, keys, call.configs.pooled, n, table=call.children[level], first_key=rows[level - 1], lists=lists,
-            nodes=True,
-        )  # fmt: skip
+            call, keys, call.configs.pooled, KeyTiles(call.children[level], rows[level - 1], n, *NO_ROWS), lists=lists
+        )
     n_top = len(call.children[-1])
-    _interval_gradients(call, keys, n_top, (0, pooled.top), call.n_grid, (0, call.before))
+    grid_rows = Interval(call.tokens.g2, 0, call.tokens.before)
+    _interval_gradients(call, keys, Interval(n_top, 0, pooled.top), grid_rows)
     return d_pooled[:, 0]
 
 
-def _transpose_lists(kept: Tensor, n: int, whole: bool) -> tuple[Tensor, Tensor]:
-    """Rows that kept each of n tokens; see :func:`transpose_block_lists`."""
-    return transpose_block_lists(kept if whole else torch.where(kept < 0, n, kept), n)
+def _query_lists(call: _Call, kept: Tensor, n: int, whole: bool, nodes: Tensor | None = None) -> QueryLists:
+    """Blocks, or with ``nodes`` level-2 tokens, that kept each of n tokens; see :func:`transpose_block_lists`."""
+    lists, ends = transpose_block_lists(kept if whole else torch.where(kept < 0, n, kept), n)
+    return QueryLists(lists, ends, lists.stride(0), call.children[0], nodes)
 
 
-def _interval_gradients(
-    call: _Call, keys: _Keys, n_keys: int, key_interval: tuple[int, int], n_rows: int, row_interval: tuple[int, int]
-) -> None:
-    """Gradients of keys that a whole interval of queries attends to: the interval is split between programs, and their
-    sums are added in order. Intervals: (cut, rows to skip from the cut on)."""
+def _interval_gradients(call: _Call, keys: _Keys, key_rows: Interval, rows: Interval) -> None:
+    """Gradients of an interval of keys that a whole interval of queries attends to: that of queries is split between
+    programs, and their sums are added in order."""
     batch, heads, _, dim = call.query.shape
     config = call.configs.interval
+    n_keys, cut, skip = key_rows
     n_tiles = cdiv(n_keys, config.block_k)
-    n_splits = max(1, min(cdiv(n_rows, 1024), PROGRAMS // (n_tiles * batch * heads)))
-    split_rows = cdiv(cdiv(n_rows, n_splits), config.block_q) * config.block_q
-    n_splits = cdiv(n_rows, split_rows)
+    n_splits = max(1, min(cdiv(rows.length, 1024), PROGRAMS // (n_tiles * batch * heads)))
+    split_rows = cdiv(cdiv(rows.length, n_splits), config.block_q) * config.block_q
+    n_splits = cdiv(rows.length, split_rows)
     parts = torch.empty(2, n_splits, batch, heads, n_keys, dim, dtype=torch.float32, device=call.query.device)
-    cut, skip = key_interval
-    _launch_dkv(
-        call, keys._replace(d_key=parts[0], d_value=parts[1]), config, n_tiles, n_keys=n_keys,
-        key_interval=key_interval, n_rows=n_rows, row_cut=row_interval[0], row_skip=row_interval[1],
-        split_rows=split_rows,
-    )  # fmt: skip
+    split_keys = keys._replace(d_key=parts[0], d_value=parts[1])
+    _launch_dkv(call, split_keys, config, KeyTiles(None, 0, n_tiles, *key_rows), rows=rows, split_rows=split_rows)
     for to, total in zip((keys.d_key, keys.d_value), parts.sum(1).to(keys.d_key.dtype), strict=True):
         if cut:
             to[0][:, :, :cut] = total[:, :, :cut]
@@ -221,42 +206,29 @@ def _launch_dkv(
     call: _Call,
     keys: _Keys,
     config: LaunchConfig,
-    n_tiles: int,
+    tiles: KeyTiles,
     *,
-    table: Tensor | None = None,
-    first_key: int = 0,
-    lists: tuple[Tensor, Tensor] | None = None,
-    nodes: bool = False,
+    lists: QueryLists = NO_LISTS,
     above: Tensor | None = None,
-    n_keys: int = 0,
-    key_interval: tuple[int, int] = (0, 0),
-    n_rows: int = 0,
-    row_cut: int = 0,
-    row_skip: int = 0,
+    rows: Interval = NO_ROWS,
     split_rows: int | None = None,
 ) -> None:
-    """Launch the dK/dV kernel; see there."""
-    query, grad, children = call.query, call.grad, call.children
-    batch, heads, length, dim = query.shape
-    block = children[0].shape[1]
-    block_k = min(config.block_k, next_pow2_min16(block)) if table is not None else config.block_k
-    parts = cdiv(block, block_k) if table is not None else 1
-    n_splits = len(keys.d_key)
-    split_rows = max(1, n_rows) if split_rows is None else split_rows
-    strides = [s for x in (query, keys.key, keys.value, grad) for s in x.stride()[:3]]
-    d_strides = keys.d_key.stride()[:4]
-    weight, key_mask = keys.weight, keys.key_mask
-    llsa_dkv_kernel[(n_tiles * parts * batch * heads * n_splits,)](
-        query, keys.key, keys.value, grad, call.lse_delta, key_mask, weight, *(lists or (None, None)), table,
-        children[0], children[1] if nodes else None, *((None, None) if above is None else above), keys.d_key,
-        keys.d_value, *strides, *d_strides, 0 if key_mask is None else key_mask.stride(0),
-        0 if weight is None or len(weight) == 1 else weight.stride(0), lists[0].stride(0) if lists else 0,
-        heads, batch * heads, length, n_tiles, n_keys, first_key, *key_interval, n_rows, row_cut, row_skip,
-        split_rows, call.before, call.scale * LOG2E, call.scale, D=dim, BLOCK_D=next_pow2_min16(dim), BK=block_k,
-        BN=config.block_q, BLOCK=block, BY_TABLE=table is not None, HAS_LISTS=lists is not None, HAS_NODES=nodes,
-        HAS_ROWS=n_rows > 0,
-        HAS_WEIGHT=weight is not None, HAS_KEY_MASK=key_mask is not None, HAS_ABOVE=above is not None,
-        PRECISION=call.precision, num_warps=config.num_warps, num_stages=config.num_stages,
+    """Launch the dK/dV kernel. Queries: those in ``lists``, and ``rows``, split_rows of them per program, None = all.
+    above: see :func:`_spread`."""
+    query = call.query
+    batch, heads = query.shape[:2]
+    block, block_k, n_parts = call.children[0].shape[1], config.block_k, 1
+    if tiles.table is not None:
+        block_k = min(block_k, next_pow2_min16(block))
+        n_parts = cdiv(block, block_k)
+    n_splits, split_stride, d_strides = len(keys.d_key), keys.d_key.stride(0), keys.d_key.stride()[1:4]
+    llsa_dkv_kernel[(tiles.n_tiles * n_parts * batch * heads * n_splits,)](
+        rows_of(query), rows_of(keys.key), rows_of(keys.value), rows_of(call.grad), call.lse_delta,
+        Rows(keys.d_key, *d_strides), Rows(keys.d_value, *d_strides), mask_of(keys.key_mask), bias_of(keys.weight),
+        Above(None, None) if above is None else Above(*above), tiles, lists,
+        Splits(*rows, max(1, rows.length or 0) if split_rows is None else split_rows, split_stride), call.tokens,
+        batch * heads, heads, call.scale * LOG2E, call.scale, S=static_of(query, block, config.block_q, block_k),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments import Mask, Rows, Tokens, mask_of, rows_of
 from ..block_sparse.forward import LOG2E, check_inputs
 from ..launch import cdiv, check_contiguous, empty_rows, has_large_shared_memory, next_pow2_min16, register_limit
+from .arguments import PooledKeys, bias_of, queries_of, static_of
 from .forward_kernel import llsa_coarse_fwd_kernel, llsa_fine_fwd_kernel
 
-__all__ = ["LaunchConfig", "Pooled", "check_tree", "llsa_blocks_attention"]
+__all__ = ["LaunchConfig", "Pooled", "check_tree", "llsa_blocks_attention", "pooled_of"]
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,15 @@ def llsa_blocks_attention(
     lse = None
     if return_lse or has_coarse:
         lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
-    tensors = (query, key, value, out, lse, key_mask)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3])
-    strides = (*strides, 0 if key_mask is None else key_mask.stride(0))
+    rows = rows_of(query), rows_of(key), rows_of(value), rows_of(out)
+    tokens, mask, scale = Tokens(length, before, 1, 1, n_grid), mask_of(key_mask), scale * LOG2E
     if has_coarse:
         config = coarse or _coarse_config(query, whole and len(children) <= 2)
-        _launch_coarse(config, tensors, strides, children, scale * LOG2E, before, n_grid, pooled, whole)
+        _launch_coarse(config, query, rows, lse, mask, children, pooled, tokens, scale, whole)
     config = fine or _fine_config(query, children[0].shape[1])
-    flags = (whole, has_coarse, return_lse)
-    _launch_fine(config, tensors, strides, kept, children[0], scale * LOG2E, before, *flags)
-    return out, lse if return_lse else None
+    coarse_lse, lse = lse if has_coarse else None, lse if return_lse else None
+    _launch_fine(config, query, rows, lse, coarse_lse, mask, kept, children[0], tokens, scale, whole)
+    return out, lse
 
 
 def check_tree(children: Sequence[Tensor], pooled: Pooled | None = None) -> None:
@@ -119,67 +120,72 @@ def check_tree(children: Sequence[Tensor], pooled: Pooled | None = None) -> None
         check_contiguous(keys=pooled.keys, values=pooled.values, weight=pooled.weight, indices=pooled.indices)
 
 
+def pooled_of(pooled: Pooled | None) -> PooledKeys:
+    """Group of pooled tokens; None = there are none."""
+    if pooled is None:
+        return PooledKeys(None, None, *bias_of(None), 0, 0, None, 0, None, None)
+    indices, length = pooled.indices, pooled.keys.shape[1]
+    n_indices = 0 if indices is None else indices.shape[2]
+    bias, batch = bias_of(pooled.weight)
+    return PooledKeys(pooled.keys, pooled.values, bias, batch, length, pooled.top, indices, n_indices, None, None)
+
+
 def _launch_coarse(
     config: LaunchConfig,
-    tensors: tuple[Tensor | None, ...],
-    strides: tuple[int, ...],
+    query: Tensor,
+    rows: tuple[Rows, ...],
+    lse: Tensor | None,
+    mask: Mask,
     children: Sequence[Tensor],
-    scale: float,
-    before: int,
-    n_grid: int,
     pooled: Pooled | None,
+    tokens: Tokens,
+    scale: float,
     whole: bool,
 ) -> None:
-    query = tensors[0]
-    assert query is not None
-    batch, heads, length, dim = query.shape
-    n_blocks, block = children[0].shape
-    indices = None if pooled is None else pooled.indices
-    n_slots = n_blocks * block if indices is None else block * block
-    n_nodes = 1 if indices is None else indices.shape[1]
-    config = _fitting(config, n_slots)
-    block_q = config.block_q
-    n_global_tiles, n_items = cdiv(length - n_grid, block_q), n_nodes * cdiv(n_slots, block_q)
-    n_indices, n_pooled = 0 if indices is None else indices.shape[2], 0 if pooled is None else pooled.keys.shape[1]
-    top, weight = (pooled.top, pooled.weight) if pooled else (0, None)
-    indices_whole, top_whole = (n % config.block_k == 0 for n in (n_indices, n_pooled - 1 - top))
-    llsa_coarse_fwd_kernel[((n_global_tiles + n_items) * batch * heads,)](
-        *tensors, pooled and pooled.keys, pooled and pooled.values, weight, indices, children[0],
-        None if indices is None else children[1], *strides,
-        0 if weight is None or len(weight) == 1 else weight.stride(0), heads, length, before, n_grid, n_pooled, top,
-        n_indices, n_nodes, n_slots, batch * heads, n_global_tiles, n_items, scale, math.log2(block),
-        len(children) * math.log2(block), D=dim, BLOCK_D=next_pow2_min16(dim), BM=block_q, BN=config.block_k,
-        BLOCK=block, HAS_NODES=indices is not None, HAS_POOLED=pooled is not None, HAS_GLOBAL=length > n_grid,
-        HAS_KEY_MASK=tensors[5] is not None, INDICES_WHOLE=indices_whole, TOP_WHOLE=top_whole,
-        INDICES_BY_ROW=not (whole and indices_whole and len(children) == 2), TOP_BY_ROW=not (whole and top_whole),
-        ALL_SLOTS=whole and n_slots % block_q == 0 and length == n_grid, PRECISION=_precision(query),
+    batch, heads = query.shape[:2]
+    block, n_grid = children[0].shape[1], tokens.g2
+    queries = queries_of(children, pooled.indices if pooled else None)
+    config = _fitting(config, queries.n_slots)
+    n_tiles = cdiv(tokens.length - n_grid, config.block_q) + queries.n_nodes * cdiv(queries.n_slots, config.block_q)
+    group = pooled_of(pooled)
+    indices_whole, top_whole = (n % config.block_k == 0 for n in (group.n_indices, group.length - 1 - group.top))
+    if whole and indices_whole and len(children) == 2:
+        group = group._replace(indices_bias=math.log2(block))
+    if whole and top_whole:
+        group = group._replace(top_bias=len(children) * math.log2(block))
+    static = static_of(query, block, config.block_q, config.block_k)._replace(
+        GLOBAL=tokens.length > n_grid, INDICES_WHOLE=indices_whole, TOP_WHOLE=top_whole,
+        ALL_SLOTS=whole and queries.n_slots % config.block_q == 0 and tokens.length == n_grid,
+    )  # fmt: skip
+    llsa_coarse_fwd_kernel[(n_tiles * batch * heads,)](
+        *rows, lse, mask, queries, group, tokens, batch * heads, heads, scale, S=static,
         num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
     )  # fmt: skip
 
 
 def _launch_fine(
     config: LaunchConfig,
-    tensors: tuple[Tensor | None, ...],
-    strides: tuple[int, ...],
+    query: Tensor,
+    rows: tuple[Rows, ...],
+    lse: Tensor | None,
+    coarse_lse: Tensor | None,
+    mask: Mask,
     kept: Tensor,
     blocks: Tensor,
+    tokens: Tokens,
     scale: float,
-    before: int,
     whole: bool,
-    has_coarse: bool,
-    has_lse: bool,
 ) -> None:
-    query = tensors[0]
-    assert query is not None
-    batch, heads, length, dim = query.shape
+    batch, heads = query.shape[:2]
     n_blocks, block = blocks.shape
+    n_kept = kept.shape[2]
     block_q = min(config.block_q, next_pow2_min16(block))
-    block_k = min(config.block_k, next_pow2_min16(kept.shape[2] * block))
+    block_k = min(config.block_k, next_pow2_min16(n_kept * block))
+    static = static_of(query, block, block_q, block_k)._replace(
+        N_KEPT=n_kept, WHOLE=whole and n_kept * block % block_k == 0, ALL_SLOTS=whole and block % block_q == 0
+    )
     llsa_fine_fwd_kernel[(batch * heads * n_blocks * cdiv(block, block_q),)](
-        *tensors, kept, blocks, *strides, heads, n_blocks, length, before, scale,
-        D=dim, BLOCK_D=next_pow2_min16(dim), BM=block_q, BN=block_k, BLOCK=block, N_KEPT=kept.shape[2],
-        MASKED=not whole or kept.shape[2] * block % block_k != 0, HAS_KEY_MASK=tensors[5] is not None,
-        HAS_COARSE=has_coarse, HAS_LSE=has_lse, PRECISION=_precision(query),
+        *rows, lse, coarse_lse, mask, kept, blocks, tokens, n_blocks, heads, scale, S=static,
         num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(query, config.max_registers),
     )  # fmt: skip
 
@@ -190,10 +196,6 @@ def _fitting(config: LaunchConfig, n_slots: int) -> LaunchConfig:
     if half < 16 or cdiv(n_slots, half) * half >= cdiv(n_slots, config.block_q) * config.block_q:
         return config
     return replace(config, block_q=half, num_warps=max(4, config.num_warps // 2))
-
-
-def _precision(query: Tensor) -> str:
-    return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
 def _coarse_config(query: Tensor, uniform: bool) -> LaunchConfig:

@@ -5,18 +5,16 @@ tiles for the matrix units, whereas the selection needs one row per warp, so tha
 intermediate scores are 4 bytes per pair of blocks.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Mask, mask_of
 from ..launch import cdiv, check_contiguous, exact_products, next_power_of_2
+from .select_kernel import block_scores_fwd_kernel, pick_blocks_fwd_kernel
 
-__all__ = ["MAX_BLOCKS", "ordered", "select_blocks"]
+__all__ = ["MAX_BLOCKS", "select_blocks"]
 
 MAX_BLOCKS = 16384  # key blocks whose scores fit the registers of one program
 SCRATCH_BYTES = 256 * 2**20  # limit of the scratch for scores; heads are processed in chunks that fit it
@@ -82,57 +80,15 @@ def select_blocks(
 
 
 def _launch_scores(queries: Tensor, keys: Tensor, scores: Tensor) -> None:
+    """Write scores (G, Mq, Mk rounded up) of queries (G, Mq, D) and keys (G, Mk, D)."""
     check_contiguous(queries=queries, keys=keys, scores=scores)
     groups, n_q, dim = queries.shape
     n_k = keys.shape[1]
     block_m, block_n = 64, 64
-    _block_scores_fwd_kernel[(groups * cdiv(n_q, block_m) * cdiv(n_k, block_n),)](
-        queries,
-        keys,
-        scores,
-        n_q,
-        n_k,
-        scores.shape[2],
-        D=dim,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=min(32, next_power_of_2(dim)),
-        PRECISION=exact_products(),
-        num_warps=4,
-    )
-
-
-@triton.jit
-def _block_scores_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    scores_ptr,
-    n_q,
-    n_k,
-    pitch,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) tile of q kᵀ of one head."""
-    n_cols = tl.cdiv(n_k, BLOCK_N)
-    n_tiles = tl.cdiv(n_q, BLOCK_M) * n_cols
-    tile = tl.program_id(0) % n_tiles
-    i_g = (tl.program_id(0) // n_tiles).to(tl.int64)
-    rows = tile // n_cols * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile % n_cols * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, D, BLOCK_K):
-        dims = start + tl.arange(0, BLOCK_K)
-        p_q = q_ptr + (i_g * n_q + rows[:, None]) * D + dims[None, :]
-        b_q = tl.load(p_q, mask=(rows < n_q)[:, None] & (dims < D)[None, :], other=0.0)
-        p_k = k_ptr + (i_g * n_k + cols[:, None]) * D + dims[None, :]
-        b_k = tl.load(p_k, mask=(cols < n_k)[:, None] & (dims < D)[None, :], other=0.0)
-        acc = tl.dot(b_q, tl.trans(b_k), acc, input_precision=PRECISION)
-    p_scores = scores_ptr + (i_g * n_q + rows[:, None]) * pitch + cols[None, :]
-    tl.store(p_scores, acc, mask=(rows < n_q)[:, None] & (cols < pitch)[None, :])  # padding columns as well
+    block_scores_fwd_kernel[(groups * cdiv(n_q, block_m) * cdiv(n_k, block_n),)](
+        queries, keys, scores, n_q, n_k, scores.shape[2], D=dim, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_K=min(32, next_power_of_2(dim)), PRECISION=exact_products(), num_warps=4,
+    )  # fmt: skip
 
 
 def _launch_pick(
@@ -149,109 +105,14 @@ def _launch_pick(
     """Write ``lists`` and ``marginal`` of the heads from ``first`` on."""
     check_contiguous(scores=scores, lists=lists, marginal=marginal)
     groups, n_q, pitch = scores.shape
-    valid_blocks = None if valid_blocks is None else valid_blocks.view(torch.uint8)
     block = next_power_of_2(pitch)
-    _pick_blocks_fwd_kernel[(groups * n_q,)](
-        scores,
-        scores if valid_blocks is None else valid_blocks,
-        lists,
-        scores if marginal is None else marginal,
-        n_critical,
-        n_negligible,
-        first,
-        heads,
-        n_q,
-        n_k,
-        pitch,
-        lists.shape[2],
-        0 if valid_blocks is None else valid_blocks.stride(0),
-        0 if valid_blocks is None else valid_blocks.stride(1),
-        PER_BATCH=isinstance(n_critical, Tensor),
-        HAS_VALID=valid_blocks is not None,
-        WANT_MARGINAL=marginal is not None,
-        BLOCK=block,
+    # not the stride 0 of mask_of for one row: Triton would load 16 entries per thread, of the scores as well
+    mask = mask_of(None) if valid_blocks is None else Mask(valid_blocks, *valid_blocks.stride())
+    pick_blocks_fwd_kernel[(groups * n_q,)](
+        scores, lists, marginal, mask, n_critical, n_negligible, first, heads, n_q, n_k, pitch,
+        lists.shape[2], BLOCK=block,
         num_warps=min(16, max(1, block // 1024)),  # 32 scores per thread; one warp counts without a barrier
-    )
-
-
-@triton.jit(do_not_specialize=["n_critical", "n_negligible", "first", "n_max"])
-def _pick_blocks_fwd_kernel(
-    scores_ptr,
-    valid_ptr,
-    lists_ptr,
-    marginal_ptr,
-    n_critical,
-    n_negligible,
-    first,
-    n_heads,
-    n_q,
-    n_k,
-    pitch,
-    n_max,
-    stride_vb,
-    stride_vm,
-    PER_BATCH: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    WANT_MARGINAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Select in one row of scores. n_critical and n_negligible are pointers with PER_BATCH, otherwise numbers."""
-    row = tl.program_id(0).to(tl.int64)
-    i_b = (first + row // n_q) // n_heads
-    cols = tl.arange(0, BLOCK)
-    valid = cols < n_k
-    # loaded up to a multiple of 16, so that the mask allows vector loads of four
-    b_scores = tl.load(scores_ptr + row * pitch + cols, mask=cols < pitch, other=0.0)
-    if HAS_VALID:
-        valid = valid & (tl.load(valid_ptr + i_b * stride_vb + cols * stride_vm, mask=valid, other=0) != 0)
-    if PER_BATCH:
-        n_critical = tl.load(n_critical + i_b)
-        n_negligible = tl.load(n_negligible + i_b)
-    image = tl.where(valid, tl.maximum(ordered(b_scores), 1), 0)
-    critical = _highest(image, n_critical)
-    place = tl.cumsum(critical.to(tl.int32), 0) - 1
-    n_chosen = tl.sum(critical.to(tl.int32), 0)
-    p_lists = lists_ptr + row * n_max
-    tl.store(p_lists + place, cols, mask=critical & (place < n_max))
-    if n_chosen < n_max:
-        for start in range(0, n_max, BLOCK):  # one iteration, because a row has at least as many blocks as its list
-            tl.store(p_lists + start + cols, 0, mask=(start + cols >= n_chosen) & (start + cols < n_max))
-    if WANT_MARGINAL:
-        n_valid = tl.sum(valid.to(tl.int32), 0)
-        marginal = _highest(image, tl.maximum(n_valid - n_negligible, 0)) & ~critical
-        b_map = marginal.to(marginal_ptr.dtype.element_ty)
-        tl.store(marginal_ptr + row * pitch + cols, b_map, mask=cols < pitch)
-
-
-@triton.jit
-def ordered(x):
-    """Map floats to uint32 in the same order; -0 becomes 0, and NaN is above all."""
-    x = tl.where(x == 0.0, 0.0, x)
-    bits = x.to(tl.uint32, bitcast=True)
-    image = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    return tl.where(x != x, tl.full(image.shape, 0xFFFFFFFF, tl.uint32), image)
-
-
-@triton.jit
-def _highest(image, n):
-    """Mask of the n highest elements, ties broken by index; 0 = no element.
-
-    The n-th value is found by a binary search over its bits: it is the largest number that at least n elements reach.
-    """
-    bit = tl.full([], 0x80000000, tl.uint32)
-    none = tl.full([], 0, tl.uint32)
-    least = none
-    while bit > none:
-        trial = least | bit
-        count = tl.sum((image >= trial).to(tl.int32), 0)
-        least = tl.where(count >= n, trial, least)
-        bit = tl.where(count == n, none, bit >> 1)  # the lower bits no longer matter
-    higher = image > least
-    tie = (image == least) & (image > 0)
-    room = n - tl.sum(higher.to(tl.int32), 0)
-    if tl.sum(tie.to(tl.int32), 0) > room:  # rarely needed, and a scan costs as much as several bits
-        tie = tie & (tl.cumsum(tie.to(tl.int32), 0) <= room)
-    return higher | tie
+    )  # fmt: skip
 
 
 def _sort_and_pick(

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..block_sparse.reference import Rows, Tiles
+from ..block_sparse.reference import TileRows, Tiles
 
 __all__ = ["BallAxis", "Geometry", "NeighborhoodAxis", "window_tiles"]
 
@@ -133,9 +133,9 @@ def _made_once(tiles: Tiles) -> Tiles:
     """Copy of the tiles with their rows in memory."""
     made = tiles.rows(0, tiles.count)
 
-    def rows(start: int, stop: int) -> Rows:
+    def rows(start: int, stop: int) -> TileRows:
         visible = made.visible if made.visible is None or made.visible.shape[1] == 1 else made.visible[:, start:stop]
-        return Rows(made.queries[:, start:stop], made.keys[:, start:stop], visible)  # type: ignore[index]
+        return TileRows(made.queries[:, start:stop], made.keys[:, start:stop], visible)  # type: ignore[index]
 
     return replace(tiles, rows=rows)
 
@@ -146,7 +146,7 @@ def _box_tiles(boxes: tuple[_Bucket, ...], lengths: list[int], limit: float, bef
     uniform = all(box.uniform for box in boxes)
     full = uniform and sum(box.cost(shared.new_zeros(1)).max().item() for box in boxes) < limit
 
-    def rows(start: int, stop: int) -> Rows:
+    def rows(start: int, stop: int) -> TileRows:
         index = torch.arange(start, stop, device=shared.device)
         places = torch.unravel_index(index, counts)
         queries = keys = index.new_zeros(len(index), 1)
@@ -161,7 +161,7 @@ def _box_tiles(boxes: tuple[_Bucket, ...], lengths: list[int], limit: float, bef
                 cost = (cost[:, :, None, :, None] + c[:, None, :, None, :]).reshape(-1, *sides)
         keys = torch.cat([keys + before, shared.expand(len(index), -1)], 1)
         visible = None if full else torch.nn.functional.pad(cost < limit, (0, len(shared)), value=True)
-        return Rows((queries + before)[None], keys[None], None if visible is None else visible[None])
+        return TileRows((queries + before)[None], keys[None], None if visible is None else visible[None])
 
     return Tiles(
         count=math.prod(counts),

@@ -1,5 +1,6 @@
-"""Private words in .codespell-words, which `make lint` looks for."""
+"""Private words in .codespell-words, which `make lint` looks for, and the size of kernels."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,17 @@ def test_words_of_the_field_are_accepted(tmp_path):
     file = tmp_path / "page.md"
     file.write_text("transpose_block_lists returns integers for each tile; apply_mask continues here.\n")
     assert codespell(file).returncode == 0
+
+
+def kernels():
+    """Name, lines and parameters of each function that runs on a GPU."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
+                yield node.name, node.end_lineno - node.lineno + 1, len(node.args.args)
+
+
+def test_kernels_have_at_most_120_lines_and_40_parameters():
+    found = list(kernels())
+    assert len(found) > 100
+    assert not [each for each in found if each[1] > 120 or each[2] > 40]

@@ -136,7 +136,13 @@ def always_the_same_batch(trainer):
         ("flux", "attention-transfer", SLA, {}),
         ("sd", "attention-transfer", "gna:window=3", {"epsilon": True}),  # adds no parameters
         ("wan", "linvideo", SLA, {"convert_layers": 2, "lr": 1e-3, "steps": 12}),
-        ("sd", "linvideo", SLA, {"epsilon": True, "convert_layers": 3, "steps": 12, "gradient_checkpointing": True}),
+        pytest.param(
+            "sd",
+            "linvideo",
+            SLA,
+            {"epsilon": True, "convert_layers": 3, "steps": 12, "gradient_checkpointing": True},
+            marks=pytest.mark.sweep,
+        ),
         ("flux", "lit", "clear:radius=2", {"lr": 1e-3, "accumulate": 2}),
         ("sd", "lit", "linfusion", {"lr": 1e-3}),
     ],

@@ -229,13 +229,15 @@ def test_directed_sequence(name):
         fail_with(family, operations, fault)
 
 
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.sweep)], ids=["", "more"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_sequences_leave_what_they_should(family, request):
+def test_random_sequences_leave_what_they_should(family, part, request):
+    """One half of the fixed sequences each; with ``--fuzz-minutes`` new ones."""
     minutes, seed = request.config.getoption("--fuzz-minutes"), request.config.getoption("--fuzz-seed") or 0
-    stop = None if minutes is None else time.monotonic() + 60 * minutes / len(FAMILIES)
+    stop = None if minutes is None else time.monotonic() + 60 * minutes / (2 * len(FAMILIES))
     number = 0
-    while number < SEQUENCES[family] if stop is None else time.monotonic() < stop:
-        operations = sequence(family, random.Random(f"{family} {seed} {number}"))
+    while number < (SEQUENCES[family] + 1) // 2 if stop is None else time.monotonic() < stop:
+        operations = sequence(family, random.Random(f"{family} {seed} {2 * number + part}"))
         fault = fault_of(family, operations)
         if fault is not None:
             fail_with(family, operations, fault)

@@ -10,6 +10,8 @@ import gradio as gr
 from gradio.context import Context
 
 from dit_accel.mechanisms.attn_spec import AttentionSpec
+from dit_accel.mechanisms.processor import AcceleratedAttnProcessor
+from dit_accel.mechanisms.registry import PROCESSORS
 
 from .attention_maps import Coverage
 from .controls import DrawingControls, MechanismControls
@@ -160,8 +162,8 @@ class _View:
             f"Share of dense attention covered by {label_of(name)}: mean of {coverage.n_queries:,} of "
             f"{coverage.n_grid_tokens:,} tokens"
         )
-        is_window = name in ("clear", "gna")  # windows have no block map beside it
-        figure = coverage_figure(name, title, list(shares), list(shares.values()), layer, wide=is_window)
+        has_map = PROCESSORS[name].block_tables is not AcceleratedAttnProcessor.block_tables  # beside it
+        figure = coverage_figure(name, title, list(shares), list(shares.values()), layer, wide=not has_map)
         return self._only(status_line(_READY), figure)
 
     def show_problem(self, message: str) -> list[Any]:

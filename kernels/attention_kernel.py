@@ -3,7 +3,7 @@
 
 Names in a kernel: ``p_`` pointers, ``m_`` masks of a load or store, ``b_`` blocks, with their shape in a comment; a
 group of ``kernels.arguments`` has the tensor's name; compile-time parameters are in capitals. S are an operation's: of
-these, functions here read NEGATE (the scale is negative) and PRECISION (of products).
+these, functions here read D, BLOCK_D, NEGATE (the scale is negative) and PRECISION (of products).
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ __all__ = [
     "add_dq",
     "attended",
     "finish_softmax",
+    "global_row_of",
     "head_of",
     "item_of",
     "load_lse_delta",
+    "load_queries",
     "load_rows",
+    "load_two",
     "logits",
-    "off_grid_row",
     "softmax_step",
     "weights",
 ]
@@ -54,7 +56,7 @@ def head_of(rows, b, h):
 
 
 @triton.jit
-def off_grid_row(i, tokens):
+def global_row_of(i, tokens):
     """Row in the sequence of the i-th token off the grid."""
     return tl.where(i < tokens.before, i, i + grid_size(tokens))
 
@@ -77,6 +79,23 @@ def load_rows(p_x, row, valid, stride, d, D: tl.constexpr, MASKED: tl.constexpr)
     if d.shape[0] != D:
         return tl.load(p_rows, mask=(d < D)[None, :], other=0.0)
     return tl.load(p_rows)
+
+
+@triton.jit
+def load_two(x, y, b, h, row, valid, MASKED: tl.constexpr, S: tl.constexpr):
+    """Load the same rows (n, BLOCK_D) of a head of two tensors, such as keys and values, in the dtype of the first."""
+    d = tl.arange(0, S.BLOCK_D)
+    b_x = load_rows(head_of(x, b, h), row, valid, x.row, d, S.D, MASKED)
+    return b_x, load_rows(head_of(y, b, h), row, valid, y.row, d, S.D, MASKED).to(b_x.dtype)
+
+
+@triton.jit
+def load_queries(query, d_out, p_lse_delta, b, h, row, valid, S: tl.constexpr):
+    """Load rows (n, BLOCK_D) of a head of queries and of the output's gradient, and their log-sum-exp and Δ (n,);
+    p_lse_delta: of the head."""
+    b_q, b_do = load_two(query, d_out, b, h, row, valid, True, S)
+    lse, delta = load_lse_delta(p_lse_delta, row, valid)
+    return b_q, b_do, lse, delta
 
 
 @triton.jit

@@ -15,17 +15,19 @@ from ..attention_kernel import (
     add_dkv,
     add_dq,
     attended,
+    global_row_of,
     head_of,
     item_of,
     load_lse_delta,
+    load_queries,
     load_rows,
+    load_two,
     logits,
-    off_grid_row,
     weights,
 )
 from ..tiling_kernel import grid_size, tile_corner, tile_count
 from ..windows.visible_kernel import query_intervals, tile_rows, visible
-from .forward_kernel import list_of, load_pair, query_rows
+from .forward_kernel import list_of, load_listed, load_pair, query_rows
 
 __all__ = ["block_sparse_bwd_dkv_kernel", "block_sparse_bwd_dq_kernel", "preprocess_bwd_kernel"]
 
@@ -63,7 +65,7 @@ def preprocess_bwd_kernel(
 
 @triton.jit
 def _add_dq(dq, held, b_k, b_v, m_visible, scale, MASKED: tl.constexpr, S: tl.constexpr):
-    """Add dS k of a tile of keys; held: the queries' block, the output's gradient, log-sum-exp and Δ. m_visible:
+    """Add dS k of a tile of keys; held: what `load_queries` returned. m_visible:
     (queries, keys), or (1, keys)."""
     b_q, b_do, lse, delta = held
     b_p = weights(logits(b_q, b_k, S) * scale - lse[:, None])
@@ -75,9 +77,7 @@ def _add_dq(dq, held, b_k, b_v, m_visible, scale, MASKED: tl.constexpr, S: tl.co
 @triton.jit
 def _add_dq_rows(dq, held, key, value, b, h, row, valid, scale, S: tl.constexpr):
     """Add dS k of keys at the given rows, visible to all queries if valid."""
-    d = tl.arange(0, S.BLOCK_D)
-    b_k = load_rows(head_of(key, b, h), row, valid, key.row, d, S.D, True)
-    b_v = load_rows(head_of(value, b, h), row, valid, value.row, d, S.D, True)
+    b_k, b_v = load_two(key, value, b, h, row, valid, True, S)
     return _add_dq(dq, held, b_k, b_v, valid[None, :], scale, True, S)
 
 
@@ -88,27 +88,20 @@ def _add_dq_listed(
 ):  # fmt: skip
     """Add dS k of the keys in the list of a tile of queries at positions q."""
     QB: tl.constexpr = S.QB
-    KB: tl.constexpr = S.KB
     p_list, n_full, n_listed = list_of(lists, bh, tile_q, tile_count(queries, QB))
     if not S.PARTIAL:
         n_full = n_listed
     for i in range(n_full * S.K_PARTS):
-        tile, part = tl.load(p_list + i // S.K_PARTS), i % S.K_PARTS
-        _k, valid, row = tile_rows(tile, part * S.BN + tl.arange(0, S.BN), keys, window, KB, S)
-        valid = attended(key_mask, b, row, valid)
-        b_k, b_v = load_pair(
-            key, value, k_boxes, v_boxes, b, h, n_heads, tile, part, valid, row, keys, KB, S.BN, not S.WHOLE, S
+        b_k, b_v, _k, valid = load_listed(
+            key, value, k_boxes, v_boxes, key_mask, p_list, i, b, h, n_heads, keys, window, not S.WHOLE, S
         )
         dq = _add_dq(dq, held, b_k, b_v, valid[None, :], scale, not S.WHOLE, S)
     if S.PARTIAL:
         intervals = query_intervals(window, q, queries, S)
         origin = tile_corner(tile_q, queries, QB)
         for i in range(n_full * S.K_PARTS, n_listed * S.K_PARTS):
-            tile, part = tl.load(p_list + i // S.K_PARTS), i % S.K_PARTS
-            k, valid, row = tile_rows(tile, part * S.BN + tl.arange(0, S.BN), keys, window, KB, S)
-            valid = attended(key_mask, b, row, valid)
-            b_k, b_v = load_pair(
-                key, value, k_boxes, v_boxes, b, h, n_heads, tile, part, valid, row, keys, KB, S.BN, True, S
+            b_k, b_v, k, valid = load_listed(
+                key, value, k_boxes, v_boxes, key_mask, p_list, i, b, h, n_heads, keys, window, True, S
             )
             m_visible = visible(q, k, valid, intervals, origin, window, False, S)
             dq = _add_dq(dq, held, b_k, b_v, m_visible, scale, True, S)
@@ -131,10 +124,8 @@ def block_sparse_bwd_dq_kernel(
     lane, d = tl.arange(0, S.BN), tl.arange(0, S.BLOCK_D)
     q, valid_q, row_q = query_rows(item, is_global, queries, window, S)
     # (BM, BLOCK_D)
-    b_q = load_rows(head_of(query, b, h), row_q, valid_q, query.row, d, S.D, True)
-    b_do = load_rows(head_of(d_out, b, h), row_q, valid_q, d_out.row, d, S.D, True).to(b_q.dtype)
-    lse, delta = load_lse_delta(p_lse_delta + bh.to(tl.int64) * queries.length * 2, row_q, valid_q)
-    held = (b_q, b_do, lse, delta)
+    p_rows = p_lse_delta + bh.to(tl.int64) * queries.length * 2
+    held = load_queries(query, d_out, p_rows, b, h, row_q, valid_q, S)
     dq = tl.full((S.BM, S.BLOCK_D), 0.0, tl.float32)
     if is_global:
         for i in range(tl.cdiv(keys.length, S.BN)):
@@ -149,7 +140,7 @@ def block_sparse_bwd_dq_kernel(
         if S.GLOBAL_KEYS:
             n_global = keys.length - grid_size(keys)
             for i in range(tl.cdiv(n_global, S.BN)):
-                row = off_grid_row(i * S.BN + lane, keys)
+                row = global_row_of(i * S.BN + lane, keys)
                 valid = attended(key_mask, b, row, i * S.BN + lane < n_global)
                 dq = _add_dq_rows(dq, held, key, value, b, hk, row, valid, scale, S)
         if pooled_key.data is not None:
@@ -181,9 +172,7 @@ def _add_dkv(carry, b_k, b_v, b_q, b_do, p_lse_delta, row, valid, m_visible, sca
 @triton.jit
 def _add_dkv_rows(carry, b_k, b_v, query, d_out, p_lse_delta, b, h, row, valid, scale, S: tl.constexpr):
     """Add dSᵀ q and Pᵀ dO of queries at the given rows, which attend to all these keys if valid."""
-    d = tl.arange(0, S.BLOCK_D)
-    b_q = load_rows(head_of(query, b, h), row, valid, query.row, d, S.D, True)
-    b_do = load_rows(head_of(d_out, b, h), row, valid, d_out.row, d, S.D, True).to(b_q.dtype)
+    b_q, b_do = load_two(query, d_out, b, h, row, valid, True, S)
     return _add_dkv(carry, b_k, b_v, b_q, b_do, p_lse_delta, row, valid, valid[None, :], scale, False, S)
 
 
@@ -219,15 +208,15 @@ def _add_dkv_listed(
 
 
 @triton.jit
-def _key_rows(item, is_off, is_pooled, n_global, n_pooled, keys, window, S: tl.constexpr):
+def _key_rows(item, is_first, is_pooled, n_global, n_pooled, keys, window, S: tl.constexpr):
     """Positions (BN,) along each axis of the keys of an item, whether they are valid, and their rows: of grid keys and
     global keys in the sequence, of pooled keys among these."""
     KB: tl.constexpr = S.KB
     lane = tl.arange(0, S.BN)
     k, valid, row = tile_rows(item // S.K_PARTS, item % S.K_PARTS * S.BN + lane, keys, window, KB, S)
-    global_row = off_grid_row(item * S.BN + lane, keys)
-    row = tl.where(is_off, global_row, row)
-    valid = tl.where(is_off, global_row < keys.length, valid)
+    global_row = global_row_of(item * S.BN + lane, keys)
+    row = tl.where(is_first, global_row, row)
+    valid = tl.where(is_first, global_row < keys.length, valid)
     pooled_row = (item - n_global) * S.BN + lane
     row = tl.where(is_pooled, pooled_row, row)
     return k, tl.where(is_pooled, pooled_row < n_pooled, valid), row
@@ -245,12 +234,12 @@ def block_sparse_bwd_dkv_kernel(
     n_grid_q = grid_size(queries)
     n_global = tl.cdiv(keys.length - grid_size(keys), S.BN)
     n_pooled_tiles = tl.cdiv(n_pooled, S.BN)
-    is_off, bh, item = item_of(n_global + n_pooled_tiles, tile_count(keys, KB) * S.K_PARTS, n_groups, True)
-    is_pooled = is_off & (item >= n_global)
+    is_first, bh, item = item_of(n_global + n_pooled_tiles, tile_count(keys, KB) * S.K_PARTS, n_groups, True)
+    is_pooled = is_first & (item >= n_global)
     n_kv_heads = n_heads // group
     b, hk = (bh // n_kv_heads).to(tl.int64), (bh % n_kv_heads).to(tl.int64)
     lane, d = tl.arange(0, S.BM), tl.arange(0, S.BLOCK_D)
-    k, valid_k, row_k = _key_rows(item, is_off, is_pooled, n_global, n_pooled, keys, window, S)
+    k, valid_k, row_k = _key_rows(item, is_first, is_pooled, n_global, n_pooled, keys, window, S)
     p_k, p_v = head_of(key, b, hk), head_of(value, b, hk)
     p_dk, p_dv = head_of(d_key, b, hk), head_of(d_value, b, hk)
     stride_k, stride_v, stride_d = key.row, value.row, d_key.row
@@ -278,16 +267,16 @@ def block_sparse_bwd_dkv_kernel(
         p_rows = p_lse_delta + (b * n_heads + h) * queries.length * 2
         # queries that attend to all of these keys: the global ones, all, or those of the grid
         first = tl.where(is_pooled, queries.before, 0)
-        n_rows = tl.where(is_off, queries.length, queries.length - n_grid_q)
+        n_rows = tl.where(is_first, queries.length, queries.length - n_grid_q)
         n_rows = tl.where(is_pooled, n_grid_q, n_rows)
-        if S.GLOBAL_QUERIES or is_off:
+        if S.GLOBAL_QUERIES or is_first:
             for i in range(tl.cdiv(n_rows, S.BM)):
                 row = first + i * S.BM + lane
-                row = tl.where(is_off, row, off_grid_row(row, queries))
+                row = tl.where(is_first, row, global_row_of(row, queries))
                 carry = _add_dkv_rows(
                     carry, b_k, b_v, query, d_out, p_rows, b, h, row, i * S.BM + lane < n_rows, scale, S
                 )
-        if is_off == 0:
+        if is_first == 0:
             carry = _add_dkv_listed(
                 carry, b_k, b_v, k, query, d_out, q_boxes, do_boxes, p_rows, lists, item // S.K_PARTS, b, h, n_heads,
                 queries, keys, window, scale, S,
@@ -298,7 +287,7 @@ def block_sparse_bwd_dkv_kernel(
     offset = row_k.to(tl.int64)[:, None] * stride_d + d[None, :]
     m_d = valid_k[:, None] & (d < S.D)[None, :]
     if S.ADD:  # noqa: SIM102
-        if is_off == 0:
+        if is_first == 0:
             dk += tl.load(p_dk + offset, mask=m_d, other=0.0).to(tl.float32)
             dv += tl.load(p_dv + offset, mask=m_d, other=0.0).to(tl.float32)
     tl.store(p_dk + offset, dk.to(d_key.data.dtype.element_ty), mask=m_d)

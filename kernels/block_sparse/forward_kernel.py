@@ -9,18 +9,19 @@ import triton.language as tl
 from ..attention_kernel import (
     attended,
     finish_softmax,
+    global_row_of,
     head_of,
     item_of,
     load_rows,
+    load_two,
     logits,
-    off_grid_row,
     softmax_step,
 )
 from ..block_linear.forward_kernel import feature
 from ..tiling_kernel import grid_size, load_box, tile_corner, tile_count
 from ..windows.visible_kernel import query_intervals, tile_rows, visible
 
-__all__ = ["block_sparse_fwd_kernel", "list_of", "load_pair", "query_rows"]
+__all__ = ["block_sparse_fwd_kernel", "list_of", "load_listed", "load_pair", "query_rows"]
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def query_rows(item, is_global, queries, window, S: tl.constexpr):
     lane = tl.arange(0, S.BM)
     q, valid, row = tile_rows(item // S.Q_PARTS, item % S.Q_PARTS * S.BM + lane, queries, window, QB, S)
     if S.GLOBAL_QUERIES:
-        global_row = off_grid_row(item * S.BM + lane, queries)
+        global_row = global_row_of(item * S.BM + lane, queries)
         row = tl.where(is_global, global_row, row)
         valid = tl.where(is_global, global_row < queries.length, valid)
     return q, valid, row
@@ -66,18 +67,29 @@ def load_pair(
         b_x = load_box(x_boxes, b, h, n_heads, tile, part, grid, BOX, BLOCK, S.BLOCK_D, BOXES)
         b_y = load_box(y_boxes, b, h, n_heads, tile, part, grid, BOX, BLOCK, S.BLOCK_D, BOXES)
     else:
-        d = tl.arange(0, S.BLOCK_D)
-        b_x = load_rows(head_of(x, b, h), row, valid, x.row, d, S.D, MASKED)
-        b_y = load_rows(head_of(y, b, h), row, valid, y.row, d, S.D, MASKED).to(b_x.dtype)
+        b_x, b_y = load_two(x, y, b, h, row, valid, MASKED, S)
     return b_x, b_y
+
+
+@triton.jit
+def load_listed(
+    key, value, k_boxes, v_boxes, key_mask, p_list, i, b, h, n_heads, keys, window, MASKED: tl.constexpr,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Load the i-th block of the key tiles in a list: keys and values (BN, BLOCK_D), the positions of the keys along
+    each axis, and whether they are valid."""
+    KB: tl.constexpr = S.KB
+    tile, part = tl.load(p_list + i // S.K_PARTS), i % S.K_PARTS
+    k, valid, row = tile_rows(tile, part * S.BN + tl.arange(0, S.BN), keys, window, KB, S)
+    valid = attended(key_mask, b, row, valid)
+    b_k, b_v = load_pair(key, value, k_boxes, v_boxes, b, h, n_heads, tile, part, valid, row, keys, KB, S.BN, MASKED, S)
+    return b_k, b_v, k, valid
 
 
 @triton.jit
 def _attend_rows(carry, b_q, key, value, b, h, row, valid, scale, MASKED: tl.constexpr, S: tl.constexpr):
     """Attend to keys at the given rows, visible to all queries if valid."""
-    d = tl.arange(0, S.BLOCK_D)
-    b_k = load_rows(head_of(key, b, h), row, valid, key.row, d, S.D, MASKED)
-    b_v = load_rows(head_of(value, b, h), row, valid, value.row, d, S.D, MASKED)
+    b_k, b_v = load_two(key, value, b, h, row, valid, MASKED, S)
     b_s = logits(b_q, b_k, S)
     if MASKED:
         b_s = tl.where(valid[None, :], b_s, float("-inf"))
@@ -109,11 +121,11 @@ def _attend_global(carry, b_q, key, value, key_mask, b, h, keys, scale, S: tl.co
     if key_mask.data is not None:
         n_whole = 0
     for i in range(n_whole):
-        row = off_grid_row(i * S.BN + tl.arange(0, S.BN), keys)
+        row = global_row_of(i * S.BN + tl.arange(0, S.BN), keys)
         carry = _attend_rows(carry, b_q, key, value, b, h, row, row >= 0, scale, False, S)
     for i in tl.range(n_whole, tl.cdiv(n_global, S.BN), num_stages=1):
         place = i * S.BN + tl.arange(0, S.BN)
-        row = off_grid_row(place, keys)
+        row = global_row_of(place, keys)
         valid = attended(key_mask, b, row, place < n_global)
         carry = _attend_rows(carry, b_q, key, value, b, h, row, valid, scale, True, S)
     return carry
@@ -131,15 +143,13 @@ def _attend_pooled(carry, b_q, pooled_key, pooled_value, pooled_mask, n_pooled, 
 
 @triton.jit
 def _attend_full(
-    carry, b_q, key, value, k_boxes, v_boxes, p_list, n_full, b, h, n_heads, keys, window, scale, S: tl.constexpr
+    carry, b_q, key, value, k_boxes, v_boxes, key_mask, p_list, n_full, b, h, n_heads, keys, window, scale,
+    S: tl.constexpr,
 ):  # fmt: skip
     """Attend to the first n_full tiles of a list, which need no window."""
-    KB: tl.constexpr = S.KB
     for i in range(n_full * S.K_PARTS):
-        tile, part = tl.load(p_list + i // S.K_PARTS), i % S.K_PARTS
-        _k, valid, row = tile_rows(tile, part * S.BN + tl.arange(0, S.BN), keys, window, KB, S)
-        b_k, b_v = load_pair(
-            key, value, k_boxes, v_boxes, b, h, n_heads, tile, part, valid, row, keys, KB, S.BN, not S.WHOLE, S
+        b_k, b_v, _k, valid = load_listed(
+            key, value, k_boxes, v_boxes, key_mask, p_list, i, b, h, n_heads, keys, window, not S.WHOLE, S
         )
         b_s = logits(b_q, b_k, S)
         if not S.WHOLE:
@@ -155,16 +165,12 @@ def _attend_partial(
     keys, window, scale, S: tl.constexpr,
 ):  # fmt: skip
     """Attend to the other tiles of a list, under the window; q: positions of the queries."""
-    KB: tl.constexpr = S.KB
     QB: tl.constexpr = S.QB
     intervals = query_intervals(window, q, queries, S)
     origin = tile_corner(tile_q, queries, QB)
     for i in range(n_full * S.K_PARTS, n_listed * S.K_PARTS):
-        tile, part = tl.load(p_list + i // S.K_PARTS), i % S.K_PARTS
-        k, valid, row = tile_rows(tile, part * S.BN + tl.arange(0, S.BN), keys, window, KB, S)
-        valid = attended(key_mask, b, row, valid)
-        b_k, b_v = load_pair(
-            key, value, k_boxes, v_boxes, b, h, n_heads, tile, part, valid, row, keys, KB, S.BN, True, S
+        b_k, b_v, k, valid = load_listed(
+            key, value, k_boxes, v_boxes, key_mask, p_list, i, b, h, n_heads, keys, window, True, S
         )
         m_visible = visible(q, k, valid, intervals, origin, window, False, S)
         b_s = tl.where(m_visible, logits(b_q, b_k, S), float("-inf"))
@@ -236,8 +242,9 @@ def block_sparse_fwd_kernel(
                 n_full = n_listed - (last == tile_count(keys, KB) - 1).to(tl.int32)
         if S.FULL != "none":
             carry = _attend_full(
-                carry, b_q, key, value, k_boxes, v_boxes, p_list, n_full, b, hk, n_kv_heads, keys, window, scale, S
-            )
+                carry, b_q, key, value, k_boxes, v_boxes, key_mask, p_list, n_full, b, hk, n_kv_heads, keys, window,
+                scale, S,
+            )  # fmt: skip
         if S.PARTIAL:
             carry = _attend_partial(
                 carry, b_q, q, key, value, k_boxes, v_boxes, key_mask, p_list, n_full, n_listed, tile_q, b, hk,

@@ -8,7 +8,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper_walk import corner, counts, global_row, item_of, key_intervals, list_of, listed, serpentine_step, tile_of
+from .hopper_walk import (
+    corner,
+    counts,
+    first_global_row,
+    item_of,
+    key_intervals,
+    list_of,
+    listed,
+    serpentine_step,
+    tile_of,
+)
 
 __all__ = ["fetch"]
 
@@ -123,7 +133,7 @@ def fetch(
         hk = h // group
         slot, bar = _claim(turn, q_full, q_free, 2, 128 * D * 2)
         if S.HAS_GLOBAL and is_global:
-            row = global_row(tile, sizes.n_global_before, queries)
+            row = first_global_row(tile, sizes.n_global_before, queries)
             for half in gl.static_range(2):
                 q = q_ring.index(slot * 2 + half)
                 _copy(q_rows, h, row + half * 64, 0, 0, bar, q, 0, [1, 64, 64])

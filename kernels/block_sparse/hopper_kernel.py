@@ -22,7 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_fetch import fetch
-from .hopper_walk import corner, counts, global_row, item_of, key_intervals, list_of, listed, serpentine_step, tile_of
+from .hopper_walk import (
+    corner,
+    counts,
+    first_global_row,
+    item_of,
+    key_intervals,
+    list_of,
+    listed,
+    serpentine_step,
+    tile_of,
+)
 
 __all__ = ["block_sparse_hopper_kernel"]
 
@@ -227,7 +237,7 @@ def _finish(
     row = queries.before + (p0 * Q1 + p1) * Q2 + p2
     if S.HAS_GLOBAL:
         end = gl.where(tile < sizes.n_global_before, queries.before, queries.length)
-        off_row = global_row(tile, sizes.n_global_before, queries) + lane
+        off_row = first_global_row(tile, sizes.n_global_before, queries) + lane
         row = gl.where(is_global, off_row, row)
         valid = gl.where(is_global, off_row < end, valid)
     p_o = output.out + h.to(gl.int64) * output.head + row.to(gl.int64)[:, None] * output.row + d[None, :]

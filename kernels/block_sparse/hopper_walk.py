@@ -18,7 +18,7 @@ __all__ = [
     "Static",
     "corner",
     "counts",
-    "global_row",
+    "first_global_row",
     "item_of",
     "key_intervals",
     "list_of",
@@ -159,7 +159,7 @@ def counts(lists, item, n_global_tiles, n_heads, n_q_tiles, S: gl.constexpr):
 
 
 @gluon.jit
-def global_row(tile, n_global_before, queries):
+def first_global_row(tile, n_global_before, queries):
     """First row of a tile of global queries."""
     n_grid = queries.g0 * queries.g1 * queries.g2
     row = gl.where(tile < n_global_before, tile, tile - n_global_before) * 128

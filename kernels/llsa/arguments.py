@@ -26,22 +26,10 @@ __all__ = [
     "SelectStatic",
     "Splits",
     "Static",
-    "Strided",
     "bias_of",
     "queries_of",
     "static_of",
-    "strided_of",
 ]
-
-
-class Strided(NamedTuple):
-    """(B, H, S, D) tensor and all its strides."""
-
-    data: Any
-    batch: int
-    head: int
-    row: int
-    dim: int
 
 
 class Level(NamedTuple):
@@ -226,11 +214,6 @@ class SelectStatic(NamedTuple):
     ROWS: int
     LANES: int
     PRECISION: str
-
-
-def strided_of(x: Tensor | None) -> Strided:
-    """Group of a (B, H, S, D) tensor of any strides; None = absent."""
-    return Strided(None, 0, 0, 0, 0) if x is None else Strided(x, *x.stride())
 
 
 def bias_of(x: Tensor | None) -> Bias:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention_kernel import add_dkv, add_dq, attended, head_of, load_lse_delta, load_rows, off_grid_row, weights
+from ..attention_kernel import add_dkv, add_dq, attended, global_row_of, head_of, load_queries, load_two, weights
 from .forward_kernel import (
     block_rows,
     coarse_item,
@@ -24,18 +24,8 @@ __all__ = ["llsa_coarse_bwd_dq_kernel", "llsa_dkv_kernel", "llsa_fine_bwd_dq_ker
 
 
 @triton.jit
-def _load_queries(query, d_out, p_lse_delta, b, h, row, valid, S: tl.constexpr):
-    """Load rows (n, BLOCK_D) of a head of queries and of the output's gradient; p_lse_delta: of the head."""
-    d = tl.arange(0, S.BLOCK_D)
-    b_q = load_rows(head_of(query, b, h), row, valid, query.row, d, S.D, True)
-    b_do = load_rows(head_of(d_out, b, h), row, valid, d_out.row, d, S.D, True).to(b_q.dtype)
-    lse, delta = load_lse_delta(p_lse_delta, row, valid)
-    return b_q, b_do, lse, delta
-
-
-@triton.jit
 def _add_dq(dq, held, b_k, b_v, bias, scale, S: tl.constexpr):
-    """Add dS k of a tile of keys; held: what `_load_queries` returned. bias (BN,) is -inf for masked keys."""
+    """Add dS k of a tile of keys; held: what `load_queries` returned. bias (BN,) is -inf for masked keys."""
     b_q, b_do, lse, delta = held
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=S.PRECISION) * scale + bias[None, :]
     return add_dq(dq, weights(b_s - lse[:, None]), b_do, delta, b_k, b_v, S)
@@ -51,9 +41,7 @@ def _add_dq_pooled(dq, held, pointers, row, scale, S: tl.constexpr):
 @triton.jit
 def _add_dq_tokens(dq, held, key, value, b, h, row, valid, scale, S: tl.constexpr):
     """Add dS k of keys of the sequence at the given rows, if valid."""
-    d = tl.arange(0, S.BLOCK_D)
-    b_k = load_rows(head_of(key, b, h), row, valid, key.row, d, S.D, True)
-    b_v = load_rows(head_of(value, b, h), row, valid, value.row, d, S.D, True)
+    b_k, b_v = load_two(key, value, b, h, row, valid, True, S)
     return _add_dq(dq, held, b_k, b_v, tl.where(valid, 0.0, float("-inf")), scale, S)
 
 
@@ -69,7 +57,7 @@ def llsa_coarse_bwd_dq_kernel(
     lane, d = tl.arange(0, S.BN), tl.arange(0, S.BLOCK_D)
     row_q, valid_q = query_rows(item, is_global, queries, tokens, S)
     p_lse_delta += bh.to(tl.int64) * tokens.length * 2
-    held = _load_queries(query, d_out, p_lse_delta, b, h, row_q, valid_q, S)
+    held = load_queries(query, d_out, p_lse_delta, b, h, row_q, valid_q, S)
     dq = tl.full((S.BM, S.BLOCK_D), 0.0, tl.float32)
     if pooled.key is not None:  # noqa: SIM102
         if is_global == 0:
@@ -84,7 +72,7 @@ def llsa_coarse_bwd_dq_kernel(
         # global queries attend to all keys, grid queries to the global ones
         n_visible = tl.where(is_global, tokens.length, tokens.length - tokens.g2)
         for start in range(0, n_visible, S.BN):
-            row = tl.where(is_global, start + lane, off_grid_row(start + lane, tokens))
+            row = tl.where(is_global, start + lane, global_row_of(start + lane, tokens))
             valid = attended(key_mask, b, row, start + lane < n_visible)
             dq = _add_dq_tokens(dq, held, key, value, b, h, row, valid, scale, S)
     p_dq = head_of(d_query, b, h) + row_q.to(tl.int64)[:, None] * d_query.row + d[None, :]
@@ -103,7 +91,7 @@ def llsa_fine_bwd_dq_kernel(
     b, h = bh // n_heads, bh % n_heads
     lane, d = tl.arange(0, S.BN), tl.arange(0, S.BLOCK_D)
     p_lse_delta += bh.to(tl.int64) * tokens.length * 2
-    held = _load_queries(query, d_out, p_lse_delta, b, h, row_q, valid_q, S)
+    held = load_queries(query, d_out, p_lse_delta, b, h, row_q, valid_q, S)
     dq = tl.full((S.BM, S.BLOCK_D), 0.0, tl.float32)
     p_kept += (bh.to(tl.int64) * n_blocks + block) * S.N_KEPT
     for start in range(0, S.N_KEPT * S.BLOCK, S.BN):
@@ -152,7 +140,7 @@ def _listed_rows(p_list, n_listed, lists, place, PLACES: tl.constexpr, S: tl.con
 def _add_dkv(carry, b_k, b_v, bias, query, d_out, p_lse_delta, b, h, row, valid, scale, S: tl.constexpr):
     """Add dSᵀ q and Pᵀ dO (BN, BLOCK_D) of queries at the given rows; keys are the rows of all products."""
     dk, dv = carry
-    b_q, b_do, lse, delta = _load_queries(query, d_out, p_lse_delta, b, h, row, valid, S)
+    b_q, b_do, lse, delta = load_queries(query, d_out, p_lse_delta, b, h, row, valid, S)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=S.PRECISION) * scale + bias[:, None]
     return add_dkv(dk, dv, weights(b_s - lse[None, :]), b_do, delta, b_q, b_v, S)
 
@@ -176,8 +164,7 @@ def llsa_dkv_kernel(
     if key_bias.data is not None:
         bias = tl.load(key_bias.data + b * key_bias.batch + row_k, mask=valid_k, other=float("-inf"))
     # (BN, BLOCK_D)
-    b_k = load_rows(head_of(key, b, h), row_k, visible, key.row, d, S.D, True)
-    b_v = load_rows(head_of(value, b, h), row_k, visible, value.row, d, S.D, True)
+    b_k, b_v = load_two(key, value, b, h, row_k, visible, True, S)
     dk = tl.full((S.BN, S.BLOCK_D), 0.0, tl.float32)
     carry = (dk, tl.full((S.BN, S.BLOCK_D), 0.0, tl.float32))
     p_lse_delta += bh * tokens.length * 2

@@ -6,7 +6,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention_kernel import attended, finish_softmax, head_of, item_of, load_rows, off_grid_row, softmax_step
+from ..attention_kernel import (
+    attended,
+    finish_softmax,
+    global_row_of,
+    head_of,
+    item_of,
+    load_rows,
+    load_two,
+    softmax_step,
+)
 
 __all__ = [
     "block_rows",
@@ -51,7 +60,7 @@ def query_rows(item, is_global, queries, tokens, S: tl.constexpr):
     valid = place >= 0
     row = place + tokens.before
     if S.GLOBAL:
-        global_row = off_grid_row(item * S.BM + lane, tokens)
+        global_row = global_row_of(item * S.BM + lane, tokens)
         row = tl.where(is_global, global_row, row)
         valid = tl.where(is_global, global_row < tokens.length, valid)
     return row, valid
@@ -149,9 +158,7 @@ def _attend_pooled(carry, b_q, pointers, row, bias, scale, S: tl.constexpr):
 @triton.jit
 def _attend_tokens(carry, b_q, key, value, b, h, row, valid, scale, S: tl.constexpr):
     """Attend to keys of the sequence at the given rows, if valid."""
-    d = tl.arange(0, S.BLOCK_D)
-    b_k = load_rows(head_of(key, b, h), row, valid, key.row, d, S.D, True)
-    b_v = load_rows(head_of(value, b, h), row, valid, value.row, d, S.D, True)
+    b_k, b_v = load_two(key, value, b, h, row, valid, True, S)
     return _attend(carry, b_q, b_k, b_v, tl.where(valid, 0.0, float("-inf")), scale, S)
 
 
@@ -189,7 +196,7 @@ def llsa_coarse_fwd_kernel(
         if S.GLOBAL:
             n_global = tokens.length - tokens.g2
             for start in tl.range(0, n_global, S.BN, num_stages=1):
-                row = off_grid_row(start + lane, tokens)
+                row = global_row_of(start + lane, tokens)
                 valid = attended(key_mask, b, row, start + lane < n_global)
                 carry = _attend_tokens(carry, b_q, key, value, b, h, row, valid, scale, S)
     acc, m, l = carry
@@ -227,8 +234,7 @@ def llsa_fine_fwd_kernel(
     p_kept += (bh.to(tl.int64) * n_blocks + block) * S.N_KEPT
     for start in range(0, S.N_KEPT * S.BLOCK, S.BN):
         row, valid = kept_rows(p_kept, p_blocks, key_mask, b, start + lane, tokens, S)
-        b_k = load_rows(head_of(key, b, h), row, valid, key.row, d, S.D, not S.WHOLE)
-        b_v = load_rows(head_of(value, b, h), row, valid, value.row, d, S.D, not S.WHOLE)
+        b_k, b_v = load_two(key, value, b, h, row, valid, not S.WHOLE, S)
         bias = tl.full((S.BN,), 0.0, tl.float32) if S.WHOLE else tl.where(valid, 0.0, float("-inf"))
         carry = _attend(carry, b_q, b_k, b_v, bias, scale, S)
     acc, m, l = carry

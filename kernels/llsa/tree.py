@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import mask_of
+from ..arguments import mask_of, rows_of
 from ..launch import cdiv, check_contiguous, next_power_of_2
-from .arguments import Level, Numbers, PoolStatic, strided_of
+from .arguments import Level, Numbers, PoolStatic
 from .tree_kernel import llsa_pool_fwd_kernel
 
 __all__ = ["PooledTree", "pool_tree"]
@@ -60,6 +60,8 @@ def pool_tree(
         key_mask: (B, S) bool, True = valid; masked rows are never read. None = all are valid.
     """
     check_contiguous(**{f"children[{i}]": table for i, table in enumerate(children)})
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    value = value if value is None or value.stride(-1) == 1 else value.contiguous()
     batch, heads, _, dim = query.shape
     sizes = [len(x) for x in children]
     rows = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -104,7 +106,7 @@ def _launch_pool(
     n_made = n + is_last
     nodes = min(nodes, next_power_of_2(n_made))
     llsa_pool_fwd_kernel[(batch * heads * cdiv(n_made, nodes),)](
-        strided_of(query), strided_of(key), strided_of(value), mask_of(key_mask if first_below is None else None),
+        rows_of(query), rows_of(key), rows_of(value), mask_of(key_mask if first_below is None else None),
         table, means, Numbers(numbers[0], numbers[1], numbers.stride(1) if numbers.shape[1] > 1 else 0), all_keys,
         all_values, Level(n, first, numbers.shape[2]), n_made, first_below, before if first_below is None else 0, heads,
         batch * heads,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention_kernel import attended, head_of
+from ..attention_kernel import attended, head_of, load_rows
 
 __all__ = ["llsa_pool_fwd_kernel"]
 
@@ -14,9 +14,7 @@ __all__ = ["llsa_pool_fwd_kernel"]
 @triton.jit
 def _weighted(x, b, h, row, inside, weight, FIRST: tl.constexpr, S: tl.constexpr):
     """Rows (NODES, BLOCK_D) float32 times their weights: 1 on the first level, and 0 for masked entries."""
-    d = tl.arange(0, S.BLOCK_D)
-    p_x = head_of(x, b, h) + row[:, None] * x.row + d[None, :].to(tl.int64) * x.dim
-    b_x = tl.load(p_x, mask=inside[:, None] & (d < S.D)[None, :], other=0.0).to(tl.float32)
+    b_x = load_rows(head_of(x, b, h), row, inside, x.row, tl.arange(0, S.BLOCK_D), S.D, True).to(tl.float32)
     return b_x if FIRST else b_x * weight[:, None]
 
 
